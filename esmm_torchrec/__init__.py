@@ -1,0 +1,1 @@
+"""Conversion models over the entire space of impressions, on TorchRec."""

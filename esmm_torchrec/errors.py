@@ -1,0 +1,31 @@
+"""What the library raises for things its user can mend.
+
+    EsmmTorchrecError
+    ├── DataError      a raw file, a prepared data set, a column, a row
+    ├── OptionError    an option, an argument, a combination of them
+    ├── PlanError      a sharding plan or a request for one
+    └── RunError       a run folder or a checkpoint in it
+
+Each message is one sentence that names the file, row, column or option and says what to do. The
+command line prints it and exits with code 2. Faults of our own stay assertions.
+"""
+
+
+class EsmmTorchrecError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class DataError(EsmmTorchrecError):
+    """A raw file or a prepared data set is missing, broken, or not what it says it is."""
+
+
+class OptionError(EsmmTorchrecError, ValueError):
+    """An option or an argument cannot be used, alone or beside the others."""
+
+
+class PlanError(EsmmTorchrecError):
+    """A sharding plan does not fit the tables, the ranks or the device."""
+
+
+class RunError(EsmmTorchrecError):
+    """A run folder cannot be written, read or continued as asked."""

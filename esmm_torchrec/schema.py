@@ -1,0 +1,136 @@
+"""What the columns of a data set of impressions are.
+
+A schema says which id features there are, which embedding table each looks up, and which dense
+features stand beside them. It knows nothing of files, models or devices; `models.embeddings`
+turns it into EmbeddingBagCollections and `data` turns files into columns that obey it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from esmm_torchrec.errors import DataError
+
+UNKNOWN_ROW = 0
+"""Row of every table for an id that is rare or was never seen in training."""
+
+CLICK = "click"
+CONVERSION = "conversion"
+SAMPLE_ID = "sample_id"
+SHARED_ROW = "shared_row"
+GROUP_ID = "group_id"
+TIMESTAMP = "timestamp"
+TRUE_CTR = "true_ctr"
+TRUE_CVR = "true_cvr"
+
+RESERVED_COLUMNS = frozenset(
+    {CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW, GROUP_ID, TIMESTAMP, TRUE_CTR, TRUE_CVR}
+)
+"""Columns of a prepared data set that no feature may be called."""
+
+
+def weight_column(feature: str) -> str:
+    """Name of the column that holds the weights of a weighted id feature."""
+    return f"{feature}__weight"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table."""
+
+    name: str
+    num_embeddings: int
+    """Rows, row 0 (unknown) included."""
+
+
+@dataclass(frozen=True)
+class IdFeature:
+    """A feature whose values are rows of an embedding table."""
+
+    name: str
+    table: str
+    multi_valued: bool = False
+    """A bag of any number of ids instead of at most one."""
+    weighted: bool = False
+    """Each id carries a weight; the bag is the weighted sum of its embeddings."""
+    shared: bool = False
+    """Stored once for the many impressions that share it (the user side of Ali-CCP)."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Tables and features of a data set.
+
+    Raises:
+        DataError: a name occurs twice, a feature names a table that is not there, a table has no
+            row or no feature, or a feature has the name of a reserved column.
+    """
+
+    tables: tuple[Table, ...]
+    id_features: tuple[IdFeature, ...]
+    dense_features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        table_names = [table.name for table in self.tables]
+        names = [*(feature.name for feature in self.id_features), *self.dense_features]
+        names += [weight_column(feature.name) for feature in self.id_features if feature.weighted]
+        for what, given in (("table", table_names), ("feature", names)):
+            seen: set[str] = set()
+            for name in given:
+                if name in seen:
+                    raise DataError(f"{what} {name!r} occurs twice; give each {what} its own name")
+                seen.add(name)
+        for name in names:
+            if name in RESERVED_COLUMNS:
+                raise DataError(f"no feature may be called {name!r}; rename the column")
+        used = {feature.table for feature in self.id_features}
+        for feature in self.id_features:
+            if feature.table not in table_names:
+                raise DataError(f"feature {feature.name!r} names the unknown table {feature.table!r}")
+        for table in self.tables:
+            if table.num_embeddings < 1:
+                raise DataError(f"table {table.name!r} has no row; it needs at least row 0")
+            if table.name not in used:
+                raise DataError(f"table {table.name!r} is used by no feature; remove it")
+
+    @property
+    def weighted_tables(self) -> frozenset[str]:
+        """Tables with a weighted feature. `is_weighted` holds for a whole
+        EmbeddingBagCollection, so every feature of such a table is carried with weights."""
+        return frozenset(feature.table for feature in self.id_features if feature.weighted)
+
+    @property
+    def unweighted_features(self) -> tuple[IdFeature, ...]:
+        """Features of the unweighted collection, in the order a batch carries them."""
+        weighted = self.weighted_tables
+        return tuple(feature for feature in self.id_features if feature.table not in weighted)
+
+    @property
+    def weighted_features(self) -> tuple[IdFeature, ...]:
+        """Features of the weighted collection, in the order a batch carries them."""
+        weighted = self.weighted_tables
+        return tuple(feature for feature in self.id_features if feature.table in weighted)
+
+    @property
+    def has_shared_features(self) -> bool:
+        """Whether some features are stored once for many impressions."""
+        return any(feature.shared for feature in self.id_features)
+
+    def table(self, name: str) -> Table:
+        """The table called `name`; KeyError where there is none."""
+        return next(table for table in self.tables if table.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Schema:
+        """The schema that `to_dict` wrote."""
+        return cls(
+            tables=tuple(Table(**table) for table in values["tables"]),
+            id_features=tuple(IdFeature(**feature) for feature in values["id_features"]),
+            dense_features=tuple(values["dense_features"]),
+        )
