@@ -13,7 +13,7 @@ PLAIN_INTERVAL_SECONDS = 10.0
 class _PlainLines(tqdm):
     """tqdm that ends each message with a newline instead of drawing over the last one."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # noqa: ARG002
         line = (msg or str(self)).strip()
         if line:
             self.fp.write(line + "\n")
@@ -40,6 +40,7 @@ def progress_bar(description: str, total: float | None, unit: str, **options: An
     common |= {
         "mininterval": PLAIN_INTERVAL_SECONDS,
         "delay": PLAIN_INTERVAL_SECONDS,
-        "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit} "
+        "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     }
     return _PlainLines(**common)

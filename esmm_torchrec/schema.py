@@ -88,7 +88,9 @@ class Schema:
         used = {feature.table for feature in self.id_features}
         for feature in self.id_features:
             if feature.table not in table_names:
-                raise DataError(f"feature {feature.name!r} names the unknown table {feature.table!r}")
+                raise DataError(
+                    f"feature {feature.name!r} names the unknown table {feature.table!r}"
+                )
         for table in self.tables:
             if table.num_embeddings < 1:
                 raise DataError(f"table {table.name!r} has no row; it needs at least row 0")
@@ -103,15 +105,18 @@ class Schema:
 
     @property
     def unweighted_features(self) -> tuple[IdFeature, ...]:
-        """Features of the unweighted collection, in the order a batch carries them."""
+        """Features of the unweighted collection, in the order a batch carries them: those stored
+        per impression, then the shared ones."""
         weighted = self.weighted_tables
-        return tuple(feature for feature in self.id_features if feature.table not in weighted)
+        features = [feature for feature in self.id_features if feature.table not in weighted]
+        return tuple(sorted(features, key=lambda feature: feature.shared))
 
     @property
     def weighted_features(self) -> tuple[IdFeature, ...]:
-        """Features of the weighted collection, in the order a batch carries them."""
+        """Features of the weighted collection, ordered alike."""
         weighted = self.weighted_tables
-        return tuple(feature for feature in self.id_features if feature.table in weighted)
+        features = [feature for feature in self.id_features if feature.table in weighted]
+        return tuple(sorted(features, key=lambda feature: feature.shared))
 
     @property
     def has_shared_features(self) -> bool:

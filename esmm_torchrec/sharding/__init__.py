@@ -1,0 +1,1 @@
+"""Tables and hardware → a sharding plan → DistributedModelParallel."""

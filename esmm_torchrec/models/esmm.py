@@ -1,0 +1,188 @@
+"""The Entire Space Multi-Task Model and its train task.
+
+ESMM (Ma et al., "Entire Space Multi-Task Model", SIGIR 2018, arXiv 1804.07931) trains two towers
+over shared embeddings on all impressions. The click tower gives pCTR; the conversion tower gives
+pCVR and is trained only through pCTCVR = pCTR · pCVR, whose label is known for every impression.
+pCVR is read from its own tower; nothing is divided.
+
+Shapes: B impressions, D dense features, F pooled features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.embeddings import PooledFeatures
+from esmm_torchrec.models.towers import Tower
+
+
+class Logits(NamedTuple):
+    """What a model says of B impressions; both float32 (B,)."""
+
+    click: torch.Tensor
+    """Logit of pCTR."""
+    conversion: torch.Tensor
+    """Logit of pCVR, the probability of a conversion given a click."""
+
+
+class Labels(NamedTuple):
+    """What is known of B impressions; all float32 (B,)."""
+
+    click: torch.Tensor
+    conversion: torch.Tensor
+    weight: torch.Tensor | None
+
+
+class TrainOutput(NamedTuple):
+    """What a train task returns beside the loss it is differentiated by."""
+
+    loss: torch.Tensor
+    """The same loss, detached."""
+    logits: Logits
+    """Detached."""
+    labels: Labels
+
+
+class EsmmTowers(nn.Module):
+    """The two towers of ESMM. They do not care what pooled the features, so they also stand
+    behind another sparse architecture.
+
+    Args:
+        in_features: F.
+        layer_sizes: widths of the hidden layers of each tower.
+        click_prior: share of clicks among impressions, see `Tower`.
+        conversion_prior: share of conversions among clicks.
+        dtype: what the hidden layers compute in.
+        device: where the parameters are.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        layer_sizes: Sequence[int] = (360, 200, 80),
+        *,
+        click_prior: float | None = None,
+        conversion_prior: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.click = Tower(in_features, layer_sizes, prior=click_prior, dtype=dtype, device=device)
+        self.conversion = Tower(
+            in_features, layer_sizes, prior=conversion_prior, dtype=dtype, device=device
+        )
+
+    def forward(self, features: torch.Tensor) -> Logits:
+        """float32 (B, F) → logits."""
+        return Logits(click=self.click(features), conversion=self.conversion(features))
+
+
+class ESMM(nn.Module):
+    """Shared embeddings, a click tower and a conversion tower.
+
+    Args:
+        embedding_bag_collection: unweighted id features, as in `torchrec.models.dlrm.DLRM`.
+        weighted_embedding_bag_collection: weighted id features, or None.
+        dense_in_features: D, number of dense features.
+        towers: as `EsmmTowers` for `PooledFeatures.out_features` inputs; None builds the paper's.
+
+    Example::
+
+        esmm = ESMM(
+            EmbeddingBagCollection(
+                tables=[
+                    EmbeddingBagConfig(
+                        name="items", embedding_dim=16, num_embeddings=1000, feature_names=["item"]
+                    )
+                ]
+            )
+        )
+        features = KeyedJaggedTensor.from_lengths_sync(
+            keys=["item"], values=torch.tensor([7, 5]), lengths=torch.tensor([1, 1])
+        )
+        logits = esmm(features)
+        pctr, pcvr = logits.click.sigmoid(), logits.conversion.sigmoid()
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection | None = None,
+        weighted_embedding_bag_collection: EmbeddingBagCollection | None = None,
+        *,
+        dense_in_features: int = 0,
+        towers: EsmmTowers | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = PooledFeatures(
+            embedding_bag_collection, weighted_embedding_bag_collection, dense_in_features
+        )
+        self.towers = EsmmTowers(self.features.out_features) if towers is None else towers
+
+    def forward(
+        self,
+        sparse_features: KeyedJaggedTensor | None = None,
+        weighted_sparse_features: KeyedJaggedTensor | None = None,
+        dense_features: torch.Tensor | None = None,
+    ) -> Logits:
+        """Logits of B impressions.
+
+        Args:
+            sparse_features: ids of the unweighted collection's features.
+            weighted_sparse_features: ids and weights of the weighted collection's features.
+            dense_features: float32 (B, D).
+        """
+        return self.towers(self.features(sparse_features, weighted_sparse_features, dense_features))
+
+
+class EsmmTrainTask(nn.Module):
+    """ESMM's loss around a model, in the form TorchRec's pipelines expect of a model.
+
+    loss = mean BCE(click, pCTR) + mean BCE(click · conversion, pCTR · pCVR), both over all
+    impressions (equation 2 of the paper, as a mean).
+
+    Args:
+        model: maps (sparse, weighted sparse, dense features) to `Logits`.
+        click_loss_weight: factor of the first term.
+        ctcvr_loss_weight: factor of the second term.
+        detach_click: keeps the second term from training the click tower.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        click_loss_weight: float = 1.0,
+        ctcvr_loss_weight: float = 1.0,
+        detach_click: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.click_loss_weight = click_loss_weight
+        self.ctcvr_loss_weight = ctcvr_loss_weight
+        self.detach_click = detach_click
+
+    def forward(self, batch: ImpressionBatch) -> tuple[torch.Tensor, TrainOutput]:
+        """The loss of a batch, float32 (), and what there is to log. Over several ranks the loss
+        is each rank's share of the global mean, see `losses.weighted_mean`."""
+        logits = self.model(batch.unweighted, batch.weighted, batch.dense)
+        click_logit = logits.click.detach() if self.detach_click else logits.click
+        click = losses.binary_cross_entropy(logits.click, batch.click)
+        ctcvr = losses.ctcvr_loss(click_logit, logits.conversion, batch.click * batch.conversion)
+        loss = losses.weighted_mean(
+            self.click_loss_weight * click + self.ctcvr_loss_weight * ctcvr,
+            batch.weight,
+            batch.mean_weight,
+        )
+        return loss, TrainOutput(
+            loss=loss.detach(),
+            logits=Logits(logits.click.detach(), logits.conversion.detach()),
+            labels=Labels(batch.click, batch.conversion, batch.weight),
+        )

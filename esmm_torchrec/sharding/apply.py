@@ -1,0 +1,90 @@
+"""Plan in, DistributedModelParallel out, with the weights that went in.
+
+DistributedModelParallel discards the weights of an EmbeddingBagCollection on a CPU and draws new
+ones, different on each rank count. Here a collection's weights are carried over; a collection on
+the meta device, which never held any, is drawn block by block from a seed, so that its start
+depends neither on the plan nor on the number of ranks and no rank ever holds a whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from esmm_torchrec.sharding.planner import embedding_bag_collections_of
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.sharding.sharders import AnyDeviceSharder
+
+DRAWN_ROWS = 1 << 18
+"""Rows of a table drawn at once."""
+
+
+def shard(
+    module: nn.Module, *, plan: ShardingPlan, ranks: Ranks, seed: int = 0
+) -> DistributedModelParallel:
+    """Shards every EmbeddingBagCollection of a module by a plan.
+
+    Args:
+        module: dense parts on the CPU, equal on all ranks; collections with weights or on "meta".
+        plan: as `make_plan` or a plan file gives it.
+        ranks: this process and its device.
+        seed: of the weights of collections on the meta device.
+    """
+    sources: dict[str, torch.Tensor | EmbeddingBagConfig] = {}
+    for path, collection in embedding_bag_collections_of(module).items():
+        for config in collection.embedding_bag_configs():
+            weight = collection.embedding_bags[config.name].weight
+            key = f"{path}.embedding_bags.{config.name}.weight"
+            sources[key] = config if weight.is_meta else weight.detach()
+    parallel = DistributedModelParallel(
+        module, device=ranks.device, plan=plan, sharders=[AnyDeviceSharder()]
+    )
+    state = parallel.state_dict()
+    with torch.no_grad():
+        for key, source in sources.items():
+            for local, (row, column) in _local_shards(state[key]):
+                rows, columns = local.shape
+                if isinstance(source, torch.Tensor):
+                    local.copy_(source[row : row + rows, column : column + columns])
+                else:
+                    _draw(local, row, column, config=source, seed=seed)
+    return parallel
+
+
+def _local_shards(value: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    """This rank's parts of a table, each with its first row and column."""
+    if isinstance(value, ShardedTensor):
+        for part in value.local_shards():
+            row, column = part.metadata.shard_offsets
+            yield part.tensor, (row, column)
+    else:
+        assert not isinstance(value, DTensor), "TorchRec shards over a one-dimensional group"
+        yield value, (0, 0)
+
+
+def _draw(
+    local: torch.Tensor, row: int, column: int, *, config: EmbeddingBagConfig, seed: int
+) -> None:
+    """Fills rows [row, row + len(local)) of a table, block by block of the whole table."""
+    assert config.init_fn is not None
+    rows, columns = local.shape
+    for block in range(row // DRAWN_ROWS, (row + rows - 1) // DRAWN_ROWS + 1 if rows else 0):
+        first = block * DRAWN_ROWS
+        size = min(DRAWN_ROWS, config.num_embeddings - first)
+        digest = blake2b(f"{seed} {config.name} {block}".encode(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest) >> 1)
+            drawn = torch.empty(size, config.embedding_dim)
+            config.init_fn(drawn)
+        start, end = max(first, row), min(first + size, row + rows)
+        local[start - row : end - row].copy_(
+            drawn[start - first : end - first, column : column + columns]
+        )
