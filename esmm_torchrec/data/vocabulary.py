@@ -1,0 +1,277 @@
+"""Raw id → row of an embedding table, and the counting that decides which ids get a row.
+
+Row 0 is never listed: it is for ids that are rare or were never seen in training. The others are
+ordered by descending count, ties by ascending raw id, so that a vocabulary depends on how often
+ids occur and not on the order in which they were met.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.schema import UNKNOWN_ROW
+
+_DENSE_SPAN = 1 << 23
+"""Widest range of integer ids (highest - lowest) that is counted in one array (64 MiB)."""
+
+_LOOKUP_SLOTS_PER_ID = 16
+"""A vocabulary of integers is looked up in an array over their range while that holds no more than
+this many slots an id; beyond it by binary search."""
+
+
+def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
+    """Raw ids as one Arrow array of int64 or string; nulls stay null.
+
+    Raises:
+        DataError: the ids are neither integers nor strings, or an integer is over 2^63 - 1.
+    """
+    ids: Any = pa.array(raw_ids) if isinstance(raw_ids, np.ndarray) else raw_ids
+    if isinstance(ids, pa.ChunkedArray):
+        ids = ids.combine_chunks()
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    kind = ids.type
+    if pa.types.is_integer(kind):
+        target = pa.int64()
+    elif (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_null(kind)
+    ):
+        target = pa.string()
+    else:
+        raise DataError(f"ids must be integers or strings, not {kind}; convert the column")
+    try:
+        return ids if kind == target else ids.cast(target)
+    except pa.ArrowInvalid:
+        raise DataError("an id is over 9223372036854775807; store such ids as strings") from None
+
+
+class Vocabulary:
+    """Which raw id has which row of one table.
+
+    `raw_ids` (int64 or string) and `counts` (int64) are in row order; the first has row 1.
+    Make one with `from_counts` or `IdCounter.vocabulary`.
+    """
+
+    def __init__(self, raw_ids: pa.Array, counts: np.ndarray) -> None:
+        assert len(raw_ids) == len(counts)
+        self.raw_ids = raw_ids
+        self.counts = counts
+
+    @classmethod
+    def from_counts(
+        cls,
+        raw_ids: pa.Array | np.ndarray,
+        counts: np.ndarray,
+        min_count: int,
+    ) -> Vocabulary:
+        """The vocabulary of the ids that occur `min_count` times or more.
+
+        Args:
+            raw_ids: distinct ids, integers or strings, in any order, none null.
+            counts: int64, how often each occurs.
+            min_count: the least count of an id that gets a row.
+        """
+        table = pa.table({"raw_id": id_array(raw_ids), "count": pa.array(counts, pa.int64())})
+        table = table.filter(pc.field("count") >= min_count)
+        table = table.sort_by([("count", "descending"), ("raw_id", "ascending")])
+        kept = table.column("raw_id").combine_chunks()
+        return cls(kept, table.column("count").to_numpy())
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table, row 0 included."""
+        return len(self.raw_ids) + 1
+
+    @property
+    def holds_strings(self) -> bool:
+        """Whether raw ids are strings and not integers."""
+        return pa.types.is_string(self.raw_ids.type)
+
+    def encode(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> np.ndarray:
+        """Rows of `raw_ids`, int32 of the same length.
+
+        An id that is not in the vocabulary has row 0. So has a null: what is missing has no row
+        at all, and only the caller knows where it goes (he keeps the mask or drops the nulls).
+
+        Raises:
+            DataError: the ids are strings and the vocabulary holds integers, or the reverse.
+        """
+        ids = id_array(raw_ids)
+        if len(ids) == 0 or len(self.raw_ids) == 0 or ids.null_count == len(ids):
+            return np.full(len(ids), UNKNOWN_ROW, np.int32)
+        if ids.type != self.raw_ids.type:
+            raise DataError(
+                f"ids of type {ids.type} cannot be looked up among {self.raw_ids.type} ids; give "
+                "the column the type it had when the data was prepared"
+            )
+        if self.holds_strings:
+            encoded = ids.dictionary_encode()
+            known = pc.SetLookupOptions(value_set=self.raw_ids)
+            rows = pc.call_function("index_in", [encoded.dictionary], known).fill_null(-1)
+            rows = np.append(rows.to_numpy() + 1, UNKNOWN_ROW).astype(np.int32)
+            return rows[encoded.indices.fill_null(-1).to_numpy()]
+        if ids.null_count:
+            mask = ids.is_valid().to_numpy(zero_copy_only=False)
+            return np.where(mask, self._encode_integers(ids.fill_null(0).to_numpy()), UNKNOWN_ROW)
+        return self._encode_integers(ids.to_numpy())
+
+    def _encode_integers(self, ids: np.ndarray) -> np.ndarray:
+        low, slots = self._lookup
+        if slots is not None:
+            # As unsigned, what is below the lowest id wraps around and lands above the highest:
+            # both ends are one comparison. The last slot holds row 0.
+            offsets = ids.view(np.uint64) - np.uint64(low % 2**64)
+            np.minimum(offsets, np.uint64(len(slots) - 1), out=offsets)
+            return slots[offsets.view(np.int64)]
+        ordered, rows = self._sorted
+        places = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
+        return np.where(ordered[places] == ids, rows[places], np.int32(UNKNOWN_ROW))
+
+    @cached_property
+    def _lookup(self) -> tuple[int, np.ndarray | None]:
+        ids = self.raw_ids.to_numpy()
+        low, high = int(ids.min()), int(ids.max())
+        if high - low + 1 > max(_LOOKUP_SLOTS_PER_ID * len(ids), 1 << 16):
+            return low, None
+        slots = np.full(high - low + 2, UNKNOWN_ROW, np.int32)
+        slots[ids - low] = np.arange(1, len(ids) + 1, dtype=np.int32)
+        return low, slots
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.raw_ids.to_numpy()
+        order = np.argsort(ids)
+        return ids[order], (order + 1).astype(np.int32)
+
+    def write(self, path: Path) -> None:
+        """Writes raw_id, row (int32) and count (int64) to a Parquet file, in row order."""
+        rows = pa.array(np.arange(1, self.num_embeddings, dtype=np.int32))
+        table = pa.table(
+            {"raw_id": self.raw_ids, "row": rows, "count": pa.array(self.counts, pa.int64())}
+        )
+        pq.write_table(table, path, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path) -> Vocabulary:
+        """The vocabulary that `write` wrote.
+
+        Raises:
+            DataError: the file is missing, is no Parquet, or is no vocabulary.
+        """
+        try:
+            table = pq.ParquetFile(path).read()
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing; prepare the data set again") from None
+        except pa.ArrowException as error:
+            raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+        kinds = table.schema.types
+        if (
+            table.column_names != ["raw_id", "row", "count"]
+            or kinds[0] not in (pa.int64(), pa.string())
+            or kinds[1:] != [pa.int32(), pa.int64()]
+            or any(column.null_count for column in table.columns)
+            or not np.array_equal(table.column("row").to_numpy(), np.arange(1, len(table) + 1))
+        ):
+            raise DataError(f"{path} is no vocabulary; prepare the data set again")
+        raw_ids = table.column("raw_id").combine_chunks()
+        return cls(raw_ids, table.column("count").to_numpy())
+
+
+class IdCounter:
+    """Counts ids block by block, in memory bounded by the number of distinct ids.
+
+    Integers in a narrow range are counted in one array; other integers, and strings, in lists of
+    (id, count) that are merged whenever they have doubled.
+    """
+
+    def __init__(self) -> None:
+        self._type: pa.DataType | None = None
+        self._low = 0
+        self._dense = np.zeros(0, np.int64)
+        self._merged: pa.Table | None = None
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+
+    def add(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> None:
+        """Counts the ids of a block; nulls are not counted.
+
+        Raises:
+            DataError: strings after integers, or the reverse.
+        """
+        ids = id_array(raw_ids)
+        if ids.null_count:
+            ids = ids.drop_null()
+        if len(ids) == 0:
+            return
+        if self._type is not None and self._type != ids.type:
+            raise DataError(
+                f"ids of type {ids.type} stand beside {self._type} ids of the same table; give "
+                "both one type"
+            )
+        self._type = ids.type
+        if pa.types.is_int64(ids.type) and not self._pending and self._merged is None:
+            values = ids.to_numpy()
+            if self._make_room(int(values.min()), int(values.max())):
+                counts = np.bincount(values - self._low)
+                self._dense[: len(counts)] += counts
+                return
+        counted = ids.value_counts()
+        self._append(counted.field("values"), counted.field("counts"))
+
+    def _make_room(self, low: int, high: int) -> bool:
+        """Widens the array to [low, high]; where that is too wide its counts move to the lists."""
+        size = len(self._dense)
+        if size:
+            if self._low <= low and high < self._low + size:
+                return True
+            low, high = min(low, self._low), max(high, self._low + size - 1)
+        if high - low >= _DENSE_SPAN:
+            if size:
+                self._append(*self._dense_counts())
+                self._dense = np.zeros(0, np.int64)
+            return False
+        # Room to grow above, or every block with a new highest id would copy the array.
+        widened = np.zeros(min(_DENSE_SPAN, (high - low + 1) * 5 // 4), np.int64)
+        if size:
+            widened[self._low - low : self._low - low + size] = self._dense
+        self._low, self._dense = low, widened
+        return True
+
+    def _dense_counts(self) -> tuple[pa.Array, pa.Array]:
+        (places,) = np.nonzero(self._dense)
+        return pa.array(places + self._low), pa.array(self._dense[places])
+
+    def _append(self, ids: pa.Array, counts: pa.Array) -> None:
+        self._pending.append(pa.table({"raw_id": ids, "count": counts}))
+        self._pending_rows += len(ids)
+        if self._pending_rows > max(1 << 20, len(self._merged or ())):
+            self._merge()
+
+    def _merge(self) -> None:
+        tables = [*([self._merged] if self._merged is not None else []), *self._pending]
+        grouped = pa.concat_tables(tables).group_by("raw_id").aggregate([("count", "sum")])
+        self._merged = pa.table({"raw_id": grouped["raw_id"], "count": grouped["count_sum"]})
+        self._pending, self._pending_rows = [], 0
+
+    def vocabulary(self, min_count: int) -> Vocabulary:
+        """The vocabulary of the ids counted so far that occur `min_count` times or more."""
+        if self._merged is None and not self._pending:
+            ids, counts = self._dense_counts()
+            return Vocabulary.from_counts(ids, counts.to_numpy(), min_count)
+        if self._pending:
+            self._merge()
+        assert self._merged is not None
+        return Vocabulary.from_counts(
+            self._merged["raw_id"], self._merged["count"].to_numpy(), min_count
+        )
