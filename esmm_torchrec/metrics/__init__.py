@@ -1,0 +1,1 @@
+"""What is reported of scores, and over which space: `report` lists every figure by name."""

@@ -1,0 +1,271 @@
+"""How well scores rank: the area under the ROC curve, exact and aware of ties.
+
+AUC is the probability that a positive row scores higher than a negative one, a tie counting one
+half. It is taken over all rows at once, never averaged over batches. TorchRec's AUC orders tied
+rows by chance; the figure of record is this one.
+
+Everything is NumPy on the CPU. Scores are float32 or float64, (n,), compared as they are given:
+no function here rounds or transforms a score. A NaN among them raises OptionError, infinities are
+ranked. A set of rows in which one class has no weight has no AUC: None.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm_torchrec.errors import OptionError
+
+Scores = NDArray[np.floating]
+Labels = NDArray[np.integer] | NDArray[np.bool_] | NDArray[np.floating]
+
+
+def auc(
+    scores: Scores, labels: Labels, weights: NDArray[np.floating] | None = None
+) -> float | None:
+    """AUC of hard labels.
+
+    Without weights the count of ordered pairs is an integer and the result its correctly rounded
+    share: constant scores give exactly 0.5 and the order of the rows does not matter at all. With
+    weights it is exact to float64 sums.
+
+    Args:
+        scores: (n,).
+        labels: (n,), each 0 or 1; int8 is the lean choice.
+        weights: (n,), not negative; None: all 1. A pair counts the product of its weights.
+
+    Raises:
+        OptionError: the lengths differ, a score is NaN, a label is neither 0 nor 1, or a weight
+            is negative or not finite.
+    """
+    _check(scores, labels=labels)
+    positive = _positive(labels)
+    if weights is None:
+        return _auc_of_classes(scores[positive], scores[~positive])
+    _check(scores, weights=weights)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise OptionError("weights must be finite and not negative")
+    weights = weights.astype(np.float64, copy=False)
+    return _auc_of_masses(scores, weights * positive, weights * ~positive)
+
+
+def soft_auc(scores: Scores, probability: NDArray[np.floating]) -> float | None:
+    """AUC against known probabilities, free of the noise of drawn labels.
+
+    Row i counts as a positive of weight pᵢ and, at once, as a negative of weight 1 − pᵢ:
+
+        Σᵢⱼ pᵢ (1 − pⱼ) [sᵢ > sⱼ] + ½ [sᵢ = sⱼ]  /  Σᵢⱼ pᵢ (1 − pⱼ)        over all i, j
+
+    The sums include i = j: a row ties with itself and adds ½ pᵢ (1 − pᵢ). So this is what
+    scikit-learn gives for every row written twice, once per label, with those weights, and for
+    probabilities that are all 0 or 1 it is `auc`. In a draw of labels no row meets itself;
+    leaving these pairs out would give the expected ordered pairs over the expected pairs. The
+    two differ by at most 1 / (2n), because Σ pᵢ (1 − pᵢ) ≤ n p̄ (1 − p̄).
+
+    Args:
+        scores: (n,).
+        probability: (n,), in [0, 1].
+
+    Raises:
+        OptionError: the lengths differ, a score is NaN, or a probability is outside [0, 1].
+    """
+    _check(scores, probability=probability)
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise OptionError("probability must lie between 0 and 1")
+    probability = probability.astype(np.float64, copy=False)
+    return _auc_of_masses(scores, probability, 1.0 - probability)
+
+
+class GroupedAuc(NamedTuple):
+    """What `grouped_auc` gives."""
+
+    auc: float | None
+    """Mean over the groups that have both classes, weighted by their rows; None: no such group."""
+    coverage: float
+    """Share of rows that lie in such groups; 0 where there is no row."""
+    num_groups: int
+    """Groups that have both classes."""
+
+
+def grouped_auc(
+    scores: Scores, labels: Labels, groups: NDArray[np.integer] | NDArray[np.str_]
+) -> GroupedAuc:
+    """AUC within each group (a user, a session), averaged over groups by their number of rows.
+
+    A group with one class ranks nothing and is left out (GAUC of Zhu et al., "Optimized Cost per
+    Click in Taobao Display Advertising", KDD 2017).
+
+    Args:
+        scores: (n,).
+        labels: (n,), each 0 or 1.
+        groups: (n,), integers or strings. Integers in [0, n) are used as they are, which spares
+            a sort.
+
+    Raises:
+        OptionError: the lengths differ, a score is NaN, or a label is neither 0 nor 1.
+    """
+    _check(scores, labels=labels, groups=groups)
+    positive = _positive(labels)
+    n = scores.size
+    if n == 0:
+        return GroupedAuc(None, 0.0, 0)
+    codes = _dense_codes(groups)
+    rows = np.bincount(codes)
+    positives = np.bincount(codes[positive], minlength=rows.size)
+    mixed = (positives > 0) & (positives < rows)
+    if not mixed.any():
+        return GroupedAuc(None, 0.0, 0)
+    kept = mixed[codes]
+    # Renumbered, so that groups in the sorted keys stand at the cumulated counts.
+    renumbered = np.cumsum(mixed, dtype=np.int64) - 1
+    rows, positives = rows[mixed], positives[mixed]
+
+    # One integer holds group, score and label, so a plain sort orders all three at once.
+    key = renumbered[codes[kept]].astype(np.uint64) << np.uint64(33)
+    key |= _ordered_bits(scores[kept]).astype(np.uint64) << np.uint64(1)
+    key |= positive[kept].astype(np.uint64)
+    key.sort()
+    at = np.flatnonzero(key & np.uint64(1))
+    group = np.repeat(np.arange(rows.size), positives)
+    tie = key[at] & ~np.uint64(1)
+    first_tied = np.searchsorted(key, tie)
+    negatives_tied = np.searchsorted(key, tie | np.uint64(1)) - first_tied
+    rows_before = np.cumsum(rows) - rows
+    positives_before = np.cumsum(positives) - positives
+    below = first_tied - rows_before[group]
+    positives_below = np.searchsorted(at, first_tied) - positives_before[group]
+    twice_ordered = np.add.reduceat(
+        2 * (below - positives_below) + negatives_tied, positives_before
+    )
+    aucs = twice_ordered / (2 * positives * (rows - positives))
+    covered = int(rows.sum())
+    return GroupedAuc(float((aucs * rows).sum() / covered), covered / n, rows.size)
+
+
+def auc_within_strata(
+    scores: Scores,
+    target: NDArray[np.floating] | NDArray[np.integer],
+    strata_score: Scores,
+    *,
+    num_strata: int = 20,
+) -> float | None:
+    """AUC within equal-mass strata of another score, averaged by their number of rows.
+
+    Where clicks and conversions go together, a conversion score is rewarded for knowing pCTR
+    alone. Within a stratum of pCTR that knowledge is worth little.
+
+    Strata are cut at the quantiles of `strata_score`; equal values stay in one stratum, so strata
+    can be uneven, or fewer, where it has many ties. A stratum with one class is left out.
+
+    Args:
+        scores: (n,).
+        target: (n,), labels or probabilities in [0, 1], see `soft_auc`.
+        strata_score: (n,), any monotone function of pCTR.
+        num_strata: number of strata.
+
+    Raises:
+        OptionError: `num_strata` is not positive, the lengths differ, a score is NaN, or a target
+            is outside [0, 1].
+    """
+    if num_strata < 1:
+        raise OptionError(f"num_strata must be positive, not {num_strata}")
+    _check(scores, target=target, strata_score=strata_score)
+    _check(strata_score)
+    if scores.size == 0:
+        return None
+    edges = equal_mass_edges(strata_score, num_strata)
+    stratum = np.searchsorted(edges, strata_score, side="right")
+    order = np.argsort(stratum, kind="stable")
+    bounds = np.searchsorted(stratum[order], np.arange(num_strata + 1))
+    total = 0.0
+    covered = 0
+    for start, stop in pairwise(bounds):
+        rows = order[start:stop]
+        value = soft_auc(scores[rows], target[rows].astype(np.float64, copy=False))
+        if value is not None:
+            total += value * rows.size
+            covered += rows.size
+    return total / covered if covered else None
+
+
+def equal_mass_edges(values: Scores, num_bins: int) -> Scores:
+    """Lower edges of all quantile bins but the first, (num_bins − 1,).
+
+    `np.searchsorted(edges, values, side="right")` numbers each value's bin. That is a function of
+    the value alone: equal values share a bin, which leaves bins uneven or empty where there are
+    many.
+    """
+    return np.sort(values)[np.arange(1, num_bins) * values.size // num_bins]
+
+
+def _check(scores: Scores, **columns: NDArray[np.generic]) -> None:
+    if scores.dtype not in (np.float32, np.float64):
+        raise OptionError(f"scores must be float32 or float64, not {scores.dtype}")
+    for name, column in columns.items():
+        if column.shape != scores.shape:
+            raise OptionError(f"{name} has shape {column.shape} where scores has {scores.shape}")
+    if np.isnan(scores).any():
+        raise OptionError(f"{int(np.isnan(scores).sum())} of {scores.size} scores are NaN")
+
+
+def _positive(labels: Labels) -> NDArray[np.bool_]:
+    positive = labels == 1
+    if not (positive | (labels == 0)).all():
+        raise OptionError("labels must be 0 or 1; probabilities go to soft_auc")
+    return positive
+
+
+def _auc_of_classes(positive: Scores, negative: Scores) -> float | None:
+    """AUC from the scores of each class; takes both over, to sort them in place."""
+    pairs = positive.size * negative.size
+    if pairs == 0:
+        return None
+    positive.sort()
+    negative.sort()
+    # Sorted needles make the binary searches walk forward through memory; the smaller class
+    # needs fewer of them.
+    needles, others = sorted((positive, negative), key=len)
+    twice_below = int(np.searchsorted(others, needles, side="left").sum(dtype=np.int64))
+    twice_below += int(np.searchsorted(others, needles, side="right").sum(dtype=np.int64))
+    twice_ordered = twice_below if needles is positive else 2 * pairs - twice_below
+    return twice_ordered / (2 * pairs)
+
+
+def _auc_of_masses(
+    scores: Scores, positive: NDArray[np.float64], negative: NDArray[np.float64]
+) -> float | None:
+    """AUC where each row has a positive and a negative mass."""
+    if scores.size == 0:
+        return None
+    order = np.argsort(scores)
+    ordered = scores[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    del ordered
+    positive = np.add.reduceat(positive[order], starts)
+    negative = np.add.reduceat(negative[order], starts)
+    pairs = float(positive.sum()) * float(negative.sum())
+    if pairs == 0:
+        return None
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + 0.5 * negative)).sum()) / pairs
+
+
+def _dense_codes(groups: NDArray[np.integer] | NDArray[np.str_]) -> NDArray[np.integer]:
+    if np.issubdtype(groups.dtype, np.integer):
+        codes = groups.astype(np.int64, copy=False)
+        if codes.min() >= 0 and codes.max() < codes.size:
+            return codes
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def _ordered_bits(scores: Scores) -> NDArray[np.uint32]:
+    """uint32 that compare as the scores do."""
+    if scores.dtype == np.float64:
+        return np.unique(scores, return_inverse=True)[1].astype(np.uint32)
+    # IEEE 754 magnitudes compare as integers; −0.0 + 0.0 is 0.0, so that the two zeros tie.
+    bits = (scores + np.float32(0)).view(np.uint32)
+    sign = np.uint32(1 << 31)
+    return np.where(bits & sign, ~bits, bits | sign)
