@@ -13,18 +13,16 @@ PLAIN_INTERVAL_SECONDS = 10.0
 class _PlainLines(tqdm):
     """tqdm that ends each message with a newline instead of drawing over the last one."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # noqa: ARG002
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002
         line = (msg or str(self)).strip()
         if line:
             self.fp.write(line + "\n")
             self.fp.flush()
-        return True
 
     def close(self) -> None:
         if not self.disable:
-            self.disable = True
-            self._instances.discard(self)
             self.display()
+            self.disable = True
 
 
 def progress_bar(description: str, total: float | None, unit: str, **options: Any) -> tqdm:

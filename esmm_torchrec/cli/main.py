@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -74,8 +76,21 @@ def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
+def settle_process() -> None:
+    """Settles what must be settled before torch is imported.
+
+    Idle OpenMP threads that spin take the cores from each other when several ranks share them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Said by torchrec and torch to their own developers, on every start.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; `arguments` default to those of the process."""
+    settle_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_help())

@@ -150,6 +150,6 @@ class PooledFeatures(nn.Module):
         if self.weighted_embedding_bag_collection is not None:
             pooled.append(self.weighted_embedding_bag_collection(weighted_sparse_features))
         embedded = KeyedTensor.regroup(pooled, [self._keys])[0]
-        if self.dense_in_features == 0:
+        if self.dense_in_features == 0 or dense_features is None:
             return embedded
         return torch.cat([embedded, dense_features], dim=1)

@@ -11,9 +11,11 @@ torch.fx, so that TorchRec's pipelines can trace through a train task that calls
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torch.Tensor:
@@ -45,9 +47,7 @@ class _CtcvrLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, a: torch.Tensor, b: torch.Tensor, target: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(a, b, target)
         converted = F.softplus(-a) + F.softplus(-b)
         not_converted = F.softplus(ctcvr_logit(a, b))
@@ -55,9 +55,9 @@ class _CtcvrLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         a, b, target = ctx.saved_tensors
         product = (1 - target) * torch.sigmoid(a) * torch.sigmoid(b)
         grad_a = -target * torch.sigmoid(-a) + product * torch.sigmoid(F.softplus(b) - a)

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
@@ -21,7 +21,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from esmm_torchrec.sharding.planner import embedding_bag_collections_of
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.sharding.sharders import AnyDeviceSharder
+from esmm_torchrec.sharding.sharders import sharders
 
 DRAWN_ROWS = 1 << 18
 """Rows of a table drawn at once."""
@@ -41,12 +41,10 @@ def shard(
     sources: dict[str, torch.Tensor | EmbeddingBagConfig] = {}
     for path, collection in embedding_bag_collections_of(module).items():
         for config in collection.embedding_bag_configs():
-            weight = collection.embedding_bags[config.name].weight
+            weight = collection.embedding_bags.get_parameter(f"{config.name}.weight")
             key = f"{path}.embedding_bags.{config.name}.weight"
             sources[key] = config if weight.is_meta else weight.detach()
-    parallel = DistributedModelParallel(
-        module, device=ranks.device, plan=plan, sharders=[AnyDeviceSharder()]
-    )
+    parallel = DistributedModelParallel(module, device=ranks.device, plan=plan, sharders=sharders())
     state = parallel.state_dict()
     with torch.no_grad():
         for key, source in sources.items():

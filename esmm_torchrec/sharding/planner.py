@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.planners import PlannerError
-from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     HardwareConfig,
     KernelConfig,
+    Topology,
     TopologyFactory,
     TrainerConfig,
 )
@@ -24,7 +25,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.sharding.sharders import AnyDeviceSharder
+from esmm_torchrec.sharding.sharders import sharders
 
 ShardingOption = Literal[
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"
@@ -36,7 +37,12 @@ KernelOption = Literal["fused", "dense"]
 """fused: the optimiser runs inside the backward pass. dense: gradients reach an optimiser of
 torch's, whatever rows were touched."""
 
+SparseOptimizerOption = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
+"""Optimisers of the embedding tables."""
+
 KERNEL_DIM_MULTIPLE = 4
+STORAGE_MARGIN = 0.15
+"""Share of memory left to everything the planner does not count."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,6 @@ class Workload:
     """Impressions per rank and step."""
     mean_values_per_bag: Mapping[str, float] = field(default_factory=dict)
     """Feature → mean number of ids per bag; 1 where not given."""
-    shared_features_once: bool = False
-    """Whether batches carry shared features once (TorchRec's variable batch per feature)."""
 
 
 def embedding_bag_collections_of(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
@@ -60,31 +64,44 @@ def embedding_bag_collections_of(module: nn.Module) -> dict[str, EmbeddingBagCol
     }
 
 
-def check_sharding(
-    sharding: ShardingOption, *, kernel: KernelOption, workload: Workload
-) -> tuple[ShardingOption, ...]:
-    """The sharding types the planner may use for a request.
+def choose_kernel(
+    optimizer: SparseOptimizerOption, *, sharding: ShardingOption, device: torch.device
+) -> KernelOption:
+    """The kernel that serves an optimiser: fused wherever TorchRec has it.
 
     Raises:
-        PlanError: the request cannot work with this kernel or this form of the data.
+        PlanError: no kernel does.
     """
-    if sharding == "auto":
-        # With shared features carried once or a fused optimiser, data_parallel fails or does not
-        # exist; column_wise would keep a row's Adagrad momentum once per column shard.
-        return ("table_wise", "row_wise")
-    if sharding == "data_parallel" and kernel == "fused":
+    if sharding == "data_parallel":
+        if optimizer == "rowwise_adagrad":
+            raise PlanError(
+                "--sharding data_parallel does not exist with --sparse-optimizer rowwise_adagrad, "
+                "which TorchRec has in fused form only; use adagrad or another sharding"
+            )
+        return "dense"
+    return "dense" if optimizer == "adam" and device.type == "cpu" else "fused"
+
+
+def _sharding_types(sharding: ShardingOption, *, world_size: int) -> tuple[ShardingOption, ...]:
+    if sharding != "auto":
+        return (sharding,)
+    # data_parallel has no fused optimiser and cannot pool shared features once; column_wise keeps
+    # a row's Adagrad momentum once per column shard. Neither is chosen unasked.
+    return ("table_wise",) if world_size == 1 else ("table_wise", "row_wise")
+
+
+def check_shared_features(kernels: Iterable[str], *, shared_features_once: bool) -> None:
+    """Refuses what TorchRec computes wrongly or not at all.
+
+    Raises:
+        PlanError: features shared by many impressions are carried once and a table has the dense
+            kernel, which knows no variable batch per feature.
+    """
+    if shared_features_once and EmbeddingComputeKernel.DENSE.value in set(kernels):
         raise PlanError(
-            "--sharding data_parallel has no fused optimiser in TorchRec; "
-            "use --sparse-kernel dense or another sharding"
+            "the dense kernel (--sharding data_parallel, and adam on a CPU) cannot pool features "
+            "that impressions share once a batch; use --shared-features expanded"
         )
-    if workload.shared_features_once and kernel == "dense":
-        raise PlanError(
-            "the dense kernel cannot pool features that impressions share once per batch; "
-            "use --shared-features expanded or --sparse-kernel fused"
-        )
-    if sharding not in get_args(ShardingOption):
-        raise PlanError(f"--sharding {sharding} is not one of {', '.join(get_args(ShardingOption))}")
-    return (sharding,)
 
 
 def make_plan(
@@ -98,9 +115,9 @@ def make_plan(
     """Plans every EmbeddingBagCollection of a module; the same plan on every rank.
 
     Raises:
-        PlanError: the request cannot work, or the tables do not fit.
+        PlanError: the tables do not fit.
     """
-    types = check_sharding(sharding, kernel=kernel, workload=workload)
+    types = _sharding_types(sharding, world_size=ranks.world_size)
     kernels = [EmbeddingComputeKernel(kernel).value]
     constraints: dict[str, ParameterConstraints] = {}
     for collection in embedding_bag_collections_of(module).values():
@@ -120,13 +137,11 @@ def make_plan(
         topology=_topology(ranks),
         batch_size=workload.batch_size,
         constraints=constraints,
-        storage_reservation=HeuristicalStorageReservation(percentage=0.15),
+        storage_reservation=FixedPercentageStorageReservation(STORAGE_MARGIN),
         debug=False,
     )
     try:
-        plan = planner.collective_plan(
-            module, [AnyDeviceSharder()], torch.distributed.GroupMember.WORLD
-        )
+        plan = planner.collective_plan(module, sharders(), torch.distributed.GroupMember.WORLD)
     except PlannerError as error:
         reason = " ".join(str(error).split())
         raise PlanError(
@@ -136,7 +151,7 @@ def make_plan(
     return plan
 
 
-def _topology(ranks: Ranks):  # noqa: ANN202
+def _topology(ranks: Ranks) -> Topology:
     """Memory as it is on this machine; bandwidths as TorchRec assumes them."""
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     on_gpu = ranks.device.type == "cuda"

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from esmm_torchrec.errors import EsmmTorchrecError, OptionError
 
@@ -102,7 +103,7 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     yield Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -1,10 +1,13 @@
-"""The sharder that TorchRec's planner and DistributedModelParallel are given."""
+"""The sharders that TorchRec's planner and DistributedModelParallel are given."""
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import ModuleSharder, ShardingType
 
 
 class AnyDeviceSharder(EmbeddingBagCollectionSharder):
@@ -24,3 +27,8 @@ class AnyDeviceSharder(EmbeddingBagCollectionSharder):
         if sharding_type != ShardingType.DATA_PARALLEL.value:
             kernels += [EmbeddingComputeKernel.DENSE.value]
         return kernels
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """What a planner and DistributedModelParallel take as `sharders`."""
+    return [cast(ModuleSharder[nn.Module], AnyDeviceSharder())]

@@ -1,0 +1,43 @@
+"""A trained model back from its run folder, on any number of ranks."""
+
+from __future__ import annotations
+
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_model
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.sharding.apply import shard
+from esmm_torchrec.sharding.planner import ShardingOption, Workload, make_plan
+from esmm_torchrec.sharding.process_group import Ranks
+
+
+def restore(
+    run: RunFolder,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    sharding: ShardingOption = "auto",
+    step: int | None = None,
+) -> DistributedModelParallel:
+    """The train task of a run with its trained weights, placed anew for these ranks.
+
+    Raises:
+        RunError: the run has no checkpoint, or not the one asked for.
+        PlanError: the tables do not fit.
+    """
+    checkpoint = find_checkpoint(run.checkpoints, step)
+    if checkpoint is None:
+        raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
+    task = build_train_task(run.schema, run.model_options)
+    plan = make_plan(
+        task,
+        ranks=ranks,
+        sharding=sharding,
+        kernel="fused",
+        workload=Workload(batch_size, run.config["mean_values_per_bag"]),
+    )
+    model = shard(task, plan=plan, ranks=ranks)
+    load_model(checkpoint, model)
+    return model

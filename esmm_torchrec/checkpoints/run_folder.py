@@ -1,0 +1,113 @@
+"""The folder of one run.
+
+config.json        options, data, tables, plan, versions: everything that was resolved
+history.jsonl      one line now and then while training
+metrics.json       what the trained model measures on the test half
+preprocessing/     the data set's description and vocabularies, to score new rows
+plan.json          where each table was
+checkpoints/       see `checkpoint`
+tensorboard/  plots/
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.models.methods import ModelOptions
+from esmm_torchrec.schema import Schema
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and config of a run."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Opens the folder of a run.
+
+        Raises:
+            RunError: it is no run folder.
+        """
+        try:
+            config = json.loads((path / _CONFIG).read_text())
+            run = cls(path, config)
+            _ = run.schema, run.model_options
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(
+                f"{path} is no run folder, it has no {_CONFIG}; give the --out of a training run"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path / _CONFIG} is broken ({error}); train again") from None
+        return run
+
+    @classmethod
+    def start(cls, path: Path, config: Mapping[str, Any], *, resume: str) -> RunFolder:
+        """Makes the folder of a run, or takes up the one that is there.
+
+        Args:
+            path: the folder.
+            config: of this run; its "identity" says what makes two runs the same.
+            resume: "never" takes an empty folder only; otherwise a run of the same identity.
+
+        Raises:
+            RunError: the folder holds something else.
+        """
+        if (path / _CONFIG).exists():
+            if resume == "never":
+                raise RunError(
+                    f"{path} holds a run already and --resume is never; choose another --out"
+                )
+            found = cls.open(path)
+            for key, value in config["identity"].items():
+                there = found.config["identity"].get(key)
+                if there != json.loads(json.dumps(value)):
+                    raise RunError(
+                        f"{path} holds a run with {key} {there} and this one has {value}; choose "
+                        "another --out, or the same options to go on with it"
+                    )
+            return found
+        if path.is_dir() and any(path.iterdir()):
+            raise RunError(f"{path} is not empty and holds no run; choose another --out")
+        if resume.isdigit():
+            raise RunError(f"{path} holds no run to go on with; leave out --resume {resume}")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, config)
+        run.write_json(_CONFIG, config)
+        return run
+
+    @property
+    def schema(self) -> Schema:
+        """Of the data the run was trained on."""
+        return Schema.from_dict(self.config["schema"])
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """Shape of the run's model."""
+        options = dict(self.config["model"])
+        return ModelOptions(**options | {"tower": tuple(options["tower"])})
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def preprocessing(self) -> Path:
+        """Folder with what encodes new rows."""
+        return self.path / "preprocessing"
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes one of the folder's JSON files, whole or not at all."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.rename(self.path / name)

@@ -1,0 +1,362 @@
+"""A split laid out for random access: uncompressed, memory-mapped, one copy for all ranks.
+
+Training reads rows in random order, which compressed Parquet cannot give. The first reader of a
+split writes this copy below the data set, under a lock, and the others of the machine map the
+same pages. It can be deleted at any time.
+
+Ids lie row by row, not feature by feature, so that one impression is one short stretch of memory:
+
+    offsets  int64  (N + 1,)    where the ids of a row begin in `values`
+    lengths  uint16 (N, F)      ids of each feature in the row
+    values   int32  (total,)    ids, features one after the other
+    weights  float32 (total,)   beside them, for the weighted features
+
+Shapes in this file: N rows stored, B rows asked for, F features.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from esmm_torchrec.data.prepared import PreparedDataSet, SplitName
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.schema import (
+    CLICK,
+    CONVERSION,
+    GROUP_ID,
+    SAMPLE_ID,
+    SHARED_ROW,
+    TRUE_CTR,
+    TRUE_CVR,
+    IdFeature,
+    Schema,
+    weight_column,
+)
+
+LAYOUT_VERSION = 1
+CACHE_FOLDER = ".mapped"
+ROWS_PER_BLOCK = 1 << 16
+LONGEST_BAG = np.iinfo(np.uint16).max
+
+HistoryWeights = Literal["normalised", "raw"]
+"""normalised: the weights of a multi-valued feature sum to 1 in each bag, so that a bag is a mean
+however long the history is. raw: as stored. Single-valued features keep their weight either way."""
+
+_SCALARS: dict[str, str] = {
+    CLICK: "int8",
+    CONVERSION: "int8",
+    SAMPLE_ID: "int64",
+    SHARED_ROW: "int32",
+    GROUP_ID: "int64",
+    TRUE_CTR: "float32",
+    TRUE_CVR: "float32",
+}
+
+
+class Bags(NamedTuple):
+    """The ids of F features for B rows, feature by feature as a KeyedJaggedTensor has them."""
+
+    lengths: np.ndarray
+    """int32 (F, B)."""
+    values: np.ndarray
+    """int32 (sum of lengths,)."""
+    weights: np.ndarray | None
+    """float32 (sum of lengths,), None where the features are unweighted."""
+
+
+@dataclass(frozen=True)
+class MappedBags:
+    """The ids of some features for all rows of a split."""
+
+    features: tuple[str, ...]
+    offsets: np.ndarray
+    lengths: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray | None
+
+    def gather(self, rows: np.ndarray) -> Bags:
+        """The bags of the rows asked for, int (B,), in that order."""
+        lengths = self.lengths[rows].astype(np.int64)
+        starts = np.cumsum(lengths, axis=1)
+        starts -= lengths
+        starts += self.offsets[rows][:, None]
+        lengths = lengths.T.ravel()
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        index = np.repeat(starts.T.ravel() - ends + lengths, lengths)
+        index += np.arange(total)
+        return Bags(
+            lengths=lengths.astype(np.int32).reshape(len(self.features), len(rows)),
+            values=self.values.take(index),
+            weights=None if self.weights is None else self.weights.take(index),
+        )
+
+
+@dataclass(frozen=True)
+class MappedSplit:
+    """All rows of one split, memory-mapped."""
+
+    schema: Schema
+    scalars: dict[str, np.ndarray]
+    """Column → (N,): labels, sample_id and what optional columns there are."""
+    dense: np.ndarray
+    """float32 (N, D)."""
+    bags: dict[str, MappedBags]
+    """"impressions" or "shared", then "unweighted" or "weighted": "impressions/unweighted"."""
+
+    @property
+    def impressions(self) -> int:
+        """Number of rows."""
+        return len(self.scalars[CLICK])
+
+    @classmethod
+    def open(
+        cls,
+        dataset: PreparedDataSet,
+        split: SplitName,
+        *,
+        history_weights: HistoryWeights = "normalised",
+    ) -> MappedSplit:
+        """Maps a split; writes the mapped copy first where there is none or a stale one.
+
+        Raises:
+            DataError: an id is out of range, or the data set's folder cannot be written.
+        """
+        cache = dataset.path / CACHE_FOLDER
+        folder = cache / f"{split}-{history_weights}"
+        try:
+            cache.mkdir(exist_ok=True)
+            lock = (cache / f"{folder.name}.lock").open("w")
+        except OSError as error:
+            raise DataError(
+                f"cannot write {cache} ({error.strerror}), where an uncompressed copy for random "
+                "access goes; make it writable or copy the data set to where it is"
+            ) from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_current(folder, dataset.fingerprint):
+                counts = dataset.splits[split]
+                with progress_bar(
+                    f"Laying out {split}", counts.impressions + counts.shared_rows, "rows"
+                ) as bar:
+                    cls.write(
+                        folder,
+                        schema=dataset.schema,
+                        impressions=_blocks(dataset.impression_files(split), bar),
+                        shared=_blocks(dataset.shared_files(split), bar),
+                        history_weights=history_weights,
+                        fingerprint=dataset.fingerprint,
+                    )
+        return cls._map(folder, dataset.schema)
+
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        *,
+        schema: Schema,
+        impressions: Iterable[pa.RecordBatch],
+        shared: Iterable[pa.RecordBatch] = (),
+        history_weights: HistoryWeights = "normalised",
+        fingerprint: str = "",
+    ) -> MappedSplit:
+        """Lays out impressions that come block by block, in bounded memory, and maps them.
+
+        Args:
+            folder: to be made; one that is there is replaced.
+            schema: of the columns.
+            impressions: columns as in the impression files of a prepared data set.
+            shared: columns as in its shared files.
+            history_weights: what becomes of the weights of multi-valued features.
+            fingerprint: of what the impressions come from.
+        """
+        partial = folder.with_name(folder.name + ".partial")
+        for stale in (partial, folder):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        layout = _Layout(partial, schema, normalised=history_weights == "normalised")
+        layout.append("impressions", impressions)
+        layout.append("shared", shared)
+        description = {
+            "version": LAYOUT_VERSION,
+            "fingerprint": fingerprint,
+            "arrays": layout.arrays,
+        }
+        (partial / "layout.json").write_text(json.dumps(description))
+        partial.rename(folder)
+        return cls._map(folder, schema)
+
+    @classmethod
+    def _map(cls, folder: Path, schema: Schema) -> MappedSplit:
+        shapes = json.loads((folder / "layout.json").read_text())["arrays"]
+
+        def array(name: str) -> np.ndarray:
+            dtype, shape = shapes[name]
+            if 0 in shape:
+                return np.empty(shape, dtype)
+            return np.asarray(np.memmap(folder / name, dtype=dtype, mode="r", shape=tuple(shape)))
+
+        bags: dict[str, MappedBags] = {}
+        for name, features in _stores(schema).items():
+            prefix = name.replace("/", "-")
+            bags[name] = MappedBags(
+                features=tuple(feature.name for feature in features),
+                offsets=array(f"{prefix}.offsets"),
+                lengths=array(f"{prefix}.lengths"),
+                values=array(f"{prefix}.values"),
+                weights=array(f"{prefix}.weights") if name.endswith("/weighted") else None,
+            )
+        return cls(
+            schema=schema,
+            scalars={name: array(name) for name in _SCALARS if name in shapes},
+            dense=array("dense"),
+            bags=bags,
+        )
+
+
+def _stores(schema: Schema) -> dict[str, tuple[IdFeature, ...]]:
+    """Store → its features, for the stores that have any."""
+    stores = {
+        f"{'shared' if shared else 'impressions'}/{collection}": tuple(
+            feature for feature in features if feature.shared == shared
+        )
+        for collection, features in (
+            ("unweighted", schema.unweighted_features),
+            ("weighted", schema.weighted_features),
+        )
+        for shared in (False, True)
+    }
+    return {name: features for name, features in stores.items() if features}
+
+
+def _is_current(folder: Path, fingerprint: str) -> bool:
+    try:
+        layout = json.loads((folder / "layout.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return layout["version"] == LAYOUT_VERSION and layout["fingerprint"] == fingerprint
+
+
+def _blocks(files: Sequence[Path], bar: tqdm) -> Iterator[pa.RecordBatch]:
+    for name in files:
+        with pq.ParquetFile(name) as file:
+            for block in file.iter_batches(batch_size=ROWS_PER_BLOCK):
+                yield block
+                bar.update(block.num_rows)
+
+
+class _Layout:
+    """Appends blocks to the arrays of one folder."""
+
+    def __init__(self, folder: Path, schema: Schema, *, normalised: bool) -> None:
+        self.folder = folder
+        self.schema = schema
+        self.normalised = normalised
+        self.arrays: dict[str, tuple[str, list[int]]] = {}
+
+    def _extend(self, name: str, values: np.ndarray) -> None:
+        dtype, shape = self.arrays.setdefault(name, (str(values.dtype), [0, *values.shape[1:]]))
+        assert str(values.dtype) == dtype
+        with (self.folder / name).open("ab") as file:
+            file.write(np.ascontiguousarray(values).data)
+        shape[0] += len(values)
+
+    def append(
+        self, kind: Literal["impressions", "shared"], blocks: Iterable[pa.RecordBatch]
+    ) -> None:
+        """Writes all rows of one kind."""
+        stores = {
+            name: features
+            for name, features in _stores(self.schema).items()
+            if name.startswith(kind + "/")
+        }
+        for name in stores:
+            self._extend(f"{name.replace('/', '-')}.offsets", np.zeros(1, np.int64))
+        written = dict.fromkeys(stores, 0)
+        for block in blocks:
+            columns = dict(zip(block.schema.names, block.columns, strict=True))
+            if kind == "impressions":
+                self._append_scalars(columns, block.num_rows)
+            for name, features in stores.items():
+                bags = self._bags(columns, features, weighted=name.endswith("/weighted"))
+                prefix = name.replace("/", "-")
+                ends = written[name] + np.cumsum(bags.lengths.sum(axis=0, dtype=np.int64))
+                self._extend(f"{prefix}.offsets", ends)
+                self._extend(f"{prefix}.lengths", bags.lengths.T.astype(np.uint16))
+                self._extend(f"{prefix}.values", bags.values)
+                if bags.weights is not None:
+                    self._extend(f"{prefix}.weights", bags.weights)
+                written[name] = int(ends[-1]) if len(ends) else written[name]
+
+    def _append_scalars(self, columns: dict[str, pa.Array], num_rows: int) -> None:
+        for name, dtype in _SCALARS.items():
+            if name in columns:
+                self._extend(name, columns[name].to_numpy().astype(dtype, copy=False))
+        dense = np.empty((num_rows, len(self.schema.dense_features)), np.float32)
+        for place, name in enumerate(self.schema.dense_features):
+            dense[:, place] = columns[name].to_numpy()
+        self._extend("dense", dense)
+
+    def _bags(
+        self, columns: dict[str, pa.Array], features: Sequence[IdFeature], *, weighted: bool
+    ) -> Bags:
+        """The features of one block, ids laid out row by row; lengths (F, rows)."""
+        parts = [self._feature(columns, feature) for feature in features]
+        lengths = np.stack([part.lengths[0] for part in parts])
+        by_row = lengths.T.ravel().astype(np.int64)
+        starts = (np.cumsum(by_row) - by_row).reshape(lengths.shape[::-1]).T
+        values = np.empty(int(by_row.sum()), np.int32)
+        weights = np.empty(len(values), np.float32) if weighted else None
+        for part, start in zip(parts, starts, strict=True):
+            own = part.lengths[0].astype(np.int64)
+            into = np.repeat(start - np.cumsum(own) + own, own) + np.arange(len(part.values))
+            values[into] = part.values
+            if weights is not None:
+                weights[into] = 1.0 if part.weights is None else part.weights
+        return Bags(lengths=lengths, values=values, weights=weights)
+
+    def _feature(self, columns: dict[str, pa.Array], feature: IdFeature) -> Bags:
+        ids, weights = columns[feature.name], None
+        if feature.weighted:
+            weights = columns[weight_column(feature.name)]
+        if feature.multi_valued:
+            lengths = ids.value_lengths().to_numpy().astype(np.int32)
+            values = ids.flatten().to_numpy()
+            weights = None if weights is None else weights.flatten().to_numpy()
+            if weights is not None and self.normalised:
+                weights = _normalised(weights, lengths)
+        else:
+            lengths = ids.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
+            values = ids.drop_null().to_numpy()
+            weights = None if weights is None else weights.drop_null().to_numpy()
+        rows = self.schema.table(feature.table).num_embeddings
+        if len(values) and (values.min() < 0 or values.max() >= rows):
+            raise DataError(
+                f"column {feature.name!r} holds an id outside 0..{rows - 1}, the rows of its "
+                "table; prepare the data set again"
+            )
+        if len(lengths) and lengths.max() > LONGEST_BAG:
+            raise DataError(
+                f"column {feature.name!r} holds a bag of {lengths.max()} ids; cut it to at most "
+                f"{LONGEST_BAG}"
+            )
+        return Bags(lengths=lengths[None], values=values, weights=weights)
+
+
+def _normalised(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Weights divided by the sum of their absolute values in the bag; a bag of zeros stays."""
+    bag = np.repeat(np.arange(len(lengths)), lengths)
+    sums = np.bincount(bag, weights=np.abs(weights), minlength=len(lengths))
+    return (weights / np.where(sums > 0, sums, 1.0)[bag]).astype(np.float32)

@@ -1,0 +1,314 @@
+"""From a mapped split to ImpressionBatches: per rank, shuffled, resumable, read ahead.
+
+(seed, epoch) defines one order of all rows. Step g takes its rows [g·B·W, (g+1)·B·W) and rank r
+the r-th slice of B of them, so the union over ranks is the same whatever their number. The last
+step is padded with rows of weight 0 and empty bags, never dropped: every rank takes the same
+number of steps at the same size, and everything a rank must know of the others follows from the
+order, without communication.
+
+Shapes: B rows per rank and step, W ranks, U distinct shared rows, F features, D dense features.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.data.mapped import Bags, MappedBags, MappedSplit
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.schema import CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW
+
+SharedFeatures = Literal["once", "expanded"]
+"""once: a batch carries each distinct shared row once, with an index (TorchRec's variable batch
+per feature). expanded: it is written out for every impression."""
+
+READ_AHEAD = 3
+"""Batches made before they are asked for."""
+
+_OPTIONAL = ("group_id", "true_ctr", "true_cvr")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a split are read, and with which weight in the loss."""
+
+    rows: np.ndarray
+    """int (M,), row numbers; a row may occur more than once."""
+    weights: np.ndarray | None = None
+    """float32 (M,), None for all 1."""
+
+
+class ImpressionReader:
+    """Reads a split as batches of `ImpressionBatch`.
+
+    Iterating gives the rest of the current epoch. `advance` moves the position after a step was
+    taken, and not when a batch is handed out, because pipelines ask for batches ahead of time.
+
+    Args:
+        split: where the rows are.
+        batch_size: B, rows per rank and step.
+        rank: r.
+        world_size: W.
+        seed: of the order.
+        shuffle: False keeps the order of the data.
+        shuffle_chunk: up to this many consecutive impressions of one shared row stay together
+            when the rows are shuffled; more pool less, 1 shuffles row by row.
+        selection: rows to read; None reads all.
+        shared_features: how a batch carries shared features.
+        optional_columns: whether batches carry group_id, true_ctr and true_cvr.
+
+    Raises:
+        OptionError: an argument is not positive, or there is no row to read.
+    """
+
+    def __init__(
+        self,
+        split: MappedSplit,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shuffle_chunk: int = 1,
+        selection: Selection | None = None,
+        shared_features: SharedFeatures = "once",
+        optional_columns: bool = False,
+    ) -> None:
+        for name, value in (("--batch-size", batch_size), ("--shuffle-chunk", shuffle_chunk)):
+            if value < 1:
+                raise OptionError(f"{name} {value} is not positive; give at least 1")
+        self.split = split
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.shuffle_chunk = shuffle_chunk
+        self.selection = selection
+        self.optional_columns = optional_columns
+        self.num_rows = split.impressions if selection is None else len(selection.rows)
+        if self.num_rows == 0:
+            raise OptionError("there is no impression to read; select at least one")
+        self._once = shared_features == "once" and split.schema.has_shared_features
+        self._stores = _collections(split)
+        self._epoch = 0
+        self._row = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of one step over all ranks."""
+        return self.batch_size * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch, the same on every rank."""
+        return -(-self.num_rows // self.global_batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next step, counted from 0."""
+        return self._epoch
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the end of the current epoch."""
+        return -(-(self.num_rows - self._row) // self.global_batch_size)
+
+    def advance(self) -> None:
+        """Moves the position past one step."""
+        self._row += self.global_batch_size
+        if self._row >= self.num_rows:
+            self._epoch, self._row = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: an epoch and a number of rows over all ranks, so that any number of
+        ranks can go on from it."""
+        return {"epoch": self._epoch, "row": self._row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position of `state_dict`."""
+        self._epoch, self._row = state["epoch"], state["row"]
+
+    def __iter__(self) -> Iterator[ImpressionBatch]:
+        order = self._order(self._epoch)
+        steps = range(self._row, self.num_rows, self.global_batch_size)
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        pending: deque[Future[ImpressionBatch]] = deque()
+        try:
+            for start in steps:
+                pending.append(executor.submit(self._batch, order, start))
+                if len(pending) > READ_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _order(self, epoch: int) -> np.ndarray | None:
+        """int (M,): positions in the selection, in the order of an epoch; None: as they are."""
+        if not self.shuffle:
+            return None
+        rng = np.random.default_rng([self.seed, epoch])
+        shared = self.split.scalars.get(SHARED_ROW)
+        if self.shuffle_chunk == 1 or shared is None:
+            return rng.permutation(np.arange(self.num_rows, dtype=np.int32))
+        owner = shared if self.selection is None else shared[self.selection.rows]
+        return _shuffled_chunks(owner, self.shuffle_chunk, rng)
+
+    def _batch(self, order: np.ndarray | None, start: int) -> ImpressionBatch:
+        stop = min(start + self.global_batch_size, self.num_rows)
+        positions = np.arange(start, stop) if order is None else order[start:stop]
+        rows = positions if self.selection is None else self.selection.rows[positions]
+        weights = np.ones(len(rows), np.float32)
+        if self.selection is not None and self.selection.weights is not None:
+            weights = self.selection.weights[positions]
+        columns = self.split.scalars
+        mean_weight = weights.sum(dtype=np.float64) / self.world_size
+        clicked = weights @ columns[CLICK][rows].astype(np.float64) / self.world_size
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        own_rows = rows[own]
+
+        def column(name: str, dtype: type[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(self._padded(columns[name][own_rows].astype(dtype)))
+
+        optional: dict[str, torch.Tensor] = {}
+        if self.optional_columns:
+            optional = {
+                name: column(name, columns[name].dtype.type)
+                for name in _OPTIONAL
+                if name in columns
+            }
+        dense = self.split.dense
+        sparse = self._sparse(rows, own_rows)
+        return ImpressionBatch(
+            click=column(CLICK, np.float32),
+            conversion=column(CONVERSION, np.float32),
+            unweighted=sparse.get("unweighted"),
+            weighted=sparse.get("weighted"),
+            dense=torch.from_numpy(self._padded(dense[own_rows])) if dense.shape[1] else None,
+            weight=torch.from_numpy(self._padded(weights[own])),
+            mean_weight=torch.tensor(mean_weight, dtype=torch.float32),
+            mean_click_weight=torch.tensor(clicked, dtype=torch.float32),
+            sample_id=column(SAMPLE_ID, np.int64),
+            **optional,
+        )
+
+    def _padded(self, values: np.ndarray) -> np.ndarray:
+        """`values` with zeros up to B rows."""
+        missing = self.batch_size - len(values)
+        if missing == 0:
+            return values
+        return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
+
+    def _sparse(self, rows: np.ndarray, own_rows: np.ndarray) -> dict[str, KeyedJaggedTensor]:
+        """Collection → its features."""
+        shared_rows, index, num_shared = own_rows, None, self.batch_size
+        owners = self.split.scalars.get(SHARED_ROW)
+        if owners is not None:
+            shared_rows = owners[own_rows]
+        if self._once and owners is not None:
+            shared_rows, inverse = np.unique(shared_rows, return_inverse=True)
+            num_shared = self._most_distinct(owners[rows])
+            # Padding points at a bag that is empty on this rank, one past its distinct rows.
+            index = np.full(self.batch_size, len(shared_rows), np.int64)
+            index[: len(own_rows)] = inverse
+        return {
+            collection: _keyed_jagged_tensor(
+                [
+                    _Part(store.features, store.gather(shared_rows), num_shared, shared=True)
+                    if shared
+                    else _Part(store.features, store.gather(own_rows), self.batch_size)
+                    for store, shared in stores
+                ],
+                shared_index=index,
+            )
+            for collection, stores in self._stores.items()
+        }
+
+    def _most_distinct(self, owners: np.ndarray) -> int:
+        """U: distinct shared rows of the rank that has most, one more where a rank is padded."""
+        most = 1
+        for rank in range(self.world_size):
+            of_rank = owners[rank * self.batch_size : (rank + 1) * self.batch_size]
+            distinct = len(np.unique(of_rank))
+            most = max(most, distinct + (len(of_rank) < self.batch_size))
+        return most
+
+
+class _Part(NamedTuple):
+    """Features of one KeyedJaggedTensor that come from one store."""
+
+    keys: tuple[str, ...]
+    bags: Bags
+    num_bags: int
+    """Bags each key shall have, empty ones appended."""
+    shared: bool = False
+
+
+def _collections(split: MappedSplit) -> dict[str, list[tuple[MappedBags, bool]]]:
+    """Collection → its stores and whether each is shared, in the order of the schema's features."""
+    collections: dict[str, list[tuple[MappedBags, bool]]] = {}
+    for collection in ("unweighted", "weighted"):
+        for kind in ("impressions", "shared"):
+            store = split.bags.get(f"{kind}/{collection}")
+            if store is not None:
+                collections.setdefault(collection, []).append((store, kind == "shared"))
+    return collections
+
+
+def _keyed_jagged_tensor(
+    parts: Sequence[_Part], *, shared_index: np.ndarray | None
+) -> KeyedJaggedTensor:
+    """One KeyedJaggedTensor of all parts.
+
+    Args:
+        parts: with B bags a key, or U where they are shared.
+        shared_index: int64 (B,), which shared bag each row uses; None where all have B bags.
+    """
+    keys = [key for part in parts for key in part.keys]
+    lengths = [
+        np.pad(bags.lengths, ((0, 0), (0, num_bags - bags.lengths.shape[1]))).ravel()
+        for _, bags, num_bags, _ in parts
+    ]
+    weights = [part.bags.weights for part in parts if part.bags.weights is not None]
+    values: dict[str, Any] = {
+        "keys": keys,
+        "values": torch.from_numpy(np.concatenate([part.bags.values for part in parts])),
+        "weights": torch.from_numpy(np.concatenate(weights)) if weights else None,
+        "lengths": torch.from_numpy(np.concatenate(lengths)),
+    }
+    if shared_index is None or not any(part.shared for part in parts):
+        return KeyedJaggedTensor(**values)
+    own_index = np.arange(len(shared_index))
+    index_per_key = [
+        shared_index if part.shared else own_index for part in parts for _ in part.keys
+    ]
+    return KeyedJaggedTensor(
+        **values,
+        stride_per_key_per_rank=[[part.num_bags] for part in parts for _ in part.keys],
+        inverse_indices=(keys, torch.from_numpy(np.stack(index_per_key))),
+    )
+
+
+def _shuffled_chunks(owner: np.ndarray, longest: int, rng: np.random.Generator) -> np.ndarray:
+    """A random order of chunks: runs of equal owners, cut to at most `longest` rows."""
+    num_rows = len(owner)
+    first_of_run = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
+    run_lengths = np.diff(np.r_[first_of_run, num_rows])
+    in_run = np.arange(num_rows) - np.repeat(first_of_run, run_lengths)
+    starts = np.flatnonzero(in_run % longest == 0)
+    lengths = np.diff(np.r_[starts, num_rows])
+    chosen = rng.permutation(len(starts))
+    starts, lengths = starts[chosen], lengths[chosen]
+    ends = np.cumsum(lengths)
+    order = np.repeat(starts - ends + lengths, lengths) + np.arange(num_rows)
+    return order.astype(np.int32 if num_rows < 1 << 31 else np.int64)

@@ -1,0 +1,93 @@
+"""The options of a training run, with their defaults and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from esmm_torchrec.data.mapped import HistoryWeights
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.methods import DtypeOption, MethodOption, ModelOptions
+from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
+from esmm_torchrec.sharding.process_group import DeviceOption
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides what a run computes, and how.
+
+    Raises:
+        OptionError: a value is out of its range.
+    """
+
+    method: MethodOption = "esmm"
+    """What is trained."""
+    epochs: int = 1
+    """Passes over the training half."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs."""
+    batch_size: int = 4096
+    """Impressions per rank and step."""
+    embedding_dim: int = 16
+    """Columns of every embedding table; a multiple of 4."""
+    tower: tuple[int, ...] = (360, 200, 80)
+    """Widths of the hidden layers of each tower."""
+    sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
+    """Optimiser of the embedding tables; fused into the backward pass where TorchRec can."""
+    sparse_lr: float = 0.02
+    """Learning rate of the embedding tables."""
+    dense_lr: float = 0.001
+    """Learning rate of the towers (Adam)."""
+    dtype: DtypeOption = "float32"
+    """What the hidden layers of the towers compute in; logits and loss stay float32."""
+    history_weights: HistoryWeights = "normalised"
+    """Weights of multi-valued features: summing to 1 in each bag, or as stored."""
+    shared_features: Literal["auto", "once", "expanded"] = "auto"
+    """Whether a batch carries features that impressions share once, or written out for each; auto:
+    once, where the kernel can pool them so."""
+    shuffle_chunk: int = 1
+    """Up to this many impressions of one user stay together when rows are shuffled."""
+    sharding: ShardingOption = "auto"
+    """How tables are placed on ranks; auto leaves it to TorchRec's planner."""
+    plan: Path | None = None
+    """A sharding plan to use instead, as 'esmm-torchrec plan' or an earlier run wrote it."""
+    detach_click: bool = False
+    """Keep the conversion term of the loss from training the click tower."""
+    seed: int = 0
+    """Of the initial weights and of the order of impressions."""
+    device: DeviceOption = "auto"
+    """auto: CUDA where there is a GPU for each rank."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    resume: str = "auto"
+    """auto: go on with the run in the folder if it is of the same options; never: only an empty
+    folder will do; a number: go on from the checkpoint of that step."""
+
+    def __post_init__(self) -> None:
+        positive = {
+            "--epochs": self.epochs,
+            "--batch-size": self.batch_size,
+            "--embedding-dim": self.embedding_dim,
+            "--shuffle-chunk": self.shuffle_chunk,
+            "--sparse-lr": self.sparse_lr,
+            "--dense-lr": self.dense_lr,
+            "--max-steps": 1 if self.max_steps is None else self.max_steps,
+        }
+        for option, value in positive.items():
+            if not value > 0:
+                raise OptionError(f"{option} {value} is not positive; give a number above 0")
+        if not self.tower or min(self.tower) < 1:
+            raise OptionError("--tower needs the widths of the hidden layers, such as 360 200 80")
+        if self.checkpoint_every < 0:
+            raise OptionError(
+                f"--checkpoint-every {self.checkpoint_every} is negative; give 0 or more"
+            )
+        if self.resume not in ("auto", "never") and not self.resume.isdigit():
+            raise OptionError(f"--resume {self.resume} is not auto, never or the number of a step")
+
+    @property
+    def model(self) -> ModelOptions:
+        """Those that decide the shape of the model."""
+        names = (field.name for field in fields(ModelOptions))
+        return ModelOptions(**{name: getattr(self, name) for name in names})

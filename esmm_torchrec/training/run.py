@@ -1,0 +1,216 @@
+"""One training run: prepared data in, a run folder out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.sharding.plan_file import format_plan, plan_warnings, write_plan
+from esmm_torchrec.sharding.planner import Workload
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.evaluation import evaluate
+from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.trainer import Trainer
+
+LOG_EVERY = 20
+"""Steps between lines of history.jsonl."""
+
+_NOT_IDENTITY = ("resume", "device", "checkpoint_every", "sharding", "plan", "shared_features")
+"""Options that two runs of the same model may differ in."""
+
+
+def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
+    """Trains on a prepared data set and measures the result on its test half.
+
+    Every rank calls it; rank 0 writes `out` and prints.
+
+    Returns:
+        the content of metrics.json.
+
+    Raises:
+        DataError: the data set cannot be read.
+        PlanError: the options ask for a sharding that does not exist or does not fit.
+        RunError: `out` holds something else.
+    """
+    dataset = PreparedDataSet.open(data)
+    counts = dataset.splits["train"]
+    test = dataset.splits["test"]
+    schema = dataset.schema
+    trainer = Trainer(
+        build_train_task(
+            schema,
+            options.model,
+            seed=options.seed,
+            click_prior=counts.clicks / counts.impressions,
+            conversion_prior=counts.conversions / counts.clicks,
+        ),
+        options=options,
+        ranks=ranks,
+        workload=Workload(options.batch_size, dataset.statistics.mean_values_per_bag),
+        has_shared_features=schema.has_shared_features,
+    )
+    run = ranks.from_first(
+        lambda: RunFolder.start(
+            out, _config(dataset, options, trainer, ranks), resume=options.resume
+        )
+    )
+    splits = {
+        name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
+        for name in ("train", "test")
+    }
+    reader = ImpressionReader(
+        splits["train"],
+        batch_size=options.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=options.seed,
+        shuffle_chunk=options.shuffle_chunk,
+        shared_features=trainer.shared_features,
+    )
+    if ranks.is_first:
+        write_plan(trainer.plan, run.path / "plan.json")
+        print(format_plan(trainer.plan))
+        for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
+            print(f"warning: {warning}")
+        print(
+            f"{options.method} on {ranks.world_size} {ranks.device.type} ranks: "
+            f"{counts.impressions:,} impressions, {counts.clicks:,} clicks, "
+            f"{counts.conversions:,} conversions to train on, {test.impressions:,} to test on; "
+            f"{options.sparse_optimizer} for tables, adam for towers",
+            flush=True,
+        )
+    throughput = _fit(trainer, reader, run, options, ranks)
+    metrics = evaluate(
+        trainer.model,
+        splits["test"],
+        ranks,
+        batch_size=options.batch_size,
+        shared_features=trainer.shared_features,
+    )
+    metrics["throughput"] = throughput
+    if ranks.is_first:
+        run.write_json("metrics.json", metrics)
+    return metrics
+
+
+def _config(
+    dataset: PreparedDataSet, options: TrainOptions, trainer: Trainer, ranks: Ranks
+) -> dict[str, Any]:
+    values = asdict(options) | {"plan": None if options.plan is None else str(options.plan)}
+    return {
+        "identity": {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
+        | {"data": dataset.fingerprint},
+        "options": values,
+        "data": str(dataset.path.resolve()),
+        "model": asdict(options.model),
+        "schema": dataset.schema.to_dict(),
+        "mean_values_per_bag": dict(dataset.statistics.mean_values_per_bag),
+        "shared_features": trainer.shared_features,
+        "ranks": ranks.world_size,
+        "device": ranks.device.type,
+        "environment": {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads_per_rank": torch.get_num_threads(),
+        }
+        | {name: version(name) for name in ("torch", "torchrec", "esmm_torchrec")},
+    }
+
+
+def _fit(
+    trainer: Trainer,
+    reader: ImpressionReader,
+    run: RunFolder,
+    options: TrainOptions,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Trains to the end, from the checkpoint asked for where there is one."""
+    step, seconds, rows = 0, 0.0, 0
+    checkpoint = None
+    if options.resume != "never":
+        wanted = int(options.resume) if options.resume.isdigit() else None
+        checkpoint = find_checkpoint(run.checkpoints, wanted)
+    if checkpoint is not None:
+        progress = load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
+        reader.load_state_dict(progress["reader"])
+        step, seconds, rows = progress["step"], progress["seconds"], progress["rows"]
+        if ranks.is_first:
+            print(f"going on from step {step} ({checkpoint})", flush=True)
+    last_saved = step
+
+    def save() -> None:
+        save_checkpoint(
+            run.checkpoints,
+            step=step,
+            model=trainer.model,
+            optimizer=trainer.optimizer,
+            progress={"reader": reader.state_dict(), "seconds": seconds, "rows": rows},
+            ranks=ranks,
+        )
+
+    history = (run.path / "history.jsonl").open("a") if ranks.is_first else None
+    board = SummaryWriter(str(run.path / "tensorboard")) if ranks.is_first else None
+    total = options.epochs * reader.steps_per_epoch
+    total = total if options.max_steps is None else min(total, options.max_steps)
+    losses: list[torch.Tensor] = []
+    with progress_bar(
+        "Training", total * reader.global_batch_size, "rows", disable=not ranks.is_first
+    ) as bar:
+        bar.update(step * reader.global_batch_size)
+        while step < total and reader.epoch < options.epochs:
+            epoch_steps = min(reader.steps_left, total - step)
+            started = time.perf_counter()
+            for output in trainer.steps(reader, epoch_steps):
+                step += 1
+                seconds, started = seconds + time.perf_counter() - started, time.perf_counter()
+                losses.append(output.loss)
+                rows += reader.global_batch_size
+                bar.update(reader.global_batch_size)
+                if step % LOG_EVERY == 0 or step == total:
+                    loss = torch.stack(losses).mean()
+                    losses.clear()
+                    dist.all_reduce(loss)
+                    line = {
+                        "step": step,
+                        "epoch": reader.epoch,
+                        "loss": loss.item() / ranks.world_size,
+                        "samples_per_second": rows / seconds,
+                    }
+                    if history is not None and board is not None:
+                        history.write(json.dumps(line) + "\n")
+                        history.flush()
+                        board.add_scalar("loss", line["loss"], step)
+                        bar.set_postfix(loss=f"{line['loss']:.4f}")
+                if options.checkpoint_every and step % options.checkpoint_every == 0:
+                    save()
+                    last_saved = step
+                started = time.perf_counter()
+    if last_saved < step:
+        save()
+    if history is not None and board is not None:
+        history.close()
+        board.close()
+    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return {
+        "train_samples_per_second": rows / seconds if seconds else None,
+        "train_seconds": seconds,
+        "peak_rss_bytes": int(peak),
+    }

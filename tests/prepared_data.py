@@ -1,0 +1,97 @@
+"""A small prepared data set with every kind of feature, for tests of what comes after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.data.prepared import PreparedDataSet, PreparedWriter
+from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.schema import IdFeature
+
+ROWS = {"item": 60, "category": 9, "tag": 25, "cross": 31, "user": 45, "age": 6, "history": 28}
+"""Kept ids of each table; its rows are one more."""
+
+FEATURES = (
+    IdFeature("item", "item"),
+    IdFeature("user", "user", shared=True),
+    IdFeature("category", "category"),
+    IdFeature("tags", "tag", multi_valued=True),
+    IdFeature("second_tags", "tag", multi_valued=True),
+    IdFeature("cross", "cross", weighted=True),
+    IdFeature("age", "age", shared=True),
+    IdFeature("history", "history", multi_valued=True, weighted=True, shared=True),
+)
+"""One table serves two features; the kinds are mixed in order on purpose."""
+
+
+def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+
+def _scalar(rng: np.random.Generator, rows: int, size: int, missing: float) -> pa.Array:
+    ids = rng.integers(0, rows + 1, size).astype(np.int32)
+    return pa.array(ids, mask=rng.random(size) < missing)
+
+
+def write_data_set(
+    path: Path, *, train: int = 700, test: int = 333, users: int = 40, seed: int = 0
+) -> PreparedDataSet:
+    """Impressions whose labels depend on item and age; a user's impressions are adjacent."""
+    rng = np.random.default_rng(seed)
+    with PreparedWriter(
+        path,
+        id_features=FEATURES,
+        dense_features=("price", "recency"),
+        columns=("group_id", "true_ctr", "true_cvr"),
+        source={"kind": "test"},
+        min_count=1,
+    ) as writer:
+        for table, rows in ROWS.items():
+            vocabulary = Vocabulary.from_counts(np.arange(rows), np.full(rows, 3), 1)
+            writer.write_vocabulary(table, vocabulary)
+        for split, size in (("train", train), ("test", test)):
+            ages = rng.integers(0, ROWS["age"] + 1, users).astype(np.int32)
+            lengths = rng.integers(0, 9, users)
+            histories = rng.integers(0, ROWS["history"] + 1, lengths.sum()).astype(np.int32)
+            weights = rng.uniform(0.1, 3.0, lengths.sum()).astype(np.float32)
+            shared = {
+                "user": _scalar(rng, ROWS["user"], users, 0.05),
+                "age": pa.array(ages, mask=rng.random(users) < 0.1),
+                "history": _lists(histories, lengths),
+                "history__weight": _lists(weights, lengths),
+            }
+            writer.write_shared(split, pa.table(shared))
+            owner = np.sort(rng.integers(0, users, size)).astype(np.int32)
+            item = rng.integers(0, ROWS["item"] + 1, size).astype(np.int32)
+            true_ctr = 1 / (1 + np.exp(-((item % 5) - 2.0)))
+            true_cvr = 1 / (1 + np.exp(-(ages[owner] - 3.0)))
+            click = (rng.random(size) < true_ctr).astype(np.int8)
+            conversion = click * (rng.random(size) < true_cvr).astype(np.int8)
+            cross = _scalar(rng, ROWS["cross"], size, 0.3)
+            cross_weights = rng.uniform(0.1, 3.0, size).astype(np.float32)
+            tags, second = rng.integers(0, 5, size), rng.integers(0, 3, size)
+            columns = {
+                "click": click,
+                "conversion": conversion,
+                "sample_id": np.arange(1, size + 1),
+                "shared_row": owner,
+                "group_id": owner.astype(np.int64) * 7,
+                "true_ctr": true_ctr.astype(np.float32),
+                "true_cvr": true_cvr.astype(np.float32),
+                "item": pa.array(item),
+                "category": _scalar(rng, ROWS["category"], size, 0.2),
+                "tags": _lists(rng.integers(0, 26, tags.sum()).astype(np.int32), tags),
+                "second_tags": _lists(rng.integers(0, 26, second.sum()).astype(np.int32), second),
+                "cross": cross,
+                "cross__weight": pa.array(
+                    cross_weights, mask=cross.is_null().to_numpy(zero_copy_only=False)
+                ),
+                "price": rng.normal(size=size).astype(np.float32),
+                "recency": rng.normal(size=size).astype(np.float32),
+            }
+            writer.write_impressions(split, pa.table(columns))
+    return PreparedDataSet.open(path)
