@@ -86,6 +86,14 @@ class Hardware:
             )
         return self.ranks_per_host
 
+    @property
+    def bandwidths(self) -> RankBandwidths:
+        """Of collectives over its ranks."""
+        return RankBandwidths(
+            intra_host=self.intra_host_gb_s * BYTES_PER_MS,
+            inter_host=self.inter_host_gb_s * BYTES_PER_MS,
+        )
+
     def topology(self, world_size: int, *, memory_bytes: int, host_memory_bytes: int) -> Topology:
         """The machine as TorchRec's planner takes it.
 
@@ -109,10 +117,7 @@ class Hardware:
                 compute_device=self.device,
                 # Without this TorchRec plans every machine with the bandwidths of a V100.
                 use_hardware_based_bandwidth=True,
-                generalized_comms_bandwidths=RankBandwidths(
-                    intra_host=self.intra_host_gb_s * BYTES_PER_MS,
-                    inter_host=self.inter_host_gb_s * BYTES_PER_MS,
-                ),
+                generalized_comms_bandwidths=self.bandwidths,
             ),
         )
 
@@ -283,7 +288,7 @@ PRESETS: Mapping[str, Hardware] = {
             bfloat16_tflops=229,
             sources=(
                 "one rank per socket of a two-socket server, 512 GiB a socket",
-                f"Xeon Platinum 8480+: 56 cores at 2 GHz, AVX-512 and AMX, 8 DDR5-4800 channels: {_XEON}",
+                f"Xeon Platinum 8480+: 56 cores at 2 GHz, AVX-512, AMX, 8 DDR5 channels: {_XEON}",
                 "between sockets (gloo) and a 200 Gb/s network card for both: assumptions",
             ),
         ),

@@ -1,0 +1,442 @@
+"""Where TorchRec's planner puts the tables of a scenario, or why it finds no place.
+
+Tables are on the meta device; nothing is allocated and no process group is needed. The search is
+EmbeddingShardingPlanner's own parts in its own order, without its grid search and dynamic
+programming, which do not end in minutes at a hundred ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torchrec import optim as torchrec_optim
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.proposers import GreedyProposer, Proposer, UniformProposer
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PartitionByType,
+    Perf,
+    PlannerError,
+    SharderDataMap,
+    ShardEstimator,
+    ShardingOption,
+    Storage,
+    Topology,
+)
+from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from esmm_torchrec.sharding.hardware import GIB
+from esmm_torchrec.sharding.planner import SparseOptimizerOption
+from esmm_torchrec.sharding.scenario import Scenario, Strategy
+from esmm_torchrec.sharding.sharders import AnyDeviceSharder, sharders
+from esmm_torchrec.sharding.table_list import PlannedTable
+
+_DENSE = EmbeddingComputeKernel.DENSE.value
+_OPTIMIZERS: Mapping[SparseOptimizerOption, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": torchrec_optim.RowWiseAdagrad,
+    "adagrad": torchrec_optim.Adagrad,
+    "sgd": torchrec_optim.SGD,
+    "adam": torchrec_optim.Adam,
+}
+MOST_RANKS_TRIED = 1024
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why there is no placement."""
+
+    sentence: str
+    """Which table does not fit where and by how much, or what forbids the strategy."""
+    tables: tuple[str, ...] = ()
+    """Tables of which one shard alone exceeds a rank's memory; all, where only the sum does;
+    none, where memory is not the reason."""
+    alone: bool = False
+    """Whether `tables` are too large alone."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Every table's chosen option, its shards with ranks."""
+
+    options: Sequence[ShardingOption]
+    topology: Topology
+
+
+def place(
+    scenario: Scenario, strategy: Strategy, world_size: int, *, memory_only: bool = False
+) -> Placement | Misfit:
+    """Lets TorchRec place the tables.
+
+    Args:
+        scenario: what is to be trained.
+        strategy: for tables without a constraint.
+        world_size: number of ranks.
+        memory_only: stop at the first placement that fits and estimate no time.
+
+    Raises:
+        OptionError: the ranks do not fill their hosts.
+    """
+    capacity = scenario.capacity(world_size)
+    if capacity.for_tables <= 0:
+        return Misfit(
+            f"the towers and their activations alone need {gib(capacity.towers)} of the "
+            f"{gib(capacity.total - capacity.reserved)} of a rank; use a smaller --batch-size"
+        )
+    constraints = _constraints(scenario, strategy, world_size)
+    if isinstance(constraints, Misfit):
+        return constraints
+    topology = scenario.hardware.topology(
+        world_size,
+        memory_bytes=capacity.for_tables,
+        host_memory_bytes=capacity.host_for_tables,
+    )
+    with _planner_log_off():
+        enumerator = EmbeddingEnumerator(
+            topology,
+            batch_size=scenario.batch_size,
+            constraints=constraints,
+            estimator=[
+                _NoTime() if memory_only else _EqualShardsOnce(topology, constraints),
+                _StorageEstimator(topology=topology, constraints=constraints),
+            ],
+        )
+        space = enumerator.enumerate(_module(scenario), sharders())
+        # TorchRec intersects sets of names, whose order changes from run to run.
+        space.sort(key=lambda option: (option.name, option.sharding_type, option.compute_kernel))
+        return _search(scenario, space, topology, first=memory_only)
+
+
+def fits(scenario: Scenario, strategy: Strategy, world_size: int) -> bool:
+    """Whether the planner finds a place for every table."""
+    return isinstance(place(scenario, strategy, world_size, memory_only=True), Placement)
+
+
+@contextmanager
+def _planner_log_off() -> Iterator[None]:
+    """TorchRec's planner logs what `_explain` says in a sentence."""
+    logger = logging.getLogger("torchrec")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _module(scenario: Scenario) -> torch.nn.Module:
+    module = scenario.tables.to_module()
+    # The storage estimator reads the optimiser's class from the parameter. A new dict for each,
+    # since this changes the one it is given.
+    for parameter in module.parameters():
+        apply_optimizer_in_backward(
+            _OPTIMIZERS[scenario.sparse_optimizer], [parameter], {"lr": 0.01}
+        )
+    return module
+
+
+def _constraints(
+    scenario: Scenario, strategy: Strategy, world_size: int
+) -> dict[str, ParameterConstraints] | Misfit:
+    """TorchRec's constraints for every table, or what forbids the strategy."""
+    constraints: dict[str, ParameterConstraints] = {}
+    for table in scenario.tables.tables:
+        types = _strategy_types(scenario, strategy, world_size)
+        kernels: tuple[str, ...] = scenario.kernels
+        cache = scenario.cache_load_factor
+        for constraint in scenario.constraints:
+            if fnmatchcase(table.name, constraint.pattern):
+                types = constraint.sharding_types or types
+                kernels = constraint.kernels or kernels
+                cache = constraint.cache_load_factor or cache
+        if tuple(types) == (ShardingType.DATA_PARALLEL.value,):
+            kernels = (_DENSE,)
+        refused = _refusal(scenario, table, types, kernels)
+        if refused is not None:
+            return Misfit(refused)
+        constraints[table.name] = ParameterConstraints(
+            sharding_types=list(types),
+            compute_kernels=list(kernels),
+            min_partition=scenario.column_width,
+            pooling_factors=[feature.pooling_factor for feature in table.features],
+            num_poolings=[1.0] * len(table.features),
+            batch_sizes=[
+                math.ceil(scenario.batch_size / feature.shared_by) for feature in table.features
+            ],
+            is_weighted=table.weighted,
+            cache_params=CacheParams(load_factor=cache) if cache is not None else None,
+        )
+    return constraints
+
+
+def _strategy_types(scenario: Scenario, strategy: Strategy, world_size: int) -> tuple[str, ...]:
+    if strategy != "auto":
+        return (strategy,)
+    if world_size == 1:
+        return (ShardingType.TABLE_WISE.value,)
+    types = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+    if scenario.hardware.local_world_size(world_size) < world_size:
+        types.append(ShardingType.TABLE_ROW_WISE.value)
+    if scenario.sparse_optimizer != "rowwise_adagrad":
+        # Otherwise cutting columns changes what is trained, which nobody asked for.
+        types.append(ShardingType.COLUMN_WISE.value)
+    return tuple(types)
+
+
+def _refusal(
+    scenario: Scenario, table: PlannedTable, types: Sequence[str], kernels: Sequence[str]
+) -> str | None:
+    """Why a table cannot be trained so, whatever the memory."""
+    device = scenario.hardware.device
+    sharder = AnyDeviceSharder()
+    for name in types:
+        if name not in sharder.sharding_types(device):
+            return f"TorchRec has no {name} on a {_device_name(device)}"
+        offered = set(sharder.compute_kernels(name, device)) & set(kernels)
+        if not offered:
+            return (
+                f"table {table.name!r}: TorchRec has no {name} with the kernel "
+                f"{' or '.join(kernels)} on a {_device_name(device)}"
+            )
+    if ShardingType.GRID_SHARD.value in types and table.pooling == "mean":
+        return (
+            f"table {table.name!r} has mean pooling, which TorchRec's grid_shard computes wrongly"
+        )
+    if _DENSE in kernels and set(kernels) == {_DENSE}:
+        if scenario.sparse_optimizer == "rowwise_adagrad":
+            return (
+                f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad "
+                "does not exist; use --sparse-optimizer adagrad, sgd or adam"
+            )
+        if any(feature.shared_by > 1 for feature in table.features):
+            return (
+                f"table {table.name!r} has features that impressions share, which the dense "
+                "kernel cannot pool once for all; use a fused kernel, or shared_by: 1"
+            )
+    elif device == "cpu" and scenario.sparse_optimizer == "adam":
+        return (
+            "adam does not exist in the fused kernel on a CPU; use --kernels dense or another "
+            "--sparse-optimizer"
+        )
+    return None
+
+
+def _device_name(device: str) -> str:
+    return "GPU" if device == "cuda" else "CPU"
+
+
+class _StorageEstimator(EmbeddingStorageEstimator):
+    """TorchRec's, and the gradient that a dense kernel holds: as large as the table."""
+
+    def estimate(
+        self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap
+    ) -> None:
+        super().estimate(sharding_options, sharder_data_map)
+        on_gpu = self._topology.compute_device == "cuda"
+        for option in sharding_options:
+            if option.compute_kernel != _DENSE:
+                continue
+            for shard in option.shards:
+                assert shard.storage is not None
+                gradient = math.prod(shard.size) * option.tensor.element_size()
+                shard.storage += Storage(
+                    hbm=gradient if on_gpu else 0, ddr=0 if on_gpu else gradient
+                )
+
+
+class _EqualShardsOnce(ShardEstimator):
+    """TorchRec's estimate of time, asked once for all shards of one size: a table cut into 128
+    equal parts has 128 equal answers, and each takes a third of a millisecond."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> None:
+        self._estimator = EmbeddingPerfEstimatorFactory.create(
+            DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=constraints
+        )
+
+    def estimate(
+        self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap
+    ) -> None:
+        shards = [option.shards for option in sharding_options]
+        for option in sharding_options:
+            option.shards = list({tuple(shard.size): shard for shard in option.shards}.values())
+        self._estimator.estimate(sharding_options, sharder_data_map)
+        for option, every in zip(sharding_options, shards, strict=True):
+            perf = {tuple(shard.size): shard.perf for shard in option.shards}
+            for shard in every:
+                shard.perf = perf[tuple(shard.size)]
+            option.shards = every
+
+
+class _NoTime(ShardEstimator):
+    """Zero, for the partitioner where only memory is asked for."""
+
+    def __init__(self) -> None:
+        pass
+
+    def estimate(
+        self,
+        sharding_options: list[ShardingOption],
+        sharder_data_map: SharderDataMap,  # noqa: ARG002
+    ) -> None:
+        for option in sharding_options:
+            for shard in option.shards:
+                shard.perf = Perf(0, 0, 0, 0)
+
+
+def _search(
+    scenario: Scenario, space: list[ShardingOption], topology: Topology, *, first: bool
+) -> Placement | Misfit:
+    """The fastest placement that fits, or the first, or what stops the smallest proposal.
+
+    The uniform proposals come before the greedy ones, so that a choice among types is never
+    slower than one of them for all.
+    """
+    best: tuple[float, list[ShardingOption], list[list[int | None]]] | None = None
+    smallest: tuple[tuple[int, int], list[ShardingOption]] | None = None
+    for proposer in _proposers(space):
+        proposer.load(space)
+        while (proposal := proposer.propose()) is not None:
+            if not _partition(proposal, topology):
+                total = _total_storage(proposal)
+                if smallest is None or total < smallest[0]:
+                    smallest = (total, list(proposal))
+                proposer.feedback(partitionable=False, plan=proposal)
+                continue
+            if first:
+                return Placement(proposal, topology)
+            rating = _slowest_rank_ms(proposal, topology.world_size)
+            if best is None or rating < best[0]:
+                ranks = [[shard.rank for shard in option.shards] for option in proposal]
+                best = (rating, list(proposal), ranks)
+            proposer.feedback(partitionable=True, plan=proposal, perf_rating=rating)
+    if best is None:
+        assert smallest is not None
+        _partition(smallest[1], topology)
+        return _explain(scenario, smallest[1], topology)
+    for option, ranks in zip(best[1], best[2], strict=True):
+        for shard, rank in zip(option.shards, ranks, strict=True):
+            shard.rank = rank
+    return Placement(best[1], topology)
+
+
+def _partition(proposal: list[ShardingOption], topology: Topology) -> bool:
+    """Gives the shards ranks; where it fails, those before the failure have one."""
+    for option in proposal:
+        for shard in option.shards:
+            shard.rank = None
+    try:
+        GreedyPerfPartitioner().partition(proposal, topology)
+    except PlannerError:
+        return False
+    return True
+
+
+def _proposers(space: Sequence[ShardingOption]) -> list[Proposer]:
+    if len({option.name for option in space}) == len(space):
+        return [GreedyProposer()]
+    return [UniformProposer(), GreedyProposer()]
+
+
+def _total_storage(options: Sequence[ShardingOption]) -> tuple[int, int]:
+    total = sum((option.total_storage for option in options), start=Storage(0, 0))
+    return total.hbm, total.ddr
+
+
+def _slowest_rank_ms(options: Sequence[ShardingOption], world_size: int) -> float:
+    """TorchRec's rating of a plan: the embedding time of its slowest rank."""
+    times = [0.0] * world_size
+    for option in options:
+        for shard in option.shards:
+            assert shard.perf is not None
+            assert shard.rank is not None
+            times[shard.rank] += shard.perf.total
+    return max(times)
+
+
+def _explain(scenario: Scenario, proposal: Sequence[ShardingOption], topology: Topology) -> Misfit:
+    """Finds the table at which the partitioner stopped, from the ranks it had given by then."""
+    cap = topology.devices[0].storage
+    kinds = ("hbm", "ddr") if topology.compute_device == "cuda" else ("ddr",)
+
+    def largest(option: ShardingOption, kind: str) -> int:
+        return max(getattr(shard.storage, kind) for shard in option.shards)
+
+    def missing(option: ShardingOption) -> bool:
+        return any(shard.rank is None for shard in option.shards)
+
+    too_large = [
+        (option, kind)
+        for kind in kinds
+        for option in proposal
+        if largest(option, kind) > getattr(cap, kind)
+    ]
+    if too_large:
+        option, kind = max(too_large, key=lambda pair: largest(*pair))
+        need, have = largest(option, kind), getattr(cap, kind)
+        names = tuple(dict.fromkeys(option.name for option, _ in too_large))
+        others = f" (as do {len(names) - 1} other tables)" if len(names) > 1 else ""
+        return Misfit(
+            sentence=f"table {option.name!r} does not fit{others}: {option.sharding_type} puts "
+            f"{gib(need)} of it on one {_where(scenario, kind)}, which has {gib(have)} for "
+            f"tables, {gib(need - have)} too little",
+            tables=names,
+            alone=True,
+        )
+    used = {kind: [0] * topology.world_size for kind in kinds}
+    for option in proposal:
+        if not missing(option):
+            for shard in option.shards:
+                for kind in kinds:
+                    assert shard.rank is not None
+                    used[kind][shard.rank] += getattr(shard.storage, kind)
+    uniform = [o for o in proposal if o.partition_by == PartitionByType.UNIFORM.value]
+    others = [o for o in proposal if o.partition_by != PartitionByType.UNIFORM.value]
+    others.sort(key=lambda o: (o.total_storage.hbm, o.total_storage.ddr), reverse=True)
+    option = next(o for o in (*uniform, *others) if missing(o))
+    kind = max(
+        kinds,
+        key=lambda k: largest(option, k) - min(getattr(cap, k) - u for u in used[k]),
+    )
+    free = [getattr(cap, kind) - u for u in used[kind]]
+    # On every rank of a uniform cut, else on the roomiest.
+    room = min(free) if option in uniform else max(free)
+    need = largest(option, kind)
+    total = sum(getattr(shard.storage, kind) for o in proposal for shard in o.shards)
+    have = getattr(cap, kind) * topology.world_size
+    placed = sum(not missing(o) for o in proposal)
+    where = _where(scenario, kind)
+    return Misfit(
+        sentence=f"table {option.name!r} does not fit beside the {placed} placed before it: "
+        f"{option.sharding_type} puts {gib(need)} of it on one {where} and the most that one has "
+        f"left is {gib(room)}, {gib(max(need - room, 0))} too little; all tables need "
+        f"{gib(total)} and the {topology.world_size} have {gib(have)}",
+        tables=tuple(option.name for option in proposal),
+    )
+
+
+def _where(scenario: Scenario, kind: str) -> str:
+    if scenario.hardware.device == "cpu":
+        return "rank"
+    return "GPU" if kind == "hbm" else "GPU's share of host memory"
+
+
+def gib(nbytes: float) -> str:
+    """A number of bytes for a person."""
+    amount = nbytes / GIB
+    digits = 0 if amount >= 100 else 1 if amount >= 1 else 3
+    return f"{amount:,.{digits}f} GiB"
