@@ -22,6 +22,9 @@ from esmm_torchrec.schema import UNKNOWN_ROW
 _DENSE_SPAN = 1 << 23
 """Widest range of integer ids (highest - lowest) that is counted in one array (64 MiB)."""
 
+_MERGE_ROWS = 1 << 20
+"""Counted ids that wait, at the least, before they are merged."""
+
 _LOOKUP_SLOTS_PER_ID = 16
 """A vocabulary of integers is looked up in an array over their range while that holds no more than
 this many slots an id; beyond it by binary search."""
@@ -255,7 +258,7 @@ class IdCounter:
     def _append(self, ids: pa.Array, counts: pa.Array) -> None:
         self._pending.append(pa.table({"raw_id": ids, "count": counts}))
         self._pending_rows += len(ids)
-        if self._pending_rows > max(1 << 20, len(self._merged or ())):
+        if self._pending_rows > max(_MERGE_ROWS, len(self._merged or ())):
             self._merge()
 
     def _merge(self) -> None:
