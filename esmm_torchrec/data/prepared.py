@@ -279,9 +279,14 @@ class PreparedDataSet:
     """sha256 of dataset.json; as that holds every checksum, it stands for the whole data set."""
 
     @classmethod
-    def open(cls, path: Path | str) -> PreparedDataSet:
+    def open(cls, path: Path | str, *, data_files: bool = True) -> PreparedDataSet:
         """Opens a data set after cheap checks: the description, and the presence, columns and
         number of rows of every file. `verify` reads the values.
+
+        Args:
+            path: the folder.
+            data_files: False where the files of the splits need not be there, as in a copy of the
+                description and the vocabularies alone (`data.encoding.copy_preprocessing`).
 
         Raises:
             DataError: `path` is no prepared data set, is of another format version, or a file is
@@ -298,7 +303,9 @@ class PreparedDataSet:
                 f"{path} is no prepared data set, it has no {_DESCRIPTION}; {hint}"
             ) from None
         data_set = cls._from_json(path, content)
-        data_set._check_files()
+        data_set._check_vocabularies()
+        if data_files:
+            data_set._check_data_files()
         return data_set
 
     @classmethod
@@ -365,7 +372,7 @@ class PreparedDataSet:
         """Names and types of the columns of the shared files."""
         return shared_columns(self.schema)
 
-    def _check_files(self) -> None:
+    def _check_vocabularies(self) -> None:
         for table in self.schema.tables:
             file = self.path / _vocabulary_file(table.name)
             rows = _parquet_rows(file, None)
@@ -374,6 +381,8 @@ class PreparedDataSet:
                     f"{file} has {rows} ids where {_DESCRIPTION} says {table.num_embeddings - 1}; "
                     f"{_PREPARE_AGAIN}"
                 )
+
+    def _check_data_files(self) -> None:
         for name in SPLITS:
             split = self.splits[name]
             for kind, files, expected_rows, columns in (
