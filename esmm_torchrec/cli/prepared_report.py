@@ -1,0 +1,91 @@
+"""What a prepared data set holds, for the person who has just made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from shlex import quote
+
+from esmm_torchrec.data.prepared import SPLITS, PreparedDataSet, Split, SplitName
+from esmm_torchrec.schema import IdFeature
+
+
+def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
+    """Counts by split, what was dropped, tables with their rows, the command to train on it.
+
+    Args:
+        data_set: just made; its `source` has "unclicked_conversion_rows" by split.
+        unclicked_conversions: what became of these.
+    """
+    schema, dropped = data_set.schema, data_set.dropped
+
+    def row(label: str, of: Callable[[SplitName, Split], str]) -> list[str]:
+        return [label, *(of(name, data_set.splits[name]) for name in SPLITS)]
+
+    unclicked = data_set.source["unclicked_conversion_rows"]
+    counts = [
+        ["", *SPLITS],
+        row("impressions", lambda _, split: f"{split.impressions:,}"),
+        row("clicks", lambda _, split: f"{split.clicks:,}"),
+        row("CTR", lambda _, split: _rate(split.clicks, split.impressions)),
+        row("conversions", lambda _, split: f"{split.conversions:,}"),
+        row("CVR of clicks", lambda _, split: _rate(split.conversions, split.clicks)),
+    ]
+    if schema.has_shared_features:
+        counts.append(row("shared rows", lambda _, split: f"{split.shared_rows:,}"))
+    counts.append(
+        row(
+            f"conversions without a click ({unclicked_conversions})",
+            lambda name, _: f"{unclicked[name]:,}",
+        )
+    )
+    for reason in dict.fromkeys(reason for name in SPLITS for reason in dropped[name]):
+        counts.append(
+            row(f"dropped: {reason}", lambda name, _, r=reason: f"{dropped[name].get(r, 0):,}")
+        )
+    tables = [["table", "rows", "id features"]]
+    for table in schema.tables:
+        features = [feature for feature in schema.id_features if feature.table == table.name]
+        tables.append(
+            [table.name, f"{table.num_embeddings:,}", ", ".join(map(_described, features))]
+        )
+    sections = [_aligned(counts), _aligned(tables)]
+    if schema.dense_features:
+        dense = [["dense feature", "mean", "std"]]
+        for name, of in data_set.statistics.dense.items():
+            dense.append([name, f"{of.mean:.6g}", f"{of.std:.6g}"])
+        sections.append(_aligned(dense))
+    examples = [sentence for name in SPLITS for sentence in data_set.dropped_rows[name]]
+    if examples:
+        sections.append(["skipped, the first of them:", *(f"  {text}" for text in examples)])
+    out, run = quote(str(data_set.path)), quote(str(Path("runs", data_set.path.name)))
+    sections.append(
+        [
+            f"prepared data set: {data_set.path}",
+            f"next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out {run}",
+        ]
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _described(feature: IdFeature) -> str:
+    notes = [
+        note
+        for note, holds in (("list", feature.multi_valued), ("weighted", feature.weighted))
+        if holds
+    ]
+    return f"{feature.name} ({', '.join(notes)})" if notes else feature.name
+
+
+def _rate(part: int, whole: int) -> str:
+    return f"{part / whole:.3%}" if whole else "-"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width: the first and any of words to the left, numbers to the right."""
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(len, column))
+        to_left = not columns or not any(cell[:1].isdigit() or cell[:1] == "-" for cell in column)
+        columns.append([f"{cell:<{width}}" if to_left else f"{cell:>{width}}" for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]

@@ -1,0 +1,278 @@
+"""Raw rows → prepared columns, the same for what a model is trained on and for what it scores.
+
+`FeatureColumns` reads the features of a block; a `RowEncoder` turns ids into rows of their tables
+and standardises dense values. `data.tabular` uses both to prepare a data set. What a trained model
+needs of them later is dataset.json and the vocabularies alone: `copy_preprocessing` puts these into
+a folder, and `RowEncoder.load` takes new rows from there on.
+
+In this file: n rows of a block.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from esmm_torchrec.data.prepared import DenseStatistics, PreparedDataSet, impression_columns
+from esmm_torchrec.data.raw_tables import Frame, RawTable, open_raw_tables
+from esmm_torchrec.data.raw_values import (
+    Fault,
+    IdKind,
+    read_ids,
+    read_integers,
+    read_numbers,
+)
+from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, weight_column
+
+
+class Features(NamedTuple):
+    """Feature values of n rows, not yet encoded. What stands in a row with a fault is arbitrary."""
+
+    ids: dict[str, pa.Array]
+    """By feature, int64 or string: n scalars with null for missing, or n lists without nulls."""
+    weights: dict[str, pa.Array]
+    """By weighted feature, float32: n scalars, null where the id is, or n lists beside the ids."""
+    dense: dict[str, np.ndarray]
+    """By dense feature, float64 (n,)."""
+
+    def filter(self, keep: np.ndarray) -> Features:
+        """The rows where `keep`, bool (n,), is true."""
+        mask = pa.array(keep)
+        return Features(
+            {name: values.filter(mask) for name, values in self.ids.items()},
+            {name: values.filter(mask) for name, values in self.weights.items()},
+            {name: values[keep] for name, values in self.dense.items()},
+        )
+
+
+@dataclass(frozen=True)
+class FeatureColumns:
+    """Which raw columns hold the features, and how. A feature is called as its raw column."""
+
+    id_features: tuple[IdFeature, ...]
+    kinds: Mapping[str, IdKind]
+    """By table: what its raw ids are."""
+    weights: Mapping[str, str]
+    """By weighted feature: the raw column of its weights."""
+    dense: tuple[str, ...]
+
+    @property
+    def roles(self) -> list[tuple[str, str]]:
+        """(what it is, name) of every raw column."""
+        return [
+            *(("an id feature", feature.name) for feature in self.id_features),
+            *((f"the weights of {name!r}", column) for name, column in self.weights.items()),
+            *(("a dense feature", name) for name in self.dense),
+        ]
+
+    def read(self, block: pa.Table) -> tuple[Features, list[Fault]]:
+        """The features of a block.
+
+        Raises:
+            DataError: a column is of a type that cannot hold the feature.
+        """
+        features, faults = Features({}, {}, {}), []
+        for feature in self.id_features:
+            weights_name = self.weights.get(feature.name)
+            ids, weights, found = read_ids(
+                block.column(feature.name),
+                feature.name,
+                kind=self.kinds[feature.table],
+                multi_valued=feature.multi_valued,
+                weights=None if weights_name is None else block.column(weights_name),
+                weights_name=weights_name,
+            )
+            features.ids[feature.name] = ids
+            if weights is not None:
+                features.weights[feature.name] = weights
+            faults += found
+        for name in self.dense:
+            features.dense[name], fault = read_numbers(block.column(name), name)
+            faults.append(fault)
+        return features, faults
+
+
+class RowEncoder:
+    """Encodes raw rows as those of a prepared data set were encoded.
+
+    Example::
+
+        encoder = RowEncoder.load(prepared)  # a prepared data set, or a copy_preprocessing of one
+        for block in encoder.encode_blocks("new_rows.parquet"):
+            ...
+
+    Args:
+        features: the raw columns.
+        vocabularies: by table.
+        dense: by dense feature, what it is standardised with.
+        sample_id: the raw column of sample ids, if it had one.
+    """
+
+    def __init__(
+        self,
+        features: FeatureColumns,
+        vocabularies: Mapping[str, Vocabulary],
+        dense: Mapping[str, DenseStatistics],
+        *,
+        sample_id: str | None = None,
+    ) -> None:
+        self.features = features
+        self._vocabularies = vocabularies
+        self._dense = dense
+        self._sample_id = sample_id
+
+    @classmethod
+    def load(cls, folder: Path | str) -> RowEncoder:
+        """The encoder of a prepared data set, or of a folder `copy_preprocessing` made.
+
+        New rows have the raw columns that the data set was made of. Where it was made of the
+        Ali-CCP files, a column is called as its field ("101", "109_14"), holds int64, in lists
+        where the feature is multi-valued, and has its weights beside it (`schema.weight_column`).
+
+        Raises:
+            DataError: there is no dataset.json, or a vocabulary is missing or another one.
+        """
+        data_set = PreparedDataSet.open(folder, data_files=False)
+        schema, source = data_set.schema, data_set.source
+        vocabularies = {table.name: data_set.vocabulary(table.name) for table in schema.tables}
+        columns = source.get("columns", {}) if source.get("kind") == "table" else {}
+        weights = columns.get("weights", {})
+        features = FeatureColumns(
+            id_features=tuple(replace(feature, shared=False) for feature in schema.id_features),
+            kinds={
+                name: "text" if vocabulary.holds_strings else "integer"
+                for name, vocabulary in vocabularies.items()
+            },
+            weights={
+                feature.name: weights.get(feature.name, weight_column(feature.name))
+                for feature in schema.id_features
+                if feature.weighted
+            },
+            dense=schema.dense_features,
+        )
+        return cls(
+            features,
+            vocabularies,
+            data_set.statistics.dense,
+            sample_id=columns.get("sample_id") if columns else SAMPLE_ID,
+        )
+
+    @property
+    def schema(self) -> Schema:
+        """The schema of what `encode` gives: no feature is shared, each is written out per row."""
+        tables = dict.fromkeys(feature.table for feature in self.features.id_features)
+        return Schema(
+            tables=tuple(Table(name, self._vocabularies[name].num_embeddings) for name in tables),
+            id_features=self.features.id_features,
+            dense_features=self.features.dense,
+        )
+
+    def encode(self, rows: pa.Table | pd.DataFrame) -> pa.Table:
+        """All rows at once; see `encode_blocks`."""
+        blocks = list(self.encode_blocks(rows))
+        return pa.concat_tables(blocks) if blocks else impression_columns(self.schema).empty_table()
+
+    def encode_blocks(self, rows: Frame) -> Iterator[pa.Table]:
+        """The impressions columns of the prepared form, block by block in bounded memory.
+
+        Ids never seen in training have row 0. `sample_id` is the raw column that held it when the
+        data set was made, where the new rows have it, else the number of the row, from 0. Labels
+        are 0: new rows need none and none are read. There are no optional columns.
+
+        Args:
+            rows: a CSV or Parquet file, or rows in memory. In a CSV no feature is multi-valued.
+
+        Raises:
+            DataError: a column is missing or of another kind than when the data was prepared, or
+                a row cannot be used; names the file, the column and the line or row.
+        """
+        (table,) = open_raw_tables(rows, what="input")
+        table.check_columns(self.features.roles)
+        sample_id = self._sample_id if self._sample_id in table.column_names else None
+        columns = dict.fromkeys(name for _, name in self.features.roles)
+        if sample_id is not None:
+            columns[sample_id] = None
+        first_row = 0
+        for block in table.blocks(list(columns)):
+            yield self._encode_block(block, table, first_row, sample_id)
+            first_row += len(block)
+
+    def _encode_block(
+        self, block: pa.Table, table: RawTable, first_row: int, sample_id: str | None
+    ) -> pa.Table:
+        sample_ids = np.arange(first_row, first_row + len(block))
+        with table.named_in_errors():
+            features, faults = self.features.read(block)
+            if sample_id is not None:
+                sample_ids, fault = read_integers(block.column(sample_id), sample_id)
+                faults.append(fault)
+        for fault in faults:
+            if fault.rows.any():
+                row = int(fault.rows.argmax())
+                (place,) = table.places([first_row + row])
+                raise DataError(f"{place}, column {fault.column!r}: {fault.describe(row)}")
+        no_labels = np.zeros(len(block), np.int8)
+        with table.named_in_errors():
+            encoded = self.encode_features(features)
+        columns = [no_labels, no_labels, sample_ids, *encoded.values()]
+        return pa.table(columns, schema=impression_columns(self.schema))
+
+    def encode_features(self, features: Features) -> dict[str, pa.Array]:
+        """The feature columns of the impressions, by name, in their order: ids as int32 rows of
+        the tables, weights as they are, dense values float32 (value - mean) / std."""
+        columns: dict[str, pa.Array] = {}
+        for feature in self.features.id_features:
+            raw = features.ids[feature.name]
+            vocabulary = self._vocabularies[feature.table]
+            if feature.multi_valued:
+                rows = pa.array(vocabulary.encode(raw.flatten()))
+                columns[feature.name] = pa.ListArray.from_arrays(raw.offsets, rows)
+            else:
+                missing = raw.is_null().to_numpy(zero_copy_only=False)
+                columns[feature.name] = pa.array(vocabulary.encode(raw), mask=missing)
+            if feature.weighted:
+                columns[weight_column(feature.name)] = features.weights[feature.name]
+        for name, values in features.dense.items():
+            statistics = self._dense[name]
+            with np.errstate(over="ignore"):
+                standard = ((values - statistics.mean) / statistics.std).astype(np.float32)
+            if not np.isfinite(standard).all():
+                raise DataError(
+                    f"column {name!r} holds {np.abs(values).max():g}, too far from its mean in "
+                    "training for a 32-bit float; mend it"
+                )
+            columns[name] = pa.array(standard)
+        return columns
+
+
+def copy_preprocessing(data_set: Path | str, destination: Path | str) -> None:
+    """Copies what `RowEncoder.load` needs, dataset.json and the vocabularies, into a new folder.
+    Does nothing where `destination` holds that very copy already.
+
+    Raises:
+        DataError: `data_set` is no prepared data set, or `destination` holds something else.
+    """
+    source, destination = Path(data_set), Path(destination)
+    opened = PreparedDataSet.open(source, data_files=False)
+    if destination.exists():
+        if PreparedDataSet.open(destination, data_files=False).fingerprint == opened.fingerprint:
+            return
+        raise DataError(
+            f"{destination} belongs to another data set than {source}; choose another folder"
+        )
+    partial = destination.with_name(f"{destination.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    shutil.copytree(source / "vocabulary", partial / "vocabulary")
+    shutil.copyfile(source / "dataset.json", partial / "dataset.json")
+    partial.rename(destination)
