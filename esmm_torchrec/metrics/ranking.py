@@ -192,13 +192,19 @@ def auc_within_strata(
 
 
 def equal_mass_edges(values: Scores, num_bins: int) -> Scores:
-    """Lower edges of all quantile bins but the first, (num_bins − 1,).
+    """Lower edges of all quantile bins but the first, (num_bins − 1,); values (n,), n > 0.
 
     `np.searchsorted(edges, values, side="right")` numbers each value's bin. That is a function of
-    the value alone: equal values share a bin, which leaves bins uneven or empty where there are
-    many.
+    the value alone: equal values share the bin in which the middle one of them falls, which
+    leaves bins uneven or empty where there are many.
     """
-    return np.sort(values)[np.arange(1, num_bins) * values.size // num_bins]
+    ordered = np.sort(values)
+    at = np.arange(1, num_bins) * ordered.size // num_bins
+    edges = ordered[at]
+    first = np.searchsorted(ordered, edges, side="left")
+    end = np.searchsorted(ordered, edges, side="right")
+    above = np.append(ordered, np.asarray(np.inf, ordered.dtype))[end]
+    return np.where(first + end >= 2 * at, edges, above)
 
 
 def _check(scores: Scores, **columns: NDArray[np.generic]) -> None:

@@ -1,0 +1,335 @@
+"""Every figure of the report against a few independent lines, and what it says when there is
+nothing to say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.metrics import report as report_module
+from esmm_torchrec.metrics.report import ScoredImpressions, measure
+
+
+def sigmoid(logit: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logit.astype(np.float64)))
+
+
+def logit_of(probability: np.ndarray) -> np.ndarray:
+    return (np.log(probability) - np.log1p(-probability)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def scored() -> ScoredImpressions:
+    random = np.random.default_rng(0)
+    n = 20_000
+    taste = random.normal(size=n)
+    true_ctr = sigmoid(-2 + taste).astype(np.float32)
+    true_cvr = sigmoid(-1.5 + 0.6 * taste + 0.8 * random.normal(size=n)).astype(np.float32)
+    click = (random.random(n) < true_ctr).astype(np.int8)
+    conversion = ((random.random(n) < true_cvr) * click).astype(np.int8)
+    click_logit = logit_of(true_ctr) + random.normal(0, 0.5, n).astype(np.float32)
+    conversion_logit = logit_of(true_cvr) + random.normal(0.2, 0.7, n).astype(np.float32)
+    return ScoredImpressions(
+        click=click,
+        conversion=conversion,
+        click_logit=click_logit,
+        conversion_logit=conversion_logit,
+        ctcvr_score=logit_of(sigmoid(click_logit) * sigmoid(conversion_logit)),
+        common_ctr_logit=logit_of(true_ctr) + random.normal(0, 0.4, n).astype(np.float32),
+        group_id=random.integers(10**12, 10**12 + 150, n),
+        true_ctr=true_ctr,
+        true_cvr=true_cvr,
+    )
+
+
+def soft(score: np.ndarray, probability: np.ndarray) -> float:
+    p = probability.astype(np.float64)
+    return roc_auc_score(
+        np.repeat([1, 0], p.size), np.tile(score, 2), sample_weight=np.concatenate([p, 1 - p])
+    )
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
+
+def test_figures_against_labels(scored: ScoredImpressions) -> None:
+    test = measure(scored)["test"]
+    click, conversion = scored.click, scored.conversion
+    clicked = click == 1
+    pctr, pcvr = sigmoid(scored.click_logit), sigmoid(scored.conversion_logit)
+    assert test["impressions"] == 20_000
+    assert test["clicks"] == clicked.sum()
+    assert test["conversions"] == conversion.sum()
+    for task, label, p, groups in (
+        ("ctr", click, pctr, scored.group_id),
+        ("cvr", conversion[clicked], pcvr[clicked], scored.group_id[clicked]),
+        ("ctcvr", conversion, pctr * pcvr, scored.group_id),
+    ):
+        base = label.mean()
+        assert test[f"{task}_auc"] == pytest.approx(roc_auc_score(label, p), abs=1e-7)
+        assert test[f"{task}_log_loss"] == pytest.approx(log_loss(label, p), rel=1e-6)
+        assert test[f"{task}_ne"] == pytest.approx(log_loss(label, p) / entropy(base), rel=1e-6)
+        assert test[f"{task}_calibration"] == pytest.approx(p.sum() / label.sum(), rel=1e-6)
+        assert test[f"{task}_pcoc"] == test[f"{task}_calibration"]
+        parts = np.array_split(np.argsort(p, kind="stable"), 15)
+        ece = sum(abs(p[part].sum() - label[part].sum()) for part in parts) / label.size
+        assert test[f"{task}_ece"] == pytest.approx(ece, rel=0.02)
+        mixed = [g for g in np.unique(groups) if np.unique(label[groups == g]).size == 2]
+        sizes = np.array([(groups == g).sum() for g in mixed])
+        aucs = [roc_auc_score(label[groups == g], p[groups == g]) for g in mixed]
+        assert test[f"gauc_{task}"] == pytest.approx(np.average(aucs, weights=sizes), abs=1e-6)
+        assert test[f"gauc_{task}_coverage"] == pytest.approx(sizes.sum() / label.size)
+    common = sigmoid(scored.common_ctr_logit) * pcvr
+    assert test["ctcvr_auc_common_ctr"] == pytest.approx(
+        roc_auc_score(conversion, common), abs=1e-7
+    )
+    by_pctr = roc_auc_score(conversion[clicked], pctr[clicked])
+    assert test["cvr_auc_by_pctr"] == pytest.approx(by_pctr, abs=1e-7)
+    by_pctcvr = roc_auc_score(conversion[clicked], (pctr * pcvr)[clicked])
+    assert test["cvr_auc_by_pctcvr"] == pytest.approx(by_pctcvr, abs=1e-7)
+    assert test["reasons"] == {}
+
+
+def test_figures_against_the_truth(scored: ScoredImpressions) -> None:
+    truth = measure(scored)["truth"]
+    q = scored.true_cvr.astype(np.float64)
+    ctr = scored.true_ctr.astype(np.float64)
+    p = sigmoid(scored.conversion_logit)
+    clicked = scored.click == 1
+    assert truth["cvr_auc_entire_space"] == pytest.approx(soft(p, q), abs=1e-7)
+    cross_entropy = -(q * np.log(p) + (1 - q) * np.log(1 - p)).mean()
+    assert truth["cvr_log_loss_entire_space"] == pytest.approx(cross_entropy, rel=1e-6)
+    assert truth["cvr_excess_log_loss_entire_space"] == pytest.approx(
+        cross_entropy - entropy(q).mean(), rel=1e-6
+    )
+    for space, rows in (
+        ("entire_space", clicked | True),
+        ("clicked", clicked),
+        ("unclicked", ~clicked),
+    ):
+        assert truth[f"cvr_pcoc_{space}"] == pytest.approx(p[rows].sum() / q[rows].sum(), rel=1e-6)
+    for task, prediction, true in (
+        ("ctr", sigmoid(scored.click_logit), ctr),
+        ("ctcvr", sigmoid(scored.click_logit) * p, ctr * q),
+    ):
+        loss = -(true * np.log(prediction) + (1 - true) * np.log(1 - prediction)).mean()
+        assert truth[f"{task}_auc_soft"] == pytest.approx(soft(prediction, true), abs=1e-7)
+        assert truth[f"{task}_log_loss_soft"] == pytest.approx(loss, rel=1e-6)
+        excess = loss - entropy(true).mean()
+        assert truth[f"{task}_excess_log_loss"] == pytest.approx(excess, rel=1e-5)
+    strata = np.array_split(np.argsort(scored.true_ctr, kind="stable"), 20)
+    within = [soft(p[rows], q[rows]) for rows in strata]
+    assert truth["cvr_auc_entire_space_within_ctr_strata"] == pytest.approx(
+        np.mean(within), abs=2e-3
+    )
+    assert truth["reasons"] == {}
+
+
+def test_oracle_and_reference_rows(scored: ScoredImpressions) -> None:
+    truth = measure(scored)["truth"]
+    clicked = scored.click == 1
+    q, ctr = scored.true_cvr, scored.true_ctr
+    ctcvr = ctr.astype(np.float64) * q
+    oracle = truth["oracle"]
+    assert oracle["ctr_auc"] == pytest.approx(roc_auc_score(scored.click, ctr))
+    assert oracle["ctcvr_auc"] == pytest.approx(roc_auc_score(scored.conversion, ctcvr))
+    assert oracle["cvr_log_loss_entire_space"] == pytest.approx(entropy(q).mean(), rel=1e-6)
+    for row, score in (
+        ("oracle", q),
+        ("pctr as conversion score", ctr),
+        ("pctcvr as conversion score", ctcvr),
+    ):
+        assert truth[row]["cvr_auc_entire_space"] == pytest.approx(soft(score, q), abs=1e-9)
+        on_clicks = roc_auc_score(scored.conversion[clicked], score[clicked])
+        assert truth[row]["cvr_auc"] == pytest.approx(on_clicks)
+    within = "cvr_auc_entire_space_within_ctr_strata"
+    assert truth["pctr as conversion score"][within] == pytest.approx(0.5, abs=0.03)
+    assert truth["cvr_auc_entire_space"] < oracle["cvr_auc_entire_space"]
+    assert truth["ctr_auc_soft"] < oracle["ctr_auc_soft"]
+    assert truth["ctcvr_auc_soft"] < oracle["ctcvr_auc_soft"]
+
+
+def test_the_true_logits_reach_the_oracle(scored: ScoredImpressions) -> None:
+    perfect = dataclasses.replace(
+        scored,
+        click_logit=logit_of(scored.true_ctr.astype(np.float64)),
+        conversion_logit=logit_of(scored.true_cvr.astype(np.float64)),
+        ctcvr_score=None,
+    )
+    truth = measure(perfect)["truth"]
+    for key in ("cvr_excess_log_loss_entire_space", "ctr_excess_log_loss", "ctcvr_excess_log_loss"):
+        assert truth[key] == pytest.approx(0.0, abs=1e-9)
+    for key, value in truth["oracle"].items():
+        if key in truth:
+            assert truth[key] == pytest.approx(value, abs=1e-6)
+
+
+def test_every_reported_key_is_in_the_docstring(scored: ScoredImpressions) -> None:
+    documented = report_module.__doc__
+    assert documented is not None
+    words = set(re.findall(r"[\w<>]+", documented))
+    ratio = dataclasses.replace(
+        scored, conversion_logit=None, log_pcvr=np.log(sigmoid(scored.conversion_logit))
+    )
+    for part in measure(ratio).values():
+        for key in part:
+            general = re.sub(r"^(gauc_)?(ctr|cvr|ctcvr)(?=_|$)", r"\1<task>", key)
+            assert key in words or general in words or f"\n    {key} " in documented
+
+
+def test_the_product_is_computed_where_it_is_not_given(scored: ScoredImpressions) -> None:
+    computed = measure(dataclasses.replace(scored, ctcvr_score=None))["test"]
+    given = measure(scored)["test"]
+    for key in ("ctcvr_auc", "ctcvr_ne", "ctcvr_calibration"):
+        assert computed[key] == pytest.approx(given[key], abs=1e-6)
+
+
+def test_the_common_protocol_with_the_models_own_ctr_is_its_own_product(
+    scored: ScoredImpressions,
+) -> None:
+    own = dataclasses.replace(scored, common_ctr_logit=scored.click_logit, ctcvr_score=None)
+    test = measure(own)["test"]
+    assert test["ctcvr_auc_common_ctr"] == test["ctcvr_auc"]
+
+
+def test_a_ratio_above_one_is_ranked_as_it_is(scored: ScoredImpressions) -> None:
+    random = np.random.default_rng(1)
+    log_pcvr = (np.log(scored.true_cvr) + random.normal(0.5, 0.8, 20_000)).astype(np.float32)
+    ratio = dataclasses.replace(scored, conversion_logit=None, log_pcvr=log_pcvr)
+    report = measure(ratio)
+    clicked = scored.click == 1
+    label = scored.conversion[clicked]
+    pcvr = np.exp(log_pcvr.astype(np.float64))
+    assert (pcvr > 1).mean() > 0.02
+    assert report["test"]["cvr_share_above_one"] == pytest.approx((pcvr > 1).mean())
+    assert report["test"]["cvr_auc"] == pytest.approx(roc_auc_score(label, pcvr[clicked]))
+    assert report["test"]["cvr_pcoc"] == pytest.approx(pcvr[clicked].sum() / label.sum())
+    cut = np.minimum(pcvr[clicked], 1 - 2.0**-23)
+    assert report["test"]["cvr_log_loss"] == pytest.approx(log_loss(label, cut), rel=1e-6)
+    common = np.log(sigmoid(scored.common_ctr_logit)) + log_pcvr
+    assert report["test"]["ctcvr_auc_common_ctr"] == pytest.approx(
+        roc_auc_score(scored.conversion, common), abs=1e-6
+    )
+    assert report["truth"]["cvr_auc_entire_space"] == pytest.approx(
+        soft(pcvr, scored.true_cvr), abs=1e-9
+    )
+
+
+def test_a_conversion_network_alone_has_no_click_figures(scored: ScoredImpressions) -> None:
+    alone = dataclasses.replace(scored, click_logit=None, ctcvr_score=None)
+    report = measure(alone)
+    full = measure(scored)
+    for part in ("test", "truth"):
+        for key, value in report[part].items():
+            about_click = key.startswith(("ctr_", "ctcvr_", "gauc_ctr", "gauc_ctcvr", "cvr_auc_by"))
+            if about_click and key != "ctcvr_auc_common_ctr":
+                assert value is None
+                assert "gives no click" in report[part]["reasons"][key]
+            elif key != "reasons":
+                assert value == full[part][key]
+
+
+def test_one_class_gives_none_and_a_reason(scored: ScoredImpressions) -> None:
+    no_click = measure(dataclasses.replace(scored, click=np.zeros_like(scored.click)))
+    test = no_click["test"]
+    assert test["clicks"] == test["conversions"] == 0
+    assert test["ctr_auc"] is None
+    assert test["reasons"]["ctr_auc"] == "none of 20000 impressions has a click"
+    assert test["reasons"]["cvr_auc"] == "there is no clicked impression"
+    assert no_click["truth"]["cvr_pcoc_clicked"] is None
+    assert no_click["truth"]["cvr_pcoc_unclicked"] is not None
+    assert no_click["truth"]["oracle"]["cvr_auc"] is None
+
+    test = measure(dataclasses.replace(scored, conversion=np.zeros_like(scored.click)))["test"]
+    clicks = test["clicks"]
+    for key in ("cvr_auc", "cvr_ne", "cvr_calibration", "gauc_cvr"):
+        assert test[key] is None
+        assert test["reasons"][key] == f"none of {clicks} clicked impressions has a conversion"
+    assert test["cvr_log_loss"] > 0
+
+    test = measure(dataclasses.replace(scored, click=np.ones_like(scored.click)))["test"]
+    assert test["ctr_auc"] is None
+    assert test["reasons"]["ctr_auc"] == "each of 20000 impressions has a click"
+    assert test["ctr_calibration"] is not None
+
+
+def test_each_none_has_its_reason_and_no_other_value_has(scored: ScoredImpressions) -> None:
+    empty = ScoredImpressions(
+        **{
+            field.name: None if (column := getattr(scored, field.name)) is None else column[:0]
+            for field in dataclasses.fields(scored)
+        }
+    )
+    single = dataclasses.replace(scored, click_logit=None, ctcvr_score=None, group_id=None)
+    for columns in (empty, single, scored):
+        for part in measure(columns).values():
+            nones = {key for key, value in part.items() if value is None}
+            assert set(part["reasons"]) == nones
+            assert all(part["reasons"].values())
+
+
+def test_scores_that_are_not_finite_are_reported(scored: ScoredImpressions) -> None:
+    broken = scored.conversion_logit.copy()
+    broken[:3] = np.nan, np.inf, -np.inf
+    report = measure(dataclasses.replace(scored, conversion_logit=broken, ctcvr_score=None))
+    assert report["truth"]["cvr_auc_entire_space"] is None
+    assert (
+        report["truth"]["reasons"]["cvr_auc_entire_space"]
+        == "3 of 20000 conversion scores are not finite"
+    )
+    assert "not finite" in report["test"]["reasons"]["ctcvr_auc"]
+    assert report["test"]["ctr_auc"] == measure(scored)["test"]["ctr_auc"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_conversion_without_a_click_does_not_count(scored: ScoredImpressions) -> None:
+    stray = scored.conversion | (1 - scored.click)
+    report = measure(dataclasses.replace(scored, conversion=stray))
+    assert report == measure(scored)
+
+
+def test_the_order_of_impressions_does_not_matter(scored: ScoredImpressions) -> None:
+    order = np.random.default_rng(2).permutation(scored.click.size)
+    shuffled = ScoredImpressions(
+        **{
+            field.name: None if (column := getattr(scored, field.name)) is None else column[order]
+            for field in dataclasses.fields(scored)
+        }
+    )
+    report, expected = measure(shuffled), measure(scored)
+    for part in ("test", "truth"):
+        for key, value in expected[part].items():
+            assert report[part][key] == (
+                pytest.approx(value, rel=1e-10) if key != "reasons" else value
+            )
+    for key in ("ctr_auc", "cvr_auc", "ctcvr_auc", "gauc_ctr"):
+        assert report["test"][key] == expected["test"][key]
+
+
+def test_the_report_is_json_and_has_no_truth_without_it(scored: ScoredImpressions) -> None:
+    assert json.loads(json.dumps(measure(scored), allow_nan=False)) == measure(scored)
+    unknown = measure(dataclasses.replace(scored, true_ctr=None, true_cvr=None))
+    assert set(unknown) == {"test"}
+    assert unknown["test"] == measure(scored)["test"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"click_logit": np.zeros(3, np.float32)}, "click_logit has shape"),
+        ({"click": np.full(20_000, 2, np.int8)}, "click must be 0 or 1"),
+        ({"click_logit": np.zeros(20_000, np.int64)}, "click_logit must be float32"),
+        ({"log_pcvr": np.zeros(20_000, np.float32)}, "not both"),
+        ({"true_ctr": None}, "both true_ctr and true_cvr"),
+    ],
+)
+def test_unusable_columns_are_named(scored: ScoredImpressions, change: dict, named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        dataclasses.replace(scored, **change)
