@@ -29,6 +29,10 @@ _LOOKUP_SLOTS_PER_ID = 16
 """A vocabulary of integers is looked up in an array over their range while that holds no more than
 this many slots an id; beyond it by binary search."""
 
+_MOST_HASHED = 1 << 15
+"""Most strings of a vocabulary that are hashed anew for each block of ids to look up; more are
+sorted once."""
+
 
 def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
     """Raw ids as one Arrow array of int64 or string; nulls stay null.
@@ -120,9 +124,7 @@ class Vocabulary:
             )
         if self.holds_strings:
             encoded = ids.dictionary_encode()
-            known = pc.SetLookupOptions(value_set=self.raw_ids)
-            rows = pc.call_function("index_in", [encoded.dictionary], known).fill_null(-1)
-            rows = np.append(rows.to_numpy() + 1, UNKNOWN_ROW).astype(np.int32)
+            rows = np.append(self._encode_texts(encoded.dictionary), np.int32(UNKNOWN_ROW))
             return rows[encoded.indices.fill_null(-1).to_numpy()]
         if ids.null_count:
             mask = ids.is_valid().to_numpy(zero_copy_only=False)
@@ -140,6 +142,27 @@ class Vocabulary:
         ordered, rows = self._sorted
         places = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
         return np.where(ordered[places] == ids, rows[places], np.int32(UNKNOWN_ROW))
+
+    def _encode_texts(self, texts: pa.Array) -> np.ndarray:
+        if len(self.raw_ids) <= _MOST_HASHED:
+            known = pc.SetLookupOptions(value_set=self.raw_ids)
+            places = pc.call_function("index_in", [texts], known).fill_null(-1).to_numpy()
+            return (places + 1).astype(np.int32)
+        ordered, rows = self._sorted_texts
+        # In order they are found in a fraction of the time: each search ends near the last one.
+        order = pc.call_function("array_sort_indices", [texts]).to_numpy()
+        wanted = texts.take(pa.array(order))
+        places = pc.call_function("search_sorted", [ordered, wanted]).to_numpy()
+        places = np.minimum(places, len(ordered) - 1)
+        is_there = pc.call_function("equal", [ordered.take(pa.array(places)), wanted])
+        found = np.empty(len(texts), np.int32)
+        found[order] = np.where(is_there.to_numpy(False), rows[places], np.int32(UNKNOWN_ROW))
+        return found
+
+    @cached_property
+    def _sorted_texts(self) -> tuple[pa.Array, np.ndarray]:
+        order = pc.call_function("array_sort_indices", [self.raw_ids])
+        return self.raw_ids.take(order), (order.to_numpy() + 1).astype(np.int32)
 
     @cached_property
     def _lookup(self) -> tuple[int, np.ndarray | None]:
