@@ -17,16 +17,15 @@ from torchrec.streamable import Pipelineable
 class ImpressionBatch(Pipelineable):
     """B impressions with their labels, ready for TorchRec's pipelines.
 
-    A feature that many impressions share is carried once: its key in the KeyedJaggedTensor has U
-    bags instead of B and `inverse_indices` says which bag each impression uses (TorchRec's
-    variable batch per feature). Models need not care; pooled embeddings have B rows either way.
+    Features that many impressions share (a user's history) are carried once per distinct row and
+    pooled once; `shared_index` says which row each impression uses.
 
     A row of weight 0 is padding: all its bags are empty.
 
     Example::
 
         batch = ImpressionBatch(
-            unweighted=KeyedJaggedTensor.from_lengths_sync(
+            sparse_features=KeyedJaggedTensor.from_lengths_sync(
                 keys=["item"], values=torch.tensor([3, 1, 4]), lengths=torch.tensor([1, 1, 1])
             ),
             click=torch.tensor([1.0, 1.0, 0.0]),
@@ -38,11 +37,17 @@ class ImpressionBatch(Pipelineable):
     """float32 (B,), 0 or 1."""
     conversion: torch.Tensor
     """float32 (B,), 0 or 1; 1 only where click is 1."""
-    unweighted: KeyedJaggedTensor | None = None
-    """Features of the unweighted EmbeddingBagCollection; ids int32 or int64."""
-    weighted: KeyedJaggedTensor | None = None
-    """Features of the weighted EmbeddingBagCollection, with float32 weights."""
-    dense: torch.Tensor | None = None
+    sparse_features: KeyedJaggedTensor | None = None
+    """B bags a key, ids int32 or int64."""
+    weighted_sparse_features: KeyedJaggedTensor | None = None
+    """B bags a key, with float32 weights."""
+    shared_sparse_features: KeyedJaggedTensor | None = None
+    """U bags a key."""
+    shared_weighted_sparse_features: KeyedJaggedTensor | None = None
+    """U bags a key, with float32 weights."""
+    shared_index: torch.Tensor | None = None
+    """int64 (B,), the shared bag of each impression; None: U is B and bag i is impression i's."""
+    dense_features: torch.Tensor | None = None
     """float32 (B, D)."""
     weight: torch.Tensor | None = None
     """float32 (B,), weight of each impression in the loss; None: all 1."""

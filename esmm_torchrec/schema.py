@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from esmm_torchrec.errors import DataError
 
@@ -24,6 +24,16 @@ GROUP_ID = "group_id"
 TIMESTAMP = "timestamp"
 TRUE_CTR = "true_ctr"
 TRUE_CVR = "true_cvr"
+
+CollectionName = Literal[
+    "sparse_features",
+    "weighted_sparse_features",
+    "shared_sparse_features",
+    "shared_weighted_sparse_features",
+]
+"""The collections that id features are divided into, as a batch and a model's forward call them."""
+
+COLLECTIONS: tuple[CollectionName, ...] = get_args(CollectionName)
 
 RESERVED_COLUMNS = frozenset(
     {CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW, GROUP_ID, TIMESTAMP, TRUE_CTR, TRUE_CVR}
@@ -104,19 +114,26 @@ class Schema:
         return frozenset(feature.table for feature in self.id_features if feature.weighted)
 
     @property
-    def unweighted_features(self) -> tuple[IdFeature, ...]:
-        """Features of the unweighted collection, in the order a batch carries them: those stored
-        per impression, then the shared ones."""
-        weighted = self.weighted_tables
-        features = [feature for feature in self.id_features if feature.table not in weighted]
-        return tuple(sorted(features, key=lambda feature: feature.shared))
+    def collections(self) -> dict[CollectionName, tuple[IdFeature, ...]]:
+        """Collection → its features, for the collections that have any.
 
-    @property
-    def weighted_features(self) -> tuple[IdFeature, ...]:
-        """Features of the weighted collection, ordered alike."""
+        A shared feature whose table also serves a feature that is not shared belongs to the
+        collection of the latter and is written out for every impression, because a table is in
+        one collection only.
+        """
         weighted = self.weighted_tables
-        features = [feature for feature in self.id_features if feature.table in weighted]
-        return tuple(sorted(features, key=lambda feature: feature.shared))
+        own = {feature.table for feature in self.id_features if not feature.shared}
+        collections: dict[CollectionName, tuple[IdFeature, ...]] = {}
+        for name in COLLECTIONS:
+            features = tuple(
+                feature
+                for feature in self.id_features
+                if (feature.table in weighted) == name.endswith("weighted_sparse_features")
+                and (feature.table not in own) == name.startswith("shared_")
+            )
+            if features:
+                collections[name] = features
+        return collections
 
     @property
     def has_shared_features(self) -> bool:

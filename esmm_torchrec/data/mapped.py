@@ -40,12 +40,13 @@ from esmm_torchrec.schema import (
     SHARED_ROW,
     TRUE_CTR,
     TRUE_CVR,
+    CollectionName,
     IdFeature,
     Schema,
     weight_column,
 )
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 CACHE_FOLDER = ".mapped"
 ROWS_PER_BLOCK = 1 << 16
 LONGEST_BAG = np.iinfo(np.uint16).max
@@ -78,9 +79,11 @@ class Bags(NamedTuple):
 
 @dataclass(frozen=True)
 class MappedBags:
-    """The ids of some features for all rows of a split."""
+    """The ids of some features for all rows of a split that store them."""
 
     features: tuple[str, ...]
+    shared: bool
+    """Whether a row is a shared row and not an impression."""
     offsets: np.ndarray
     lengths: np.ndarray
     values: np.ndarray
@@ -113,8 +116,8 @@ class MappedSplit:
     """Column → (N,): labels, sample_id and what optional columns there are."""
     dense: np.ndarray
     """float32 (N, D)."""
-    bags: dict[str, MappedBags]
-    """"impressions" or "shared", then "unweighted" or "weighted": "impressions/unweighted"."""
+    bags: dict[CollectionName, tuple[MappedBags, ...]]
+    """Collection → its features; two entries where some come from shared rows and some do not."""
 
     @property
     def impressions(self) -> int:
@@ -208,16 +211,17 @@ class MappedSplit:
                 return np.empty(shape, dtype)
             return np.asarray(np.memmap(folder / name, dtype=dtype, mode="r", shape=tuple(shape)))
 
-        bags: dict[str, MappedBags] = {}
-        for name, features in _stores(schema).items():
-            prefix = name.replace("/", "-")
-            bags[name] = MappedBags(
-                features=tuple(feature.name for feature in features),
-                offsets=array(f"{prefix}.offsets"),
-                lengths=array(f"{prefix}.lengths"),
-                values=array(f"{prefix}.values"),
-                weights=array(f"{prefix}.weights") if name.endswith("/weighted") else None,
+        bags: dict[CollectionName, tuple[MappedBags, ...]] = {}
+        for store in _stores(schema):
+            mapped = MappedBags(
+                features=tuple(feature.name for feature in store.features),
+                shared=store.shared,
+                offsets=array(f"{store.name}.offsets"),
+                lengths=array(f"{store.name}.lengths"),
+                values=array(f"{store.name}.values"),
+                weights=array(f"{store.name}.weights") if store.weighted else None,
             )
+            bags[store.collection] = (*bags.get(store.collection, ()), mapped)
         return cls(
             schema=schema,
             scalars={name: array(name) for name in _SCALARS if name in shapes},
@@ -226,19 +230,30 @@ class MappedSplit:
         )
 
 
-def _stores(schema: Schema) -> dict[str, tuple[IdFeature, ...]]:
-    """Store → its features, for the stores that have any."""
-    stores = {
-        f"{'shared' if shared else 'impressions'}/{collection}": tuple(
-            feature for feature in features if feature.shared == shared
-        )
-        for collection, features in (
-            ("unweighted", schema.unweighted_features),
-            ("weighted", schema.weighted_features),
-        )
+class _Store(NamedTuple):
+    """Features that lie together in one set of arrays."""
+
+    collection: CollectionName
+    shared: bool
+    features: tuple[IdFeature, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.collection}-of-{'shared-rows' if self.shared else 'impressions'}"
+
+    @property
+    def weighted(self) -> bool:
+        return self.collection.endswith("weighted_sparse_features")
+
+
+def _stores(schema: Schema) -> list[_Store]:
+    """The stores of a schema that have any feature."""
+    return [
+        _Store(collection, shared, of_kind)
+        for collection, features in schema.collections.items()
         for shared in (False, True)
-    }
-    return {name: features for name, features in stores.items() if features}
+        if (of_kind := tuple(feature for feature in features if feature.shared == shared))
+    ]
 
 
 def _is_current(folder: Path, fingerprint: str) -> bool:
@@ -277,28 +292,23 @@ class _Layout:
         self, kind: Literal["impressions", "shared"], blocks: Iterable[pa.RecordBatch]
     ) -> None:
         """Writes all rows of one kind."""
-        stores = {
-            name: features
-            for name, features in _stores(self.schema).items()
-            if name.startswith(kind + "/")
-        }
-        for name in stores:
-            self._extend(f"{name.replace('/', '-')}.offsets", np.zeros(1, np.int64))
-        written = dict.fromkeys(stores, 0)
+        stores = [store for store in _stores(self.schema) if store.shared == (kind == "shared")]
+        written = dict.fromkeys((store.name for store in stores), 0)
+        for name in written:
+            self._extend(f"{name}.offsets", np.zeros(1, np.int64))
         for block in blocks:
             columns = dict(zip(block.schema.names, block.columns, strict=True))
             if kind == "impressions":
                 self._append_scalars(columns, block.num_rows)
-            for name, features in stores.items():
-                bags = self._bags(columns, features, weighted=name.endswith("/weighted"))
-                prefix = name.replace("/", "-")
-                ends = written[name] + np.cumsum(bags.lengths.sum(axis=0, dtype=np.int64))
-                self._extend(f"{prefix}.offsets", ends)
-                self._extend(f"{prefix}.lengths", bags.lengths.T.astype(np.uint16))
-                self._extend(f"{prefix}.values", bags.values)
+            for store in stores:
+                bags = self._bags(columns, store.features, weighted=store.weighted)
+                ends = np.cumsum(bags.lengths.sum(axis=0, dtype=np.int64)) + written[store.name]
+                self._extend(f"{store.name}.offsets", ends)
+                self._extend(f"{store.name}.lengths", bags.lengths.T.astype(np.uint16))
+                self._extend(f"{store.name}.values", bags.values)
                 if bags.weights is not None:
-                    self._extend(f"{prefix}.weights", bags.weights)
-                written[name] = int(ends[-1]) if len(ends) else written[name]
+                    self._extend(f"{store.name}.weights", bags.weights)
+                written[store.name] += len(bags.values)
 
     def _append_scalars(self, columns: dict[str, pa.Array], num_rows: int) -> None:
         for name, dtype in _SCALARS.items():

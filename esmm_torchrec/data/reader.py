@@ -15,20 +15,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.data.mapped import Bags, MappedBags, MappedSplit
+from esmm_torchrec.data.mapped import Bags, MappedSplit
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW
 
 SharedFeatures = Literal["once", "expanded"]
-"""once: a batch carries each distinct shared row once, with an index (TorchRec's variable batch
-per feature). expanded: it is written out for every impression."""
+"""once: a batch carries each distinct shared row once, with an index. expanded: it is written out
+for every impression."""
 
 READ_AHEAD = 3
 """Batches made before they are asked for."""
@@ -99,7 +99,6 @@ class ImpressionReader:
         if self.num_rows == 0:
             raise OptionError("there is no impression to read; select at least one")
         self._once = shared_features == "once" and split.schema.has_shared_features
-        self._stores = _collections(split)
         self._epoch = 0
         self._row = 0
 
@@ -180,7 +179,7 @@ class ImpressionReader:
         def column(name: str, dtype: type[np.generic]) -> torch.Tensor:
             return torch.from_numpy(self._padded(columns[name][own_rows].astype(dtype)))
 
-        optional: dict[str, torch.Tensor] = {}
+        optional: dict[str, Any] = {}
         if self.optional_columns:
             optional = {
                 name: column(name, columns[name].dtype.type)
@@ -188,13 +187,13 @@ class ImpressionReader:
                 if name in columns
             }
         dense = self.split.dense
-        sparse = self._sparse(rows, own_rows)
         return ImpressionBatch(
             click=column(CLICK, np.float32),
             conversion=column(CONVERSION, np.float32),
-            unweighted=sparse.get("unweighted"),
-            weighted=sparse.get("weighted"),
-            dense=torch.from_numpy(self._padded(dense[own_rows])) if dense.shape[1] else None,
+            **self._sparse(rows, own_rows),
+            dense_features=torch.from_numpy(self._padded(dense[own_rows]))
+            if dense.shape[1]
+            else None,
             weight=torch.from_numpy(self._padded(weights[own])),
             mean_weight=torch.tensor(mean_weight, dtype=torch.float32),
             mean_click_weight=torch.tensor(clicked, dtype=torch.float32),
@@ -209,30 +208,32 @@ class ImpressionReader:
             return values
         return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
 
-    def _sparse(self, rows: np.ndarray, own_rows: np.ndarray) -> dict[str, KeyedJaggedTensor]:
-        """Collection → its features."""
-        shared_rows, index, num_shared = own_rows, None, self.batch_size
+    def _sparse(self, rows: np.ndarray, own_rows: np.ndarray) -> dict[str, Any]:
+        """The KeyedJaggedTensor of each collection, and shared_index."""
         owners = self.split.scalars.get(SHARED_ROW)
-        if owners is not None:
-            shared_rows = owners[own_rows]
+        own_owners = own_rows if owners is None else owners[own_rows]
+        distinct, num_distinct, index = own_owners, self.batch_size, None
         if self._once and owners is not None:
-            shared_rows, inverse = np.unique(shared_rows, return_inverse=True)
-            num_shared = self._most_distinct(owners[rows])
+            distinct, inverse = np.unique(own_owners, return_inverse=True)
+            num_distinct = self._most_distinct(owners[rows])
             # Padding points at a bag that is empty on this rank, one past its distinct rows.
-            index = np.full(self.batch_size, len(shared_rows), np.int64)
+            index = np.full(self.batch_size, len(distinct), np.int64)
             index[: len(own_rows)] = inverse
-        return {
-            collection: _keyed_jagged_tensor(
-                [
-                    _Part(store.features, store.gather(shared_rows), num_shared, shared=True)
-                    if shared
-                    else _Part(store.features, store.gather(own_rows), self.batch_size)
-                    for store, shared in stores
-                ],
-                shared_index=index,
+        features: dict[str, Any] = {}
+        for collection, stores in self.split.bags.items():
+            pooled_once = collection.startswith("shared_")
+            bags = [
+                store.gather(distinct if pooled_once else own_owners if store.shared else own_rows)
+                for store in stores
+            ]
+            features[collection] = _keyed_jagged_tensor(
+                [key for store in stores for key in store.features],
+                bags,
+                num_bags=num_distinct if pooled_once else self.batch_size,
             )
-            for collection, stores in self._stores.items()
-        }
+        if index is not None:
+            features["shared_index"] = torch.from_numpy(index)
+        return features
 
     def _most_distinct(self, owners: np.ndarray) -> int:
         """U: distinct shared rows of the rank that has most, one more where a rank is padded."""
@@ -244,59 +245,25 @@ class ImpressionReader:
         return most
 
 
-class _Part(NamedTuple):
-    """Features of one KeyedJaggedTensor that come from one store."""
-
-    keys: tuple[str, ...]
-    bags: Bags
-    num_bags: int
-    """Bags each key shall have, empty ones appended."""
-    shared: bool = False
-
-
-def _collections(split: MappedSplit) -> dict[str, list[tuple[MappedBags, bool]]]:
-    """Collection → its stores and whether each is shared, in the order of the schema's features."""
-    collections: dict[str, list[tuple[MappedBags, bool]]] = {}
-    for collection in ("unweighted", "weighted"):
-        for kind in ("impressions", "shared"):
-            store = split.bags.get(f"{kind}/{collection}")
-            if store is not None:
-                collections.setdefault(collection, []).append((store, kind == "shared"))
-    return collections
-
-
 def _keyed_jagged_tensor(
-    parts: Sequence[_Part], *, shared_index: np.ndarray | None
+    keys: list[str], parts: Sequence[Bags], *, num_bags: int
 ) -> KeyedJaggedTensor:
-    """One KeyedJaggedTensor of all parts.
-
-    Args:
-        parts: with B bags a key, or U where they are shared.
-        shared_index: int64 (B,), which shared bag each row uses; None where all have B bags.
-    """
-    keys = [key for part in parts for key in part.keys]
+    """One KeyedJaggedTensor of features from several stores, padded with empty bags."""
     lengths = [
-        np.pad(bags.lengths, ((0, 0), (0, num_bags - bags.lengths.shape[1]))).ravel()
-        for _, bags, num_bags, _ in parts
+        np.pad(part.lengths, ((0, 0), (0, num_bags - part.lengths.shape[1]))).ravel()
+        for part in parts
     ]
-    weights = [part.bags.weights for part in parts if part.bags.weights is not None]
-    values: dict[str, Any] = {
-        "keys": keys,
-        "values": torch.from_numpy(np.concatenate([part.bags.values for part in parts])),
-        "weights": torch.from_numpy(np.concatenate(weights)) if weights else None,
-        "lengths": torch.from_numpy(np.concatenate(lengths)),
-    }
-    if shared_index is None or not any(part.shared for part in parts):
-        return KeyedJaggedTensor(**values)
-    own_index = np.arange(len(shared_index))
-    index_per_key = [
-        shared_index if part.shared else own_index for part in parts for _ in part.keys
-    ]
+    weights = [part.weights for part in parts if part.weights is not None]
     return KeyedJaggedTensor(
-        **values,
-        stride_per_key_per_rank=[[part.num_bags] for part in parts for _ in part.keys],
-        inverse_indices=(keys, torch.from_numpy(np.stack(index_per_key))),
+        keys,
+        torch.from_numpy(_concatenated([part.values for part in parts])),
+        weights=torch.from_numpy(_concatenated(weights)) if weights else None,
+        lengths=torch.from_numpy(_concatenated(lengths)),
     )
+
+
+def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _shuffled_chunks(owner: np.ndarray, longest: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,7 +5,7 @@ Shapes: B impressions, F the sum of the embedding dims of all features plus the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,15 +14,21 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.schema import IdFeature, Schema
+from esmm_torchrec.schema import COLLECTIONS, CollectionName, Schema
 
 
 class EmbeddingBagCollections(NamedTuple):
-    """The collections of a schema: `is_weighted` holds for a whole EmbeddingBagCollection, and
-    weighting every single-valued feature would double its cost, so there are two."""
+    """The collections of a schema, in the order `PooledFeatures` takes them.
 
-    unweighted: EmbeddingBagCollection | None
-    weighted: EmbeddingBagCollection | None
+    `is_weighted` holds for a whole EmbeddingBagCollection, and weighting every single-valued
+    feature would double its cost; features that impressions share have a batch size of their own.
+    Hence up to four collections where TorchRec's models have one.
+    """
+
+    sparse_features: EmbeddingBagCollection | None
+    weighted_sparse_features: EmbeddingBagCollection | None
+    shared_sparse_features: EmbeddingBagCollection | None
+    shared_weighted_sparse_features: EmbeddingBagCollection | None
 
 
 def embedding_bag_collections(
@@ -51,32 +57,26 @@ def embedding_bag_collections(
             "kernels require; take the next one up"
         )
 
-    def collection(
-        features: tuple[IdFeature, ...], is_weighted: bool
-    ) -> EmbeddingBagCollection | None:
+    collections: dict[CollectionName, EmbeddingBagCollection | None] = dict.fromkeys(COLLECTIONS)
+    for name, features in schema.collections.items():
         by_table: dict[str, list[str]] = {}
         for feature in features:
             by_table.setdefault(feature.table, []).append(feature.name)
-        configs = [
-            EmbeddingBagConfig(
-                name=name_prefix + table,
-                num_embeddings=schema.table(table).num_embeddings,
-                embedding_dim=embedding_dim,
-                feature_names=names,
-                pooling=PoolingType.SUM,
-            )
-            for table, names in by_table.items()
-        ]
-        if not configs:
-            return None
-        return EmbeddingBagCollection(
-            tables=configs, is_weighted=is_weighted, device=torch.device(device)
+        collections[name] = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=name_prefix + table,
+                    num_embeddings=schema.table(table).num_embeddings,
+                    embedding_dim=embedding_dim,
+                    feature_names=names,
+                    pooling=PoolingType.SUM,
+                )
+                for table, names in by_table.items()
+            ],
+            is_weighted=name.endswith("weighted_sparse_features"),
+            device=torch.device(device),
         )
-
-    return EmbeddingBagCollections(
-        unweighted=collection(schema.unweighted_features, is_weighted=False),
-        weighted=collection(schema.weighted_features, is_weighted=True),
-    )
+    return EmbeddingBagCollections(**collections)
 
 
 class PooledFeatures(nn.Module):
@@ -88,68 +88,95 @@ class PooledFeatures(nn.Module):
     Args:
         embedding_bag_collection: unweighted, or None.
         weighted_embedding_bag_collection: weighted, or None.
+        shared_embedding_bag_collection: unweighted, of features that impressions share, or None.
+        shared_weighted_embedding_bag_collection: weighted, of features that impressions share.
         dense_in_features: number of dense features.
 
     Raises:
         OptionError: there is no collection, one is weighted where it must not be or the other
-            way round, or both have a feature of the same name.
+            way round, or two have a feature of the same name.
     """
 
     def __init__(
         self,
         embedding_bag_collection: EmbeddingBagCollection | None = None,
         weighted_embedding_bag_collection: EmbeddingBagCollection | None = None,
+        shared_embedding_bag_collection: EmbeddingBagCollection | None = None,
+        shared_weighted_embedding_bag_collection: EmbeddingBagCollection | None = None,
         dense_in_features: int = 0,
     ) -> None:
         super().__init__()
         self.embedding_bag_collection = embedding_bag_collection
         self.weighted_embedding_bag_collection = weighted_embedding_bag_collection
+        self.shared_embedding_bag_collection = shared_embedding_bag_collection
+        self.shared_weighted_embedding_bag_collection = shared_weighted_embedding_bag_collection
         self.dense_in_features = dense_in_features
-        keys: list[str] = []
-        out_features = dense_in_features
-        for collection, weighted in (
-            (embedding_bag_collection, False),
-            (weighted_embedding_bag_collection, True),
-        ):
-            if collection is None:
-                continue
-            if collection.is_weighted() != weighted:
+        for name, collection in self.named_children():
+            assert isinstance(collection, EmbeddingBagCollection)
+            if collection.is_weighted() != ("weighted" in name):
                 raise OptionError(
-                    "embedding_bag_collection must be unweighted and "
-                    "weighted_embedding_bag_collection weighted; exchange them"
+                    f"{name} must {'' if 'weighted' in name else 'not '}be weighted; exchange the "
+                    "weighted and the unweighted collection"
                 )
-            for config in collection.embedding_bag_configs():
-                keys += config.feature_names
-                out_features += config.embedding_dim * len(config.feature_names)
+        self._keys = _keys(embedding_bag_collection, weighted_embedding_bag_collection)
+        self._shared_keys = _keys(
+            shared_embedding_bag_collection, shared_weighted_embedding_bag_collection
+        )
+        keys = self._keys + self._shared_keys
         if not keys:
             raise OptionError("a model needs at least one EmbeddingBagCollection")
         if len(set(keys)) < len(keys):
-            raise OptionError("every feature name may occur once over both collections")
-        self._keys = keys
-        self.out_features = out_features
+            raise OptionError("every feature name may occur once over all collections")
+        self.out_features = dense_in_features + sum(
+            config.embedding_dim * len(config.feature_names)
+            for collection in self.children()
+            for config in cast(EmbeddingBagCollection, collection).embedding_bag_configs()
+        )
 
     def forward(
         self,
         sparse_features: KeyedJaggedTensor | None = None,
         weighted_sparse_features: KeyedJaggedTensor | None = None,
+        shared_sparse_features: KeyedJaggedTensor | None = None,
+        shared_weighted_sparse_features: KeyedJaggedTensor | None = None,
+        shared_index: torch.Tensor | None = None,
         dense_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Pools one batch.
-
-        Args:
-            sparse_features: features of the unweighted collection.
-            weighted_sparse_features: features of the weighted collection, with weights.
-            dense_features: float32 (B, dense_in_features).
+        """Pools one batch; see `ImpressionBatch` for the arguments.
 
         Returns:
-            float32 (B, F), features in the order in which the collections declare them.
+            float32 (B, F): features in the order in which the collections declare them, those of
+            the shared collections after the others, dense features last.
         """
         pooled: list[KeyedTensor] = []
+        shared: list[KeyedTensor] = []
         if self.embedding_bag_collection is not None:
             pooled.append(self.embedding_bag_collection(sparse_features))
         if self.weighted_embedding_bag_collection is not None:
             pooled.append(self.weighted_embedding_bag_collection(weighted_sparse_features))
-        embedded = KeyedTensor.regroup(pooled, [self._keys])[0]
-        if self.dense_in_features == 0 or dense_features is None:
-            return embedded
-        return torch.cat([embedded, dense_features], dim=1)
+        if self.shared_embedding_bag_collection is not None:
+            shared.append(self.shared_embedding_bag_collection(shared_sparse_features))
+        if self.shared_weighted_embedding_bag_collection is not None:
+            shared.append(
+                self.shared_weighted_embedding_bag_collection(shared_weighted_sparse_features)
+            )
+        parts: list[torch.Tensor] = []
+        if pooled:
+            parts.append(KeyedTensor.regroup(pooled, [self._keys])[0])
+        if shared:
+            once = KeyedTensor.regroup(shared, [self._shared_keys])[0]
+            parts.append(once if shared_index is None else once.index_select(0, shared_index))
+        if self.dense_in_features and dense_features is not None:
+            parts.append(dense_features)
+        return torch.cat(parts, dim=1)
+
+
+def _keys(*collections: EmbeddingBagCollection | None) -> list[str]:
+    """Features in the order in which collections declare them."""
+    return [
+        key
+        for collection in collections
+        if collection is not None
+        for config in collection.embedding_bag_configs()
+        for key in config.feature_names
+    ]

@@ -91,6 +91,8 @@ class ESMM(nn.Module):
     Args:
         embedding_bag_collection: unweighted id features, as in `torchrec.models.dlrm.DLRM`.
         weighted_embedding_bag_collection: weighted id features, or None.
+        shared_embedding_bag_collection: unweighted features that impressions share, or None.
+        shared_weighted_embedding_bag_collection: weighted features that impressions share.
         dense_in_features: D, number of dense features.
         towers: as `EsmmTowers` for `PooledFeatures.out_features` inputs; None builds the paper's.
 
@@ -116,13 +118,19 @@ class ESMM(nn.Module):
         self,
         embedding_bag_collection: EmbeddingBagCollection | None = None,
         weighted_embedding_bag_collection: EmbeddingBagCollection | None = None,
+        shared_embedding_bag_collection: EmbeddingBagCollection | None = None,
+        shared_weighted_embedding_bag_collection: EmbeddingBagCollection | None = None,
         *,
         dense_in_features: int = 0,
         towers: EsmmTowers | None = None,
     ) -> None:
         super().__init__()
         self.features = PooledFeatures(
-            embedding_bag_collection, weighted_embedding_bag_collection, dense_in_features
+            embedding_bag_collection,
+            weighted_embedding_bag_collection,
+            shared_embedding_bag_collection,
+            shared_weighted_embedding_bag_collection,
+            dense_in_features,
         )
         self.towers = EsmmTowers(self.features.out_features) if towers is None else towers
 
@@ -130,16 +138,23 @@ class ESMM(nn.Module):
         self,
         sparse_features: KeyedJaggedTensor | None = None,
         weighted_sparse_features: KeyedJaggedTensor | None = None,
+        shared_sparse_features: KeyedJaggedTensor | None = None,
+        shared_weighted_sparse_features: KeyedJaggedTensor | None = None,
+        shared_index: torch.Tensor | None = None,
         dense_features: torch.Tensor | None = None,
     ) -> Logits:
-        """Logits of B impressions.
-
-        Args:
-            sparse_features: ids of the unweighted collection's features.
-            weighted_sparse_features: ids and weights of the weighted collection's features.
-            dense_features: float32 (B, D).
-        """
-        return self.towers(self.features(sparse_features, weighted_sparse_features, dense_features))
+        """Logits of B impressions; see `ImpressionBatch` for the arguments. A model takes what
+        its collections need, and the rest is left out."""
+        return self.towers(
+            self.features(
+                sparse_features,
+                weighted_sparse_features,
+                shared_sparse_features,
+                shared_weighted_sparse_features,
+                shared_index,
+                dense_features,
+            )
+        )
 
 
 class EsmmTrainTask(nn.Module):
@@ -149,7 +164,7 @@ class EsmmTrainTask(nn.Module):
     impressions (equation 2 of the paper, as a mean).
 
     Args:
-        model: maps (sparse, weighted sparse, dense features) to `Logits`.
+        model: maps the features of an `ImpressionBatch`, given by name, to `Logits`.
         click_loss_weight: factor of the first term.
         ctcvr_loss_weight: factor of the second term.
         detach_click: keeps the second term from training the click tower.
@@ -172,7 +187,14 @@ class EsmmTrainTask(nn.Module):
     def forward(self, batch: ImpressionBatch) -> tuple[torch.Tensor, TrainOutput]:
         """The loss of a batch, float32 (), and what there is to log. Over several ranks the loss
         is each rank's share of the global mean, see `losses.weighted_mean`."""
-        logits = self.model(batch.unweighted, batch.weighted, batch.dense)
+        logits = self.model(
+            sparse_features=batch.sparse_features,
+            weighted_sparse_features=batch.weighted_sparse_features,
+            shared_sparse_features=batch.shared_sparse_features,
+            shared_weighted_sparse_features=batch.shared_weighted_sparse_features,
+            shared_index=batch.shared_index,
+            dense_features=batch.dense_features,
+        )
         click_logit = logits.click.detach() if self.detach_click else logits.click
         click = losses.binary_cross_entropy(logits.click, batch.click)
         ctcvr = losses.ctcvr_loss(click_logit, logits.conversion, batch.click * batch.conversion)

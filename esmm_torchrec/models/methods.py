@@ -52,7 +52,7 @@ def build_train_task(
         )
         num_dense = len(schema.dense_features)
         towers = EsmmTowers(
-            PooledFeatures(*collections, num_dense).out_features,
+            PooledFeatures(*collections, dense_in_features=num_dense).out_features,
             options.tower,
             click_prior=click_prior,
             conversion_prior=conversion_prior,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,23 +85,9 @@ def choose_kernel(
 def _sharding_types(sharding: ShardingOption, *, world_size: int) -> tuple[ShardingOption, ...]:
     if sharding != "auto":
         return (sharding,)
-    # data_parallel has no fused optimiser and cannot pool shared features once; column_wise keeps
-    # a row's Adagrad momentum once per column shard. Neither is chosen unasked.
+    # data_parallel has no fused optimiser; column_wise keeps a row's Adagrad momentum once per
+    # column shard. Neither is chosen unasked.
     return ("table_wise",) if world_size == 1 else ("table_wise", "row_wise")
-
-
-def check_shared_features(kernels: Iterable[str], *, shared_features_once: bool) -> None:
-    """Refuses what TorchRec computes wrongly or not at all.
-
-    Raises:
-        PlanError: features shared by many impressions are carried once and a table has the dense
-            kernel, which knows no variable batch per feature.
-    """
-    if shared_features_once and EmbeddingComputeKernel.DENSE.value in set(kernels):
-        raise PlanError(
-            "the dense kernel (--sharding data_parallel, and adam on a CPU) cannot pool features "
-            "that impressions share once a batch; use --shared-features expanded"
-        )
 
 
 def make_plan(

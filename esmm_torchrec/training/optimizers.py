@@ -75,7 +75,7 @@ def build_optimizer(
 ) -> KeyedOptimizer:
     """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
     towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8)."""
-    parts: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
+    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     tables = {name: value for name, value in rest.items() if ".embedding_bags." in name}
     towers = {name: value for name, value in rest.items() if name not in tables}
@@ -84,8 +84,10 @@ def build_optimizer(
         return torch.optim.Adam(parameters, lr=dense_lr, eps=EPSILON, fused=True)
 
     def table_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        fused = {"fused": True} if optimizer == "adam" else {}
-        return _CLASSES[optimizer](parameters, **_arguments(optimizer, sparse_lr), **fused)
+        arguments = _arguments(optimizer, sparse_lr)
+        if optimizer == "adam":
+            arguments["fused"] = True
+        return _CLASSES[optimizer](parameters, **arguments)
 
     if tables:
         parts.append(("tables", KeyedOptimizerWrapper(tables, table_optimizer)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from esmm_torchrec.data.mapped import HistoryWeights
+from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import DtypeOption, MethodOption, ModelOptions
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
@@ -43,9 +43,9 @@ class TrainOptions:
     """What the hidden layers of the towers compute in; logits and loss stay float32."""
     history_weights: HistoryWeights = "normalised"
     """Weights of multi-valued features: summing to 1 in each bag, or as stored."""
-    shared_features: Literal["auto", "once", "expanded"] = "auto"
-    """Whether a batch carries features that impressions share once, or written out for each; auto:
-    once, where the kernel can pool them so."""
+    shared_features: SharedFeatures = "once"
+    """Pool features that impressions share once per distinct row of a batch, or write them out for
+    every impression; the results are the same."""
     shuffle_chunk: int = 1
     """Up to this many impressions of one user stay together when rows are shuffled."""
     sharding: ShardingOption = "auto"

@@ -64,12 +64,9 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         options=options,
         ranks=ranks,
         workload=Workload(options.batch_size, dataset.statistics.mean_values_per_bag),
-        has_shared_features=schema.has_shared_features,
     )
     run = ranks.from_first(
-        lambda: RunFolder.start(
-            out, _config(dataset, options, trainer, ranks), resume=options.resume
-        )
+        lambda: RunFolder.start(out, _config(dataset, options, ranks), resume=options.resume)
     )
     splits = {
         name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
@@ -82,7 +79,7 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         world_size=ranks.world_size,
         seed=options.seed,
         shuffle_chunk=options.shuffle_chunk,
-        shared_features=trainer.shared_features,
+        shared_features=options.shared_features,
     )
     if ranks.is_first:
         write_plan(trainer.plan, run.path / "plan.json")
@@ -102,7 +99,7 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         splits["test"],
         ranks,
         batch_size=options.batch_size,
-        shared_features=trainer.shared_features,
+        shared_features=options.shared_features,
     )
     metrics["throughput"] = throughput
     if ranks.is_first:
@@ -110,9 +107,7 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
     return metrics
 
 
-def _config(
-    dataset: PreparedDataSet, options: TrainOptions, trainer: Trainer, ranks: Ranks
-) -> dict[str, Any]:
+def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     values = asdict(options) | {"plan": None if options.plan is None else str(options.plan)}
     return {
         "identity": {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
@@ -122,7 +117,6 @@ def _config(
         "model": asdict(options.model),
         "schema": dataset.schema.to_dict(),
         "mean_values_per_bag": dict(dataset.statistics.mean_values_per_bag),
-        "shared_features": trainer.shared_features,
         "ranks": ranks.world_size,
         "device": ranks.device.type,
         "environment": {

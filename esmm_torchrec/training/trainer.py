@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from esmm_torchrec.data.reader import ImpressionReader, SharedFeatures
+from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.sharding.apply import shard
 from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables, read_plan
 from esmm_torchrec.sharding.planner import (
     Workload,
-    check_shared_features,
     choose_kernel,
     make_plan,
 )
@@ -30,7 +29,6 @@ class Trainer:
         options: of the run.
         ranks: this process among the others.
         workload: what the planner should expect.
-        has_shared_features: whether the data stores features once for many impressions.
 
     Raises:
         PlanError: what the options ask for does not exist or does not fit.
@@ -43,43 +41,36 @@ class Trainer:
         options: TrainOptions,
         ranks: Ranks,
         workload: Workload,
-        has_shared_features: bool,
     ) -> None:
         optimizer = options.sparse_optimizer
-        tables = embedding_tables(task)
-        given = None if options.plan is None else read_plan(options.plan)
-        if given is None:
+        if options.plan is None:
             kernel = choose_kernel(optimizer, sharding=options.sharding, device=ranks.device)
-            kernels = dict.fromkeys(tables, str(kernel))
+            kernels = dict.fromkeys(embedding_tables(task), str(kernel))
+            fuse_optimizer(
+                task, optimizer, lr=options.sparse_lr, kernels=kernels, device=ranks.device
+            )
+            plan = make_plan(
+                task, ranks=ranks, sharding=options.sharding, kernel=kernel, workload=workload
+            )
+            self.plan = PlanFile.from_sharding_plan(
+                plan,
+                embedding_tables(task).values(),
+                world_size=ranks.world_size,
+                local_world_size=ranks.local_world_size,
+                device=ranks.device.type,
+            )
         else:
-            kernel = "fused"
-            kernels = {name: table.compute_kernel for name, table in given.tables.items()}
-        self.shared_features: SharedFeatures = "expanded" if "dense" in kernels.values() else "once"
-        if options.shared_features != "auto":
-            self.shared_features = options.shared_features
-        check_shared_features(
-            kernels.values(),
-            shared_features_once=has_shared_features and self.shared_features == "once",
-        )
-        if given is not None:
-            plan = given.to_sharding_plan(
+            self.plan = read_plan(options.plan)
+            plan = self.plan.to_sharding_plan(
                 task,
                 world_size=ranks.world_size,
                 local_world_size=ranks.local_world_size,
                 device=ranks.device.type,
             )
-        fuse_optimizer(task, optimizer, lr=options.sparse_lr, kernels=kernels, device=ranks.device)
-        if given is None:
-            plan = make_plan(
-                task, ranks=ranks, sharding=options.sharding, kernel=kernel, workload=workload
+            kernels = {name: table.compute_kernel for name, table in self.plan.tables.items()}
+            fuse_optimizer(
+                task, optimizer, lr=options.sparse_lr, kernels=kernels, device=ranks.device
             )
-        self.plan = given or PlanFile.from_sharding_plan(
-            plan,
-            tables.values(),
-            world_size=ranks.world_size,
-            local_world_size=ranks.local_world_size,
-            device=ranks.device.type,
-        )
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed)
         self.optimizer = build_optimizer(
             self.model, optimizer, sparse_lr=options.sparse_lr, dense_lr=options.dense_lr
