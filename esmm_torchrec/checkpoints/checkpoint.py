@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
@@ -68,7 +69,7 @@ def save_checkpoint(
             shutil.rmtree(stale, ignore_errors=True)
     ranks.barrier()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    dcp.save(state, checkpoint_id=partial)
+    save(state, checkpoint_id=partial)
     if ranks.is_first:
         (partial / _PROGRESS).write_text(json.dumps({"step": step} | progress))
         partial.rename(final)
@@ -80,7 +81,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads a checkpoint into a sharded model and its optimiser, and gives back its progress."""
     _init_state(optimizer)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     _load(state, path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -96,7 +97,7 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 def _load(state: dict[str, Any], path: Path) -> None:
     try:
-        dcp.load(state, checkpoint_id=path)
+        load(state, checkpoint_id=path)
     except (CheckpointException, OSError) as error:
         reason = " ".join(str(error).split())[-200:]
         raise RunError(

@@ -93,13 +93,31 @@ class RunFolder:
     @property
     def model_options(self) -> ModelOptions:
         """Shape of the run's model."""
-        options = dict(self.config["model"])
-        return ModelOptions(**options | {"tower": tuple(options["tower"])})
+        options: dict[str, Any] = dict(self.config["model"])
+        options["tower"] = tuple(options["tower"])
+        return ModelOptions(**options)
+
+    def check_schema(self, schema: Schema, data: Path) -> None:
+        """Makes sure that the ids of a data set mean the same rows as in training.
+
+        Raises:
+            RunError: they do not.
+        """
+        if schema != self.schema:
+            raise RunError(
+                f"{data} has other features or vocabularies than the data of {self.path}; give the "
+                "data set that the run was trained on"
+            )
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def history(self) -> Path:
+        """File of what was measured while training."""
+        return self.path / "history.jsonl"
 
     @property
     def preprocessing(self) -> Path:

@@ -84,7 +84,7 @@ def settle_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Said by torchrec and torch to their own developers, on every start.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 

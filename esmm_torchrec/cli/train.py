@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
+from esmm_torchrec.training.table import format_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,17 @@ class Options(TrainOptions):
 
 def run(options: Options) -> None:
     """Trains on the ranks torchrun started, or on one."""
-    names = (field.name for field in fields(TrainOptions))
-    train_options = TrainOptions(**{name: getattr(options, name) for name in names})
     with process_group(options.device) as ranks:
-        metrics = train(options.data, options.out, train_options, ranks)
-        if ranks.is_first:
-            print(metrics)
+        train_and_print(options.data, options.out, options, ranks)
+
+
+def train_and_print(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> None:
+    """Trains and shows the figures; `options` may be of a command that adds to TrainOptions."""
+    names = [field.name for field in fields(TrainOptions)]
+    own = TrainOptions(**{name: getattr(options, name) for name in names})
+    metrics = train(data, out, own, ranks)
+    if ranks.is_first:
+        speed = metrics["throughput"]["train_samples_per_second"]
+        print(f"\n{format_metrics(metrics)}")
+        print(f"trained at {speed:,.0f} impressions a second")
+        print(f"run folder: {out} (metrics.json, plots/, tensorboard/, checkpoints/)", flush=True)

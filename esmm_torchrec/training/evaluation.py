@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, SharedFeatures
-from esmm_torchrec.metrics.report import ScoredImpressions, measure
+from esmm_torchrec.metrics.report import ScoredImpressions
 from esmm_torchrec.models.losses import ctcvr_logit
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION, GROUP_ID, TRUE_CTR, TRUE_CVR
@@ -65,18 +63,3 @@ def score_split(
         true_ctr=columns.get(TRUE_CTR),
         true_cvr=columns.get(TRUE_CVR),
     )
-
-
-def evaluate(
-    model: DistributedModelParallel,
-    split: MappedSplit,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-    shared_features: SharedFeatures = "once",
-) -> dict[str, Any]:
-    """The "test" and "truth" parts of metrics.json, on every rank; see `metrics.report`."""
-    scored = score_split(
-        model, split, ranks, batch_size=batch_size, shared_features=shared_features
-    )
-    return ranks.from_first(lambda: measure(scored) if scored is not None else {})

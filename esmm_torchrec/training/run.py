@@ -20,17 +20,26 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.metrics.windowed import metric_module, model_output, windowed_figures
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.sharding.plan_file import format_plan, plan_warnings, write_plan
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.training.evaluation import evaluate
+from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.plots import plot_calibration, plot_history
 from esmm_torchrec.training.trainer import Trainer
 
 LOG_EVERY = 20
-"""Steps between lines of history.jsonl."""
+"""Steps between lines of history.jsonl, at most."""
+
+LOGGED_AT_LEAST = 10
+"""Lines of history.jsonl in a run that has as many steps."""
+
+WINDOW_SIZE = 200_000
+"""Impressions of the metrics that are shown while training."""
 
 _NOT_IDENTITY = ("resume", "device", "checkpoint_every", "sharding", "plan", "shared_features")
 """Options that two runs of the same model may differ in."""
@@ -94,17 +103,23 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
             flush=True,
         )
     throughput = _fit(trainer, reader, run, options, ranks)
-    metrics = evaluate(
+    scored = score_split(
         trainer.model,
         splits["test"],
         ranks,
         batch_size=options.batch_size,
         shared_features=options.shared_features,
     )
-    metrics["throughput"] = throughput
-    if ranks.is_first:
+
+    def report() -> dict[str, Any]:
+        assert scored is not None
+        metrics = measure(scored) | {"throughput": throughput}
         run.write_json("metrics.json", metrics)
-    return metrics
+        plot_history(run.history, run.path / "plots" / "history.png")
+        plot_calibration(scored, run.path / "plots" / "calibration.png")
+        return metrics
+
+    return ranks.from_first(report)
 
 
 def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
@@ -159,48 +174,52 @@ def _fit(
             ranks=ranks,
         )
 
-    history = (run.path / "history.jsonl").open("a") if ranks.is_first else None
-    board = SummaryWriter(str(run.path / "tensorboard")) if ranks.is_first else None
+    window = metric_module(
+        batch_size=options.batch_size,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        device=ranks.device,
+        window_size=max(WINDOW_SIZE, reader.global_batch_size),
+    )
+    log = _Log(run) if ranks.is_first else None
     total = options.epochs * reader.steps_per_epoch
     total = total if options.max_steps is None else min(total, options.max_steps)
+    every = max(1, min(LOG_EVERY, total // LOGGED_AT_LEAST))
     losses: list[torch.Tensor] = []
     with progress_bar(
         "Training", total * reader.global_batch_size, "rows", disable=not ranks.is_first
     ) as bar:
         bar.update(step * reader.global_batch_size)
         while step < total and reader.epoch < options.epochs:
-            epoch_steps = min(reader.steps_left, total - step)
             started = time.perf_counter()
-            for output in trainer.steps(reader, epoch_steps):
+            for output in trainer.steps(reader, min(reader.steps_left, total - step)):
                 step += 1
-                seconds, started = seconds + time.perf_counter() - started, time.perf_counter()
-                losses.append(output.loss)
                 rows += reader.global_batch_size
+                losses.append(output.loss)
+                window.update(model_output(*output.logits, *output.labels))
+                seconds += time.perf_counter() - started
                 bar.update(reader.global_batch_size)
-                if step % LOG_EVERY == 0 or step == total:
+                if step % every == 0 or step == total:
+                    figures = windowed_figures(window.compute())
                     loss = torch.stack(losses).mean()
-                    losses.clear()
                     dist.all_reduce(loss)
-                    line = {
-                        "step": step,
-                        "epoch": reader.epoch,
-                        "loss": loss.item() / ranks.world_size,
-                        "samples_per_second": rows / seconds,
-                    }
-                    if history is not None and board is not None:
-                        history.write(json.dumps(line) + "\n")
-                        history.flush()
-                        board.add_scalar("loss", line["loss"], step)
-                        bar.set_postfix(loss=f"{line['loss']:.4f}")
+                    losses.clear()
+                    if log is not None:
+                        figures = {
+                            "epoch": reader.epoch,
+                            "loss": loss.item() / ranks.world_size,
+                            "samples_per_second": rows / seconds,
+                        } | figures
+                        log.write(step, figures)
+                        bar.set_postfix(_short(figures), refresh=False)
                 if options.checkpoint_every and step % options.checkpoint_every == 0:
                     save()
                     last_saved = step
                 started = time.perf_counter()
     if last_saved < step:
         save()
-    if history is not None and board is not None:
-        history.close()
-        board.close()
+    if log is not None:
+        log.close()
     peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return {
@@ -208,3 +227,27 @@ def _fit(
         "train_seconds": seconds,
         "peak_rss_bytes": int(peak),
     }
+
+
+class _Log:
+    """history.jsonl and TensorBoard, on rank 0."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._history = run.history.open("a")
+        self._board = SummaryWriter(str(run.path / "tensorboard"))
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._history.write(json.dumps({"step": step} | figures) + "\n")
+        self._history.flush()
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._history.close()
+        self._board.close()
+
+
+def _short(figures: dict[str, float]) -> dict[str, str]:
+    """What of the figures goes beside the progress bar."""
+    names = ("loss", "ctr_auc", "cvr_auc", "ctcvr_auc")
+    return {name: f"{figures[name]:.4f}" for name in names if name in figures}

@@ -1,0 +1,70 @@
+"""`esmm-torchrec evaluate`: also under torchrun, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from esmm_torchrec.checkpoints.restore import restore
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.sharding.planner import ShardingOption
+from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.table import format_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure a trained model on a split of a prepared data set."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    data: Path
+    """The prepared data set; its vocabularies must be those of the training."""
+    split: Literal["train", "test"] = "test"
+    """What to measure on."""
+    batch_size: int = 8192
+    """Impressions per rank and step."""
+    sharding: ShardingOption = "auto"
+    """How tables are placed on the ranks at hand."""
+    step: int | None = None
+    """Of the checkpoint; the last one if not given."""
+    device: DeviceOption = "auto"
+    """auto: CUDA where there is a GPU for each rank."""
+    json: Path | None = None
+    """Write the figures to this file, too."""
+
+
+def run(options: Options) -> None:
+    """Measures on the ranks torchrun started, or on one."""
+    with process_group(options.device) as ranks:
+        _evaluate(options, ranks)
+
+
+def _evaluate(options: Options, ranks: Ranks) -> None:
+    folder = RunFolder.open(options.run)
+    dataset = PreparedDataSet.open(options.data)
+    folder.check_schema(dataset.schema, options.data)
+    split = MappedSplit.open(
+        dataset, options.split, history_weights=folder.config["options"]["history_weights"]
+    )
+    model = restore(
+        folder,
+        ranks,
+        batch_size=options.batch_size,
+        sharding=options.sharding,
+        step=options.step,
+    )
+    scored = score_split(model, split, ranks, batch_size=options.batch_size)
+    if scored is not None:
+        metrics = measure(scored)
+        print(format_metrics(metrics).replace("test half", f"{options.split} half", 1))
+        if options.json is not None:
+            options.json.write_text(json.dumps(metrics, indent=2) + "\n")
