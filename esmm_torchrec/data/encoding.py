@@ -60,7 +60,7 @@ class FeatureColumns:
 
     id_features: tuple[IdFeature, ...]
     kinds: Mapping[str, IdKind]
-    """By table: what its raw ids are."""
+    """By id feature: what its raw ids are."""
     weights: Mapping[str, str]
     """By weighted feature: the raw column of its weights."""
     dense: tuple[str, ...]
@@ -86,7 +86,7 @@ class FeatureColumns:
             ids, weights, found = read_ids(
                 block.column(feature.name),
                 feature.name,
-                kind=self.kinds[feature.table],
+                kind=self.kinds[feature.name],
                 multi_valued=feature.multi_valued,
                 weights=None if weights_name is None else block.column(weights_name),
                 weights_name=weights_name,
@@ -149,8 +149,8 @@ class RowEncoder:
         features = FeatureColumns(
             id_features=tuple(replace(feature, shared=False) for feature in schema.id_features),
             kinds={
-                name: "text" if vocabulary.holds_strings else "integer"
-                for name, vocabulary in vocabularies.items()
+                feature.name: "text" if vocabularies[feature.table].holds_strings else "integer"
+                for feature in schema.id_features
             },
             weights={
                 feature.name: weights.get(feature.name, weight_column(feature.name))

@@ -67,8 +67,9 @@ class TableColumns:
                     f"{getattr(self, role)!r} is --{role.replace('_', '-')} and a feature, too; a "
                     "feature must not know the outcome"
                 )
-        for name in features:
-            if features.count(name) > 1:
+        named = [*self.ids, *self.dense]
+        for name in named:
+            if named.count(name) > 1:
                 raise OptionError(f"the column {name!r} is named as a feature twice; name it once")
         for name in self.weights:
             if name not in self.ids:

@@ -7,6 +7,7 @@ Memory holds the distinct ids and a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -355,9 +356,14 @@ class _Preparation:
                 moments.add(np.stack(list(features.dense.values()), axis=1))
             count += len(block.rows)
             bar.update(len(block.rows))
-        return _Counted(
-            counters, dict(zip(self._columns.dense, moments.statistics(), strict=True)), count
-        )
+        dense = dict(zip(self._columns.dense, moments.statistics(), strict=True))
+        for name, of in dense.items():
+            if not (math.isfinite(of.mean) and math.isfinite(of.std)):
+                raise DataError(
+                    f"the dense column {name!r} holds values too far apart to be standardised; "
+                    "take their logarithm or mend them"
+                )
+        return _Counted(counters, dense, count)
 
     def _meets_text(self, block: _Block) -> bool:
         if not block.table.is_text:
