@@ -24,6 +24,7 @@ from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, Proposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import (
+    Enumerator,
     ParameterConstraints,
     PartitionByType,
     Perf,
@@ -298,23 +299,54 @@ class _NoTime(ShardEstimator):
                 shard.perf = Perf(0, 0, 0, 0)
 
 
+@dataclass(frozen=True)
+class _Footprint:
+    """Memory of one option of a table, asked for once: it is compared in every proposal."""
+
+    largest_shard: Storage
+    total: Storage
+
+
+def _footprint(option: ShardingOption) -> _Footprint:
+    storages = [shard.storage or Storage(0, 0) for shard in option.shards]
+    return _Footprint(
+        largest_shard=Storage(max(s.hbm for s in storages), max(s.ddr for s in storages)),
+        total=Storage(sum(s.hbm for s in storages), sum(s.ddr for s in storages)),
+    )
+
+
 def _search(
     scenario: Scenario, space: list[ShardingOption], topology: Topology, *, first: bool
 ) -> Placement | Misfit:
-    """The fastest placement that fits, or the first, or what stops the smallest proposal.
+    """The fastest placement that fits, or the first, or what stops the proposal that comes closest.
 
-    The uniform proposals come before the greedy ones, so that a choice among types is never
-    slower than one of them for all.
+    The uniform proposals and the thriftiest one come before the greedy ones, so that a choice
+    among types is never slower than one of them for all and finds a place wherever one does.
     """
+    footprints = {id(option): _footprint(option) for option in space}
+    cap = topology.devices[0].storage
+
+    def excess(proposal: Sequence[ShardingOption]) -> tuple[int, int]:
+        """Bytes by which the largest shard exceeds a rank and all tables exceed all ranks."""
+        prints = [footprints[id(option)] for option in proposal]
+        shard = max(
+            max(p.largest_shard.hbm - cap.hbm, p.largest_shard.ddr - cap.ddr) for p in prints
+        )
+        whole = max(
+            sum(p.total.hbm for p in prints) - cap.hbm * topology.world_size,
+            sum(p.total.ddr for p in prints) - cap.ddr * topology.world_size,
+        )
+        return max(shard, 0), max(whole, 0)
+
     best: tuple[float, list[ShardingOption], list[list[int | None]]] | None = None
-    smallest: tuple[tuple[int, int], list[ShardingOption]] | None = None
-    for proposer in _proposers(space):
+    closest: tuple[tuple[int, int], list[ShardingOption]] | None = None
+    for proposer in _proposers(space, footprints, thrifty_only=first):
         proposer.load(space)
         while (proposal := proposer.propose()) is not None:
-            if not _partition(proposal, topology):
-                total = _total_storage(proposal)
-                if smallest is None or total < smallest[0]:
-                    smallest = (total, list(proposal))
+            too_much = excess(proposal)
+            if any(too_much) or not _partition(proposal, topology):
+                if closest is None or too_much < closest[0]:
+                    closest = (too_much, list(proposal))
                 proposer.feedback(partitionable=False, plan=proposal)
                 continue
             if first:
@@ -325,13 +357,61 @@ def _search(
                 best = (rating, list(proposal), ranks)
             proposer.feedback(partitionable=True, plan=proposal, perf_rating=rating)
     if best is None:
-        assert smallest is not None
-        _partition(smallest[1], topology)
-        return _explain(scenario, smallest[1], topology)
+        assert closest is not None
+        _partition(closest[1], topology)
+        return _explain(scenario, closest[1], topology)
     for option, ranks in zip(best[1], best[2], strict=True):
         for shard, rank in zip(option.shards, ranks, strict=True):
             shard.rank = rank
     return Placement(best[1], topology)
+
+
+def _proposers(
+    space: Sequence[ShardingOption],
+    footprints: Mapping[int, _Footprint],
+    *,
+    thrifty_only: bool,
+) -> list[Proposer]:
+    if len({option.name for option in space}) == len(space):
+        return [GreedyProposer()]
+    thrifty = _ThriftyProposer(footprints)
+    uniform = UniformProposer()
+    return [thrifty, uniform] if thrifty_only else [uniform, thrifty, GreedyProposer(threshold=50)]
+
+
+class _ThriftyProposer(Proposer):
+    """Proposes once, for every table, the option whose largest shard is smallest."""
+
+    def __init__(self, footprints: Mapping[int, _Footprint]) -> None:
+        self._footprints = footprints
+        self._proposal: list[ShardingOption] | None = None
+
+    def load(
+        self,
+        search_space: list[ShardingOption],
+        enumerator: Enumerator | None = None,  # noqa: ARG002
+    ) -> None:
+        thriftiest: dict[str, ShardingOption] = {}
+        for option in search_space:
+            known = thriftiest.get(option.name)
+            if known is None or self._size(option) < self._size(known):
+                thriftiest[option.name] = option
+        self._proposal = list(thriftiest.values())
+
+    def _size(self, option: ShardingOption) -> Storage:
+        return self._footprints[id(option)].largest_shard
+
+    def propose(self) -> list[ShardingOption] | None:
+        return self._proposal
+
+    def feedback(
+        self,
+        partitionable: bool,  # noqa: ARG002
+        plan: list[ShardingOption] | None = None,  # noqa: ARG002
+        perf_rating: float | None = None,  # noqa: ARG002
+        storage_constraint: Topology | None = None,  # noqa: ARG002
+    ) -> None:
+        self._proposal = None
 
 
 def _partition(proposal: list[ShardingOption], topology: Topology) -> bool:
@@ -344,17 +424,6 @@ def _partition(proposal: list[ShardingOption], topology: Topology) -> bool:
     except PlannerError:
         return False
     return True
-
-
-def _proposers(space: Sequence[ShardingOption]) -> list[Proposer]:
-    if len({option.name for option in space}) == len(space):
-        return [GreedyProposer()]
-    return [UniformProposer(), GreedyProposer()]
-
-
-def _total_storage(options: Sequence[ShardingOption]) -> tuple[int, int]:
-    total = sum((option.total_storage for option in options), start=Storage(0, 0))
-    return total.hbm, total.ddr
 
 
 def _slowest_rank_ms(options: Sequence[ShardingOption], world_size: int) -> float:
