@@ -203,8 +203,9 @@ def equal_mass_edges(values: Scores, num_bins: int) -> Scores:
     edges = ordered[at]
     first = np.searchsorted(ordered, edges, side="left")
     end = np.searchsorted(ordered, edges, side="right")
-    above = np.append(ordered, np.asarray(np.inf, ordered.dtype))[end]
-    return np.where(first + end >= 2 * at, edges, above)
+    # NaN sorts last, above infinity too: an edge that no value reaches.
+    above = np.where(end < ordered.size, ordered[np.minimum(end, ordered.size - 1)], np.nan)
+    return np.where(first + end >= 2 * at, edges, above).astype(ordered.dtype)
 
 
 def _check(scores: Scores, **columns: NDArray[np.generic]) -> None:

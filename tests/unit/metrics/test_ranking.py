@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import roc_auc_score
@@ -262,6 +262,7 @@ def test_rows_with_equal_strata_scores_share_a_stratum() -> None:
     )
 
 
+@example(np.full(3, np.inf, np.float32), 3)
 @given(hnp.arrays(np.float32, st.integers(1, 40), elements=SCORES), st.integers(1, 8))
 def test_bins_hold_equal_masses_but_for_ties(values: np.ndarray, num_bins: int) -> None:
     edges = equal_mass_edges(values, num_bins)
