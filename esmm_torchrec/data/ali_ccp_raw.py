@@ -81,6 +81,7 @@ INDEX = "common_feature_index"
 _FEATURE_NUM = "feature_num"
 _FEATURE_LIST = "feature_list"
 
+_HIGHEST_FLOAT32 = float(np.finfo(np.float32).max)
 _INDEX_DIGITS = 16
 _HEX = np.full(256, 255, np.uint8)
 _HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
@@ -408,7 +409,7 @@ def _explain_features(features: Sequence[bytes], layout: Layout) -> str | None:
             value = float(parts[2])
         except ValueError:
             return f"value {_shown(parts[2])} of field {name} is not a number"
-        if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+        if not math.isfinite(value) or abs(value) > _HIGHEST_FLOAT32:
             return f"value {_shown(parts[2])} of field {name} is not a finite float32"
     return None
 
