@@ -8,7 +8,6 @@ written in the order of their index, which has nothing to do with that of the im
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 from collections import deque
@@ -44,7 +43,6 @@ TRUTH_SCHEMA = pa.schema(
     ]
 )
 MAX_THREADS = 8
-COMMON_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -191,20 +189,13 @@ class _CommonRows:
         self._lengths.append(np.diff(np.frombuffer(rows.buffers()[1], np.int32)[: len(rows) + 1]))
 
     def finish(self) -> None:
-        self._file.flush()
         order = np.argsort(np.concatenate(self._index))
-        ends = np.cumsum(np.concatenate(self._lengths), dtype=np.int64)
-        offsets = np.concatenate([[0], ends])
-        with (
-            mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-            self._path.open("wb") as file,
-        ):
-            for first in range(0, len(order), COMMON_ROWS_AT_ONCE):
-                file.writelines(
-                    view[offsets[row] : offsets[row + 1]]
-                    for row in order[first : first + COMMON_ROWS_AT_ONCE]
-                )
+        lengths = np.concatenate(self._lengths)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        with self._path.open("wb") as ordered:
+            for start, length in zip(starts[order].tolist(), lengths[order].tolist(), strict=True):
+                self._file.seek(start)
+                ordered.write(self._file.read(length))
         self._unordered.unlink()
 
 

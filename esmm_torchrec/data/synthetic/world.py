@@ -32,7 +32,7 @@ CLICK_SCALE = 0.75
 CONVERSION_SCALE = 1.05
 """Standard deviation that a taste gives to its logit: oracle AUCs of about .73 and .77."""
 
-VISITS_PER_BLOCK = 1024
+VISITS_PER_BLOCK = 512
 PILOT_STRETCHES = 16
 PILOT_VISITS = 256
 """Visits that tastes are standardised and intercepts found on: 16 stretches of 256, if as many."""
