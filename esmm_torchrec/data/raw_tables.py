@@ -54,12 +54,11 @@ class BadRows:
         self.count = 0
         self.examples: list[str] = []
 
-    def skip(self) -> bool:
-        """Counts a row if it may be skipped; whether it may."""
-        if self.count == self.limit:
-            return False
-        self.count += 1
-        return True
+    def skip(self, rows: int) -> int:
+        """Counts broken rows; how many of them may be skipped."""
+        allowed = min(rows, self.limit - self.count)
+        self.count += allowed
+        return allowed
 
     def note(self, sentence: str) -> None:
         """Keeps a sentence on a skipped row, if it is among the first."""
@@ -116,7 +115,7 @@ class RawTable(ABC):
         """Checks that columns are there, once each.
 
         Args:
-            wanted: (role, column); the role begins "the ... column".
+            wanted: (what it is, column).
 
         Raises:
             DataError: names the column and the closest ones that are there.
@@ -341,7 +340,7 @@ class _CsvFile(RawTable):
 
         def handle(_: pa_csv.InvalidRow) -> str:
             nonlocal skipped, refused
-            if bad_rows is not None and bad_rows.skip():
+            if bad_rows is not None and bad_rows.skip(1):
                 skipped += 1
                 return "skip"
             refused = True

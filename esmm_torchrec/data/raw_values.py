@@ -54,23 +54,23 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is one of lists."""
-    return (
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
+    """Whether an Arrow type is one of lists. Views are none: pyarrow 26 casts them wrongly."""
+    is_one = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in is_one)
 
 
 def id_kind(kind: pa.DataType) -> IdKind | None:
-    """Whether ids of an Arrow type are integers or text; None where all are null.
+    """Whether ids of an Arrow type, or in lists of it, are integers or text; None where all are
+    null.
 
     Raises:
         TypeError: the type is neither.
     """
-    kind = _value_type(_value_type(kind).value_type if is_list(kind) else kind)
+    return _single_id_kind(kind.value_type if is_list(kind) else kind)
+
+
+def _single_id_kind(kind: pa.DataType) -> IdKind | None:
+    kind = _value_type(kind)
     if is_text(kind):
         return "text"
     # Integers with missing values come as floats from pandas, keys as decimals from data bases.
@@ -171,7 +171,7 @@ def _integers(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
         not_one = pc.invert(is_integer).fill_null(False).to_numpy(zero_copy_only=False)
         return integers, failed | not_one
     try:
-        id_kind(array.type)
+        _single_id_kind(array.type)
     except TypeError:
         raise DataError(
             f"column {name!r} holds {array.type} where integers belong; convert it"

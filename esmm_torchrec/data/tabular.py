@@ -447,16 +447,15 @@ class _Preparation:
         keep = np.ones(len(block.rows), np.bool_)
         for fault in faults:
             keep &= ~fault.rows
-        if keep.all():
-            return keep
-        for row in np.flatnonzero(~keep).tolist():
-            allowed = bad_rows.skip()
-            if allowed and len(bad_rows.examples) == EXAMPLES:
-                continue
+        bad = np.flatnonzero(~keep).tolist()
+        allowed = bad_rows.skip(len(bad))
+        too_many = bad[allowed : allowed + 1]
+        named = too_many or bad[: EXAMPLES - len(bad_rows.examples)]
+        places = block.table.places([block.first_row + row for row in named])
+        for row, place in zip(named, places, strict=True):
             fault = next(fault for fault in faults if fault.rows[row])
-            (place,) = block.table.places([block.first_row + row])
             sentence = f"{place}, column {fault.column!r}: {fault.describe(row)}"
-            if not allowed:
+            if too_many:
                 raise bad_rows.error(sentence)
             bad_rows.note(sentence)
         return keep
