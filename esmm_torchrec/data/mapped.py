@@ -46,7 +46,7 @@ from esmm_torchrec.schema import (
     weight_column,
 )
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 CACHE_FOLDER = ".mapped"
 ROWS_PER_BLOCK = 1 << 16
 LONGEST_BAG = np.iinfo(np.uint16).max
@@ -162,7 +162,7 @@ class MappedSplit:
                         history_weights=history_weights,
                         fingerprint=dataset.fingerprint,
                     )
-        return cls._map(folder, dataset.schema)
+        return cls.map(folder, dataset.schema)
 
     @classmethod
     def write(
@@ -172,6 +172,7 @@ class MappedSplit:
         schema: Schema,
         impressions: Iterable[pa.RecordBatch],
         shared: Iterable[pa.RecordBatch] = (),
+        written_out: bool = False,
         history_weights: HistoryWeights = "normalised",
         fingerprint: str = "",
     ) -> MappedSplit:
@@ -182,6 +183,7 @@ class MappedSplit:
             schema: of the columns.
             impressions: columns as in the impression files of a prepared data set.
             shared: columns as in its shared files.
+            written_out: impressions hold the shared features, too; there are no shared rows.
             history_weights: what becomes of the weights of multi-valued features.
             fingerprint: of what the impressions come from.
         """
@@ -189,21 +191,29 @@ class MappedSplit:
         for stale in (partial, folder):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
-        layout = _Layout(partial, schema, normalised=history_weights == "normalised")
+        layout = _Layout(
+            partial,
+            schema,
+            _stores(schema, written_out=written_out),
+            normalised=history_weights == "normalised",
+        )
         layout.append("impressions", impressions)
         layout.append("shared", shared)
         description = {
             "version": LAYOUT_VERSION,
             "fingerprint": fingerprint,
+            "written_out": written_out,
             "arrays": layout.arrays,
         }
         (partial / "layout.json").write_text(json.dumps(description))
         partial.rename(folder)
-        return cls._map(folder, schema)
+        return cls.map(folder, schema)
 
     @classmethod
-    def _map(cls, folder: Path, schema: Schema) -> MappedSplit:
-        shapes = json.loads((folder / "layout.json").read_text())["arrays"]
+    def map(cls, folder: Path, schema: Schema) -> MappedSplit:
+        """Maps what `write` has laid out."""
+        layout = json.loads((folder / "layout.json").read_text())
+        shapes = layout["arrays"]
 
         def array(name: str) -> np.ndarray:
             dtype, shape = shapes[name]
@@ -212,7 +222,7 @@ class MappedSplit:
             return np.asarray(np.memmap(folder / name, dtype=dtype, mode="r", shape=tuple(shape)))
 
         bags: dict[CollectionName, tuple[MappedBags, ...]] = {}
-        for store in _stores(schema):
+        for store in _stores(schema, written_out=layout["written_out"]):
             mapped = MappedBags(
                 features=tuple(feature.name for feature in store.features),
                 shared=store.shared,
@@ -246,13 +256,17 @@ class _Store(NamedTuple):
         return self.collection.endswith("weighted_sparse_features")
 
 
-def _stores(schema: Schema) -> list[_Store]:
+def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:
     """The stores of a schema that have any feature."""
     return [
         _Store(collection, shared, of_kind)
         for collection, features in schema.collections.items()
         for shared in (False, True)
-        if (of_kind := tuple(feature for feature in features if feature.shared == shared))
+        if (
+            of_kind := tuple(
+                feature for feature in features if (feature.shared and not written_out) == shared
+            )
+        )
     ]
 
 
@@ -275,9 +289,12 @@ def _blocks(files: Sequence[Path], bar: tqdm) -> Iterator[pa.RecordBatch]:
 class _Layout:
     """Appends blocks to the arrays of one folder."""
 
-    def __init__(self, folder: Path, schema: Schema, *, normalised: bool) -> None:
+    def __init__(
+        self, folder: Path, schema: Schema, stores: Sequence[_Store], *, normalised: bool
+    ) -> None:
         self.folder = folder
         self.schema = schema
+        self.stores = stores
         self.normalised = normalised
         self.arrays: dict[str, tuple[str, list[int]]] = {}
 
@@ -292,7 +309,7 @@ class _Layout:
         self, kind: Literal["impressions", "shared"], blocks: Iterable[pa.RecordBatch]
     ) -> None:
         """Writes all rows of one kind."""
-        stores = [store for store in _stores(self.schema) if store.shared == (kind == "shared")]
+        stores = [store for store in self.stores if store.shared == (kind == "shared")]
         written = dict.fromkeys((store.name for store in stores), 0)
         for name in written:
             self._extend(f"{name}.offsets", np.zeros(1, np.int64))

@@ -98,7 +98,7 @@ class ImpressionReader:
         self.num_rows = split.impressions if selection is None else len(selection.rows)
         if self.num_rows == 0:
             raise OptionError("there is no impression to read; select at least one")
-        self._once = shared_features == "once" and split.schema.has_shared_features
+        self._once = shared_features == "once" and SHARED_ROW in split.scalars
         self._epoch = 0
         self._row = 0
 
@@ -121,6 +121,11 @@ class ImpressionReader:
     def steps_left(self) -> int:
         """Steps until the end of the current epoch."""
         return -(-(self.num_rows - self._row) // self.global_batch_size)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of all ranks up to the position, over all epochs, padding not counted."""
+        return self._epoch * self.num_rows + self._row
 
     def advance(self) -> None:
         """Moves the position past one step."""

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
@@ -91,6 +92,7 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         shared_features=options.shared_features,
     )
     if ranks.is_first:
+        copy_preprocessing(dataset.path, run.preprocessing)
         write_plan(trainer.plan, run.path / "plan.json")
         print(format_plan(trainer.plan))
         for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
@@ -159,7 +161,7 @@ def _fit(
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
         reader.load_state_dict(progress["reader"])
-        step, seconds, rows = progress["step"], progress["seconds"], progress["rows"]
+        step, seconds, rows = progress["step"], progress["seconds"], reader.rows_done
         if ranks.is_first:
             print(f"going on from step {step} ({checkpoint})", flush=True)
     last_saved = step
@@ -170,7 +172,7 @@ def _fit(
             step=step,
             model=trainer.model,
             optimizer=trainer.optimizer,
-            progress={"reader": reader.state_dict(), "seconds": seconds, "rows": rows},
+            progress={"reader": reader.state_dict(), "seconds": seconds},
             ranks=ranks,
         )
 
@@ -186,19 +188,18 @@ def _fit(
     total = total if options.max_steps is None else min(total, options.max_steps)
     every = max(1, min(LOG_EVERY, total // LOGGED_AT_LEAST))
     losses: list[torch.Tensor] = []
-    with progress_bar(
-        "Training", total * reader.global_batch_size, "rows", disable=not ranks.is_first
-    ) as bar:
-        bar.update(step * reader.global_batch_size)
+    to_train = min(total * reader.global_batch_size, options.epochs * reader.num_rows)
+    with progress_bar("Training", to_train, "rows", disable=not ranks.is_first) as bar:
+        bar.update(rows)
         while step < total and reader.epoch < options.epochs:
             started = time.perf_counter()
             for output in trainer.steps(reader, min(reader.steps_left, total - step)):
                 step += 1
-                rows += reader.global_batch_size
+                rows, taken = reader.rows_done, reader.rows_done - rows
                 losses.append(output.loss)
                 window.update(model_output(*output.logits, *output.labels))
                 seconds += time.perf_counter() - started
-                bar.update(reader.global_batch_size)
+                bar.update(taken)
                 if step % every == 0 or step == total:
                     figures = windowed_figures(window.compute())
                     loss = torch.stack(losses).mean()

@@ -1,0 +1,85 @@
+"""`esmm-torchrec score`: also under torchrun, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from esmm_torchrec.checkpoints.restore import restore
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.serving.scoring import encode_rows, remove, score
+from esmm_torchrec.sharding.planner import ShardingOption
+from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the sample_id, pctr, pcvr and pctcvr of every impression to Parquet, in order."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    out: Path
+    """The Parquet file to make."""
+    data: Path | None = None
+    """A prepared data set whose vocabularies are those of the training."""
+    input: Path | None = None
+    """Instead: a Parquet or CSV file with raw ids, columns named as in the data that was prepared;
+    no labels needed."""
+    split: Literal["train", "test"] = "test"
+    """What of --data to score."""
+    batch_size: int = 8192
+    """Impressions per rank and step."""
+    sharding: ShardingOption = "auto"
+    """How tables are placed on the ranks at hand."""
+    step: int | None = None
+    """Of the checkpoint; the last one if not given."""
+    device: DeviceOption = "auto"
+    """auto: CUDA where there is a GPU for each rank."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.input is None):
+            raise OptionError("give either --data or --input, what is to be scored")
+
+
+def run(options: Options) -> None:
+    """Scores on the ranks torchrun started, or on one."""
+    with process_group(options.device) as ranks:
+        _score(options, ranks)
+
+
+def _score(options: Options, ranks: Ranks) -> None:
+    folder = RunFolder.open(options.run)
+    laid_out = options.out.with_name(f"{options.out.name}.rows")
+    try:
+        if options.data is not None:
+            dataset = PreparedDataSet.open(options.data)
+            folder.check_schema(dataset.schema, options.data)
+            split = MappedSplit.open(
+                dataset,
+                options.split,
+                history_weights=folder.config["options"]["history_weights"],
+            )
+        else:
+            rows = options.input
+            assert rows is not None
+            ranks.from_first(lambda: encode_rows(folder, rows, laid_out).impressions)
+            split = MappedSplit.map(laid_out, folder.schema)
+        model = restore(
+            folder,
+            ranks,
+            batch_size=options.batch_size,
+            sharding=options.sharding,
+            step=options.step,
+        )
+        score(model, split, options.out, ranks, batch_size=options.batch_size)
+    finally:
+        if ranks.is_first:
+            remove(laid_out)
+    if ranks.is_first:
+        print(f"{split.impressions:,} impressions scored: {options.out}")

@@ -1,0 +1,94 @@
+"""A trained model in one process: raw rows in, scores out, no process group needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_model
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.raw_tables import Frame
+from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.models.esmm import Logits
+from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.schema import SAMPLE_ID
+from esmm_torchrec.serving.scoring import encode_rows, scores_of
+
+
+class Predictor:
+    """The model of a run, unsharded.
+
+    Example::
+
+        predictor = Predictor("runs/mine")
+        scores = predictor.score(frame)  # columns sample_id, pctr, pcvr, pctcvr
+
+    Args:
+        run: the run folder.
+        step: of the checkpoint; None: the last one.
+        device: where the model is.
+
+    Raises:
+        RunError: it is no run folder, or it has no such checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder | Path | str,
+        *,
+        step: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.run = run if isinstance(run, RunFolder) else RunFolder.open(Path(run))
+        checkpoint = find_checkpoint(self.run.checkpoints, step)
+        if checkpoint is None:
+            raise RunError(
+                f"{self.run.path} has no checkpoint yet; let its training come to an end"
+            )
+        self.device = torch.device(device)
+        self.task = build_train_task(
+            self.run.schema, self.run.model_options, embedding_device="cpu"
+        )
+        load_model(checkpoint, self.task)
+        self.task.to(self.device).eval()
+
+    def logits(self, batch: ImpressionBatch) -> Logits:
+        """Logits of a batch whose ids are rows of the tables already, on the CPU."""
+        with torch.no_grad():
+            _, output = self.task(batch.to(self.device))
+        return Logits(*(value.cpu() for value in output.logits))
+
+    def score(self, rows: Frame, *, batch_size: int = 8192) -> pd.DataFrame:
+        """Scores raw rows, in their order.
+
+        Args:
+            rows: a DataFrame, an Arrow table, or a CSV or Parquet file; the columns are those the
+                training data were prepared from, labels not needed.
+            batch_size: impressions at a time.
+
+        Returns:
+            sample_id int64 (the row number where the data has none), pctr, pcvr and pctcvr
+            float32; the index of a DataFrame given is kept.
+
+        Raises:
+            DataError: a column is missing or a value cannot be used.
+        """
+        with TemporaryDirectory() as folder:
+            split = encode_rows(self.run, rows, Path(folder) / "rows")
+            scored = self._score(split, batch_size)
+        if isinstance(rows, pd.DataFrame):
+            scored.index = rows.index
+        return scored
+
+    def _score(self, split: MappedSplit, batch_size: int) -> pd.DataFrame:
+        reader = ImpressionReader(split, batch_size=batch_size, shuffle=False)
+        parts = [pd.DataFrame(scores_of(self.logits(batch))) for batch in reader]
+        scores = pd.concat(parts, ignore_index=True).iloc[: split.impressions]
+        scores.insert(0, SAMPLE_ID, split.scalars[SAMPLE_ID])
+        return scores

@@ -1,0 +1,143 @@
+"""Scores of every impression of a split or a file, written to Parquet by any number of ranks.
+
+The impressions keep their order. Memory is bounded by a batch: rows are mapped from disk and
+scores are written as they come.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.raw_tables import Frame
+from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.models.esmm import Logits
+from esmm_torchrec.models.losses import ctcvr_logit
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.schema import SAMPLE_ID
+from esmm_torchrec.sharding.prediction import predict
+from esmm_torchrec.sharding.process_group import Ranks
+
+SCORE_COLUMNS = pa.schema(
+    [
+        pa.field(SAMPLE_ID, pa.int64()),
+        pa.field("pctr", pa.float32()),
+        pa.field("pcvr", pa.float32()),
+        pa.field("pctcvr", pa.float32()),
+    ]
+)
+"""What `score` writes."""
+
+
+def scores_of(logits: Logits) -> dict[str, np.ndarray]:
+    """pctr, pcvr and pctcvr, float32 (B,), of a model's logits."""
+    probabilities = {
+        "pctr": logits.click,
+        "pcvr": logits.conversion,
+        "pctcvr": ctcvr_logit(logits.click, logits.conversion),
+    }
+    return {name: torch.sigmoid(value).numpy() for name, value in probabilities.items()}
+
+
+def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
+    """Lays out raw rows for a run's model, encoded as its training data were.
+
+    Args:
+        run: whose vocabularies and statistics are used.
+        rows: a CSV or Parquet file, a DataFrame or an Arrow table; no labels needed.
+        folder: to be made, for the rows laid out.
+
+    Raises:
+        DataError: a column is missing, a value cannot be used, or there is no row.
+    """
+    encoder = RowEncoder.load(run.preprocessing)
+    blocks = (
+        batch
+        for block in encoder.encode_blocks(rows)
+        for batch in block.combine_chunks().to_batches()
+    )
+    split = MappedSplit.write(
+        folder,
+        schema=run.schema,
+        impressions=blocks,
+        written_out=True,
+        history_weights=run.config["options"]["history_weights"],
+    )
+    if split.impressions == 0:
+        raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no row")
+    return split
+
+
+def score(
+    model: DistributedModelParallel,
+    split: MappedSplit,
+    out: Path,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+) -> None:
+    """Writes sample_id, pctr, pcvr and pctcvr of every impression; every rank calls it.
+
+    Args:
+        model: as `checkpoints.restore.restore` gives it.
+        split: what to score.
+        out: a Parquet file to be made by rank 0.
+        ranks: this process among the others.
+        batch_size: impressions per rank and step.
+
+    Raises:
+        RunError: `out` exists.
+    """
+    ranks.from_first(lambda: _refuse_existing(out))
+    reader = ImpressionReader(
+        split, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size, shuffle=False
+    )
+    steps = predict(model, reader, ranks)
+    if not ranks.is_first:
+        for _ in steps:
+            pass
+        return
+    partial = out.with_name(f"{out.name}.partial")
+    with (
+        pq.ParquetWriter(partial, SCORE_COLUMNS, compression="zstd") as writer,
+        progress_bar("Scoring", split.impressions, "rows") as bar,
+    ):
+        for table in _tables(steps, split):
+            writer.write_table(table)
+            bar.update(len(table))
+    partial.rename(out)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise RunError(f"{out} exists already; remove it or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _tables(steps: Iterator[Logits | None], split: MappedSplit) -> Iterator[pa.Table]:
+    """Scores beside their sample ids, without the padding of the last step."""
+    sample_ids = split.scalars[SAMPLE_ID]
+    done = 0
+    for logits in steps:
+        assert logits is not None
+        size = min(len(logits.click), len(sample_ids) - done)
+        columns = {name: value[:size] for name, value in scores_of(logits).items()}
+        columns[SAMPLE_ID] = sample_ids[done : done + size]
+        done += size
+        yield pa.table(columns).select(SCORE_COLUMNS.names).cast(SCORE_COLUMNS)
+
+
+def remove(folder: Path) -> None:
+    """Removes rows that `encode_rows` laid out."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""Trains ESMM on Ali-CCP, on generated impressions in its form, or on any prepared data set.
+
+    torchrun --nproc-per-node 2 examples/train_ali_ccp.py                      generates its data
+    torchrun --nproc-per-node 2 examples/train_ali_ccp.py --raw RAW            the raw files
+    torchrun --nproc-per-node 2 examples/train_ali_ccp.py --data PREPARED      a prepared data set
+
+One rank generates and prepares, once, while the others wait; what is there already is used again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from esmm_torchrec.cli.main import parse_options, run_command, settle_process
+
+settle_process()  # before torch is imported
+
+from esmm_torchrec.cli.train import train_and_print  # noqa: E402
+from esmm_torchrec.data.ali_ccp import prepare_ali_ccp  # noqa: E402
+from esmm_torchrec.data.synthetic import World, generate  # noqa: E402
+from esmm_torchrec.errors import OptionError  # noqa: E402
+from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
+from esmm_torchrec.training.options import TrainOptions  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainOptions):
+    """Train ESMM on Ali-CCP, on generated impressions in its form, or on prepared data."""
+
+    raw: Path | None = None
+    """Folder with the raw Ali-CCP files or archives; prepared beside it, as RAW-prepared."""
+    data: Path | None = None
+    """Instead: a prepared data set."""
+    out: Path | None = None
+    """The run folder; runs/<time> if not given."""
+    impressions: int = 1_000_000
+    """With neither --raw nor --data: how many impressions are generated into generated/, half to
+    train on and half to test on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.raw is not None and self.data is not None:
+            raise OptionError("give --raw or --data, not both")
+
+
+def prepared_data(options: Options) -> Path:
+    """The prepared data set of the options, made first where it is not there yet."""
+    if options.data is not None:
+        return options.data
+    raw = options.raw
+    if raw is None:
+        raw = Path(f"generated/ali-ccp-{options.impressions}")
+        if not raw.exists():
+            generate(World(impressions=options.impressions), raw)
+    prepared = raw.with_name(f"{raw.name}-prepared")
+    if not prepared.exists():
+        prepare_ali_ccp(raw, prepared, progress=True)
+    return prepared
+
+
+def main(options: Options, ranks: Ranks) -> None:
+    """What every rank does."""
+    started = time.strftime("%Y-%m-%d-%H%M%S")
+    data, out = ranks.from_first(
+        lambda: (prepared_data(options), options.out or Path("runs") / started)
+    )
+    train_and_print(data, out, options, ranks)
+
+
+def run(options: Options) -> None:
+    """Does the whole job on the ranks torchrun started."""
+    with process_group(options.device) as ranks:
+        main(options, ranks)
+
+
+if __name__ == "__main__":
+    run_command(run, parse_options(Options, "examples/train_ali_ccp.py", sys.argv[1:]))
