@@ -22,7 +22,8 @@ from sklearn.metrics import roc_auc_score
 from esmm_torchrec.data.synthetic import Block, GeneratedWorld, Simulation, World, draw, generate
 from esmm_torchrec.errors import DataError, OptionError
 
-SMALL = World(impressions=30_000, seed=5)
+SMALL = World(impressions=20_000, seed=5)
+HALF = 10_000
 SPLITS = ("train", "test")
 RAW_FILES = [f"{kind}_{s}.csv" for kind in ("sample_skeleton", "common_features") for s in SPLITS]
 
@@ -142,7 +143,7 @@ def columns(world: World) -> Columns:
 class TestRawFiles:
     def test_counts_and_sample_ids(self, raw: dict[str, Raw]) -> None:
         for split in SPLITS:
-            assert raw[split].sample_ids == list(range(1, 15_001))
+            assert raw[split].sample_ids == list(range(1, HALF + 1))
 
     def test_labels(self, raw: dict[str, Raw], truth: pa.Table) -> None:
         outcome = truth["conversion_if_clicked"].to_pylist()
@@ -271,8 +272,8 @@ class TestTruth:
             "true_cvr": "float",
             "conversion_if_clicked": "int8",
         }
-        assert truth["sample_id"].to_pylist() == 2 * list(range(1, 15_001))
-        assert truth["split"].to_pylist() == ["train"] * 15_000 + ["test"] * 15_000
+        assert truth["sample_id"].to_pylist() == 2 * list(range(1, HALF + 1))
+        assert truth["split"].to_pylist() == ["train"] * HALF + ["test"] * HALF
         assert not any(column.null_count for column in truth.columns)
         assert set(truth["conversion_if_clicked"].to_pylist()) == {0, 1}
         for name in ("true_ctr", "true_cvr"):
@@ -283,10 +284,10 @@ class TestTruth:
         assert World(**written["world"]) == SMALL
         clicks = np.array([int(click) for click, _ in raw["test"].labels])
         bought = np.array([int(purchase) for _, purchase in raw["test"].labels])
-        half = truth.slice(15_000)
+        half = truth.slice(HALF)
         true_ctr, true_cvr = half["true_ctr"].to_numpy(), half["true_cvr"].to_numpy()
         counted = written["test"]
-        assert counted["impressions"] == 15_000
+        assert counted["impressions"] == HALF
         assert counted["clicks"] == clicks.sum()
         assert counted["conversions"] == bought.sum()
         assert counted["conversions_if_all_clicked"] == sum(
@@ -371,7 +372,7 @@ class TestProbabilities:
         assert_calibrated(default.outcome[~clicked], default.true_cvr[~clicked])
 
     def test_rates_are_those_asked_for(self) -> None:
-        drawn = columns(World(impressions=30_000, ctr=0.1, cvr=0.03))
+        drawn = columns(World(impressions=20_000, ctr=0.1, cvr=0.03))
         assert drawn.true_ctr.mean() == pytest.approx(0.1, rel=1e-3)
         of_clicks = (drawn.true_ctr * drawn.true_cvr).sum() / drawn.true_ctr.sum()
         assert of_clicks == pytest.approx(0.03, rel=1e-3)
@@ -389,14 +390,14 @@ class TestProbabilities:
     @pytest.mark.parametrize("correlation", [-1.0, -0.5, 0.0, 0.6, 1.0])
     def test_correlation(self, correlation: float) -> None:
         drawn = columns(
-            World(impressions=30_000, correlation=correlation, position_effect=0, noise=0)
+            World(impressions=20_000, correlation=correlation, position_effect=0, noise=0)
         )
         found = np.corrcoef(drawn.click_logit, drawn.conversion_logit)[0, 1]
         assert found == pytest.approx(correlation, abs=0.001)
 
     def test_positions_act_on_clicks_alone(self) -> None:
-        without = columns(World(impressions=30_000, position_effect=0))
-        with_effect = columns(World(impressions=30_000, position_effect=0.8))
+        without = columns(World(impressions=20_000, position_effect=0))
+        with_effect = columns(World(impressions=20_000, position_effect=0.8))
         np.testing.assert_array_equal(without.item, with_effect.item)
         fall = with_effect.click_logit - without.click_logit + 0.8 * without.position
         assert np.ptp(fall) < 1e-4
@@ -410,12 +411,12 @@ class TestProbabilities:
 
     def test_confounding(self) -> None:
         for confounding, low, high in ((0.0, -0.02, 0.02), (2.0, 0.5, 0.95)):
-            drawn = columns(World(impressions=30_000, correlation=0, confounding=confounding))
+            drawn = columns(World(impressions=20_000, correlation=0, confounding=confounding))
             assert low < np.corrcoef(drawn.click_logit, drawn.conversion_logit)[0, 1] < high
 
     def test_noise(self) -> None:
-        quiet = columns(World(impressions=30_000, noise=0))
-        noisy = columns(World(impressions=30_000, noise=0.7))
+        quiet = columns(World(impressions=20_000, noise=0))
+        noisy = columns(World(impressions=20_000, noise=0.7))
         for name in ("click_logit", "conversion_logit"):
             difference = getattr(noisy, name) - getattr(quiet, name)
             assert np.std(difference) == pytest.approx(0.7, rel=0.03)
@@ -449,11 +450,11 @@ class TestProbabilities:
     def test_rare_share(self) -> None:
         def share_of_rare(world: World) -> float:
             item = columns(world).item
-            train, test = item[:15_000], item[15_000:]
+            train, test = item[:50_000], item[50_000:]
             return float((np.bincount(train, minlength=item.max() + 1)[test] < 10).mean())
 
         none, some, all_even = (
-            share_of_rare(World(impressions=30_000, rare_share=share)) for share in (0, 0.3, 1)
+            share_of_rare(World(impressions=100_000, rare_share=share)) for share in (0, 0.3, 1)
         )
         assert none + 0.05 < some < all_even - 0.05
 
