@@ -1,0 +1,36 @@
+"""Runs a function on several gloo ranks, as torchrun does, and gives back what each returned."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Calls a module-level `function(*arguments)` on `num_ranks` processes of one job.
+
+    Returns:
+        what each rank returned, by rank.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="spawn",
+        monitor_interval=0.1,
+    )
+    results = elastic_launch(config, entrypoint=_enter)(function, arguments)
+    return [results[rank] for rank in range(num_ranks)]
+
+
+def _enter(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    import torch  # noqa: PLC0415  (in the new process only)
+
+    torch.set_num_threads(1)
+    return function(*arguments)

@@ -1,0 +1,273 @@
+"""The reader against the Parquet files read with pandas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.reader import ImpressionReader, Selection
+from esmm_torchrec.errors import DataError, OptionError
+from tests.plain_esmm import read_frame
+from tests.prepared_data import write_data_set
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataSet:
+    return write_data_set(tmp_path_factory.mktemp("data") / "prepared", train=317, test=90)
+
+
+@pytest.fixture(scope="module")
+def split(dataset: PreparedDataSet) -> MappedSplit:
+    return MappedSplit.open(dataset, "train")
+
+
+@pytest.fixture(scope="module")
+def frame(dataset: PreparedDataSet) -> pd.DataFrame:
+    return read_frame(dataset, "train")
+
+
+def _bags(
+    features: KeyedJaggedTensor, key: str, index: torch.Tensor | None, size: int
+) -> list[tuple[list[int], list[float]]]:
+    """Ids and weights of each impression, read from a KeyedJaggedTensor bag by bag."""
+    jagged = features[key]
+    ids = [part.tolist() for part in torch.split(jagged.values(), jagged.lengths().tolist())]
+    weights: list[list[float]] = [[] for _ in ids]
+    if features.weights_or_none() is not None:
+        weights = [
+            part.tolist() for part in torch.split(jagged.weights(), jagged.lengths().tolist())
+        ]
+    order = range(size) if index is None else index.tolist()
+    return [(ids[bag], weights[bag]) for bag in order]
+
+
+def _check_features(batch: ImpressionBatch, frame: pd.DataFrame, split: MappedSplit) -> None:
+    """Every id and weight of a batch equals the file's; padding is empty."""
+    assert batch.sample_id is not None
+    assert batch.weight is not None
+    size = len(batch.click)
+    kinds = {feature.name: feature for feature in split.schema.id_features}
+    for collection, features in split.schema.collections.items():
+        given = getattr(batch, collection)
+        assert sorted(given.keys()) == sorted(feature.name for feature in features)
+        index = batch.shared_index if collection.startswith("shared_") else None
+        for name in given.keys():
+            for row, (ids, weights) in enumerate(_bags(given, name, index, size)):
+                if batch.weight[row] == 0:
+                    assert ids == []
+                    continue
+                stored = frame.loc[int(batch.sample_id[row])]
+                value = stored[name]
+                if kinds[name].multi_valued:
+                    assert ids == list(value)
+                else:
+                    assert ids == ([] if pd.isna(value) else [value])
+                if kinds[name].weighted and ids:
+                    wanted = np.atleast_1d(stored[f"{name}__weight"]).astype(np.float64)
+                    if kinds[name].multi_valued:
+                        wanted = wanted / wanted.sum()
+                    np.testing.assert_allclose(weights, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shared_features", ["once", "expanded"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_batches_hold_what_the_files_hold(
+    split: MappedSplit, frame: pd.DataFrame, shared_features, chunk: int
+) -> None:
+    for rank in range(3):
+        reader = ImpressionReader(
+            split,
+            batch_size=32,
+            rank=rank,
+            world_size=3,
+            seed=5,
+            shuffle_chunk=chunk,
+            shared_features=shared_features,
+            optional_columns=True,
+        )
+        for batch in reader:
+            _check_features(batch, frame, split)
+            assert batch.weight is not None
+            assert batch.sample_id is not None
+            real = batch.weight > 0
+            rows = frame.loc[batch.sample_id[real].tolist()]
+            for value, column in (
+                (batch.click, "click"),
+                (batch.conversion, "conversion"),
+                (batch.group_id, "group_id"),
+                (batch.true_ctr, "true_ctr"),
+                (batch.true_cvr, "true_cvr"),
+                (batch.dense_features, ["price", "recency"]),
+            ):
+                assert value is not None
+                np.testing.assert_array_equal(value[real].numpy(), rows[column].to_numpy())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_ranks_share_one_order_and_agree_on_sizes(
+    split: MappedSplit, world_size: int, chunk: int
+) -> None:
+    by_rank = [
+        list(
+            ImpressionReader(
+                split,
+                batch_size=840 // (world_size * 20),
+                rank=rank,
+                world_size=world_size,
+                seed=2,
+                shuffle_chunk=chunk,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in by_rank}) == 1
+    order: list[int] = []
+    for step in zip(*by_rank, strict=True):
+        assert len({len(batch.click) for batch in step}) == 1
+        assert len({batch.shared_sparse_features.stride() for batch in step}) == 1
+        weight = sum(float(batch.weight.sum()) for batch in step)
+        clicks = sum(float((batch.weight * batch.click).sum()) for batch in step)
+        for batch in step:
+            assert float(batch.mean_weight) == pytest.approx(weight / world_size)
+            assert float(batch.mean_click_weight) == pytest.approx(clicks / world_size)
+            order += batch.sample_id[batch.weight > 0].tolist()
+    assert sorted(order) == list(range(1, 318))
+    one_rank = ImpressionReader(split, batch_size=317, seed=2, shuffle_chunk=chunk)
+    (whole,) = one_rank
+    assert whole.sample_id is not None
+    assert order == whole.sample_id.tolist()
+
+
+def test_seed_and_epoch_decide_the_order(split: MappedSplit) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        reader = ImpressionReader(split, batch_size=400, seed=seed)
+        reader.load_state_dict({"epoch": epoch, "row": 0})
+        (batch,) = reader
+        assert batch.sample_id is not None
+        return batch.sample_id[:317].tolist()
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != sorted(order(1, 0))
+
+
+def test_chunks_stay_together_and_are_not_longer(split: MappedSplit, frame: pd.DataFrame) -> None:
+    (batch,) = ImpressionReader(split, batch_size=317, seed=1, shuffle_chunk=4)
+    assert batch.sample_id is not None
+    samples = batch.sample_id.numpy()
+    owner = frame["shared_row"].to_dict()
+    follows = [
+        after == before + 1 and owner[after] == owner[before]
+        for before, after in zip(samples[:-1], samples[1:], strict=True)
+    ]
+    runs = np.diff(np.flatnonzero(~np.r_[False, follows, False]))
+    assert runs.max() >= 4
+    assert np.mean(follows) > 0.5
+    # Two chunks of one user may come to lie beside each other, but not as a rule.
+    assert np.mean(runs <= 4) > 0.9
+
+
+def test_position_goes_on_exactly_on_another_number_of_ranks(split: MappedSplit) -> None:
+    reader = ImpressionReader(split, batch_size=50, seed=4)
+    first: list[int] = []
+    for batch in reader:
+        assert batch.sample_id is not None
+        first += batch.sample_id.tolist()
+        reader.advance()
+        if reader.rows_done == 150:
+            break
+    rest: list[int] = []
+    by_rank = []
+    for rank in range(2):
+        other = ImpressionReader(split, batch_size=30, rank=rank, world_size=2, seed=4)
+        other.load_state_dict(reader.state_dict())
+        assert other.steps_left == 3
+        by_rank.append(list(other))
+    for step in zip(*by_rank, strict=True):
+        for batch in step:
+            rest += batch.sample_id[batch.weight > 0].tolist()
+    (whole,) = ImpressionReader(split, batch_size=317, seed=4)
+    assert whole.sample_id is not None
+    assert first + rest == whole.sample_id.tolist()
+
+
+def test_the_end_of_an_epoch_begins_the_next(split: MappedSplit) -> None:
+    reader = ImpressionReader(split, batch_size=200)
+    reader.advance()
+    assert (reader.epoch, reader.steps_left, reader.rows_done) == (0, 1, 200)
+    reader.advance()
+    assert (reader.epoch, reader.steps_left, reader.rows_done) == (1, 2, 317)
+
+
+def test_a_selection_is_read_with_its_weights_and_copies(split: MappedSplit) -> None:
+    rows = np.array([3, 5, 5, 5, 10, 200])
+    weights = np.array([1.0, 0.5, 0.5, 2.0, 0.0, 1.0], np.float32)
+    reader = ImpressionReader(split, batch_size=4, seed=9, selection=Selection(rows, weights))
+    read: list[tuple[int, float]] = []
+    for batch in reader:
+        assert batch.sample_id is not None
+        assert batch.weight is not None
+        read += zip(batch.sample_id.tolist(), batch.weight.tolist(), strict=True)
+    wanted = list(zip((rows + 1).tolist(), weights.tolist(), strict=True))
+    assert sorted(pair for pair in read if pair[0] > 0) == sorted(wanted)
+    assert len(read) == 8
+
+
+def test_unshuffled_rows_keep_the_order_of_the_data(split: MappedSplit) -> None:
+    reader = ImpressionReader(split, batch_size=100, shuffle=False)
+    order = torch.cat([batch.sample_id for batch in reader if batch.sample_id is not None])
+    assert order[:317].tolist() == list(range(1, 318))
+
+
+def test_raw_weights_are_left_as_stored(dataset: PreparedDataSet, frame: pd.DataFrame) -> None:
+    split = MappedSplit.open(dataset, "train", history_weights="raw")
+    (batch,) = ImpressionReader(split, batch_size=317, shuffle=False, shared_features="expanded")
+    assert batch.shared_weighted_sparse_features is not None
+    weights = batch.shared_weighted_sparse_features["history"].weights()
+    np.testing.assert_array_equal(
+        weights.numpy(), np.concatenate(frame["history__weight"].to_numpy())
+    )
+
+
+def test_the_mapped_copy_follows_the_data_set(tmp_path: Path) -> None:
+    first = write_data_set(tmp_path / "a", train=40, test=20, seed=1)
+    before = MappedSplit.open(first, "train").scalars["sample_id"].copy()
+    second = write_data_set(tmp_path / "b", train=55, test=20, seed=2)
+    (first.path / ".mapped").rename(second.path / ".mapped")
+    assert len(before) == 40
+    assert MappedSplit.open(second, "train").impressions == 55
+
+
+def test_an_id_outside_its_table_is_refused(tmp_path: Path) -> None:
+    dataset = write_data_set(tmp_path / "a", train=40, test=20)
+    tables = tuple(
+        replace(table, num_embeddings=9) if table.name == "item" else table
+        for table in dataset.schema.tables
+    )
+    broken = replace(dataset, schema=replace(dataset.schema, tables=tables))
+    with pytest.raises(DataError, match=r"'item' holds an id outside 0\.\.8"):
+        MappedSplit.open(broken, "train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": 4, "shuffle_chunk": 0}, "--shuffle-chunk 0"),
+        ({"batch_size": 4, "selection": Selection(np.array([], np.int64))}, "no impression"),
+    ],
+)
+def test_what_cannot_be_read_is_named(split: MappedSplit, arguments, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ImpressionReader(split, **arguments)
