@@ -125,11 +125,11 @@ class TableUpdate:
             grad = table.grad
             with torch.no_grad():
                 if self.optimizer == "sgd":
-                    table -= self.lr * grad
+                    table.sub_(self.lr * grad)
                 else:
                     square = grad.square()
                     if self.optimizer == "rowwise_adagrad":
                         square = square.mean(dim=1, keepdim=True)
                     self.sums[name] = self.sums.get(name, 0) + square
-                    table -= self.lr * grad / (self.sums[name].sqrt() + self.eps)
+                    table.sub_(self.lr * grad / (self.sums[name].sqrt() + self.eps))
             table.grad = None

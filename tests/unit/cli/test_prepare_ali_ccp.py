@@ -38,11 +38,12 @@ def test_the_report_holds_the_counts(raw: Path, tmp_path: Path, capsys):
         "conversions 1 1",
         "CVR of clicks 100.000% 100.000%",
         "shared rows 1 1",
-        "purchases without a click (drop) 1 1",
+        "conversions without a click (drop) 1 1",
         "dropped: bad skeleton rows 1 1",
-        "205 2",
+        "205 2 205",
+        "109_14 1 109_14 (list, weighted)",
         f"prepared data set: {out}",
-        f"next: esmm-torchrec train --data {out} --out runs/ali-ccp",
+        f"next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out runs/out",
     ):
         assert line in lines
     named = [line for line in lines if "line 5: 4 columns where 6 belong" in line]
@@ -55,15 +56,18 @@ def test_options_reach_the_preparation(raw: Path, tmp_path: Path, capsys):
     options = ["--max-bad-rows", "2", "--unclicked-purchases", "keep"]
     main(["prepare", "ali-ccp", str(raw), str(tmp_path / "out"), *options])
     assert PreparedDataSet.open(tmp_path / "out").splits["train"].impressions == 4
-    assert "purchases without a click (keep)" in capsys.readouterr().out
+    assert "conversions without a click (keep)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "sample_skeleton_train.csv, line 5: 4 columns where 6 belong; mend the file, or"),
+        ([], "sample_skeleton_train.csv, line 5: 4 columns where 6 belong; mend it, or"),
         (["--max-bad-rows", "1"], "sample_skeleton_test.csv, line 5"),
-        (["--max-bad-rows", "2", "--unclicked-purchases", "error"], "line 4: a purchase without"),
+        (
+            ["--max-bad-rows", "2", "--unclicked-purchases", "error"],
+            "line 4: a purchase without a click",
+        ),
         (["--min-count", "0"], "--min-count must be 1 or more, not 0"),
         (["--unclicked-purchases", "maybe"], "--unclicked-purchases"),
     ],

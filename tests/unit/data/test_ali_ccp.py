@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esmm_torchrec.data.ali_ccp import UNCLICKED_PURCHASES, prepare_ali_ccp
+from esmm_torchrec.data.ali_ccp import UNCLICKED_CONVERSIONS, prepare_ali_ccp
 from esmm_torchrec.data.prepared import SPLITS, PreparedDataSet
+from esmm_torchrec.data.raw_tables import EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
 
 COMMON_FIELDS = ["101", "109_14", "110_14", "127_14", "150_14", "121", "122", "124", "125", "126"]
@@ -272,7 +273,7 @@ def test_every_value_equals_the_plain_parser(tmp_path: Path, min_count):
     data_set = prepare_ali_ccp(raw, tmp_path / "out", min_count=min_count)
     data_set.verify()
     assert_equals_plain(data_set, raw, min_count)
-    assert data_set.dropped == {split: {UNCLICKED_PURCHASES: 1} for split in SPLITS}
+    assert data_set.dropped == {split: {UNCLICKED_CONVERSIONS: 1} for split in SPLITS}
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
@@ -383,7 +384,7 @@ def test_unclicked_purchases(tmp_path: Path):
     write_small(tmp_path / "raw", train=[*TRAIN, odd, odd.replace("4", "5", 1)])
     dropped = prepare_ali_ccp(tmp_path / "raw", tmp_path / "a", min_count=1)
     assert dropped.splits["train"].impressions == 3
-    assert dropped.dropped["train"] == {UNCLICKED_PURCHASES: 2}
+    assert dropped.dropped["train"] == {UNCLICKED_CONVERSIONS: 2}
     assert dropped.vocabulary("205").counts.tolist() == [1, 1], "what is dropped does not count"
     kept = prepare_ali_ccp(
         tmp_path / "raw", tmp_path / "b", min_count=1, unclicked_purchases="keep"
@@ -396,7 +397,7 @@ def test_unclicked_purchases(tmp_path: Path):
     assert kept.vocabulary("205").counts.tolist() == [3, 1]
     assert kept.dropped["train"] == {}
     for data_set in (dropped, kept):
-        assert data_set.source["unclicked_purchase_rows"] == {"train": 2, "test": 0}
+        assert data_set.source["unclicked_conversion_rows"] == {"train": 2, "test": 0}
     with pytest.raises(DataError, match=r"sample_skeleton_train\.csv, line 4: a purchase without"):
         prepare_ali_ccp(tmp_path / "raw", tmp_path / "c", unclicked_purchases="error")
     assert not (tmp_path / "c").exists()
@@ -461,7 +462,7 @@ def test_a_bad_impression_is_named(tmp_path: Path, what, line):
     with pytest.raises(DataError, match=re.escape(sentence)) as raised:
         small(tmp_path)
     assert "\n" not in str(raised.value)
-    assert str(raised.value).endswith("mend the file, or skip bad rows with --max-bad-rows N")
+    assert str(raised.value).endswith("mend it, or skip up to N bad rows with --max-bad-rows N")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 
@@ -515,12 +516,14 @@ def test_bad_rows_are_skipped_and_counted_up_to_the_limit(tmp_path: Path, block_
     out = prepare_ali_ccp(raw, tmp_path / "out", max_bad_rows=total, block_bytes=block_bytes)
     assert out.checksums == expected
     for split in SPLITS:
-        assert out.dropped[split] == {UNCLICKED_PURCHASES: 1, "bad skeleton rows": len(bad)}
+        assert out.dropped[split] == {UNCLICKED_CONVERSIONS: 1, "bad skeleton rows": len(bad)}
     named = [int(re.findall(r"line (\d+):", s)[0]) for s in out.dropped_rows["train"]]
-    assert named == where["train"][:5]
-    assert out.dropped_rows["test"] == (), "five are named in all"
+    assert named == where["train"][:EXAMPLES]
+    assert out.dropped_rows["test"] == (), "the limit is one for both splits"
     last = where["test"][-1]
-    with pytest.raises(DataError, match=rf"_test\.csv, line {last}: .* allows {total - 1}"):
+    with pytest.raises(
+        DataError, match=rf"more than {total - 1} bad rows .*_test\.csv, line {last}: "
+    ):
         prepare_ali_ccp(raw, tmp_path / "b", max_bad_rows=total - 1, block_bytes=block_bytes)
 
 

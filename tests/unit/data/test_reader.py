@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def _check_features(batch: ImpressionBatch, frame: pd.DataFrame, split: MappedSp
         given = getattr(batch, collection)
         assert sorted(given.keys()) == sorted(feature.name for feature in features)
         index = batch.shared_index if collection.startswith("shared_") else None
-        for name in given.keys():
+        for name in given.keys():  # noqa: SIM118  (a KeyedJaggedTensor is no dict)
             for row, (ids, weights) in enumerate(_bags(given, name, index, size)):
                 if batch.weight[row] == 0:
                     assert ids == []
@@ -168,8 +169,7 @@ def test_chunks_stay_together_and_are_not_longer(split: MappedSplit, frame: pd.D
     samples = batch.sample_id.numpy()
     owner = frame["shared_row"].to_dict()
     follows = [
-        after == before + 1 and owner[after] == owner[before]
-        for before, after in zip(samples[:-1], samples[1:], strict=True)
+        after == before + 1 and owner[after] == owner[before] for before, after in pairwise(samples)
     ]
     runs = np.diff(np.flatnonzero(~np.r_[False, follows, False]))
     assert runs.max() >= 4
