@@ -52,6 +52,7 @@ from esmm_torchrec.data.prepared import (
     impression_columns,
     shared_columns,
 )
+from esmm_torchrec.data.raw_tables import EXAMPLES, BadRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
@@ -68,39 +69,13 @@ from esmm_torchrec.schema import (
 
 UnclickedPurchases = Literal["drop", "keep", "error"]
 
-UNCLICKED_PURCHASES = "purchases without a click"
+UNCLICKED_CONVERSIONS = "conversions without a click"
 """What such rows are called among the dropped ones."""
 
 BLOCK_BYTES = 16 << 20
 _MOST_WORKERS = 8
-_EXAMPLES = 5
 
 T = TypeVar("T")
-
-
-@dataclass
-class _BadRows:
-    """Counts bad rows over all files and stops at the first too many."""
-
-    most: int
-    count: int = 0
-    shown: int = 0
-
-    def add(self, file: str, rows: Sequence[BadRow]) -> list[str]:
-        """Sentences on the first few rows; DataError where there are too many."""
-        sentences = []
-        for row in rows:
-            self.count += 1
-            sentence = f"{file}, line {row.line}: {row.what}"
-            if self.count > self.most:
-                advice = "mend the file, or skip bad rows with --max-bad-rows N"
-                if self.most:
-                    advice = f"this is bad row {self.count}, --max-bad-rows allows {self.most}"
-                raise DataError(f"{sentence}; {advice}")
-            if self.shown < _EXAMPLES:
-                self.shown += 1
-                sentences.append(sentence)
-        return sentences
 
 
 def _in_order(
@@ -303,8 +278,8 @@ class _Impressions:
 
     table: pa.Table
     bad: list[BadRow]
-    unclicked_purchases: int
-    first_unclicked_purchase: int
+    unclicked_conversions: int
+    first_unclicked_conversion: int
     """Its line; 0 where there is none."""
 
 
@@ -317,7 +292,7 @@ class _Preparation:
     pool: ThreadPoolExecutor
     workers: int
     unclicked_purchases: UnclickedPurchases
-    bad_rows: _BadRows
+    bad_rows: BadRows
     block_bytes: int
     min_count: int
     truth: Path | None
@@ -364,9 +339,16 @@ class _Preparation:
                 bar.update(len(block.text))
 
     def _note_bad(self, split: SplitName, layout: Layout, file: str, bad: list[BadRow]) -> None:
-        if bad:
-            sentences = self.bad_rows.add(file, bad)
-            self.writer.record_dropped(split, layout.reason, len(bad), sentences)
+        if not bad:
+            return
+        allowed = self.bad_rows.skip(len(bad))
+        if allowed < len(bad):
+            raise self.bad_rows.error(f"{file}, line {bad[allowed].line}: {bad[allowed].what}")
+        room = EXAMPLES - len(self.bad_rows.examples)
+        examples = [f"{file}, line {row.line}: {row.what}" for row in bad[:room]]
+        for sentence in examples:
+            self.bad_rows.note(sentence)
+        self.writer.record_dropped(split, layout.reason, len(bad), examples)
 
     def _count(self, table: pa.Table, features: Sequence[IdFeature]) -> None:
         for feature in features:
@@ -397,7 +379,7 @@ class _Preparation:
             self.writer.write_impressions(split, table.select(names))
 
     def _read_common(self, source: Folder | Archive, split: SplitName) -> _CommonRows:
-        most_bad = self.bad_rows.most
+        most_bad = self.bad_rows.limit
 
         def work(block: Block) -> tuple[pa.Table, ParsedLines]:
             parsed = parse_block(block, COMMON, most_bad)
@@ -419,7 +401,7 @@ class _Preparation:
         self, source: Folder | Archive, split: SplitName, common: _CommonRows
     ) -> int:
         def work(block: Block) -> _Impressions:
-            return self._join(parse_block(block, SKELETON, self.bad_rows.most), common)
+            return self._join(parse_block(block, SKELETON, self.bad_rows.limit), common)
 
         unclicked = 0
         with contextlib.ExitStack() as stack:
@@ -429,9 +411,9 @@ class _Preparation:
             blocks = self._each_block(source, skeleton_file(split), work)
             for file, impressions in stack.enter_context(contextlib.closing(blocks)):
                 self._note_bad(split, SKELETON, file, impressions.bad)
-                if impressions.unclicked_purchases:
+                if impressions.unclicked_conversions:
                     self._note_unclicked(split, file, impressions)
-                    unclicked += impressions.unclicked_purchases
+                    unclicked += impressions.unclicked_conversions
                 table = impressions.table
                 if truth is not None:
                     probabilities = truth.take(array_of(table, SAMPLE_ID).to_numpy())
@@ -442,13 +424,14 @@ class _Preparation:
 
     def _note_unclicked(self, split: SplitName, file: str, impressions: _Impressions) -> None:
         if self.unclicked_purchases == "error":
+            line = impressions.first_unclicked_conversion
             raise DataError(
-                f"{file}, line {impressions.first_unclicked_purchase}: a purchase without a click; "
+                f"{file}, line {line}: a purchase without a click; "
                 "drop such rows or keep them as unclicked with --unclicked-purchases drop|keep"
             )
         if self.unclicked_purchases == "drop":
-            count = impressions.unclicked_purchases
-            self.writer.record_dropped(split, UNCLICKED_PURCHASES, count)
+            count = impressions.unclicked_conversions
+            self.writer.record_dropped(split, UNCLICKED_CONVERSIONS, count)
 
     def _join(self, parsed: ParsedLines, common: _CommonRows) -> _Impressions:
         table, lines, bad = parsed
@@ -461,8 +444,8 @@ class _Preparation:
             bad = bad + [
                 BadRow(int(line), f"{INDEX} {index_of:016x} is not in {common.file}")
                 for line, index_of in zip(
-                    lines[lost][: self.bad_rows.most + 1],
-                    index[lost][: self.bad_rows.most + 1],
+                    lines[lost][: self.bad_rows.limit + 1],
+                    index[lost][: self.bad_rows.limit + 1],
                     strict=True,
                 )
             ]
@@ -482,8 +465,8 @@ class _Preparation:
         return _Impressions(
             table=self._finished(table, SKELETON.features),
             bad=bad,
-            unclicked_purchases=int(unclicked.sum()),
-            first_unclicked_purchase=int(lines[unclicked][0]) if unclicked.any() else 0,
+            unclicked_conversions=int(unclicked.sum()),
+            first_unclicked_conversion=int(lines[unclicked][0]) if unclicked.any() else 0,
         )
 
     def _encode_training_split(self) -> None:
@@ -585,14 +568,14 @@ def prepare_ali_ccp(
             pool=pool,
             workers=workers,
             unclicked_purchases=unclicked_purchases,
-            bad_rows=_BadRows(max_bad_rows),
+            bad_rows=BadRows(max_bad_rows),
             block_bytes=block_bytes,
             min_count=min_count,
             truth=truth if truth.exists() else None,
             progress=progress,
         )
         try:
-            writer.source["unclicked_purchase_rows"] = preparation.run(sources)
+            writer.source["unclicked_conversion_rows"] = preparation.run(sources)
         finally:
             for each in sources.values():
                 each.close()
