@@ -20,7 +20,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
@@ -104,7 +104,9 @@ def make_plan(
         PlanError: the tables do not fit.
     """
     types = _sharding_types(sharding, world_size=ranks.world_size)
-    kernels = [EmbeddingComputeKernel(kernel).value]
+    # The planner knows the dense kernel with data_parallel only, though it is right with all.
+    dense_after = kernel == "dense" and sharding != "data_parallel"
+    kernels = [EmbeddingComputeKernel("fused" if dense_after else kernel).value]
     constraints: dict[str, ParameterConstraints] = {}
     for collection in embedding_bag_collections_of(module).values():
         for config in collection.embedding_bag_configs():
@@ -131,9 +133,15 @@ def make_plan(
     except PlannerError as error:
         reason = " ".join(str(error).split())
         raise PlanError(
-            f"no plan for --sharding {sharding} fits the memory of {ranks.world_size} ranks; "
-            f"use more ranks, a smaller --embedding-dim or another sharding ({reason[:300]})"
+            f"TorchRec finds no plan for --sharding {sharding} on {ranks.world_size} ranks; where "
+            "memory is short, use more ranks or a smaller --embedding-dim, else another sharding "
+            f"({reason[:300]})"
         ) from error
+    if dense_after:
+        for module_plan in plan.plan.values():
+            assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+            for parameter in module_plan.values():
+                parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
     return plan
 
 
