@@ -142,11 +142,13 @@ def main() -> None:
         start = time.perf_counter()
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        peak, cpu_seconds = used.ru_maxrss * 1024, used.ru_utime + used.ru_stime
         written = sum(file.stat().st_size for file in prepared.rglob("*") if file.is_file())
     result = {
         "raw_megabytes": size / 1e6,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "megabytes_per_second": size / 1e6 / seconds,
         "peak_rss_bytes": peak,
         "prepared_megabytes": written / 1e6,
@@ -156,6 +158,7 @@ def main() -> None:
     print(f"{'raw text':<12}{size / 1e6:>10.0f} MB")
     print(f"{'prepared':<12}{written / 1e6:>10.0f} MB")
     print(f"{'time':<12}{seconds:>10.1f} s on {result['cpus']} CPUs")
+    print(f"{'CPU time':<12}{cpu_seconds:>10.1f} s")
     print(f"{'speed':<12}{result['megabytes_per_second']:>10.0f} MB/s of raw text")
     print(f"{'peak memory':<12}{peak / 2**20:>10.0f} MiB")
     options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -36,6 +36,7 @@ from esmm_torchrec.data.ali_ccp_raw import (
     Folder,
     Layout,
     ParsedLines,
+    RawFile,
     array_of,
     common_file,
     locate,
@@ -104,7 +105,10 @@ def _in_order(
 class _CommonRows:
     """index → shared row, and the user of each shared row."""
 
-    file: str
+    name: str
+    """Of the file, for what goes into the data set."""
+    path: str = ""
+    """Of the file, for errors."""
     indices: list[np.ndarray] = field(default_factory=list)
     lines: list[np.ndarray] = field(default_factory=list)
     groups: list[np.ndarray] = field(default_factory=list)
@@ -134,7 +138,7 @@ class _CommonRows:
             lines = np.concatenate(self.lines)[order]
             first = again[np.argmin(lines[again + 1])]
             raise DataError(
-                f"{self.file}, line {lines[first + 1]}: {INDEX} {self.ordered[first]:016x} stands "
+                f"{self.path}, line {lines[first + 1]}: {INDEX} {self.ordered[first]:016x} stands "
                 f"in line {lines[first]} already; remove one of them"
             )
         self.indices, self.lines, self.groups = [], [], []
@@ -287,7 +291,6 @@ class _Impressions:
 class _Preparation:
     """State of one run; `prepare_ali_ccp` says what it does."""
 
-    raw: Path
     writer: PreparedWriter
     pool: ThreadPoolExecutor
     workers: int
@@ -328,24 +331,25 @@ class _Preparation:
 
     def _each_block(
         self, source: Folder | Archive, name: str, work: Callable[[Block], T]
-    ) -> Generator[tuple[str, T], None, None]:
+    ) -> Generator[tuple[RawFile, T], None, None]:
         with (
             source.open(name) as file,
             progress_bar(name, file.size, "B", disable=not self.progress) as bar,
         ):
             blocks = read_blocks(file, self.block_bytes)
             for block, result in _in_order(self.pool, work, blocks, self.workers):
-                yield file.name, result
+                yield file, result
                 bar.update(len(block.text))
 
-    def _note_bad(self, split: SplitName, layout: Layout, file: str, bad: list[BadRow]) -> None:
+    def _note_bad(self, split: SplitName, layout: Layout, file: RawFile, bad: list[BadRow]) -> None:
         if not bad:
             return
         allowed = self.bad_rows.skip(len(bad))
         if allowed < len(bad):
-            raise self.bad_rows.error(f"{file}, line {bad[allowed].line}: {bad[allowed].what}")
+            raise self.bad_rows.error(f"{file.path}, line {bad[allowed].line}: {bad[allowed].what}")
         room = EXAMPLES - len(self.bad_rows.examples)
-        examples = [f"{file}, line {row.line}: {row.what}" for row in bad[:room]]
+        # These go into the data set, where no path of this machine belongs.
+        examples = [f"{file.name}, line {row.line}: {row.what}" for row in bad[:room]]
         for sentence in examples:
             self.bad_rows.note(sentence)
         self.writer.record_dropped(split, layout.reason, len(bad), examples)
@@ -390,7 +394,7 @@ class _Preparation:
         common = _CommonRows(common_file(split))
         with contextlib.closing(self._each_block(source, common_file(split), work)) as blocks:
             for file, (table, parsed) in blocks:
-                common.file = file
+                common.path = file.path
                 self._note_bad(split, COMMON, file, parsed.bad)
                 common.add(parsed.table, parsed.lines)
                 self._store(split, "shared", table)
@@ -422,11 +426,11 @@ class _Preparation:
                 self._store(split, "impressions", table)
         return unclicked
 
-    def _note_unclicked(self, split: SplitName, file: str, impressions: _Impressions) -> None:
+    def _note_unclicked(self, split: SplitName, file: RawFile, impressions: _Impressions) -> None:
         if self.unclicked_purchases == "error":
             line = impressions.first_unclicked_conversion
             raise DataError(
-                f"{file}, line {line}: a purchase without a click; "
+                f"{file.path}, line {line}: a purchase without a click; "
                 "drop such rows or keep them as unclicked with --unclicked-purchases drop|keep"
             )
         if self.unclicked_purchases == "drop":
@@ -442,7 +446,7 @@ class _Preparation:
         if lost.any():
             index = array_of(table, INDEX).to_numpy()
             bad = bad + [
-                BadRow(int(line), f"{INDEX} {index_of:016x} is not in {common.file}")
+                BadRow(int(line), f"{INDEX} {index_of:016x} is not in {common.name}")
                 for line, index_of in zip(
                     lines[lost][: self.bad_rows.limit + 1],
                     index[lost][: self.bad_rows.limit + 1],
@@ -563,7 +567,6 @@ def prepare_ali_ccp(
         ThreadPoolExecutor(max(workers, 2)) as pool,
     ):
         preparation = _Preparation(
-            raw=raw,
             writer=writer,
             pool=pool,
             workers=workers,

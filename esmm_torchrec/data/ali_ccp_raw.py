@@ -419,7 +419,9 @@ def _explain_features(features: Sequence[bytes], layout: Layout) -> str | None:
 
 class RawFile(NamedTuple):
     name: str
-    """For sentences: the path, and the member where it is in an archive."""
+    """After that of the archive where it is in one."""
+    path: str
+    """The same, and where it is."""
     size: int
     stream: IO[bytes]
 
@@ -438,7 +440,7 @@ class Folder:
     def open(self, name: str) -> Iterator[RawFile]:
         path = self._files[name]
         with path.open("rb", buffering=0) as stream:
-            yield RawFile(str(path), path.stat().st_size, stream)
+            yield RawFile(path.name, str(path), path.stat().st_size, stream)
 
     def close(self) -> None:
         """Nothing stays open between files."""
@@ -466,7 +468,8 @@ class Archive:
             if stream is None:
                 raise DataError(f"{name} in {self._path} is no file; download the archive again")
             with stream:
-                yield RawFile(f"{self._path}: {name}", member.size, stream)
+                label = f"{self._path.name}: {name}"
+                yield RawFile(label, str(self._path.with_name(label)), member.size, stream)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error):
             raise DataError(f"{self._path} is cut short or broken; download it again") from None
 
@@ -532,7 +535,7 @@ def read_blocks(file: RawFile, block_bytes: int) -> Iterator[Block]:
             rest += data
             if len(rest) > _LONGEST_LINE:
                 raise DataError(
-                    f"{file.name}, line {line}: longer than {_LONGEST_LINE} bytes; this is no "
+                    f"{file.path}, line {line}: longer than {_LONGEST_LINE} bytes; this is no "
                     "Ali-CCP file"
                 )
             continue
@@ -542,4 +545,4 @@ def read_blocks(file: RawFile, block_bytes: int) -> Iterator[Block]:
     if rest:
         yield Block(line, rest + b"\n")
     elif line == 1:
-        raise DataError(f"{file.name} is empty; download it again")
+        raise DataError(f"{file.path} is empty; download it again")

@@ -520,6 +520,7 @@ def test_bad_rows_are_skipped_and_counted_up_to_the_limit(tmp_path: Path, block_
     named = [int(re.findall(r"line (\d+):", s)[0]) for s in out.dropped_rows["train"]]
     assert named == where["train"][:EXAMPLES]
     assert out.dropped_rows["test"] == (), "the limit is one for both splits"
+    assert str(tmp_path) not in (out.path / "dataset.json").read_text()
     last = where["test"][-1]
     with pytest.raises(
         DataError, match=rf"more than {total - 1} bad rows .*_test\.csv, line {last}: "
