@@ -10,7 +10,8 @@ Shapes: B impressions, D dense features, F pooled features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,15 @@ from esmm_torchrec.models.towers import Tower
 
 
 class Logits(NamedTuple):
-    """What a model says of B impressions; both float32 (B,)."""
+    """What a model says of B impressions, each float32 (B,), None where it has no tower for it.
+    ESMM gives the first two."""
 
-    click: torch.Tensor
+    click: torch.Tensor | None = None
     """Logit of pCTR."""
-    conversion: torch.Tensor
+    conversion: torch.Tensor | None = None
     """Logit of pCVR, the probability of a conversion given a click."""
+    ctcvr: torch.Tensor | None = None
+    """Logit of pCTCVR, from a tower of its own."""
 
 
 class Labels(NamedTuple):
@@ -157,17 +161,84 @@ class ESMM(nn.Module):
         )
 
 
-class EsmmTrainTask(nn.Module):
-    """ESMM's loss around a model, in the form TorchRec's pipelines expect of a model.
+Objective = Callable[[Logits, ImpressionBatch], torch.Tensor]
+"""Loss of a batch, float32 (), from logits in float32. Over several ranks it is each rank's share
+of the global mean, see `losses.weighted_mean`; TorchRec's pipelines trace through it."""
 
-    loss = mean BCE(click, pCTR) + mean BCE(click · conversion, pCTR · pCVR), both over all
-    impressions (equation 2 of the paper, as a mean).
+
+class TrainTask(nn.Module):
+    """A model and its objective, in the form TorchRec's pipelines expect of a model.
 
     Args:
         model: maps the features of an `ImpressionBatch`, given by name, to `Logits`.
-        click_loss_weight: factor of the first term.
-        ctcvr_loss_weight: factor of the second term.
-        detach_click: keeps the second term from training the click tower.
+        objective: what the model is trained for.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: ImpressionBatch) -> tuple[torch.Tensor, TrainOutput]:
+        """The loss of a batch, float32 (), and what there is to log."""
+        logits = self.model(
+            sparse_features=batch.sparse_features,
+            weighted_sparse_features=batch.weighted_sparse_features,
+            shared_sparse_features=batch.shared_sparse_features,
+            shared_weighted_sparse_features=batch.shared_weighted_sparse_features,
+            shared_index=batch.shared_index,
+            dense_features=batch.dense_features,
+        )
+        loss = self.objective(logits, batch)
+        return loss, TrainOutput(
+            loss=loss.detach(),
+            logits=Logits(
+                click=_detached(logits.click),
+                conversion=_detached(logits.conversion),
+                ctcvr=_detached(logits.ctcvr),
+            ),
+            labels=Labels(batch.click, batch.conversion, batch.weight),
+        )
+
+
+def _detached(logit: torch.Tensor | None) -> torch.Tensor | None:
+    return None if logit is None else logit.detach()
+
+
+@dataclass(frozen=True)
+class EsmmObjective:
+    """mean BCE(click, pCTR) + mean BCE(click · conversion, pCTR · pCVR), both over all
+    impressions (equation 2 of the paper, as a mean)."""
+
+    click_loss_weight: float = 1.0
+    """Factor of the first term."""
+    ctcvr_loss_weight: float = 1.0
+    """Factor of the second term."""
+    detach_click: bool = False
+    """Keeps the second term from training the click tower."""
+
+    def __call__(self, logits: Logits, batch: ImpressionBatch) -> torch.Tensor:
+        """Needs the click and the conversion logit."""
+        assert logits.click is not None
+        assert logits.conversion is not None
+        click_logit = logits.click.detach() if self.detach_click else logits.click
+        click = losses.binary_cross_entropy(logits.click, batch.click)
+        ctcvr = losses.ctcvr_loss(click_logit, logits.conversion, batch.click * batch.conversion)
+        return losses.weighted_mean(
+            self.click_loss_weight * click + self.ctcvr_loss_weight * ctcvr,
+            batch.weight,
+            batch.mean_weight,
+        )
+
+
+class EsmmTrainTask(TrainTask):
+    """ESMM's loss around a model.
+
+    Args:
+        model: as in `TrainTask`; gives a click and a conversion logit.
+        click_loss_weight: see `EsmmObjective`.
+        ctcvr_loss_weight: see `EsmmObjective`.
+        detach_click: see `EsmmObjective`.
     """
 
     def __init__(
@@ -178,33 +249,4 @@ class EsmmTrainTask(nn.Module):
         ctcvr_loss_weight: float = 1.0,
         detach_click: bool = False,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.click_loss_weight = click_loss_weight
-        self.ctcvr_loss_weight = ctcvr_loss_weight
-        self.detach_click = detach_click
-
-    def forward(self, batch: ImpressionBatch) -> tuple[torch.Tensor, TrainOutput]:
-        """The loss of a batch, float32 (), and what there is to log. Over several ranks the loss
-        is each rank's share of the global mean, see `losses.weighted_mean`."""
-        logits = self.model(
-            sparse_features=batch.sparse_features,
-            weighted_sparse_features=batch.weighted_sparse_features,
-            shared_sparse_features=batch.shared_sparse_features,
-            shared_weighted_sparse_features=batch.shared_weighted_sparse_features,
-            shared_index=batch.shared_index,
-            dense_features=batch.dense_features,
-        )
-        click_logit = logits.click.detach() if self.detach_click else logits.click
-        click = losses.binary_cross_entropy(logits.click, batch.click)
-        ctcvr = losses.ctcvr_loss(click_logit, logits.conversion, batch.click * batch.conversion)
-        loss = losses.weighted_mean(
-            self.click_loss_weight * click + self.ctcvr_loss_weight * ctcvr,
-            batch.weight,
-            batch.mean_weight,
-        )
-        return loss, TrainOutput(
-            loss=loss.detach(),
-            logits=Logits(logits.click.detach(), logits.conversion.detach()),
-            labels=Labels(batch.click, batch.conversion, batch.weight),
-        )
+        super().__init__(model, EsmmObjective(click_loss_weight, ctcvr_loss_weight, detach_click))

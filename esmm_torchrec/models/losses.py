@@ -39,6 +39,13 @@ def log_ctcvr(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torc
     return F.logsigmoid(click_logit.float()) + F.logsigmoid(conversion_logit.float())
 
 
+def log_conversion_ratio(ctcvr_logit: torch.Tensor, click_logit: torch.Tensor) -> torch.Tensor:
+    """log(pCTCVR / pCTR) of two networks that know nothing of each other, float32 (B,): above 0
+    where the quotient exceeds 1. Dividing the probabilities instead overflows where pCTR is
+    small."""
+    return F.logsigmoid(ctcvr_logit.float()) - F.logsigmoid(click_logit.float())
+
+
 class _CtcvrLoss(torch.autograd.Function):
     """−t·log p − (1−t)·log(1−p) for p = σ(a)·σ(b), with its gradient in closed form.
 

@@ -62,7 +62,7 @@ class Predictor:
         """Logits of a batch whose ids are rows of the tables already, on the CPU."""
         with torch.no_grad():
             _, output = self.task(batch.to(self.device))
-        return Logits(*(value.cpu() for value in output.logits))
+        return Logits(*(None if value is None else value.cpu() for value in output.logits))
 
     def score(self, rows: Frame, *, batch_size: int = 8192) -> pd.DataFrame:
         """Scores raw rows, in their order.

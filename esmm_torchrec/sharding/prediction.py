@@ -24,7 +24,7 @@ def predict(
 
     Yields:
         on rank 0, per step, the logits of all ranks' batches one after the other, float32 (W·B,)
-        on the CPU; on the other ranks None.
+        on the CPU, those the model has; on the other ranks None.
     """
     was_training = model.training
     model.eval()
@@ -37,10 +37,14 @@ def predict(
                     output = pipeline.progress(stream)
             except StopIteration:
                 return
-            logits = torch.stack([output.logits.click, output.logits.conversion]).cpu()
-            parts = [torch.empty_like(logits) for _ in range(ranks.world_size)]
-            dist.gather(logits, parts if ranks.is_first else None, dst=0)
-            yield Logits(*torch.cat(parts, dim=1)) if ranks.is_first else None
+            own = {
+                name: logit for name, logit in output.logits._asdict().items() if logit is not None
+            }
+            stacked = torch.stack(list(own.values())).cpu()
+            parts = [torch.empty_like(stacked) for _ in range(ranks.world_size)]
+            dist.gather(stacked, parts if ranks.is_first else None, dst=0)
+            gathered = dict(zip(own, torch.cat(parts, dim=1), strict=True))
+            yield Logits(**gathered) if ranks.is_first else None
     finally:
         pipeline.detach()
         model.train(was_training)

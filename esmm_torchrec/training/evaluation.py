@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.reader import ImpressionReader, SharedFeatures
+from esmm_torchrec.data.reader import ImpressionReader, Selection, SharedFeatures
 from esmm_torchrec.metrics.report import ScoredImpressions
-from esmm_torchrec.models.losses import ctcvr_logit
+from esmm_torchrec.metrics.windowed import model_output
+from esmm_torchrec.models.esmm import Logits, TrainOutput
+from esmm_torchrec.models.methods import Scores, read_scores
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION, GROUP_ID, TRUE_CTR, TRUE_CVR
 from esmm_torchrec.sharding.prediction import predict
@@ -22,11 +25,23 @@ def score_split(
     *,
     batch_size: int,
     shared_features: SharedFeatures = "once",
+    rows: np.ndarray | None = None,
+    progress: bool = True,
 ) -> ScoredImpressions | None:
-    """Scores every impression of a split; to be called on every rank.
+    """Scores impressions of a split; to be called on every rank.
+
+    Args:
+        model: a sharded train task.
+        split: where the impressions are.
+        ranks: this process among the others.
+        batch_size: rows per rank and step.
+        shared_features: how a batch carries shared features.
+        rows: int (M,), which impressions; None: all.
+        progress: whether to show a progress bar.
 
     Returns:
-        on rank 0 the scores and labels in the order of the data, on the other ranks None.
+        on rank 0 the scores the model has and the labels, in the order of `rows`; on the other
+        ranks None.
     """
     reader = ImpressionReader(
         split,
@@ -35,31 +50,66 @@ def score_split(
         world_size=ranks.world_size,
         shuffle=False,
         shared_features=shared_features,
+        selection=None if rows is None else Selection(rows),
     )
-    num_rows = split.impressions if ranks.is_first else 0
-    click, conversion, ctcvr = (np.empty(num_rows, np.float32) for _ in range(3))
-    done = 0
-    with progress_bar("Evaluating", split.impressions, "rows", disable=not ranks.is_first) as bar:
+    scores = _Columns(reader.num_rows)
+    with progress_bar(
+        "Evaluating", reader.num_rows, "rows", disable=not (progress and ranks.is_first)
+    ) as bar:
         for logits in predict(model, reader, ranks):
-            if logits is None:
-                continue
-            place = slice(done, min(done + len(logits.click), num_rows))
-            size = place.stop - place.start
-            click[place] = logits.click[:size].numpy()
-            conversion[place] = logits.conversion[:size].numpy()
-            ctcvr[place] = ctcvr_logit(logits.click, logits.conversion)[:size].numpy()
-            done = place.stop
-            bar.update(size)
+            if logits is not None:
+                bar.update(scores.append(read_scores(logits)))
     if not ranks.is_first:
         return None
-    columns = split.scalars
+    columns = {
+        name: column if rows is None else column[rows] for name, column in split.scalars.items()
+    }
     return ScoredImpressions(
-        click_logit=click,
-        conversion_logit=conversion,
-        ctcvr_score=ctcvr,
+        **scores.columns,
         click=columns[CLICK],
         conversion=columns[CONVERSION],
         group_id=columns.get(GROUP_ID),
         true_ctr=columns.get(TRUE_CTR),
         true_cvr=columns.get(TRUE_CVR),
     )
+
+
+class _Columns:
+    """Scores of batches one behind the other, by the names of ScoredImpressions."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.columns: dict[str, np.ndarray] = {}
+        self._num_rows = num_rows
+        self._done = 0
+
+    def append(self, scores: Scores) -> int:
+        """Takes the rows that are no padding, and says how many."""
+        size = 0
+        for name, score in scores._asdict().items():
+            if score is None:
+                continue
+            if name not in self.columns:
+                self.columns[name] = np.empty(self._num_rows, np.float32)
+            size = min(len(score), self._num_rows - self._done)
+            self.columns[name][self._done : self._done + size] = score[:size].numpy()
+        self._done += size
+        return size
+
+
+def windowed_output(output: TrainOutput) -> dict[str, torch.Tensor]:
+    """What TorchRec's windowed metrics take of a training step; scores that the method does not
+    have are 0 there, see `known_tasks`."""
+    click, conversion = output.logits.click, output.logits.conversion
+    nothing = torch.zeros_like(output.labels.click)
+    return model_output(
+        nothing if click is None else click,
+        nothing if conversion is None else conversion,
+        *output.labels,
+    )
+
+
+def known_tasks(logits: Logits) -> frozenset[str]:
+    """The tasks of the windowed metrics that a method's logits speak of."""
+    known = {"ctr": logits.click, "cvr": logits.conversion}
+    tasks = {task for task, logit in known.items() if logit is not None}
+    return frozenset(tasks | {"ctcvr"} if len(tasks) == len(known) else tasks)

@@ -8,7 +8,7 @@ from pathlib import Path
 from esmm_torchrec.data.mapped import HistoryWeights
 from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.methods import DtypeOption, MethodOption, ModelOptions
+from esmm_torchrec.models.methods import METHODS, DtypeOption, MethodOption, ModelOptions
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 
@@ -22,7 +22,11 @@ class TrainOptions:
     """
 
     method: MethodOption = "esmm"
-    """What is trained."""
+    """What is trained: ESMM, another conversion method of its paper, or the click network alone;
+    docs/methods.md says what each is."""
+    rate: float | None = None
+    """The method's own rate. aman: share of unclicked impressions taken as negatives; oversampling:
+    times each conversion occurs; unbias: quantile that 1 / pCTR is capped at."""
     epochs: int = 1
     """Passes over the training half."""
     max_steps: int | None = None
@@ -83,6 +87,7 @@ class TrainOptions:
             raise OptionError(
                 f"--checkpoint-every {self.checkpoint_every} is negative; give 0 or more"
             )
+        METHODS[self.method].checked_rate(self.rate)
         if self.resume not in ("auto", "never") and not self.resume.isdigit():
             raise OptionError(f"--resume {self.resume} is not auto, never or the number of a step")
 

@@ -22,13 +22,14 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.metrics.report import measure
-from esmm_torchrec.metrics.windowed import metric_module, model_output, windowed_figures
-from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
+from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.sharding.plan_file import format_plan, plan_warnings, write_plan
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.evaluation import known_tasks, score_split, windowed_output
+from esmm_torchrec.training.fit import build_trainer, out_of_fold_pctr, training_part
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
 from esmm_torchrec.training.trainer import Trainer
@@ -62,26 +63,19 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
     dataset = PreparedDataSet.open(data)
     counts = dataset.splits["train"]
     test = dataset.splits["test"]
-    schema = dataset.schema
-    trainer = Trainer(
-        build_train_task(
-            schema,
-            options.model,
-            seed=options.seed,
-            click_prior=counts.clicks / counts.impressions,
-            conversion_prior=counts.conversions / counts.clicks,
-        ),
-        options=options,
-        ranks=ranks,
-        workload=Workload(options.batch_size, dataset.statistics.mean_values_per_bag),
-    )
-    run = ranks.from_first(
-        lambda: RunFolder.start(out, _config(dataset, options, ranks), resume=options.resume)
-    )
     splits = {
         name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
         for name in ("train", "test")
     }
+    workload = Workload(options.batch_size, dataset.statistics.mean_values_per_bag)
+    pctr = None
+    if METHODS[options.method].needs_pctr:
+        pctr = out_of_fold_pctr(splits["train"], options, ranks, workload=workload)
+    part = training_part(splits["train"], options, pctr=pctr)
+    trainer = build_trainer(splits["train"], options, ranks, part=part, workload=workload)
+    run = ranks.from_first(
+        lambda: RunFolder.start(out, _config(dataset, options, ranks), resume=options.resume)
+    )
     reader = ImpressionReader(
         splits["train"],
         batch_size=options.batch_size,
@@ -89,6 +83,7 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         world_size=ranks.world_size,
         seed=options.seed,
         shuffle_chunk=options.shuffle_chunk,
+        selection=part.selection,
         shared_features=options.shared_features,
     )
     if ranks.is_first:
@@ -104,6 +99,9 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
             f"{options.sparse_optimizer} for tables, adam for towers",
             flush=True,
         )
+        if part.selection is not None:
+            notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
+            print(f"{options.method} trains on {reader.num_rows:,} rows of them{notes}", flush=True)
     throughput = _fit(trainer, reader, run, options, ranks)
     scored = score_split(
         trainer.model,
@@ -197,11 +195,16 @@ def _fit(
                 step += 1
                 rows, taken = reader.rows_done, reader.rows_done - rows
                 losses.append(output.loss)
-                window.update(model_output(*output.logits, *output.labels))
+                window.update(windowed_output(output))
                 seconds += time.perf_counter() - started
                 bar.update(taken)
                 if step % every == 0 or step == total:
-                    figures = windowed_figures(window.compute())
+                    known = known_tasks(output.logits)
+                    figures = {
+                        name: value
+                        for name, value in windowed_figures(window.compute()).items()
+                        if name.partition("_")[0] in known
+                    }
                     loss = torch.stack(losses).mean()
                     dist.all_reduce(loss)
                     losses.clear()

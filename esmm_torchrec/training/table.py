@@ -37,7 +37,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         f"{test['impressions']:,} impressions, {test['clicks']:,} clicks, "
         f"{test['conversions']:,} conversions"
     )
-    return "\n".join([*lines, counts, *test["reasons"].values()])
+    # Many figures share a reason.
+    return "\n".join([*lines, counts, *dict.fromkeys(test["reasons"].values())])
 
 
 def _cell(value: str | float | None) -> str:

@@ -1,0 +1,150 @@
+"""Parts of a split: by user for validation and growing volumes, by id for what a model never saw.
+
+Which part an impression belongs to follows from a hash of its user, so that a user's impressions,
+which are alike, stay on one side, and a smaller volume lies within every larger one. The user is
+the group_id, else the shared row, else the impression itself.
+
+Shapes: N impressions of a split, M rows asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+
+from esmm_torchrec.data.mapped import Bags, MappedBags, MappedSplit
+from esmm_torchrec.schema import CLICK, GROUP_ID, SAMPLE_ID, SHARED_ROW, UNKNOWN_ROW
+
+Purpose = Literal["validation", "volume", "fold", "sample"]
+"""What a hash is for; each has one of its own, so that folds of a volume are not lopsided."""
+
+_SALTS: dict[Purpose, int] = {"validation": 1, "volume": 2, "fold": 3, "sample": 4}
+_ROWS_PER_BLOCK = 1 << 16
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), uint64 → uint64: a hash
+    that depends on no library's version."""
+    z = values.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        z = z + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def user_column(split: MappedSplit) -> str:
+    """The column that says whose an impression is."""
+    return next(name for name in (GROUP_ID, SHARED_ROW, SAMPLE_ID) if name in split.scalars)
+
+
+def user_hash(split: MappedSplit, purpose: Purpose) -> np.ndarray:
+    """A number in [0, 1) for each impression, equal for those of one user, float64 (N,)."""
+    user = split.scalars[user_column(split)].astype(np.int64).view(np.uint64)
+    hashed = splitmix64(splitmix64(user) ^ np.uint64(_SALTS[purpose]))
+    return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def rows_between(split: MappedSplit, low: float, high: float, *, purpose: Purpose) -> np.ndarray:
+    """Rows whose user's hash lies in [low, high), ascending, int64 (M,)."""
+    hashed = user_hash(split, purpose)
+    return np.flatnonzero((hashed >= low) & (hashed < high))
+
+
+def count_ids(split: MappedSplit, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """How often each id of each table occurs in some impressions, int64 (rows of the table,).
+
+    A shared row that several of them use counts once, as in a vocabulary.
+
+    Args:
+        split: where the impressions are.
+        rows: int (M,), row numbers, each counted once however often it is given; None: all.
+    """
+    schema = split.schema
+    counts = {table.name: np.zeros(table.num_embeddings, np.int64) for table in schema.tables}
+    table_of = {feature.name: feature.table for feature in schema.id_features}
+    own_rows = np.arange(split.impressions) if rows is None else np.unique(rows)
+    shared_rows = own_rows
+    if SHARED_ROW in split.scalars:
+        shared_rows = np.unique(split.scalars[SHARED_ROW][own_rows])
+    for store in (store for stores in split.bags.values() for store in stores):
+        for block in _blocks(shared_rows if store.shared else own_rows):
+            bags = store.gather(block)
+            for name, part in zip(store.features, _features(bags), strict=True):
+                table = counts[table_of[name]]
+                table += np.bincount(bags.values[part], minlength=len(table))
+    return counts
+
+
+def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSplit:
+    """The split with every id that is not known turned into the unknown one (row 0).
+
+    Args:
+        split: to be read so; it is not changed and nothing is copied.
+        known: table → bool (rows of the table,).
+    """
+    row_of = {
+        table: np.where(is_known, np.arange(len(is_known)), UNKNOWN_ROW).astype(np.int32)
+        for table, is_known in known.items()
+    }
+    table_of = {feature.name: feature.table for feature in split.schema.id_features}
+    return replace(
+        split,
+        bags={
+            collection: tuple(
+                _RenumberedBags(
+                    **{field.name: getattr(store, field.name) for field in fields(MappedBags)},
+                    row_of=tuple(row_of[table_of[name]] for name in store.features),
+                    inner=store,
+                )
+                for store in stores
+            )
+            for collection, stores in split.bags.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _RenumberedBags(MappedBags):
+    """Bags whose ids are renumbered as they are read."""
+
+    row_of: tuple[np.ndarray, ...]
+    """Feature → int32, the new id of each id."""
+    inner: MappedBags
+
+    def gather(self, rows: np.ndarray) -> Bags:
+        """As `MappedBags.gather`."""
+        bags = self.inner.gather(rows)
+        for row_of, part in zip(self.row_of, _features(bags), strict=True):
+            bags.values[part] = row_of[bags.values[part]]
+        return bags
+
+
+def _features(bags: Bags) -> Iterator[slice]:
+    """Where the ids of each feature are among the values."""
+    end = 0
+    for size in bags.lengths.sum(axis=1, dtype=np.int64).tolist():
+        start, end = end, end + size
+        yield slice(start, end)
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[start : start + _ROWS_PER_BLOCK] for start in range(0, len(rows), _ROWS_PER_BLOCK))
+
+
+def sample_rows(split: MappedSplit, most: int) -> np.ndarray | None:
+    """At most about `most` rows: those of users drawn by hash. None where all are few enough.
+
+    Users and not rows are drawn, so that figures within a user keep their meaning.
+    """
+    if split.impressions <= most:
+        return None
+    return rows_between(split, 0.0, most / split.impressions, purpose="sample")
+
+
+def clicked_rows(split: MappedSplit) -> np.ndarray:
+    """Rows with a click, ascending, int64 (M,)."""
+    return np.flatnonzero(split.scalars[CLICK])

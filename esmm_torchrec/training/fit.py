@@ -1,0 +1,203 @@
+"""One training of a method without a run folder: what `train` and `compare` have in common.
+
+A method may train on a part of the impressions, weighted, and may need a pCTR to choose it by;
+here that part is made, with the base rates that its towers start at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.reader import ImpressionReader, Selection
+from esmm_torchrec.data.subsets import user_hash
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.models.methods import METHODS, LoggedImpressions, build_train_task
+from esmm_torchrec.schema import CLICK, CONVERSION
+from esmm_torchrec.sharding.planner import Workload
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.trainer import Trainer
+
+FOLDS = 2
+"""Parts that the users are divided into where a pCTR must come from other users' impressions."""
+
+FOLD_SEED = 1_000_003
+"""Added to the seed of a fold's network, which is to be none of those compared."""
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """What a method trains on."""
+
+    selection: Selection | None
+    """None: all impressions, once."""
+    click_prior: float
+    """Share of clicks in it, weighted as it is."""
+    conversion_prior: float
+    """Share of conversions among those clicks."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the selection that a report should show."""
+
+
+def training_part(
+    split: MappedSplit,
+    options: TrainOptions,
+    *,
+    within: np.ndarray | None = None,
+    pctr: np.ndarray | None = None,
+) -> TrainingPart:
+    """The impressions that the method of the options trains on.
+
+    Args:
+        split: the training half.
+        options: method, rate and seed.
+        within: int (M,), the rows to choose from, ascending; None: all.
+        pctr: float64 (N,), one of each row chosen from, for methods that need it.
+
+    Raises:
+        DataError: what is left holds no click or no conversion.
+    """
+    method = METHODS[options.method]
+    whole = slice(None) if within is None else within
+    click, conversion = split.scalars[CLICK][whole], split.scalars[CONVERSION][whole]
+    impressions = LoggedImpressions(
+        click, conversion, None if pctr is None else pctr[whole], options.seed
+    )
+    chosen = method.rows(impressions, method.checked_rate(options.rate))
+    if chosen is None:
+        rows, weights, notes = within, None, {}
+    else:
+        click, conversion = click[chosen.rows], conversion[chosen.rows]
+        rows = chosen.rows if within is None else within[chosen.rows]
+        weights, notes = chosen.weights, chosen.notes
+    clicks = float(np.average(click, weights=weights)) if len(click) else 0.0
+    conversions = float(np.average(click * conversion, weights=weights)) if clicks else 0.0
+    for what, share in (("click", clicks), ("conversion", conversions)):
+        if not share:
+            raise DataError(
+                f"{method.name} is left with {len(click):,} impressions and no {what} to train "
+                "on; give it more data or a larger fraction"
+            )
+    return TrainingPart(
+        None if rows is None else Selection(rows, weights),
+        click_prior=clicks,
+        conversion_prior=conversions / clicks,
+        notes=notes,
+    )
+
+
+def build_trainer(
+    split: MappedSplit,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    part: TrainingPart,
+    workload: Workload,
+) -> Trainer:
+    """The method of the options, untrained, on its ranks."""
+    return Trainer(
+        build_train_task(
+            split.schema,
+            options.model,
+            seed=options.seed,
+            click_prior=part.click_prior,
+            conversion_prior=part.conversion_prior,
+        ),
+        options=options,
+        ranks=ranks,
+        workload=workload,
+    )
+
+
+def fit(
+    split: MappedSplit,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    part: TrainingPart,
+    workload: Workload,
+    on_rows: Callable[[int], object] = lambda _: None,
+) -> DistributedModelParallel:
+    """Trains for the epochs of the options; to be called on every rank.
+
+    Args:
+        split: the training half.
+        options: of the training.
+        ranks: this process among the others.
+        part: what to train on.
+        workload: what the planner should expect.
+        on_rows: told after each step how many rows of all ranks it took.
+
+    Returns:
+        the trained task.
+    """
+    trainer = build_trainer(split, options, ranks, part=part, workload=workload)
+    reader = ImpressionReader(
+        split,
+        batch_size=options.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=options.seed,
+        shuffle_chunk=options.shuffle_chunk,
+        selection=part.selection,
+        shared_features=options.shared_features,
+    )
+    while reader.epoch < options.epochs:
+        for _ in trainer.steps(reader, reader.steps_left):
+            on_rows(reader.global_batch_size)
+    return trainer.model
+
+
+def out_of_fold_pctr(
+    split: MappedSplit,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    workload: Workload,
+    within: np.ndarray | None = None,
+    on_rows: Callable[[int], object] = lambda _: None,
+) -> np.ndarray:
+    """pCTR of the clicked impressions from click networks that saw nothing of their users.
+
+    Args:
+        split: the training half.
+        options: of the training; the method is that of a click network whatever they say.
+        ranks: this process among the others.
+        workload: what the planner should expect.
+        within: int (M,), the rows to train on and to score; None: all.
+        on_rows: as in `fit`.
+
+    Returns:
+        float64 (N,), on every rank; NaN where there is no click or no such row.
+    """
+    rows = np.arange(split.impressions) if within is None else within
+    fold = (user_hash(split, "fold")[rows] * FOLDS).astype(int)
+    clicked = split.scalars[CLICK][rows] == 1
+    pctr = np.full(split.impressions, np.nan)
+    network = replace(options, method="ctr", rate=None, seed=options.seed + FOLD_SEED)
+    for held_out in range(FOLDS):
+        part = training_part(split, network, within=rows[fold != held_out])
+        model = fit(split, network, ranks, part=part, workload=workload, on_rows=on_rows)
+        wanted = rows[(fold == held_out) & clicked]
+        if not len(wanted):
+            continue
+        scored = score_split(
+            model,
+            split,
+            ranks,
+            batch_size=options.batch_size,
+            shared_features=options.shared_features,
+            rows=wanted,
+        )
+        logit = ranks.from_first(
+            lambda scored=scored: None if scored is None else scored.click_logit
+        )
+        assert logit is not None
+        pctr[wanted] = 1 / (1 + np.exp(-logit.astype(np.float64)))
+    return pctr
