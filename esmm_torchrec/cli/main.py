@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train a model on a prepared data set"),
     "evaluate": ("evaluate", "measure a trained model on a split"),
     "score": ("score", "write pCTR, pCVR and pCTCVR of every impression to Parquet"),
+    "plan": ("plan", "estimate sharding plans for GPUs that need not be there"),
 }
 """Command → module of this package, one line of help."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torchrec import optim as torchrec_optim
@@ -21,7 +22,7 @@ from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
-from torchrec.distributed.planner.proposers import GreedyProposer, Proposer, UniformProposer
+from torchrec.distributed.planner.proposers import GreedyProposer, Proposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import (
     Enumerator,
@@ -182,10 +183,11 @@ def _constraints(
 
 
 def _strategy_types(scenario: Scenario, strategy: Strategy, world_size: int) -> tuple[str, ...]:
+    if world_size == 1 and strategy != "data_parallel":
+        # Nothing is cut on one rank; TorchRec's estimates of the types differ there all the same.
+        return (ShardingType.TABLE_WISE.value,)
     if strategy != "auto":
         return (strategy,)
-    if world_size == 1:
-        return (ShardingType.TABLE_WISE.value,)
     types = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
     if scenario.hardware.local_world_size(world_size) < world_size:
         types.append(ShardingType.TABLE_ROW_WISE.value)
@@ -320,8 +322,8 @@ def _search(
 ) -> Placement | Misfit:
     """The fastest placement that fits, or the first, or what stops the proposal that comes closest.
 
-    The uniform proposals and the thriftiest one come before the greedy ones, so that a choice
-    among types is never slower than one of them for all and finds a place wherever one does.
+    A choice among types is never slower than one of them for all tables that may have it, and
+    finds a place wherever one does, since these are among what is proposed.
     """
     footprints = {id(option): _footprint(option) for option in space}
     cap = topology.devices[0].storage
@@ -372,37 +374,52 @@ def _proposers(
     *,
     thrifty_only: bool,
 ) -> list[Proposer]:
-    if len({option.name for option in space}) == len(space):
+    """Proposals in the order in which they are tried.
+
+    For each sharding type, every table that may have it does, with its fastest kernel and with its
+    thriftiest; then every table with the option whose largest shard is smallest; then the greedy
+    search of TorchRec, until fifty proposals in a row got no faster.
+    """
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in space:
+        by_table.setdefault(option.name, []).append(option)
+    if all(len(options) == 1 for options in by_table.values()):
         return [GreedyProposer()]
-    thrifty = _ThriftyProposer(footprints)
-    uniform = UniformProposer()
-    return [thrifty, uniform] if thrifty_only else [uniform, thrifty, GreedyProposer(threshold=50)]
+
+    def size(option: ShardingOption) -> Storage:
+        return footprints[id(option)].largest_shard
+
+    def slowness(option: ShardingOption) -> float:
+        return max(shard.perf.total for shard in option.shards if shard.perf)
+
+    def of_type(kind: str, key: Callable[[ShardingOption], Any]) -> list[ShardingOption]:
+        return [
+            min([o for o in options if o.sharding_type == kind] or options, key=key)
+            for options in by_table.values()
+        ]
+
+    kinds = dict.fromkeys(option.sharding_type for option in space)
+    thriftiest = [min(options, key=size) for options in by_table.values()]
+    uniform = [of_type(kind, key) for key in (size, slowness) for kind in kinds]
+    if thrifty_only:
+        return [_Proposals([thriftiest, *uniform])]
+    return [_Proposals([*uniform, thriftiest]), GreedyProposer(threshold=50)]
 
 
-class _ThriftyProposer(Proposer):
-    """Proposes once, for every table, the option whose largest shard is smallest."""
+class _Proposals(Proposer):
+    """Proposes what it was given, one after the other, the same once only."""
 
-    def __init__(self, footprints: Mapping[int, _Footprint]) -> None:
-        self._footprints = footprints
-        self._proposal: list[ShardingOption] | None = None
+    def __init__(self, proposals: Sequence[list[ShardingOption]]) -> None:
+        different = {tuple(map(id, proposal)): proposal for proposal in proposals}
+        self._waiting = list(different.values())
 
     def load(
-        self,
-        search_space: list[ShardingOption],
-        enumerator: Enumerator | None = None,  # noqa: ARG002
+        self, search_space: list[ShardingOption], enumerator: Enumerator | None = None
     ) -> None:
-        thriftiest: dict[str, ShardingOption] = {}
-        for option in search_space:
-            known = thriftiest.get(option.name)
-            if known is None or self._size(option) < self._size(known):
-                thriftiest[option.name] = option
-        self._proposal = list(thriftiest.values())
-
-    def _size(self, option: ShardingOption) -> Storage:
-        return self._footprints[id(option)].largest_shard
+        pass
 
     def propose(self) -> list[ShardingOption] | None:
-        return self._proposal
+        return self._waiting[0] if self._waiting else None
 
     def feedback(
         self,
@@ -411,7 +428,7 @@ class _ThriftyProposer(Proposer):
         perf_rating: float | None = None,  # noqa: ARG002
         storage_constraint: Topology | None = None,  # noqa: ARG002
     ) -> None:
-        self._proposal = None
+        del self._waiting[0]
 
 
 def _partition(proposal: list[ShardingOption], topology: Topology) -> bool:
@@ -458,7 +475,7 @@ def _explain(scenario: Scenario, proposal: Sequence[ShardingOption], topology: T
         option, kind = max(too_large, key=lambda pair: largest(*pair))
         need, have = largest(option, kind), getattr(cap, kind)
         names = tuple(dict.fromkeys(option.name for option, _ in too_large))
-        others = f" (as do {len(names) - 1} other tables)" if len(names) > 1 else ""
+        others = f" (nor do {len(names) - 1} others)" if len(names) > 1 else ""
         return Misfit(
             sentence=f"table {option.name!r} does not fit{others}: {option.sharding_type} puts "
             f"{gib(need)} of it on one {_where(scenario, kind)}, which has {gib(have)} for "
