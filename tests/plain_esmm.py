@@ -77,7 +77,7 @@ class PlainEsmm:
         weights = rows[f"{feature.name}__weight"] if feature.weighted else [None] * len(rows)
         for value, weight in zip(rows[feature.name], weights, strict=True):
             if feature.multi_valued:
-                ids = torch.tensor(np.asarray(value, np.int64))
+                ids = torch.tensor(np.array(value, np.int64))
             else:
                 ids = torch.tensor([] if pd.isna(value) else [int(value)], dtype=torch.long)
             vectors = table[ids]
