@@ -19,6 +19,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.sharding.planner import embedding_bag_collections_of
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.sharders import sharders
@@ -82,6 +83,9 @@ def _draw(
             torch.manual_seed(int.from_bytes(digest) >> 1)
             drawn = torch.empty(size, config.embedding_dim)
             config.init_fn(drawn)
+        if first == 0:
+            # An unknown id that training never showed is like a missing one: it adds nothing.
+            drawn[UNKNOWN_ROW] = 0
         start, end = max(first, row), min(first + size, row + rows)
         local[start - row : end - row].copy_(
             drawn[start - first : end - first, column : column + columns]
