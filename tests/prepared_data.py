@@ -26,6 +26,9 @@ FEATURES = (
 )
 """One table serves two features; the kinds are mixed in order on purpose."""
 
+DENSE = {"price": (2.0, 4.0), "recency": (-1.0, 0.5)}
+"""Dense feature → the mean and standard deviation it was standardised with."""
+
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
     offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int32())
@@ -45,7 +48,7 @@ def write_data_set(
     with PreparedWriter(
         path,
         id_features=FEATURES,
-        dense_features=("price", "recency"),
+        dense_features=tuple(DENSE),
         columns=("group_id", "true_ctr", "true_cvr"),
         source={"kind": "test"},
         min_count=1,
@@ -53,6 +56,8 @@ def write_data_set(
         for table, rows in ROWS.items():
             vocabulary = Vocabulary.from_counts(np.arange(rows), np.full(rows, 3), 1)
             writer.write_vocabulary(table, vocabulary)
+        for name, (mean, std) in DENSE.items():
+            writer.record_dense(name, mean=mean, std=std)
         for split, size in (("train", train), ("test", test)):
             ages = rng.integers(0, ROWS["age"] + 1, users).astype(np.int32)
             lengths = rng.integers(0, 9, users)

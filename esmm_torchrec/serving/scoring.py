@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -67,16 +68,16 @@ def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
         for block in encoder.encode_blocks(rows)
         for batch in block.combine_chunks().to_batches()
     )
-    split = MappedSplit.write(
+    first = next(blocks, None)
+    if first is None:
+        raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no row")
+    return MappedSplit.write(
         folder,
         schema=run.schema,
-        impressions=blocks,
+        impressions=chain([first], blocks),
         written_out=True,
         history_weights=run.config["options"]["history_weights"],
     )
-    if split.impressions == 0:
-        raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no row")
-    return split
 
 
 def score(
