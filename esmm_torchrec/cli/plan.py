@@ -112,12 +112,10 @@ def run(options: Options) -> None:
     _write(experiment, tables, options.out)
     print(_summary(experiment, options.out))
     if not any(result.placed for result in found):
-        first = next(result for result in found)
-        noun = experiment.noun
         raise PlanError(
-            f"no strategy fits {counts[-1]} {noun}s of {scenario.hardware.name}: "
-            f"{found[-len(strategies)].reason or first.reason}; "
-            f"{options.out / 'report.html'} says what would"
+            f"no plan on {experiment.ranks(counts[-1])} of {scenario.hardware.name}: "
+            f"{experiment.of(strategies[0], counts[-1]).reason}; {options.out / 'report.html'} "
+            "lists every strategy and what would fit"
         )
 
 

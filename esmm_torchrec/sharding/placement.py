@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torchrec import optim as torchrec_optim
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR, UVM_CACHING_RATIO
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
@@ -36,7 +36,7 @@ from torchrec.distributed.planner.types import (
     Storage,
     Topology,
 )
-from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.distributed.types import CacheParams, CacheStatistics, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from esmm_torchrec.sharding.hardware import GIB
@@ -46,6 +46,7 @@ from esmm_torchrec.sharding.sharders import AnyDeviceSharder, sharders
 from esmm_torchrec.sharding.table_list import PlannedTable
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
+_CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _OPTIMIZERS: Mapping[SparseOptimizerOption, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": torchrec_optim.RowWiseAdagrad,
     "adagrad": torchrec_optim.Adagrad,
@@ -177,9 +178,50 @@ def _constraints(
                 math.ceil(scenario.batch_size / feature.shared_by) for feature in table.features
             ],
             is_weighted=table.weighted,
-            cache_params=CacheParams(load_factor=cache) if cache is not None else None,
+            cache_params=(
+                CacheParams(
+                    load_factor=cache or UVM_CACHING_RATIO,
+                    stats=EvenLookups(_distinct_rows(scenario, table, world_size)),
+                )
+                if _CACHING in kernels
+                else None
+            ),
         )
     return constraints
+
+
+def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> float:
+    """Expected number of rows of a table that the batches of one step touch, all alike likely."""
+    lookups = world_size * sum(
+        scenario.batch_size / feature.shared_by * feature.pooling_factor
+        for feature in table.features
+    )
+    rows = table.num_embeddings
+    return -rows * math.expm1(lookups * math.log1p(-1 / rows)) if rows > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class EvenLookups(CacheStatistics):
+    """Look-ups spread evenly over the rows of a table: the worst case for a cache, and what is
+    assumed where the popularity of ids is not known. Without statistics TorchRec's planner takes
+    fetching from the host as free."""
+
+    distinct_rows: float
+    """Touched in a step, on all ranks together."""
+
+    @property
+    def expected_lookups(self) -> float:
+        """Distinct rows of a step."""
+        return self.distinct_rows
+
+    def expected_miss_rate(self, clf: float) -> float:
+        """Share of the rows that are not in a cache of a share `clf` of them."""
+        return 1 - clf
+
+    @property
+    def cacheability(self) -> float:
+        """Mean miss rate over all sizes of the cache."""
+        return 0.5
 
 
 def _strategy_types(scenario: Scenario, strategy: Strategy, world_size: int) -> tuple[str, ...]:

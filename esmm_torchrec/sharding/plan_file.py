@@ -436,7 +436,8 @@ def _placement_of(
             )
             for rank, shard in zip(parameter.ranks, parameter.sharding_spec.shards, strict=True)
         )
-    cache = parameter.cache_params
+    caching = parameter.compute_kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+    cache = parameter.cache_params if caching else None
     return TablePlacement(
         num_embeddings=config.num_embeddings,
         embedding_dim=config.embedding_dim,
