@@ -123,6 +123,7 @@ def fit(
     part: TrainingPart,
     workload: Workload,
     on_rows: Callable[[int], object] = lambda _: None,
+    after_epoch: Callable[[int, DistributedModelParallel], object] = lambda _, __: None,
 ) -> DistributedModelParallel:
     """Trains for the epochs of the options; to be called on every rank.
 
@@ -133,6 +134,7 @@ def fit(
         part: what to train on.
         workload: what the planner should expect.
         on_rows: told after each step how many rows of all ranks it took.
+        after_epoch: called with the number of epochs done and the model.
 
     Returns:
         the trained task.
@@ -151,6 +153,7 @@ def fit(
     while reader.epoch < options.epochs:
         for _ in trainer.steps(reader, reader.steps_left):
             on_rows(reader.global_batch_size)
+        after_epoch(reader.epoch, trainer.model)
     return trainer.model
 
 

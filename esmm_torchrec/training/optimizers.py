@@ -36,6 +36,7 @@ def fuse_optimizer(
     optimizer: SparseOptimizerOption,
     *,
     lr: float,
+    weight_decay: float = 0.0,
     kernels: Mapping[str, str],
     device: torch.device,
 ) -> None:
@@ -62,7 +63,7 @@ def fuse_optimizer(
                 parameter = collection.embedding_bags.get_parameter(f"{config.name}.weight")
                 # A new dict each time: apply_optimizer_in_backward changes the one it is given.
                 apply_optimizer_in_backward(
-                    _CLASSES[optimizer], [parameter], _arguments(optimizer, lr)
+                    _CLASSES[optimizer], [parameter], _arguments(optimizer, lr, weight_decay)
                 )
 
 
@@ -72,6 +73,7 @@ def build_optimizer(
     *,
     sparse_lr: float,
     dense_lr: float,
+    weight_decay: float = 0.0,
 ) -> KeyedOptimizer:
     """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
     towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8)."""
@@ -81,10 +83,12 @@ def build_optimizer(
     towers = {name: value for name, value in rest.items() if name not in tables}
 
     def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=dense_lr, eps=EPSILON, fused=True)
+        return torch.optim.Adam(
+            parameters, lr=dense_lr, eps=EPSILON, weight_decay=weight_decay, fused=True
+        )
 
     def table_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        arguments = _arguments(optimizer, sparse_lr)
+        arguments = _arguments(optimizer, sparse_lr, weight_decay)
         if optimizer == "adam":
             arguments["fused"] = True
         return _CLASSES[optimizer](parameters, **arguments)
@@ -95,5 +99,7 @@ def build_optimizer(
     return CombinedOptimizer(parts)
 
 
-def _arguments(optimizer: SparseOptimizerOption, lr: float) -> dict[str, Any]:
-    return {"lr": lr} if optimizer == "sgd" else {"lr": lr, "eps": EPSILON}
+def _arguments(optimizer: SparseOptimizerOption, lr: float, weight_decay: float) -> dict[str, Any]:
+    # fbgemm's optimisers without a penalty do not know the argument.
+    penalty = {"weight_decay": weight_decay} if weight_decay else {}
+    return {"lr": lr} | penalty | ({} if optimizer == "sgd" else {"eps": EPSILON})

@@ -47,7 +47,12 @@ class Trainer:
             kernel = choose_kernel(optimizer, sharding=options.sharding, device=ranks.device)
             kernels = dict.fromkeys(embedding_tables(task), str(kernel))
             fuse_optimizer(
-                task, optimizer, lr=options.sparse_lr, kernels=kernels, device=ranks.device
+                task,
+                optimizer,
+                lr=options.sparse_lr,
+                weight_decay=options.weight_decay,
+                kernels=kernels,
+                device=ranks.device,
             )
             plan = make_plan(
                 task, ranks=ranks, sharding=options.sharding, kernel=kernel, workload=workload
@@ -69,11 +74,20 @@ class Trainer:
             )
             kernels = {name: table.compute_kernel for name, table in self.plan.tables.items()}
             fuse_optimizer(
-                task, optimizer, lr=options.sparse_lr, kernels=kernels, device=ranks.device
+                task,
+                optimizer,
+                lr=options.sparse_lr,
+                weight_decay=options.weight_decay,
+                kernels=kernels,
+                device=ranks.device,
             )
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed)
         self.optimizer = build_optimizer(
-            self.model, optimizer, sparse_lr=options.sparse_lr, dense_lr=options.dense_lr
+            self.model,
+            optimizer,
+            sparse_lr=options.sparse_lr,
+            dense_lr=options.dense_lr,
+            weight_decay=options.weight_decay,
         )
         self._device = ranks.device
 
