@@ -56,6 +56,8 @@ DtypeOption = Literal["float32", "bfloat16"]
 CLICK_NETWORK_PREFIX = "click_"
 """Before the names of the tables of a click network that stands beside a conversion network."""
 
+_SAMPLING_STREAM = 0x5EED
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -78,6 +80,11 @@ class LoggedImpressions(NamedTuple):
     `needs_pctr`."""
     seed: int = 0
     """Of what a method samples; sampled once for a training, not anew for each epoch."""
+
+    def uniform(self, size: int) -> NDArray[np.float64]:
+        """Numbers in [0, 1) to sample by, (size,); from a stream that the seed gives to nothing
+        else, or a sample may go together with the order of rows."""
+        return np.random.default_rng([self.seed, _SAMPLING_STREAM]).random(size)
 
 
 @dataclass(frozen=True)
@@ -285,7 +292,7 @@ class Aman(Base):
 
     def rows(self, impressions: LoggedImpressions, rate: float | None) -> TrainingRows:
         assert rate is not None
-        taken = np.random.default_rng(impressions.seed).random(len(impressions.click)) < rate
+        taken = impressions.uniform(len(impressions.click)) < rate
         return TrainingRows(np.flatnonzero(taken | (impressions.click == 1)))
 
     def checked_rate(self, rate: float | None) -> float | None:
@@ -338,7 +345,7 @@ class Unbias(Base):
 
     def rows(self, impressions: LoggedImpressions, rate: float | None) -> TrainingRows:
         clicked, acceptance = self._acceptance(impressions, rate)
-        accepted = np.random.default_rng(impressions.seed).random(len(clicked)) < acceptance
+        accepted = impressions.uniform(len(clicked)) < acceptance
         return TrainingRows(
             clicked[accepted],
             notes={

@@ -16,7 +16,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, Selection
 from esmm_torchrec.data.subsets import user_hash
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.models.methods import METHODS, LoggedImpressions, build_train_task
+from esmm_torchrec.models.methods import METHODS, LoggedImpressions, TrainingRows, build_train_task
 from esmm_torchrec.schema import CLICK, CONVERSION
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
@@ -58,37 +58,57 @@ def training_part(
         split: the training half.
         options: method, rate and seed.
         within: int (M,), the rows to choose from, ascending; None: all.
-        pctr: float64 (N,), one of each row chosen from, for methods that need it.
+        pctr: float64 (N,), one of each clicked row chosen from, for methods that need it.
 
     Raises:
         DataError: what is left holds no click or no conversion.
     """
     method = METHODS[options.method]
     whole = slice(None) if within is None else within
-    click, conversion = split.scalars[CLICK][whole], split.scalars[CONVERSION][whole]
     impressions = LoggedImpressions(
-        click, conversion, None if pctr is None else pctr[whole], options.seed
+        split.scalars[CLICK][whole],
+        split.scalars[CONVERSION][whole],
+        None if pctr is None else pctr[whole],
+        options.seed,
     )
     chosen = method.rows(impressions, method.checked_rate(options.rate))
-    if chosen is None:
-        rows, weights, notes = within, None, {}
-    else:
-        click, conversion = click[chosen.rows], conversion[chosen.rows]
+    return part_of(split, chosen, name=method.name, within=within)
+
+
+def part_of(
+    split: MappedSplit, chosen: TrainingRows | None, *, name: str, within: np.ndarray | None = None
+) -> TrainingPart:
+    """The impressions that a method chose, with the base rates among them.
+
+    Args:
+        split: the training half.
+        chosen: as `Method.rows` gives it for the rows of `within`.
+        name: of the method, for the sentence of an error.
+        within: as in `training_part`.
+
+    Raises:
+        DataError: as `training_part`.
+    """
+    rows, weights = within, None
+    if chosen is not None:
         rows = chosen.rows if within is None else within[chosen.rows]
-        weights, notes = chosen.weights, chosen.notes
-    clicks = float(np.average(click, weights=weights)) if len(click) else 0.0
-    conversions = float(np.average(click * conversion, weights=weights)) if clicks else 0.0
+        weights = chosen.weights
+    kept = slice(None) if rows is None else rows
+    click = split.scalars[CLICK][kept].astype(np.float64)
+    converted = click * split.scalars[CONVERSION][kept]
+    clicks = float(np.average(click, weights=weights)) if click.any() else 0.0
+    conversions = float(np.average(converted, weights=weights)) if converted.any() else 0.0
     for what, share in (("click", clicks), ("conversion", conversions)):
         if not share:
             raise DataError(
-                f"{method.name} is left with {len(click):,} impressions and no {what} to train "
-                "on; give it more data or a larger fraction"
+                f"{name} is left with {len(click):,} impressions and no {what} to train on; give "
+                "it more data or a larger fraction"
             )
     return TrainingPart(
         None if rows is None else Selection(rows, weights),
         click_prior=clicks,
         conversion_prior=conversions / clicks,
-        notes=notes,
+        notes={} if chosen is None else chosen.notes,
     )
 
 

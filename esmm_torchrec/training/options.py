@@ -90,8 +90,8 @@ class TrainOptions:
             raise OptionError(f"--weight-decay {self.weight_decay} is negative; give 0 or more")
         if self.weight_decay and self.sparse_optimizer == "sgd":
             raise OptionError(
-                "--weight-decay does nothing to tables with --sparse-optimizer sgd, which fbgemm has "
-                "without a penalty; use rowwise_adagrad or adagrad"
+                "--weight-decay does not reach tables with --sparse-optimizer sgd, which fbgemm "
+                "has without a penalty; use rowwise_adagrad or adagrad"
             )
         if self.checkpoint_every < 0:
             raise OptionError(
