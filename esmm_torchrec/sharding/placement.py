@@ -174,9 +174,7 @@ def _constraints(
             min_partition=scenario.column_width,
             pooling_factors=[feature.pooling_factor for feature in table.features],
             num_poolings=[1.0] * len(table.features),
-            batch_sizes=[
-                math.ceil(scenario.batch_size / feature.shared_by) for feature in table.features
-            ],
+            batch_sizes=[math.ceil(scenario.batch_size / table.shared_by)] * len(table.features),
             is_weighted=table.weighted,
             cache_params=(
                 CacheParams(
@@ -192,10 +190,8 @@ def _constraints(
 
 def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> float:
     """Expected number of rows of a table that the batches of one step touch, all alike likely."""
-    lookups = world_size * sum(
-        scenario.batch_size / feature.shared_by * feature.pooling_factor
-        for feature in table.features
-    )
+    bags = world_size * scenario.batch_size / table.shared_by
+    lookups = bags * sum(feature.pooling_factor for feature in table.features)
     rows = table.num_embeddings
     return -rows * math.expm1(lookups * math.log1p(-1 / rows)) if rows > 1 else 1.0
 
@@ -263,11 +259,6 @@ def _refusal(
             return (
                 f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad "
                 "does not exist; use --sparse-optimizer adagrad, sgd or adam"
-            )
-        if any(feature.shared_by > 1 for feature in table.features):
-            return (
-                f"table {table.name!r} has features that impressions share, which the dense "
-                "kernel cannot pool once for all; use a fused kernel, or shared_by: 1"
             )
     elif device == "cpu" and scenario.sparse_optimizer == "adam":
         return (

@@ -699,7 +699,7 @@ def _tables_table(experiment: Experiment) -> str:
         f"<td class=n>{t.embedding_dim}</td><td class=n>{gib(t.nbytes)}</td>"
         f"<td>{_text(t.data_type)}</td><td class=n>{len(t.features)}</td>"
         f"<td class=n>{sum(f.pooling_factor for f in t.features):,.4g}</td>"
-        f"<td class=n>{max(f.shared_by for f in t.features):,.4g}</td></tr>"
+        f"<td class=n>{t.shared_by:,.4g}</td></tr>"
         for t in shown
     )
     rest = "" if len(shown) == len(tables) else f"<p>… and {len(tables) - len(shown)} more.</p>"

@@ -12,7 +12,7 @@ The file::
         pooling_factor: 1         # mean ids per bag; a list where features differ
         weighted: false           # whether each id carries a weight
         data_type: float32        # or float16, bfloat16
-        shared_by: 1              # impressions per shared row, for features stored once for many
+        shared_by: 1              # impressions that share a stored row, within a batch
         count: 1                  # that many tables alike, named item_0, item_1, ...
 
 All but the first three fields of a table may be left out.
@@ -56,8 +56,6 @@ class PlannedFeature:
     name: str
     pooling_factor: float = 1.0
     """Mean ids per bag."""
-    shared_by: float = 1.0
-    """Impressions that share a stored row; the bag is pooled once for them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,8 @@ class PlannedTable:
     pooling: Pooling = "sum"
     weighted: bool = False
     data_type: str = "float32"
+    shared_by: float = 1.0
+    """Impressions of a batch that share a stored row; its bags are pooled once for them."""
 
     @property
     def nbytes(self) -> int:
@@ -108,17 +108,32 @@ class TableList:
         )
 
     def to_module(self) -> nn.Module:
-        """The tables in EmbeddingBagCollections on the meta device: nothing is allocated."""
-        collections = {
-            name: EmbeddingBagCollection(
-                device=torch.device("meta"),
-                is_weighted=weighted,
-                tables=[_config(table) for table in self.tables if table.weighted == weighted],
+        """The tables on the meta device, nothing allocated: an EmbeddingBagCollection for those
+        that agree in being weighted and in `shared_by`, by the names of `collections`."""
+        return nn.ModuleDict(
+            {
+                name: EmbeddingBagCollection(
+                    device=torch.device("meta"),
+                    is_weighted=tables[0].weighted,
+                    tables=[_config(table) for table in tables],
+                )
+                for name, tables in self.collections.items()
+            }
+        )
+
+    @property
+    def collections(self) -> dict[str, tuple[PlannedTable, ...]]:
+        """Name of an EmbeddingBagCollection → its tables. `is_weighted` and the number of bags of
+        a batch hold for a whole collection."""
+        kinds = sorted({(table.weighted, table.shared_by) for table in self.tables})
+        return {
+            f"{'weighted' if weighted else 'unweighted'}_{number}": tuple(
+                table
+                for table in self.tables
+                if (table.weighted, table.shared_by) == (weighted, shared_by)
             )
-            for name, weighted in (("unweighted", False), ("weighted", True))
-            if any(table.weighted == weighted for table in self.tables)
+            for number, (weighted, shared_by) in enumerate(kinds)
         }
-        return nn.ModuleDict(collections)
 
 
 def _config(table: PlannedTable) -> EmbeddingBagConfig:
@@ -150,6 +165,12 @@ def tables_of_schema(
         source: what messages call the list.
     """
     _check_dim(embedding_dim, f"embedding dim {embedding_dim}")
+    shared = {
+        feature.table
+        for name, features in schema.collections.items()
+        for feature in features
+        if name.startswith("shared_")
+    }
     shared_by = impressions_per_shared_row or 1.0
     return TableList(
         tables=tuple(
@@ -158,15 +179,12 @@ def tables_of_schema(
                 num_embeddings=table.num_embeddings,
                 embedding_dim=embedding_dim,
                 features=tuple(
-                    PlannedFeature(
-                        feature.name,
-                        pooling_factor=mean_values_per_bag.get(feature.name, 1.0),
-                        shared_by=shared_by if feature.shared else 1.0,
-                    )
+                    PlannedFeature(feature.name, mean_values_per_bag.get(feature.name, 1.0))
                     for feature in schema.id_features
                     if feature.table == table.name
                 ),
                 weighted=table.name in schema.weighted_tables,
+                shared_by=shared_by if table.name in shared else 1.0,
             )
             for table in schema.tables
         ),
@@ -251,12 +269,13 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
             num_embeddings=rows,
             embedding_dim=dim,
             features=tuple(
-                PlannedFeature(feature + suffix, pooling_factor=factor, shared_by=shared_by)
+                PlannedFeature(feature + suffix, factor)
                 for feature, factor in zip(feature_names, factors, strict=True)
             ),
             pooling="mean" if pooling == "mean" else "sum",
             weighted=weighted,
             data_type=data_type,
+            shared_by=shared_by,
         )
         for suffix in suffixes
     ]

@@ -45,8 +45,7 @@ CUT_BY_RANKS: tuple[Strategy, ...] = (
 
 
 def table(name: str, rows: int, dim: int, **fields: Any) -> PlannedTable:
-    factor, shared_by = fields.pop("pooling_factor", 1.0), fields.pop("shared_by", 1.0)
-    feature = PlannedFeature(f"f_{name}", factor, shared_by)
+    feature = PlannedFeature(f"f_{name}", fields.pop("pooling_factor", 1.0))
     return PlannedTable(name, rows, dim, (feature,), **fields)
 
 
@@ -151,7 +150,7 @@ def test_placement_and_time_are_those_of_torchrecs_planner(strategy: Strategy) -
                 compute_kernels=["fused"],
                 min_partition=32,
                 pooling_factors=[f.pooling_factor for f in t.features],
-                batch_sizes=[int(BATCH / f.shared_by) for f in t.features],
+                batch_sizes=[int(BATCH / t.shared_by)],
                 is_weighted=t.weighted,
             )
             for t in MIXED.tables.tables
@@ -286,7 +285,6 @@ def test_rows_in_host_memory_leave_the_gpu_a_cache() -> None:
     ("case", "strategy", "reason"),
     [
         (MIXED, "data_parallel", "rowwise_adagrad does not exist"),
-        (replace(MIXED, sparse_optimizer="adagrad"), "data_parallel", "impressions share"),
         (scenario(table("a", 9, 16, pooling="mean")), "grid_shard", "computes wrongly"),
         (scenario(table("a", 9, 16), gpu="cpu"), "grid_shard", "no grid_shard on a CPU"),
         (

@@ -58,9 +58,10 @@ tables:
         "shop",
         1000,
         8,
-        (PlannedFeature("shop", 1, 58), PlannedFeature("clicked", 20.5, 58)),
+        (PlannedFeature("shop", 1), PlannedFeature("clicked", 20.5)),
         pooling="mean",
         data_type="float16",
+        shared_by=58,
     )
     assert [table.name for table in crosses] == ["cross_0", "cross_1"]
     assert [f.name for f in crosses[1].features] == ["cross_feature_0_1", "cross_feature_1_1"]
@@ -129,11 +130,12 @@ def test_mistakes_are_named_with_file_and_entry(tmp_path: Path, text: str, expec
 
 def test_a_schema_is_a_list_of_tables() -> None:
     schema = Schema(
-        tables=(Table("shop", 100), Table("age", 9)),
+        tables=(Table("shop", 100), Table("age", 9), Table("history", 50)),
         id_features=(
             IdFeature("age", "age", shared=True),
             IdFeature("shop", "shop"),
-            IdFeature("clicked", "shop", multi_valued=True, weighted=True, shared=True),
+            IdFeature("bought", "shop", shared=True),
+            IdFeature("clicked", "history", multi_valued=True, weighted=True, shared=True),
         ),
         dense_features=("price", "rank"),
     )
@@ -144,17 +146,15 @@ def test_a_schema_is_a_list_of_tables() -> None:
         impressions_per_shared_row=58.0,
         source="data",
     )
+    # A table that also serves a feature of the impression is pooled for every impression.
     assert tables.tables == (
+        PlannedTable("shop", 100, 16, (PlannedFeature("shop"), PlannedFeature("bought"))),
+        PlannedTable("age", 9, 16, (PlannedFeature("age", 0.9),), shared_by=58.0),
         PlannedTable(
-            "shop",
-            100,
-            16,
-            (PlannedFeature("shop"), PlannedFeature("clicked", 70.0, 58.0)),
-            weighted=True,
+            "history", 50, 16, (PlannedFeature("clicked", 70.0),), weighted=True, shared_by=58.0
         ),
-        PlannedTable("age", 9, 16, (PlannedFeature("age", 0.9, 58.0),)),
     )
-    assert tables.tower_width == 3 * 16 + 2
+    assert tables.tower_width == 4 * 16 + 2
 
 
 @pytest.mark.parametrize(
