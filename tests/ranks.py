@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +30,21 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) 
     )
     results = elastic_launch(config, entrypoint=_enter)(function, arguments)
     return [results[rank] for rank in range(num_ranks)]
+
+
+def torchrun(num_ranks: int, *arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess:
+    """Runs a script or a module (`"-m", name`) under torchrun, as a person does."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(num_ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
 
 
 def _enter(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

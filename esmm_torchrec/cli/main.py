@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -111,10 +111,19 @@ def run_command(run: Callable[[T], None], options: T) -> None:
         run(options)
     except EsmmTorchrecError as error:
         print_error(str(error))
-        raise SystemExit(EXIT_USER_ERROR) from None
+        _end(EXIT_USER_ERROR)
     except OSError as error:
         if error.errno is None or error.strerror is None:
             raise
         where = f" {error.filename}" if error.filename else ""
         print_error(f"cannot read or write{where}: {error.strerror.lower()}")
-        raise SystemExit(EXIT_USER_ERROR) from None
+        _end(EXIT_USER_ERROR)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends a process after an error. One of several ranks ends at once: taking down a model that
+    is spread over processes waits for the others, which may not come."""
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    raise SystemExit(code) from None

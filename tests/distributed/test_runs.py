@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from esmm_torchrec.checkpoints.restore import restore
 from esmm_torchrec.checkpoints.run_folder import RunFolder
@@ -30,7 +29,7 @@ from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.plain_esmm import read_frame
 from tests.prepared_data import DENSE, write_data_set
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, torchrun
 
 TEST_ROWS = 10_007
 OPTIONS = TrainOptions(
@@ -210,8 +209,11 @@ def test_scores_are_never_written_over(run: Path, data: Path, scores: pd.DataFra
     assert len(scores) == TEST_ROWS
     out = data.parent / "scores.parquet"
     before = out.read_bytes()
-    with pytest.raises(ChildFailedError, match="exists already; remove it"):
-        run_on_ranks(2, _score, run, data, out, "table_wise", 64)
+    failed = torchrun(2, "-m", "esmm_torchrec", "score", run, "--data", data, "--out", out)
+    assert failed.returncode == 1
+    assert failed.stderr.count("esmm-torchrec: ") == 1
+    assert f"{out} exists already; remove it or choose another --out" in failed.stderr
+    assert "exitcode: 2" in failed.stderr
     assert out.read_bytes() == before
 
 
