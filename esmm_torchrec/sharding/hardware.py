@@ -7,7 +7,7 @@ preset is a best case; `benchmarks/sharding.py` writes a file with what was meas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,17 +56,22 @@ class Hardware:
     bfloat16_tflops: float
     tower_efficiency: float = 0.3
     """Share of that peak the towers reach: an assumption, their matrices are small."""
+    backward_multiplier: float = 2.0
+    """Time of looking up backward, with the update, over forward; 2 is TorchRec's."""
+    all_to_all_efficiency: float = 1.0
+    """Share of the links' bandwidth that this collective reaches; the next ones likewise."""
+    reduce_scatter_efficiency: float = 1.0
+    all_gather_efficiency: float = 1.0
+    all_reduce_efficiency: float = 1.0
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
-                raise PlanError(
-                    f"hardware {self.name!r}: {field.name} must be above 0, not {value}"
-                )
-        if self.tower_efficiency > 1:
-            raise PlanError(f"hardware {self.name!r}: tower_efficiency must be at most 1")
+                raise PlanError(f"hardware {self.name!r}: {name} must be above 0, not {value}")
+        for name in ("tower_efficiency", *(f"{kind.value}_efficiency" for kind in CollectiveType)):
+            if getattr(self, name) > 1:
+                raise PlanError(f"hardware {self.name!r}: {name} must be at most 1")
 
     def local_world_size(self, world_size: int) -> int:
         """Ranks on each host when `world_size` ranks fill hosts one after another.
@@ -92,7 +97,15 @@ class Hardware:
         return RankBandwidths(
             intra_host=self.intra_host_gb_s * BYTES_PER_MS,
             inter_host=self.inter_host_gb_s * BYTES_PER_MS,
+            efficiency={kind: getattr(self, f"{kind.value}_efficiency") for kind in CollectiveType},
         )
+
+    def all_reduce_ms(self, nbytes: int, world_size: int) -> float:
+        """Time of a ring that adds up `nbytes` of every rank: reduce-scatter, then all-gather."""
+        once = self.bandwidths.of_links(
+            self.local_world_size(world_size), world_size, CollectiveType.REDUCE_SCATTER
+        )
+        return 2 * nbytes / (once * self.all_reduce_efficiency)
 
     def topology(self, world_size: int, *, memory_bytes: int, host_memory_bytes: int) -> Topology:
         """The machine as TorchRec's planner takes it.
@@ -115,6 +128,7 @@ class Hardware:
             ),
             kernel_config=KernelConfig(
                 compute_device=self.device,
+                bwd_compute_multiplier=self.backward_multiplier,
                 # Without this TorchRec plans every machine with the bandwidths of a V100.
                 use_hardware_based_bandwidth=True,
                 generalized_comms_bandwidths=self.bandwidths,
@@ -140,6 +154,8 @@ class RankBandwidths(GeneralizedCommsBandwidth):
 
     intra_host: float
     inter_host: float
+    efficiency: Mapping[CollectiveType, float] = field(default_factory=dict)
+    """Share of the links' bandwidth that a collective reaches; 1 where not given."""
 
     @property
     def intra_host_bw(self) -> float:
@@ -155,6 +171,13 @@ class RankBandwidths(GeneralizedCommsBandwidth):
         self, local_world_size: int, world_size: int, collective_type: CollectiveType
     ) -> float:
         """Bytes of a rank's output per ms; infinite where nothing leaves the rank."""
+        share = self.efficiency.get(collective_type, 1.0)
+        return share * self.of_links(local_world_size, world_size, collective_type)
+
+    def of_links(
+        self, local_world_size: int, world_size: int, collective_type: CollectiveType
+    ) -> float:
+        """The same with every collective as fast as its links."""
         if world_size == 1:
             return float("inf")
         hosts = max(1, world_size // local_world_size)
@@ -322,7 +345,7 @@ def read_hardware(path: Path | str) -> Hardware:
     if not isinstance(values, dict):
         raise PlanError(f"{path} must be a mapping of the fields of a machine, one a line")
     base = values.pop("base", None)
-    known = {field.name: field for field in fields(Hardware)}
+    known = {each.name: each for each in fields(Hardware)}
     for name in values:
         if name not in known:
             raise PlanError(f"{path}: there is no field {name!r}; use base, {', '.join(known)}")
@@ -334,8 +357,9 @@ def read_hardware(path: Path | str) -> Hardware:
         if base not in PRESETS:
             raise PlanError(f"{path}: base {base!r} is none of {', '.join(PRESETS)}")
         return replace(PRESETS[base], **{"name": Path(path).stem, "sources": (), **values})
-    missing = [name for name in known if name not in ("tower_efficiency", "sources")]
-    missing = [name for name in missing if name not in values]
+    missing = [
+        name for name, each in known.items() if each.default is MISSING and name not in values
+    ]
     if missing:
         raise PlanError(f"{path} lacks {missing[0]!r}; give it, or a 'base' to take it from")
     return Hardware(**values)

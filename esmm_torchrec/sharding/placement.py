@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torchrec import optim as torchrec_optim
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR, UVM_CACHING_RATIO
+from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.estimator.config import EmbeddingPerfEstimatorConfig
+from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, Proposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
@@ -291,6 +292,14 @@ class _StorageEstimator(EmbeddingStorageEstimator):
                 )
 
 
+class _CpuPerf(EmbeddingPerfEstimatorConfig):
+    """TorchRec's formulas without what they charge narrow tables for the shape of a GPU's blocks
+    (and under table_wise and column_wise only)."""
+
+    _use_min_dim_for_lookup = False
+    _use_block_usage_penalty = False
+
+
 class _EqualShardsOnce(ShardEstimator):
     """TorchRec's estimate of time, asked once for all shards of one size: a table cut into 128
     equal parts has 128 equal answers, and each takes a third of a millisecond."""
@@ -300,8 +309,11 @@ class _EqualShardsOnce(ShardEstimator):
         topology: Topology,
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> None:
-        self._estimator = EmbeddingPerfEstimatorFactory.create(
-            DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=constraints
+        on_gpu = topology.compute_device == "cuda"
+        self._estimator = EmbeddingPerfEstimatorFactory.create_with_config(
+            EmbeddingPerfEstimatorConfig() if on_gpu else _CpuPerf(),
+            topology=topology,
+            constraints=constraints,
         )
 
     def estimate(

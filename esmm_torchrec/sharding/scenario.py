@@ -8,8 +8,6 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Literal, get_args
 
-from torchrec.distributed.planner.types import CollectiveType
-
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.sharding.hardware import GIB, Hardware, TowerDtype
 from esmm_torchrec.sharding.plan_file import COMPUTE_KERNELS
@@ -166,16 +164,12 @@ def estimate_towers(scenario: Scenario, world_size: int) -> TowerEstimate:
     # 2 operations a weight and impression forward, twice that backward.
     operations = 6 * scenario.batch_size * weights
     per_ms = tflops[scenario.tower_dtype] * 1e9 * hardware.tower_efficiency
-    # A ring passes the gradients on twice: reduce-scatter, then all-gather.
-    once = hardware.bandwidths.get_bw(
-        hardware.local_world_size(world_size), world_size, CollectiveType.REDUCE_SCATTER
-    )
     # Pooled, concatenated and their gradient; each hidden layer before and after ReLU, and theirs.
     activations = 4 * scenario.batch_size * (3 * widths[0] + 2 * 4 * sum(scenario.towers))
     return TowerEstimate(
         parameters=parameters,
         compute_ms=operations / per_ms,
-        all_reduce_ms=2 * 4 * parameters / once,
+        all_reduce_ms=hardware.all_reduce_ms(4 * parameters, world_size),
         memory_bytes=5 * 4 * parameters + activations,
     )
 
