@@ -1,0 +1,109 @@
+"""Times programs against each other in one run.
+
+The speed of a machine drifts with its load and its temperature by more than what is to be
+measured, so contenders take turns, and a ratio is taken within each turn.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Work done per second by each contender in each turn."""
+
+    rates: Mapping[str, list[float]]
+    cpu_seconds: Mapping[str, list[float]]
+    """CPU seconds of all threads of this process for a million units of work."""
+    load_average: tuple[float, float]
+    """Of one minute, before and after."""
+
+    def rate(self, name: str) -> float:
+        """Median over the turns."""
+        return statistics.median(self.rates[name])
+
+    def ratios(self, name: str, baseline: str) -> list[float]:
+        """Ratio in each turn."""
+        pairs = zip(self.rates[name], self.rates[baseline], strict=True)
+        return [rate / base for rate, base in pairs]
+
+    def table(self, baseline: str, *, unit: str) -> str:
+        """Median rate of each contender; its ratio to the baseline: median, lowest to highest;
+        CPU seconds for a million, which the load of the machine moves least."""
+        width = max(map(len, self.rates)) + 2
+        lines = [f"{'':{width}}{unit:>16}{'ratio':>8}{'spread':>14}{'CPU s/M':>9}"]
+        for name in self.rates:
+            ratios = self.ratios(name, baseline)
+            lines.append(
+                f"{name:{width}}{self.rate(name):>16,.0f}{statistics.median(ratios):>8.2f}"
+                f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}"
+                f"{statistics.median(self.cpu_seconds[name]):>9.1f}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self, baseline: str) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "rates": dict(self.rates),
+            "cpu_seconds_per_million": dict(self.cpu_seconds),
+            "baseline": baseline,
+            "median_ratios": {
+                name: statistics.median(self.ratios(name, baseline)) for name in self.rates
+            },
+            "load_average": self.load_average,
+        }
+
+
+def alternate(contenders: Mapping[str, Callable[[], int]], *, turns: int) -> Timings:
+    """Lets each contender work once in every turn, in an order that rotates.
+
+    Args:
+        contenders: name → what does a piece of work and says how much it was.
+        turns: how often.
+    """
+    before = os.getloadavg()[0]
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(turns):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            started, cpu_started = time.perf_counter(), time.process_time()
+            work = contenders[name]()
+            rates[name].append(work / (time.perf_counter() - started))
+            cpu_seconds[name].append((time.process_time() - cpu_started) / work * 1e6)
+    return Timings(rates, cpu_seconds, (before, os.getloadavg()[0]))
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    } | {name: version(name) for name in ("torch", "torchrec", "esmm_torchrec")}
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """The same for a person, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,316 @@
+"""Speed of training end to end against a plain PyTorch loop over tensors in memory.
+
+    python benchmarks/training_speed.py [--turns 7] [--out training_speed.json]
+
+The library reads zstd Parquet from disk (laid out once for random access; the seconds that takes
+are shown apart), shuffles, makes batches, and trains through TorchRec's pipeline, its
+DistributedModelParallel and fbgemm's fused Adagrad. The plain loop has every batch ready in memory
+as one tensor of ids, one concatenated nn.Embedding with sparse gradients, torch's Adagrad for it
+and fused Adam for the towers. Same model, same start, same batches in the same order; one process.
+All contenders take turns. The test AUCs at the end show that they learned the same.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from esmm_torchrec.cli.main import settle_process
+
+settle_process()  # before torch is imported
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from alternate import alternate, describe, environment  # noqa: E402
+from impressions import write_impressions  # noqa: E402
+from torch import nn  # noqa: E402
+
+from esmm_torchrec.batch import ImpressionBatch  # noqa: E402
+from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
+from esmm_torchrec.data.prepared import PreparedDataSet  # noqa: E402
+from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
+from esmm_torchrec.metrics.ranking import auc  # noqa: E402
+from esmm_torchrec.metrics.windowed import metric_module  # noqa: E402
+from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
+from esmm_torchrec.sharding.planner import SparseOptimizerOption, Workload  # noqa: E402
+from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
+from esmm_torchrec.training.evaluation import score_split, windowed_output  # noqa: E402
+from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
+from esmm_torchrec.training.options import TrainOptions  # noqa: E402
+from esmm_torchrec.training.trainer import Trainer  # noqa: E402
+
+WARM_UP_STEPS = 5
+SPARSE_LR, DENSE_LR, EPSILON = 0.02, 0.001, 1e-8
+PLAIN = "plain PyTorch, float32"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the speed of training."""
+
+    turns: int = 5
+    """Turns that every contender takes."""
+    steps: int = 18
+    """Steps in a turn."""
+    batch_size: int = 4096
+    """Impressions in a step."""
+    threads: int = 0
+    """Threads of torch; 0: as many as there are cores."""
+    test_impressions: int = 200_000
+    """Impressions that AUCs are measured on."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+class PlainEsmm(nn.Module):
+    """ESMM as one writes it without a library: one table for all features, two towers."""
+
+    def __init__(self, table: torch.Tensor, towers: list[list[nn.Linear]]) -> None:
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(table, freeze=False, sparse=True)
+        self.click, self.conversion = (_with_relu(layers) for layers in towers)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.table(ids).flatten(1)
+        return self.click(features).squeeze(1), self.conversion(features).squeeze(1)
+
+
+def _with_relu(layers: list[nn.Linear]) -> nn.Sequential:
+    hidden = [module for layer in layers[:-1] for module in (layer, nn.ReLU())]
+    return nn.Sequential(*hidden, layers[-1])
+
+
+class PlainLoop:
+    """A plain training loop over batches in memory; `next` of `steps` trains one step."""
+
+    def __init__(
+        self, table: torch.Tensor, towers: list[list[nn.Linear]], *, dtype: torch.dtype
+    ) -> None:
+        self.model = PlainEsmm(table, towers)
+        self.dtype = dtype
+        # Said of torch's own Adagrad by torch.
+        warnings.filterwarnings("ignore", message="Sparse invariant checks")
+        dense = [*self.model.click.parameters(), *self.model.conversion.parameters()]
+        self.optimizers = [
+            torch.optim.Adagrad(self.model.table.parameters(), lr=SPARSE_LR, eps=EPSILON),
+            torch.optim.Adam(dense, lr=DENSE_LR, eps=EPSILON, fused=True),
+        ]
+
+    def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+            click, conversion = self.model(ids)
+        return click.float(), conversion.float()
+
+    def steps(
+        self, batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> Iterator[torch.Tensor]:
+        for ids, click, conversion in batches:
+            click_logit, conversion_logit = self.logits(ids)
+            log_ctcvr = F.logsigmoid(click_logit) + F.logsigmoid(conversion_logit)
+            # log(1 - p) of the product, from its logarithm.
+            log_not_ctcvr = torch.log(-torch.expm1(log_ctcvr))
+            loss = F.binary_cross_entropy_with_logits(click_logit, click)
+            loss -= torch.lerp(log_not_ctcvr, log_ctcvr, conversion).mean()
+            loss.backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            yield loss.detach()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One program that trains the model."""
+
+    steps: Iterator[Any]
+    """Trains one step for each `next`, as many as there are batches in an epoch."""
+    score: Callable[[], tuple[np.ndarray, np.ndarray]]
+    """Click and conversion scores of the test half, after training."""
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            next(self.steps)
+        return num_steps
+
+
+def library(
+    train: MappedSplit,
+    test: MappedSplit,
+    ranks: Ranks,
+    options: Options,
+    *,
+    dtype: DtypeOption,
+    sparse_optimizer: SparseOptimizerOption = "adagrad",
+    metrics: bool = False,
+) -> tuple[Trainer, Contender]:
+    """The library, as `esmm-torchrec train` uses it; with the metrics it shows, or without."""
+    settings = TrainOptions(
+        batch_size=options.batch_size,
+        sparse_optimizer=sparse_optimizer,
+        sparse_lr=SPARSE_LR,
+        dense_lr=DENSE_LR,
+        dtype=dtype,
+        device="cpu",
+    )
+    trainer = build_trainer(
+        train,
+        settings,
+        ranks,
+        part=training_part(train, settings),
+        workload=Workload(options.batch_size),
+    )
+    reader = ImpressionReader(train, batch_size=options.batch_size)
+
+    def steps() -> Iterator[None]:
+        window = metric_module(
+            batch_size=options.batch_size, world_size=1, rank=0, device=ranks.device
+        )
+        for output in trainer.steps(reader, reader.steps_left):
+            if metrics:
+                window.update(windowed_output(output))
+            yield
+
+    def score() -> tuple[np.ndarray, np.ndarray]:
+        scored = score_split(
+            trainer.model, test, ranks, batch_size=options.batch_size, progress=False
+        )
+        assert scored is not None
+        assert scored.click_logit is not None
+        assert scored.conversion_logit is not None
+        return scored.click_logit, scored.conversion_logit
+
+    return trainer, Contender(steps(), score)
+
+
+def plain(
+    trainer: Trainer,
+    batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    test_ids: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+) -> Contender:
+    """The plain loop, from the start of a trainer that has not trained yet."""
+    state = trainer.model.state_dict()
+    tables = [
+        value.local_shards()[0].tensor
+        for name, value in state.items()
+        if ".embedding_bags." in name
+    ]
+    towers: list[list[nn.Linear]] = []
+    for tower in ("click", "conversion"):
+        names = [name for name in state if f"towers.{tower}." in name and name.endswith("weight")]
+        towers.append([])
+        for name in names:
+            weight, bias = state[name], state[name.removesuffix("weight") + "bias"]
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            towers[-1].append(layer)
+    loop = PlainLoop(torch.cat(tables), towers, dtype=dtype)
+
+    def score() -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            parts = [loop.logits(ids) for ids in test_ids.split(8192)]
+        click, conversion = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        return click, conversion
+
+    return Contender(loop.steps(batches), score)
+
+
+def in_memory(
+    batches: Iterator[ImpressionBatch], dataset: PreparedDataSet
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches as the plain loop wants them: ids of the concatenated table (B, F), labels."""
+    rows = torch.tensor([table.num_embeddings for table in dataset.schema.tables])
+    first_row = rows.cumsum(0) - rows
+    plain_batches = []
+    for batch in batches:
+        assert batch.sparse_features is not None
+        ids = batch.sparse_features.values().long().view(len(rows), -1).t() + first_row
+        plain_batches.append((ids.contiguous(), batch.click.clone(), batch.conversion.clone()))
+    return plain_batches
+
+
+def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Runs all contenders."""
+    steps = WARM_UP_STEPS + options.turns * options.steps
+    dataset = write_impressions(
+        folder / "prepared", train=steps * options.batch_size, test=options.test_impressions
+    )
+    started = time.perf_counter()
+    train, test = MappedSplit.open(dataset, "train"), MappedSplit.open(dataset, "test")
+    laid_out = time.perf_counter() - started
+
+    reader = ImpressionReader(train, batch_size=options.batch_size)
+    batches = in_memory(iter(reader), dataset)
+    whole_test = ImpressionReader(test, batch_size=test.impressions, shuffle=False)
+    test_ids = in_memory(iter(whole_test), dataset)[0][0]
+
+    contenders: dict[str, Contender] = {}
+    trainer, contenders["library, float32"] = library(train, test, ranks, options, dtype="float32")
+    contenders[PLAIN] = plain(trainer, batches, test_ids, dtype=torch.float32)
+    contenders["plain PyTorch, bfloat16"] = plain(trainer, batches, test_ids, dtype=torch.bfloat16)
+    contenders["library, bfloat16"] = library(train, test, ranks, options, dtype="bfloat16")[1]
+    contenders["  with row-wise Adagrad and metrics"] = library(
+        train,
+        test,
+        ranks,
+        options,
+        dtype="bfloat16",
+        sparse_optimizer="rowwise_adagrad",
+        metrics=True,
+    )[1]
+
+    for contender in contenders.values():
+        contender.take(WARM_UP_STEPS)
+
+    def turn(contender: Contender) -> Callable[[], int]:
+        return lambda: contender.take(options.steps) * options.batch_size
+
+    timings = alternate(
+        {name: turn(contender) for name, contender in contenders.items()}, turns=options.turns
+    )
+    click, conversion = test.scalars["click"], test.scalars["conversion"]
+    clicked = click == 1
+    aucs: dict[str, dict[str, float]] = {}
+    for name, contender in contenders.items():
+        click_score, conversion_score = contender.score()
+        aucs[name] = {
+            "ctr_auc": auc(click_score, click),
+            "cvr_auc": auc(conversion_score[clicked], conversion[clicked]),
+        }
+
+    print(timings.table(PLAIN, unit="impressions/s"))
+    print(f"\ntest AUC after {steps} steps (clicks; conversions of clicked impressions)")
+    for name, values in aucs.items():
+        print(f"{name:37}{values['ctr_auc']:8.4f}{values['cvr_auc']:8.4f}")
+    size = sum(file.stat().st_size for file in (folder / "prepared").rglob("*.parquet"))
+    print(
+        f"\n{dataset.splits['train'].impressions:,} training impressions, {size / 1e6:,.0f} MB of "
+        f"Parquet, laid out for random access in {laid_out:.1f} s (once, not part of the rates)"
+    )
+    print(f"load {timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after")
+    return timings.to_dict(PLAIN) | {"test_auc": aucs, "layout_seconds": laid_out}
+
+
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        facts = environment()
+        figures = measure(options, ranks, Path(folder))
+        print(describe(facts))
+    if options.out is not None:
+        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
