@@ -39,7 +39,7 @@ class TrainOptions:
     """Widths of the hidden layers of each tower."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables; fused into the backward pass where TorchRec can."""
-    sparse_lr: float = 0.02
+    sparse_lr: float = 0.05
     """Learning rate of the embedding tables."""
     dense_lr: float = 0.001
     """Learning rate of the towers (Adam)."""

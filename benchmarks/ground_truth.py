@@ -1,0 +1,257 @@
+"""ESMM on generated worlds: beside a plain-PyTorch ESMM, a network of clicks alone, and the oracle.
+
+For each seed a world of its own is generated, prepared and split by time. Three models of the same
+shape are trained for one epoch on its training half: ESMM by this library, ESMM in plain PyTorch
+(below; it shares no code with the library and reads the Parquet files itself), and BASE, the
+conversion tower with its embeddings on clicked impressions alone.
+
+    python benchmarks/ground_truth.py --out bench/ground-truth
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+import tyro
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+FIGURES = {
+    "ctr_auc": ("test", "click AUC, all impressions"),
+    "cvr_auc": ("test", "conversion AUC, clicked impressions"),
+    "ctcvr_auc": ("test", "click-and-conversion AUC, all impressions"),
+    "cvr_auc_entire_space": ("truth", "conversion AUC, entire space"),
+    "cvr_pcoc_entire_space": ("truth", "predicted / true conversions, entire space"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train ESMM, a plain-PyTorch ESMM and BASE on generated worlds."""
+
+    out: Path
+    """Folder for worlds, runs and ground_truth.json; what is there already is used again."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One world each."""
+    impressions: int = 1_000_000
+    """Of each world, half to train on."""
+    batch_size: int = 4096
+    """Of all three models."""
+    tower: tuple[int, ...] = (360, 200, 80)
+    """Of all three models."""
+
+
+class Feature(NamedTuple):
+    """Bags of all rows, as nn.EmbeddingBag wants them."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    weights: np.ndarray | None
+
+    def rows(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """ids, offsets and weights of some rows."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        ends = np.cumsum(lengths)
+        index = np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
+        weights = None if self.weights is None else torch.from_numpy(self.weights[index])
+        return torch.from_numpy(self.ids[index]), torch.from_numpy(ends - lengths), weights
+
+
+class PlainEsmm(nn.Module):
+    """One EmbeddingBag a feature, two multi-layer perceptrons, nothing else."""
+
+    def __init__(
+        self, rows: Mapping[str, int], dim: int, tower: tuple[int, ...], priors: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict(
+            {name: nn.EmbeddingBag(n, dim, mode="sum") for name, n in rows.items()}
+        )
+        for table in self.tables.values():
+            assert isinstance(table, nn.EmbeddingBag)
+            bound = table.num_embeddings**-0.5
+            nn.init.uniform_(table.weight, -bound, bound)
+        widths = [dim * len(rows), *tower]
+        self.towers = nn.ModuleList()
+        for prior in priors:
+            layers: list[nn.Module] = []
+            for before, after in zip(widths[:-1], widths[1:], strict=True):
+                layers += [nn.Linear(before, after), nn.ReLU()]
+            last = nn.Linear(widths[-1], 1)
+            nn.init.constant_(last.bias, float(np.log(prior / (1 - prior))))
+            self.towers.append(nn.Sequential(*layers, last))
+
+    def forward(self, bags: Mapping[str, tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        """Logits of pCTR and pCVR."""
+        pooled = [
+            table(ids, offsets, per_sample_weights=weights)
+            for (ids, offsets, weights), table in zip(
+                bags.values(), self.tables.values(), strict=True
+            )
+        ]
+        features = torch.cat(pooled, dim=1)
+        return [tower(features).squeeze(1) for tower in self.towers]
+
+
+def read_split(folder: Path, split: str) -> tuple[pa.Table, dict[str, Feature], np.ndarray]:
+    """Impressions, features, and for each impression the shared row it uses."""
+    description = json.loads((folder / "dataset.json").read_text())
+    files = description["splits"][split]
+    tables = {
+        kind: pa.concat_tables([pq.read_table(folder / name) for name in files[f"{kind}_files"]])
+        for kind in ("impression", "shared")
+    }
+    features: dict[str, Feature] = {}
+    for feature in description["schema"]["id_features"]:
+        table = tables["shared" if feature["shared"] else "impression"]
+        ids = table.column(feature["name"]).combine_chunks()
+        weights = None
+        if feature["weighted"]:
+            weights = table.column(f"{feature['name']}__weight").combine_chunks()
+        if feature["multi_valued"]:
+            lengths = ids.value_lengths().to_numpy()
+            ids = ids.flatten().to_numpy()
+            if weights is not None:
+                weights = weights.flatten().to_numpy()
+                bag = np.repeat(np.arange(len(lengths)), lengths)
+                total = np.bincount(bag, weights=weights, minlength=len(lengths))
+                weights = (weights / total[bag]).astype(np.float32)
+        else:
+            lengths = ids.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
+            ids = ids.drop_null().to_numpy()
+            weights = None if weights is None else weights.drop_null().to_numpy()
+        offsets = np.r_[0, np.cumsum(lengths, dtype=np.int64)]
+        features[feature["name"]] = Feature(ids.astype(np.int64), offsets, weights)
+    impressions = tables["impression"]
+    return impressions, features, impressions.column("shared_row").to_numpy()
+
+
+def plain_run(folder: Path, options: Options, seed: int) -> dict[str, float]:
+    """Trains the plain model for an epoch and measures it on the test half with scikit-learn."""
+    torch.manual_seed(seed)
+    description = json.loads((folder / "dataset.json").read_text())
+    sizes = {table["name"]: table["num_embeddings"] for table in description["schema"]["tables"]}
+    kinds = {feature["name"]: feature for feature in description["schema"]["id_features"]}
+    train = description["splits"]["train"]
+    model = PlainEsmm(
+        {name: sizes[feature["table"]] for name, feature in kinds.items()},
+        16,
+        options.tower,
+        (train["clicks"] / train["impressions"], train["conversions"] / train["clicks"]),
+    )
+    tables = torch.optim.Adagrad(model.tables.parameters(), lr=0.05, eps=1e-8)
+    towers = torch.optim.Adam(model.towers.parameters(), lr=1e-3)
+
+    def batches(
+        split: str, rng: np.random.Generator | None
+    ) -> Iterator[tuple[pa.Table, np.ndarray, list[torch.Tensor]]]:
+        impressions, features, owner = read_split(folder, split)
+        order = np.arange(len(owner)) if rng is None else rng.permutation(len(owner))
+        for start in range(0, len(order), options.batch_size):
+            rows = order[start : start + options.batch_size]
+            bags = {
+                name: feature.rows(owner[rows] if kinds[name]["shared"] else rows)
+                for name, feature in features.items()
+            }
+            yield impressions, rows, model(bags)
+
+    for impressions, rows, (a, b) in batches("train", np.random.default_rng(seed)):
+        click = torch.from_numpy(impressions.column("click").to_numpy()[rows]).float()
+        both = torch.from_numpy(impressions.column("conversion").to_numpy()[rows]).float()
+        product = torch.sigmoid(a) * torch.sigmoid(b)
+        loss = F.binary_cross_entropy_with_logits(a, click) + F.binary_cross_entropy(product, both)
+        for optimizer in (tables, towers):
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in (tables, towers):
+            optimizer.step()
+
+    scores: list[torch.Tensor] = []
+    impressions = pa.table({})
+    with torch.no_grad():
+        for table, _, logits in batches("test", None):
+            impressions = table
+            scores.append(torch.stack(logits).double().sigmoid())
+    pctr, pcvr = torch.cat(scores, dim=1).numpy()
+    click, conversion, true_cvr = (
+        impressions.column(name).to_numpy() for name in ("click", "conversion", "true_cvr")
+    )
+    clicked = click == 1
+    # The true probability as a label: every row once as a positive and once as a negative.
+    twice = np.r_[np.ones(len(pcvr)), np.zeros(len(pcvr))]
+    return {
+        "ctr_auc": float(roc_auc_score(click, pctr)),
+        "cvr_auc": float(roc_auc_score(conversion[clicked], pcvr[clicked])),
+        "ctcvr_auc": float(roc_auc_score(conversion, pctr * pcvr)),
+        "cvr_auc_entire_space": float(
+            roc_auc_score(twice, np.r_[pcvr, pcvr], sample_weight=np.r_[true_cvr, 1 - true_cvr])
+        ),
+        "cvr_pcoc_entire_space": float(pcvr.sum() / true_cvr.sum(dtype=np.float64)),
+    }
+
+
+def library_run(folder: Path, out: Path, options: Options, seed: int, method: str) -> dict:
+    """metrics.json of the library's own training, on one rank."""
+    arguments = ["train", "--data", folder, "--out", out, "--method", method, "--seed", seed]
+    arguments += ["--batch-size", options.batch_size, "--tower", *options.tower]
+    _command(*arguments)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def _command(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "esmm_torchrec", *map(str, arguments)], check=True)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Figures of each model, one per seed."""
+    runs: dict[str, list[dict[str, float | None]]] = {
+        name: [] for name in ("ESMM", "ESMM in plain PyTorch", "BASE", "the data's own oracle")
+    }
+    for seed in options.seeds:
+        raw, prepared = (options.out / f"{kind}-{seed}" for kind in ("raw", "prepared"))
+        if not raw.exists():
+            _command("generate", raw, "--impressions", options.impressions, "--seed", seed)
+        if not prepared.exists():
+            _command("prepare", "ali-ccp", raw, prepared)
+        for name, method in (("ESMM", "esmm"), ("BASE", "base")):
+            metrics = library_run(prepared, options.out / f"{method}-{seed}", options, seed, method)
+            runs[name].append({key: metrics[part].get(key) for key, (part, _) in FIGURES.items()})
+            oracle = metrics["truth"]["oracle"] | {"cvr_pcoc_entire_space": 1.0}
+        runs["the data's own oracle"].append({key: oracle[key] for key in FIGURES})
+        runs["ESMM in plain PyTorch"].append(dict(plain_run(prepared, options, seed)))
+    return {"seeds": list(options.seeds), "impressions": options.impressions, "runs": runs}
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Mean ± standard deviation over the seeds, as Markdown."""
+    runs = results["runs"]
+    lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
+    for key, (_, label) in FIGURES.items():
+        cells = []
+        for of_model in runs.values():
+            values = [figures[key] for figures in of_model if figures[key] is not None]
+            spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.4f}{spread}" if values else "–")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    found = run(chosen)
+    (chosen.out / "ground_truth.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(format_table(found))
