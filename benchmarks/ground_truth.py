@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ class PlainEsmm(nn.Module):
         self.towers = nn.ModuleList()
         for prior in priors:
             layers: list[nn.Module] = []
-            for before, after in zip(widths[:-1], widths[1:], strict=True):
+            for before, after in pairwise(widths):
                 layers += [nn.Linear(before, after), nn.ReLU()]
             last = nn.Linear(widths[-1], 1)
             nn.init.constant_(last.bias, float(np.log(prior / (1 - prior))))
