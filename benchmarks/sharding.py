@@ -1,0 +1,652 @@
+"""What a sharding plan really costs on the machines at hand, beside what was estimated.
+
+    torchrun --nproc-per-node 2 benchmarks/sharding.py --out DIR
+    torchrun --nproc-per-node 8 benchmarks/sharding.py --tables F.yaml --gpu h100 --out DIR
+
+For each strategy the tables are planned as `esmm-torchrec plan` does, sharded, and trained on
+random ids, and the parts of a step are timed one by one with a barrier before each: ids to the
+rows, look-ups, embeddings to their impressions, towers, gradients to the rows, and the update. On
+a GPU the clock is CUDA's events and the memory is the allocator's peak.
+
+DIR/sharding.json holds measured beside estimated. DIR/hardware.yaml is the machine with what was
+measured: `esmm-torchrec plan --hardware DIR/hardware.yaml` estimates with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.cli.main import run_command
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.towers import Tower
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.sharding.apply import shard
+from esmm_torchrec.sharding.estimates import Estimate, StepParts, estimate
+from esmm_torchrec.sharding.hardware import (
+    GIB,
+    Hardware,
+    TowerDtype,
+    preset,
+    read_hardware,
+    write_hardware,
+)
+from esmm_torchrec.sharding.plan_file import DATA_TYPES, PlanFile
+from esmm_torchrec.sharding.planner import SparseOptimizerOption
+from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+from esmm_torchrec.sharding.scenario import Kernel, Scenario, Strategy
+from esmm_torchrec.sharding.table_list import (
+    PlannedFeature,
+    PlannedTable,
+    TableList,
+    read_tables,
+)
+from esmm_torchrec.training.optimizers import fuse_optimizer
+
+BATCHES = 4
+"""Different batches that the steps go through in turn."""
+
+WARM_UP_STEPS = 3
+
+NOISE = 0.1
+"""Measured steps that differ by less are taken as equal."""
+
+PARTS = (
+    "input_comms",
+    "forward",
+    "forward_comms",
+    "towers",
+    "backward_comms",
+    "backward",
+)
+"""Parts of a step as they are timed, named as in StepParts; `towers` includes their all-reduce,
+`backward` the update."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure sharding strategies on the ranks at hand, beside their estimates."""
+
+    out: Path
+    """Folder for sharding.json and hardware.yaml."""
+    tables: Path | None = None
+    """YAML list of tables; without it, nine tables that fit a laptop."""
+    strategies: tuple[Strategy, ...] = (
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "data_parallel",
+    )
+    """Strategies to measure."""
+    kernels: tuple[Kernel, ...] = ("fused",)
+    """Kernels to measure each strategy with, one after the other."""
+    gpu: str | None = None
+    """Preset to estimate with; without it and --hardware, h100 on GPUs and cpu elsewhere."""
+    hardware: Path | None = None
+    """Machine to estimate with."""
+    batch_size: int | None = None
+    """Impressions per rank and step; else the list's, else 4096."""
+    sparse_optimizer: SparseOptimizerOption = "adagrad"
+    """Optimiser of the tables; adagrad exists for every kernel."""
+    tower: tuple[int, ...] = (360, 200, 80)
+    """Widths of the hidden layers of each tower."""
+    tower_dtype: TowerDtype = "float32"
+    """What the towers compute in."""
+    column_width: int = 32
+    """Narrowest strip of column_wise."""
+    steps: int = 10
+    """Steps to time in a round; the median over all rounds counts."""
+    rounds: int = 3
+    """Times to go through all cases, so that what else the machine does meanwhile meets each."""
+    round_seconds: float = 20.0
+    """Steps of a case end earlier where a round of it would take longer."""
+    device: DeviceOption = "auto"
+    """auto: CUDA where there is a GPU for each rank."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds of the parts of a step: of each rank the median, of those the largest."""
+
+    input_comms: float
+    forward: float
+    forward_comms: float
+    towers: float
+    backward_comms: float
+    backward: float
+    weights_bytes: tuple[int, ...]
+    """Of each rank's parts of the tables."""
+    peak_bytes: tuple[int, ...]
+    """Of each rank: the allocator's peak on a GPU, else the peak resident set of the process,
+    cases before this one included."""
+
+    @property
+    def step(self) -> float:
+        """All but the ids' way, which TorchRec's pipeline hides on a GPU: what is estimated."""
+        return sum(getattr(self, name) for name in PARTS if name != "input_comms")
+
+
+def default_tables() -> TableList:
+    """One busy table, which table_wise gives to one rank, and quiet ones; small enough for a
+    laptop."""
+
+    def table(name: str, rows: int, factor: float) -> PlannedTable:
+        return PlannedTable(name, rows, 64, (PlannedFeature(name, factor),))
+
+    busy = [table("history", 200_000, 60.0)]
+    large = [table(f"large_{number}", 500_000, 1.0) for number in range(2)]
+    small = [table(f"small_{number}", 1_000, 1.0) for number in range(6)]
+    return TableList((*busy, *large, *small), batch_size=2048, source="the default tables")
+
+
+class Clock:
+    """Times parts of a step on one rank, all ranks entering each together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._milliseconds: dict[str, list[float]] = {name: [0.0] for name in PARTS}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        dist.barrier()
+        if self._device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            torch.cuda.synchronize(self._device)
+            elapsed = start.elapsed_time(end)
+        else:
+            begun = time.perf_counter()
+            yield
+            elapsed = 1e3 * (time.perf_counter() - begun)
+        self._milliseconds[part][-1] += elapsed
+
+    def next_step(self) -> None:
+        """Ends a step; a part timed more than once in it was added up."""
+        for values in self._milliseconds.values():
+            values.append(0.0)
+
+    def steps(self) -> dict[str, list[float]]:
+        """Milliseconds of each part in every step that ended."""
+        return {part: values[:-1] for part, values in self._milliseconds.items()}
+
+
+class Benchmark:
+    """A sharded list of tables with two towers behind it, trained on random ids."""
+
+    def __init__(self, scenario: Scenario, plan: PlanFile, ranks: Ranks) -> None:
+        self._tables, self._ranks = scenario.tables, ranks
+        self._batch_size = scenario.batch_size
+        module = scenario.tables.to_module()
+        kernels = {name: table.compute_kernel for name, table in plan.tables.items()}
+        fuse_optimizer(
+            module,
+            scenario.sparse_optimizer,
+            lr=0.01,
+            weight_decay=0.0,
+            kernels=kernels,
+            device=ranks.device,
+        )
+        sharding = plan.to_sharding_plan(
+            module,
+            world_size=ranks.world_size,
+            local_world_size=ranks.local_world_size,
+            device=ranks.device.type,
+        )
+        self.model = shard(module, plan=sharding, ranks=ranks)
+        self._collections: dict[str, ShardedEmbeddingBagCollection] = {}
+        for name in scenario.tables.collections:
+            collection = self.model.module[name]  # pyright: ignore[reportIndexIssue]
+            assert isinstance(collection, ShardedEmbeddingBagCollection)
+            self._collections[name] = collection
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[scenario.tower_dtype]
+        width = scenario.tables.tower_width
+        towers = nn.ModuleList(Tower(width, scenario.towers, dtype=dtype) for _ in range(2))
+        self._towers = DistributedDataParallel(_Both(towers).to(ranks.device))
+        dense = dict(in_backward_optimizer_filter(self.model.named_parameters())).values()
+        optimizer = (
+            torch.optim.Adagrad if scenario.sparse_optimizer == "adagrad" else torch.optim.SGD
+        )
+        tables = [parameter for parameter in dense if parameter.numel()]
+        self._tower_optimizer = torch.optim.Adam(self._towers.parameters(), lr=0.001, fused=True)
+        self._table_optimizer = optimizer(tables, lr=0.01) if tables else None
+        generator = torch.Generator().manual_seed(ranks.rank)
+        self._batches = [self._random_batch(generator) for _ in range(BATCHES)]
+
+    def _random_batch(
+        self, generator: torch.Generator
+    ) -> dict[str, tuple[KeyedJaggedTensor, torch.Tensor | None]]:
+        """Collection → its features, and for each impression its bag where they share bags."""
+        batch: dict[str, tuple[KeyedJaggedTensor, torch.Tensor | None]] = {}
+        for name, tables in self._tables.collections.items():
+            shared_by = tables[0].shared_by
+            bags = -(-self._batch_size // int(shared_by)) if shared_by > 1 else self._batch_size
+            keys: list[str] = []
+            lengths: list[torch.Tensor] = []
+            values: list[torch.Tensor] = []
+            for table in tables:
+                for feature in table.features:
+                    keys.append(feature.name)
+                    lengths.append(_lengths(feature.pooling_factor, bags, generator))
+                    total = int(lengths[-1].sum())
+                    ids = torch.randint(table.num_embeddings, (total,), generator=generator)
+                    values.append(ids)
+            ids = torch.cat(values)
+            features = KeyedJaggedTensor(
+                keys=keys,
+                values=ids,
+                lengths=torch.cat(lengths),
+                weights=torch.rand(len(ids), generator=generator) if tables[0].weighted else None,
+            )
+            index = None
+            if bags < self._batch_size:
+                index = (torch.arange(self._batch_size) % bags).to(self._ranks.device)
+            batch[name] = (features.to(self._ranks.device), index)
+        return batch
+
+    def step(self, number: int, clock: Clock) -> None:
+        """One step, its parts timed."""
+        batch = self._batches[number % BATCHES]
+        looked_up: list[torch.Tensor] = []
+        cut: list[torch.Tensor] = []
+        pooled: list[torch.Tensor] = []
+        for name, collection in self._collections.items():
+            context = collection.create_context()
+            with clock("input_comms"):
+                ids = collection.input_dist(context, batch[name][0]).wait().wait()
+            with clock("forward"):
+                outputs = collection.compute(context, ids)
+            # Cutting the graph here lets the two halves of the backward pass be timed apart.
+            leaves = [output.detach().requires_grad_() for output in outputs]
+            with clock("forward_comms"):
+                pooled.append(collection.output_dist(context, leaves).wait().values())
+            looked_up += outputs
+            cut += leaves
+        at_towers = [values.detach().requires_grad_() for values in pooled]
+        with clock("towers"):
+            rows: list[torch.Tensor] = []
+            for name, values in zip(self._collections, at_towers, strict=True):
+                index = batch[name][1]
+                rows.append(values if index is None else values.index_select(0, index))
+            self._towers(torch.cat(rows, dim=1)).square().mean().backward()
+            self._tower_optimizer.step()
+            self._tower_optimizer.zero_grad()
+        with clock("backward_comms"):
+            for values, leaf in zip(pooled, at_towers, strict=True):
+                values.backward(leaf.grad)
+        with clock("backward"):
+            graph = [
+                (o, leaf.grad) for o, leaf in zip(looked_up, cut, strict=True) if o.requires_grad
+            ]
+            torch.autograd.backward([o for o, _ in graph], [grad for _, grad in graph])
+            if self._table_optimizer is not None:
+                self._table_optimizer.step()
+                self._table_optimizer.zero_grad()
+
+
+class _Both(nn.Module):
+    """Two towers on the same features."""
+
+    def __init__(self, towers: nn.ModuleList) -> None:
+        super().__init__()
+        self._towers = towers
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tower(features) for tower in self._towers])
+
+
+def _lengths(mean: float, bags: int, generator: torch.Generator) -> torch.Tensor:
+    """Lengths of bags: 0 or 1 up to a mean of 1, Poisson above."""
+    if mean <= 1:
+        return (torch.rand(bags, generator=generator) < mean).long()
+    return torch.poisson(torch.full((bags,), mean), generator=generator).long()
+
+
+class Samples:
+    """What one rank saw of a case so far."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
+        self.peak_bytes = 0
+
+    def add_round(self, scenario: Scenario, plan: PlanFile, ranks: Ranks, options: Options) -> None:
+        """Shards the tables by a plan and trains some steps, all ranks together."""
+        on_gpu = ranks.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+        benchmark = Benchmark(scenario, plan, ranks)
+        begun = time.perf_counter()
+        for number in range(WARM_UP_STEPS):
+            benchmark.step(number, Clock(ranks.device))
+        each = torch.tensor((time.perf_counter() - begun) / WARM_UP_STEPS, device=ranks.device)
+        dist.all_reduce(each, op=dist.ReduceOp.MAX)
+        clock = Clock(ranks.device)
+        for number in range(max(1, min(options.steps, int(options.round_seconds / each.item())))):
+            benchmark.step(number, clock)
+            clock.next_step()
+        for part, values in clock.steps().items():
+            self.parts[part] += values
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(ranks.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_bytes = max(self.peak_bytes, peak)
+        dist.barrier()
+        del benchmark
+        gc.collect()
+
+    def summary(self, plan: PlanFile, ranks: Ranks) -> Measurement:
+        """What all ranks saw."""
+        held = sum(
+            shard.size[0] * shard.size[1] * DATA_TYPES[table.data_type][1]
+            for table in plan.tables.values()
+            for shard in table.shards
+            if shard.rank == ranks.rank
+        )
+        medians = {part: statistics.median(values) for part, values in self.parts.items()}
+        every: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(every, (medians, held, self.peak_bytes))
+        return Measurement(
+            **{part: max(of_rank[part] for of_rank, _, _ in every) for part in PARTS},
+            weights_bytes=tuple(held for _, held, _ in every),
+            peak_bytes=tuple(peak for _, _, peak in every),
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One strategy with one kernel, estimated and measured."""
+
+    strategy: Strategy
+    kernel: Kernel
+    estimated: Estimate
+    measured: Measurement
+
+    @property
+    def parts(self) -> StepParts:
+        """Estimated parts of a step."""
+        assert self.estimated.placed is not None
+        return self.estimated.placed.parts
+
+    @property
+    def name(self) -> str:
+        """For a person."""
+        return f"{self.strategy}, {self.kernel}"
+
+
+def calibrate(base: Hardware, cases: Sequence[Case], scenario: Scenario, ranks: Ranks) -> Hardware:
+    """The machine with what was measured in the place of peaks.
+
+    A part that no case measured keeps its number. Bandwidths are those at which TorchRec's
+    formulas give the measured times in sum over the cases.
+    """
+    placed = [case for case in cases if case.kernel == "fused" and case.strategy != "data_parallel"]
+    changes: dict[str, Any] = {"name": f"{base.name}, measured"}
+
+    def ratio(
+        chosen: Sequence[Case],
+        estimated: Callable[[StepParts], float],
+        measured: Callable[[Measurement], float],
+    ) -> float | None:
+        """Estimated over measured: by how much a bandwidth was taken too low (or too high)."""
+        told = sum(estimated(case.parts) for case in chosen)
+        took = sum(measured(case.measured) for case in chosen)
+        return told / took if told > 0 and took > 0 else None
+
+    memory = ratio(placed, lambda parts: parts.forward, lambda m: m.forward) or 1.0
+    changes["memory_gb_s"] = base.memory_gb_s * memory
+    backward = ratio(placed, lambda parts: parts.backward / memory, lambda m: m.backward)
+    if backward is not None:
+        changes["backward_multiplier"] = base.backward_multiplier / backward
+    by_table = [case for case in placed if case.strategy in ("table_wise", "column_wise")]
+    by_row = [case for case in placed if case.strategy in ("row_wise", "table_row_wise")]
+    links: dict[str, float | None] = {
+        "all_to_all": ratio(
+            by_table,
+            lambda parts: parts.forward_comms + parts.backward_comms,
+            lambda m: m.forward_comms + m.backward_comms,
+        ),
+        "reduce_scatter": ratio(
+            by_row, lambda parts: parts.forward_comms, lambda m: m.forward_comms
+        ),
+        # Backward, TorchRec adds a copy at the memory's bandwidth to the all-gather, which takes as
+        # long as the reduce-scatter forward.
+        "all_gather": ratio(
+            by_row,
+            lambda parts: parts.forward_comms,
+            lambda m: m.backward_comms,
+        ),
+    }
+    copies = sum(case.parts.backward_comms - case.parts.forward_comms for case in by_row) / memory
+    gathered = sum(case.measured.backward_comms for case in by_row) - copies
+    if by_row and gathered > 0:
+        links["all_gather"] = sum(case.parts.forward_comms for case in by_row) / gathered
+    replicated = [case for case in cases if case.strategy == "data_parallel"]
+    for case in replicated:
+        ring = base.all_reduce_ms(scenario.tables.nbytes, ranks.world_size)
+        update = (case.parts.backward_comms - ring) / memory
+        took = case.measured.backward - case.parts.backward / memory - update
+        links["all_reduce"] = ring / max(took, 0.1 * case.measured.backward)
+    known = {name: base.intra_host_gb_s * value for name, value in links.items() if value}
+    if known and ranks.world_size > 1:
+        fastest = max(known.values())
+        on_one_host = ranks.world_size == ranks.local_world_size
+        changes["intra_host_gb_s" if on_one_host else "inter_host_gb_s"] = fastest
+        changes |= {f"{name}_efficiency": value / fastest for name, value in known.items()}
+    towers = ratio(cases, lambda parts: parts.towers + parts.towers_all_reduce, lambda m: m.towers)
+    if towers is not None:
+        reached = base.tower_efficiency * towers
+        changes["tower_efficiency"] = min(reached, 1.0)
+        if reached > 1:
+            changes["float32_tflops"] = base.float32_tflops * reached
+            changes["bfloat16_tflops"] = base.bfloat16_tflops * reached
+    changes["sources"] = (
+        f"measured by benchmarks/sharding.py on {ranks.world_size} {ranks.device.type} ranks: "
+        f"{', '.join(case.name for case in cases)}; other numbers as {base.name}",
+    )
+    return replace(base, **changes)
+
+
+def machine_at_hand(options: Options, ranks: Ranks) -> Hardware:
+    """What to estimate with: as asked, else a preset with this machine's memory and ranks."""
+    if options.gpu is not None and options.hardware is not None:
+        raise OptionError("give either --gpu NAME or --hardware FILE")
+    if options.gpu is not None:
+        return preset(options.gpu)
+    if options.hardware is not None:
+        return read_hardware(options.hardware)
+    if ranks.device.type == "cuda":
+        name = torch.cuda.get_device_name(ranks.device)
+        total = torch.cuda.get_device_properties(ranks.device).total_memory
+        known = preset("h100")
+        return replace(
+            known,
+            name=name,
+            memory_gib=total / GIB,
+            ranks_per_host=ranks.local_world_size,
+            sources=(f"numbers of {known.name}, memory of this GPU",),
+        )
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return replace(
+        preset("cpu"),
+        name="this machine",
+        ranks_per_host=ranks.local_world_size,
+        memory_gib=total / ranks.local_world_size / GIB,
+        sources=("numbers of cpu, memory of this machine",),
+    )
+
+
+def pairs_in_order(
+    measured: Mapping[str, float], estimated: Mapping[str, float]
+) -> tuple[int, int]:
+    """Of the pairs of cases whose measured steps differ by more than noise: how many are
+    estimated in the measured order, and how many there are."""
+    apart = [
+        (a, b)
+        for a, b in combinations(measured, 2)
+        if abs(measured[a] - measured[b]) > NOISE * max(measured[a], measured[b])
+    ]
+    right = sum((measured[a] < measured[b]) == (estimated[a] < estimated[b]) for a, b in apart)
+    return right, len(apart)
+
+
+def run(options: Options) -> None:
+    """Measures every strategy with every kernel and writes what was found."""
+    # TorchRec says for each table, and torch for each case, what is known here.
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch(rec)?\.")
+    with process_group(options.device) as ranks:
+        benchmark_all(options, ranks)
+
+
+def benchmark_all(options: Options, ranks: Ranks) -> None:
+    """As `run`, inside a process group."""
+    tables = read_tables(options.tables) if options.tables else default_tables()
+    base = machine_at_hand(options, ranks)
+    scenario = Scenario(
+        tables=tables,
+        hardware=base,
+        batch_size=options.batch_size or tables.batch_size or 4096,
+        sparse_optimizer=options.sparse_optimizer,
+        column_width=options.column_width,
+        towers=options.tower,
+        tower_dtype=options.tower_dtype,
+    )
+    planned: list[tuple[Scenario, Estimate, Samples]] = []
+    for strategy in options.strategies:
+        kernels: tuple[Kernel, ...] = options.kernels
+        for kernel in ("dense",) if strategy == "data_parallel" else kernels:
+            one = replace(scenario, kernels=(kernel,))
+            expected = estimate(one, strategy, ranks.world_size)
+            if expected.placed is not None:
+                planned.append((one, expected, Samples()))
+            elif ranks.is_first:
+                print(f"{strategy}, {kernel}: {expected.reason}", flush=True)
+    with progress_bar(
+        "measuring", options.rounds * len(planned), "cases", disable=not ranks.is_first
+    ) as bar:
+        for _ in range(options.rounds):
+            for one, expected, samples in planned:
+                assert expected.placed is not None
+                samples.add_round(one, expected.placed.plan, ranks, options)
+                bar.update(1)
+    cases = [
+        Case(
+            expected.strategy,
+            one.kernels[0],
+            expected,
+            samples.summary(expected.placed.plan, ranks),
+        )
+        for one, expected, samples in planned
+        if expected.placed is not None
+    ]
+    if not cases:
+        raise OptionError("no strategy that was asked for can be measured here")
+    calibrated = calibrate(base, cases, scenario, ranks)
+    again = {
+        case.name: estimate(
+            replace(scenario, hardware=calibrated, kernels=(case.kernel,)),
+            case.strategy,
+            ranks.world_size,
+        )
+        for case in cases
+    }
+    if ranks.is_first:
+        print("\n".join(map(_line, cases)))
+        _write(options.out, cases, again, calibrated, scenario, ranks)
+
+
+def _line(case: Case) -> str:
+    parts = ", ".join(f"{part} {getattr(case.measured, part):.2f}" for part in PARTS)
+    return f"{case.name}: measured {case.measured.step:.2f} ms a step ({parts})"
+
+
+def _write(
+    out: Path,
+    cases: Sequence[Case],
+    again: Mapping[str, Estimate],
+    calibrated: Hardware,
+    scenario: Scenario,
+    ranks: Ranks,
+) -> None:
+    measured = {case.name: case.measured.step for case in cases}
+    before = {case.name: case.estimated.step_ms for case in cases}
+    after = {name: estimate.step_ms for name, estimate in again.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_hardware(calibrated, out / "hardware.yaml")
+    values = {
+        "ranks": ranks.world_size,
+        "ranks_per_host": ranks.local_world_size,
+        "device": ranks.device.type,
+        "threads_per_rank": torch.get_num_threads(),
+        "batch_size": scenario.batch_size,
+        "sparse_optimizer": scenario.sparse_optimizer,
+        "cases": [
+            {
+                "strategy": case.strategy,
+                "kernel": case.kernel,
+                "measured_ms": {
+                    "step": case.measured.step,
+                    **{part: getattr(case.measured, part) for part in PARTS},
+                },
+                "estimated_ms": {"step": case.estimated.step_ms, **asdict(case.parts)},
+                "estimated_ms_calibrated": _parts(again[case.name]),
+                "weights_bytes_per_rank": list(case.measured.weights_bytes),
+                "peak_bytes_per_rank": list(case.measured.peak_bytes),
+                "table_bytes_per_rank_estimate": _table_bytes(case.estimated),
+            }
+            for case in cases
+        ],
+        "pairs_in_measured_order": {
+            "before": pairs_in_order(measured, before),
+            "calibrated": pairs_in_order(measured, after),
+        },
+        "hardware": calibrated.to_dict(),
+    }
+    (out / "sharding.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"\n{'strategy, kernel':<24}{'measured':>12}{'estimated':>12}{'calibrated':>12}   ms a step"
+    )
+    for name in sorted(measured, key=lambda name: measured[name]):
+        print(f"{name:<24}{measured[name]:>12.2f}{before[name]:>12.2f}{after[name]:>12.2f}")
+    for what, estimated in (("preset", before), ("calibrated", after)):
+        right, number = pairs_in_order(measured, estimated)
+        print(f"{what}: {right} of {number} pairs in the measured order")
+    print(f"wrote {out / 'sharding.json'} and {out / 'hardware.yaml'}")
+
+
+def _parts(estimate: Estimate) -> dict[str, float]:
+    assert estimate.placed is not None
+    parts = estimate.placed.parts
+    return {"step": parts.step} | {f.name: getattr(parts, f.name) for f in fields(parts)}
+
+
+def _table_bytes(estimate: Estimate) -> list[int]:
+    assert estimate.placed is not None
+    return [int(value) for value in estimate.placed.table_bytes.sum(axis=0)]
+
+
+if __name__ == "__main__":
+    run_command(run, tyro.cli(Options))
