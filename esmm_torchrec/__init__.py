@@ -1,1 +1,118 @@
-"""Conversion models over the entire space of impressions, on TorchRec."""
+"""Conversion models over the entire space of impressions, on TorchRec.
+
+The names below are the public ones; each is imported from its room when it is first used, so that
+`import esmm_torchrec` is quick and a model alone needs neither pyarrow nor pandas.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esmm_torchrec.batch import ImpressionBatch
+    from esmm_torchrec.checkpoints.restore import restore
+    from esmm_torchrec.checkpoints.run_folder import RunFolder
+    from esmm_torchrec.data.ali_ccp import prepare_ali_ccp
+    from esmm_torchrec.data.mapped import MappedSplit
+    from esmm_torchrec.data.prepared import PreparedDataSet
+    from esmm_torchrec.data.reader import ImpressionReader
+    from esmm_torchrec.data.synthetic import World, generate
+    from esmm_torchrec.data.tabular import prepare_table
+    from esmm_torchrec.errors import (
+        DataError,
+        EsmmTorchrecError,
+        OptionError,
+        PlanError,
+        RunError,
+    )
+    from esmm_torchrec.metrics.ranking import auc
+    from esmm_torchrec.metrics.windowed import metric_module, metrics_config
+    from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
+    from esmm_torchrec.models.esmm import ESMM, EsmmTowers, EsmmTrainTask
+    from esmm_torchrec.models.losses import ctcvr_logit, ctcvr_loss
+    from esmm_torchrec.schema import IdFeature, Schema, Table
+    from esmm_torchrec.serving.predictor import Predictor
+    from esmm_torchrec.sharding.apply import shard
+    from esmm_torchrec.sharding.planner import make_plan
+    from esmm_torchrec.sharding.process_group import process_group
+    from esmm_torchrec.training.options import TrainOptions
+    from esmm_torchrec.training.run import train
+
+_ROOMS = {
+    "DataError": "errors",
+    "ESMM": "models.esmm",
+    "EsmmTorchrecError": "errors",
+    "EsmmTowers": "models.esmm",
+    "EsmmTrainTask": "models.esmm",
+    "IdFeature": "schema",
+    "ImpressionBatch": "batch",
+    "ImpressionReader": "data.reader",
+    "MappedSplit": "data.mapped",
+    "OptionError": "errors",
+    "PlanError": "errors",
+    "PooledFeatures": "models.embeddings",
+    "Predictor": "serving.predictor",
+    "PreparedDataSet": "data.prepared",
+    "RunError": "errors",
+    "RunFolder": "checkpoints.run_folder",
+    "Schema": "schema",
+    "Table": "schema",
+    "TrainOptions": "training.options",
+    "World": "data.synthetic",
+    "auc": "metrics.ranking",
+    "ctcvr_logit": "models.losses",
+    "ctcvr_loss": "models.losses",
+    "embedding_bag_collections": "models.embeddings",
+    "generate": "data.synthetic",
+    "make_plan": "sharding.planner",
+    "metric_module": "metrics.windowed",
+    "metrics_config": "metrics.windowed",
+    "prepare_ali_ccp": "data.ali_ccp",
+    "prepare_table": "data.tabular",
+    "process_group": "sharding.process_group",
+    "restore": "checkpoints.restore",
+    "shard": "sharding.apply",
+    "train": "training.run",
+}
+
+__all__ = [
+    "ESMM",
+    "DataError",
+    "EsmmTorchrecError",
+    "EsmmTowers",
+    "EsmmTrainTask",
+    "IdFeature",
+    "ImpressionBatch",
+    "ImpressionReader",
+    "MappedSplit",
+    "OptionError",
+    "PlanError",
+    "PooledFeatures",
+    "Predictor",
+    "PreparedDataSet",
+    "RunError",
+    "RunFolder",
+    "Schema",
+    "Table",
+    "TrainOptions",
+    "World",
+    "auc",
+    "ctcvr_logit",
+    "ctcvr_loss",
+    "embedding_bag_collections",
+    "generate",
+    "make_plan",
+    "metric_module",
+    "metrics_config",
+    "prepare_ali_ccp",
+    "prepare_table",
+    "process_group",
+    "restore",
+    "shard",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

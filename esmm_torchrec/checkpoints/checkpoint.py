@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -97,7 +98,7 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 def _load(state: dict[str, Any], path: Path) -> None:
     try:
-        load(state, checkpoint_id=path)
+        load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError) as error:
         reason = " ".join(str(error).split())[-200:]
         raise RunError(

@@ -34,7 +34,7 @@ def plot_history(history: Path, out: Path) -> None:
         if known:
             auc.plot(*zip(*known, strict=True), label=label, color=colour)
     auc.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
-    auc.set(xlabel="step", title="AUC of the last impressions before each update")
+    auc.set(xlabel="step", title="AUC on impressions before they are trained on")
     if auc.lines[1:]:
         auc.legend(frameon=False)
     _save(figure, out)
