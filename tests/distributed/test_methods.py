@@ -1,0 +1,383 @@
+"""Training each method: the same on one and two ranks, and in worlds whose answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet, PreparedWriter
+from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.data.tabular import prepare_table
+from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.metrics.ranking import auc
+from esmm_torchrec.metrics.report import ScoredImpressions
+from esmm_torchrec.models.methods import METHODS, LoggedImpressions, MethodOption, TrainingRows
+from esmm_torchrec.schema import IdFeature
+from esmm_torchrec.sharding.planner import Workload
+from esmm_torchrec.sharding.process_group import Ranks, process_group
+from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.fit import (
+    TrainingPart,
+    fit,
+    out_of_fold_pctr,
+    part_of,
+    training_part,
+)
+from esmm_torchrec.training.options import TrainOptions
+from tests.ranks import run_on_ranks
+
+ALL_METHODS: tuple[MethodOption, ...] = get_args(MethodOption)
+GLOBAL_BATCH = 16
+OPTIONS = TrainOptions(
+    embedding_dim=8, tower=(12, 6), sparse_lr=0.05, dense_lr=0.005, epochs=2, seed=3, device="cpu"
+)
+WORKLOAD = Workload(GLOBAL_BATCH)
+CELLS = 20
+ROWS_PER_CELL = 960
+EPOCHS_TO_THE_END = 30
+ITEMS = 400
+
+
+def _columns(click: np.ndarray, conversion: np.ndarray, item: np.ndarray) -> pa.Table:
+    size = len(click)
+    return pa.table(
+        {
+            "click": click.astype(np.int8),
+            "conversion": (click * conversion).astype(np.int8),
+            "sample_id": np.arange(size),
+            "group_id": np.arange(size) // 3,
+            "item": pa.array(item.astype(np.int32)),
+        }
+    )
+
+
+def _write(path: Path, train: pa.Table, test: pa.Table, *, items: int) -> PreparedDataSet:
+    with PreparedWriter(
+        path,
+        id_features=[IdFeature("item", "item")],
+        columns=["group_id"],
+        source={"kind": "test"},
+        min_count=1,
+    ) as writer:
+        counts = np.full(items, 3)
+        writer.write_vocabulary("item", Vocabulary.from_counts(np.arange(items), counts, 1))
+        writer.write_impressions("train", train)
+        writer.write_impressions("test", test)
+    return PreparedDataSet.open(path)
+
+
+def _write_sparse_clicks(path: Path) -> None:
+    """One click in ten, so that many batches of a rank hold none."""
+    rng = np.random.default_rng(2)
+    item = rng.integers(1, 11, 200)
+    click = rng.random(200) < 0.02 * item
+    table = _columns(click, rng.random(200) < 0.5, item)
+    _write(path, table, table.slice(0, 90), items=10)
+
+
+def _write_cells(path: Path) -> None:
+    """20 cells with clicks and conversions in known numbers."""
+    cell = np.repeat(np.arange(CELLS), ROWS_PER_CELL)
+    place = np.tile(np.arange(ROWS_PER_CELL), CELLS)
+    clicks = 240 + 30 * (np.arange(CELLS) * 7 % CELLS)
+    conversions = (clicks * (0.15 + 0.6 * np.arange(CELLS) / CELLS)).astype(int)
+    table = _columns(place < clicks[cell], place < conversions[cell], cell + 1)
+    one_each = _columns(np.ones(CELLS), np.ones(CELLS), np.arange(CELLS) + 1)
+    _write(path, table, one_each, items=CELLS)
+
+
+def _write_tastes(path: Path) -> None:
+    """Items with a click and a conversion rate each, which have nothing to do with each other."""
+    rng = np.random.default_rng(4)
+    ctr, cvr = rng.uniform(0.2, 0.8, ITEMS), rng.uniform(0.1, 0.9, ITEMS)
+    tables = []
+    for _ in range(2):
+        item = rng.integers(0, ITEMS, 12_000)
+        click, conversion = rng.random(12_000) < ctr[item], rng.random(12_000) < cvr[item]
+        tables.append(_columns(click, conversion, item + 1))
+    _write(path, *tables, items=ITEMS)
+
+
+def _train_all(data: Path, ranks: Ranks) -> dict[str, Any]:
+    """Scores of every method after training, and the batches of this rank without a click."""
+    dataset = PreparedDataSet.open(data)
+    train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
+    scores: dict[str, Any] = {}
+    for method in ALL_METHODS:
+        options = replace(
+            OPTIONS,
+            method=method,
+            batch_size=GLOBAL_BATCH // ranks.world_size,
+            sharding="row_wise" if ranks.world_size > 1 else "auto",
+        )
+        pctr = None
+        if METHODS[method].needs_pctr:
+            pctr = out_of_fold_pctr(train, options, ranks, workload=WORKLOAD)
+        part = training_part(train, options, pctr=pctr)
+        model = fit(train, options, ranks, part=part, workload=WORKLOAD)
+        scored = score_split(model, test, ranks, batch_size=32, progress=False)
+        if scored is not None:
+            names = ("click_logit", "conversion_logit", "log_pcvr", "ctcvr_score")
+            scores[method] = {name: getattr(scored, name) for name in names}
+            scores[method] |= {"pctr": pctr}
+    reader = ImpressionReader(
+        train,
+        batch_size=GLOBAL_BATCH // ranks.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=OPTIONS.seed,
+    )
+    return {"scores": scores, "without_click": [not batch.click.any() for batch in reader]}
+
+
+def _on_ranks(data: Path) -> dict[str, Any]:
+    with process_group("cpu") as ranks:
+        torch.set_num_threads(1)
+        return _train_all(data, ranks)
+
+
+def _weights(model: Any, part: str) -> dict[str, np.ndarray]:
+    """Parameters below `model.<part>`, whole tables, by their names within it."""
+    weights = {}
+    for key, value in model.state_dict().items():
+        prefix = f"model.{part}."
+        if key.startswith(prefix):
+            local = value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+            weights[key.removeprefix(prefix)] = local.detach().numpy().copy()
+    assert weights
+    return weights
+
+
+def _identities(data: Path, ranks: Ranks) -> dict[str, dict[str, np.ndarray]]:
+    """Weights of conversion networks that ought to be the same."""
+    train = MappedSplit.open(PreparedDataSet.open(data), "train")
+    columns = train.scalars["click"], train.scalars["conversion"]
+    even = np.full(train.impressions, 0.3)
+
+    def trained(method: MethodOption, rows: TrainingRows | None, part: str = "conversion") -> Any:
+        options = replace(OPTIONS, method=method, batch_size=GLOBAL_BATCH)
+        own = part_of(train, rows, name=method)
+        return _weights(fit(train, options, ranks, part=own, workload=WORKLOAD), part)
+
+    def rows(method: MethodOption, rate: float | None) -> TrainingRows | None:
+        return METHODS[method].rows(LoggedImpressions(*columns, even, OPTIONS.seed), rate)
+
+    return {
+        "base": trained("base", rows("base", None)),
+        "aman at 0": trained("aman", rows("aman", 0.0)),
+        "oversampling x 1": trained("oversampling", rows("oversampling", 1)),
+        "unbias, constant pctr": trained("unbias", rows("unbias", 0.9)),
+        "unbias-weighted, constant pctr": trained("unbias-weighted", rows("unbias-weighted", 0.9)),
+        "aman at 1": trained("aman", rows("aman", 1.0)),
+        "ctcvr of division": trained("division", None, "ctcvr"),
+    }
+
+
+def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
+    """pCVR of each cell when there is nothing left to learn, by method."""
+    dataset = PreparedDataSet.open(data)
+    train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
+    pcvr = {}
+    for method in ALL_METHODS:
+        if method == "ctr":
+            continue
+        options = replace(
+            OPTIONS,
+            method=method,
+            rate={"aman": 1.0, "oversampling": 3}.get(method),
+            batch_size=4800,
+            tower=(32,),
+            sparse_lr=0.1,
+            dense_lr=0.01,
+            epochs=EPOCHS_TO_THE_END,
+        )
+        true_pctr = train.scalars["click"].reshape(CELLS, -1).mean(axis=1)
+        pctr = np.repeat(true_pctr, ROWS_PER_CELL)
+        part = training_part(train, options, pctr=pctr)
+        model = fit(train, options, ranks, part=part, workload=WORKLOAD)
+        scored = score_split(model, test, ranks, batch_size=CELLS, progress=False)
+        assert scored is not None
+        assert scored.cvr is not None
+        pcvr[method] = scored.cvr.block(slice(None)).probability
+    return pcvr
+
+
+def _shuffled_labels(data: Path, ranks: Ranks) -> dict[str, tuple[ScoredImpressions, ...]]:
+    """Scores of models trained on true and on shuffled conversion labels, by method."""
+    dataset = PreparedDataSet.open(data)
+    train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
+    conversion = train.scalars["conversion"].copy()
+    clicked = np.flatnonzero(train.scalars["click"])
+    conversion[clicked] = np.random.default_rng(0).permutation(conversion[clicked])
+    shuffled = replace(train, scalars=train.scalars | {"conversion": conversion})
+    results = {}
+    for method in ("base", "oversampling", "shared-bottom", "aman"):
+        options = replace(
+            OPTIONS, method=method, batch_size=200, rate=1.0 if method == "aman" else None
+        )
+        scored = []
+        for split in (train, shuffled):
+            part = training_part(split, options)
+            model = fit(split, options, ranks, part=part, workload=WORKLOAD)
+            scored.append(score_split(model, test, ranks, batch_size=512, progress=False))
+        results[method] = tuple(scored)
+    return results
+
+
+def _known_answers(folder: Path) -> dict[str, Any]:
+    with process_group("cpu") as ranks:
+        torch.set_num_threads(1)
+        return {
+            "identities": _identities(folder / "sparse", ranks),
+            "saturated": _saturated(folder / "cells", ranks),
+            "shuffled": _shuffled_labels(folder / "tastes", ranks),
+        }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("methods")
+    _write_sparse_clicks(path / "sparse")
+    _write_cells(path / "cells")
+    _write_tastes(path / "tastes")
+    return path
+
+
+@pytest.fixture(scope="module")
+def known(folder: Path) -> dict[str, Any]:
+    return run_on_ranks(1, _known_answers, folder)[0]
+
+
+def test_two_ranks_train_what_one_trains(folder: Path) -> None:
+    (alone,) = run_on_ranks(1, _on_ranks, folder / "sparse")
+    both = run_on_ranks(2, _on_ranks, folder / "sparse")
+    assert any(
+        first != second
+        for first, second in zip(*(rank["without_click"] for rank in both), strict=True)
+    ), "a batch without a click on one rank alone is what this is about"
+    for method in ALL_METHODS:
+        one, two = alone["scores"][method], both[0]["scores"][method]
+        assert any(column is not None for column in one.values())
+        for name, column in one.items():
+            if column is None:
+                assert two[name] is None
+            else:
+                np.testing.assert_allclose(
+                    two[name], column, atol=2e-5, rtol=2e-5, err_msg=f"{method} {name}"
+                )
+
+
+def test_methods_at_their_neutral_rates_train_what_base_trains(known: dict[str, Any]) -> None:
+    identities = known["identities"]
+    for name in ("aman at 0", "oversampling x 1", "unbias, constant pctr"):
+        for key, value in identities["base"].items():
+            np.testing.assert_array_equal(identities[name][key], value, err_msg=f"{name} {key}")
+    for key, value in identities["base"].items():
+        weighted = identities["unbias-weighted, constant pctr"][key]
+        np.testing.assert_allclose(weighted, value, atol=1e-6)
+
+
+def test_aman_on_everything_trains_the_ctcvr_network_of_division(known: dict[str, Any]) -> None:
+    identities = known["identities"]
+    assert identities["aman at 1"].keys() == identities["ctcvr of division"].keys()
+    for key, value in identities["ctcvr of division"].items():
+        np.testing.assert_allclose(identities["aman at 1"][key], value, atol=1e-6, err_msg=key)
+        assert value.size == 1 or not np.array_equal(value, identities["base"].get(key))
+
+
+def test_cells_with_plenty_of_data_give_the_rates_they_hold(
+    folder: Path, known: dict[str, Any]
+) -> None:
+    train = MappedSplit.open(PreparedDataSet.open(folder / "cells"), "train")
+    clicks, conversions = (
+        train.scalars[name].reshape(CELLS, -1).sum(axis=1) for name in ("click", "conversion")
+    )
+    truth = conversions / clicks
+    for method, pcvr in known["saturated"].items():
+        expected = {
+            "aman": conversions / ROWS_PER_CELL,
+            "oversampling": 3 * conversions / (3 * conversions + clicks - conversions),
+        }.get(method, truth)
+        # Rejection keeps a random part of the clicks, whose rate has the noise of its size.
+        tolerance = 0.15 if method == "unbias" else 0.05
+        np.testing.assert_allclose(pcvr, expected, atol=tolerance, err_msg=method)
+        if method == "unbias":
+            assert abs((pcvr - truth).mean()) < 0.05
+
+
+def test_shuffled_conversions_leave_nothing_to_rank_clicks_by(known: dict[str, Any]) -> None:
+    def on_clicks(scored: ScoredImpressions) -> float:
+        assert scored.conversion_logit is not None
+        value = auc(scored.conversion_logit[scored.clicked], scored.converted[scored.clicked])
+        assert value is not None
+        return value
+
+    # A random order of 400 items has an AUC of .5 with a standard error of about .015.
+    for method in ("base", "oversampling", "shared-bottom"):
+        learnt, shuffled = map(on_clicks, known["shuffled"][method])
+        assert learnt > 0.65, method
+        assert abs(shuffled - 0.5) < 0.06, method
+    # With every unclicked impression a negative, what is left to learn is the click.
+    _, shuffled = known["shuffled"]["aman"]
+    assert auc(shuffled.conversion_logit, shuffled.click) > 0.6  # pyright: ignore
+
+
+def _trained_weights(folder: Path) -> list[dict[str, np.ndarray]]:
+    weights = []
+    with process_group("cpu") as ranks:
+        torch.set_num_threads(1)
+        for name in ("plain", "other-test"):
+            train = MappedSplit.open(PreparedDataSet.open(folder / name), "train")
+            options = replace(OPTIONS, batch_size=GLOBAL_BATCH)
+            part: TrainingPart = training_part(train, options)
+            model = fit(train, options, ranks, part=part, workload=WORKLOAD)
+            weights.append(_weights(model, "features") | _weights(model, "towers"))
+    return weights
+
+
+def test_the_test_half_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    frames = []
+    for first_id in (0, 0, 40):
+        click = rng.random(400) < 0.3
+        frames.append(
+            pd.DataFrame(
+                {
+                    "click": click.astype(int),
+                    "buy": (click & (rng.random(400) < 0.4)).astype(int),
+                    "item": rng.integers(first_id, first_id + 60, 400),
+                    "price": rng.normal(first_id, 1, 400),
+                }
+            )
+        )
+    plain, other = (
+        prepare_table(
+            tmp_path / name,
+            train=frames[0],
+            test=test,
+            click="click",
+            conversion="buy",
+            ids=["item"],
+            dense=["price"],
+            min_count=3,
+        )
+        for name, test in (("plain", frames[1]), ("other-test", frames[2]))
+    )
+    assert plain.schema == other.schema
+    assert plain.statistics == other.statistics
+    train_and_vocabulary = {
+        file: checksum for file, checksum in plain.checksums.items() if not file.startswith("test")
+    }
+    assert train_and_vocabulary.items() <= other.checksums.items()
+    assert plain.checksums != other.checksums
+    ((first, second),) = run_on_ranks(1, _trained_weights, tmp_path)
+    for key, value in first.items():
+        np.testing.assert_array_equal(second[key], value, err_msg=key)
