@@ -1,0 +1,139 @@
+"""A plan made by `esmm-torchrec plan` trains, and trains to the same numbers changed by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.sharding import Options, pairs_in_order, run
+from esmm_torchrec.cli.main import main
+from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding.hardware import read_hardware
+from esmm_torchrec.sharding.plan_file import compare_plans, read_plan
+from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.run import train
+from tests.prepared_data import ROWS, write_data_set
+from tests.ranks import run_on_ranks
+
+OPTIONS = TrainOptions(batch_size=64, embedding_dim=8, tower=(16, 8), seed=3)
+
+
+def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
+    with process_group("cpu") as ranks:
+        metrics = train(data, out, options, ranks)
+    return metrics
+
+
+def _refused(data: Path, out: Path, options: TrainOptions) -> str:
+    try:
+        with process_group("cpu") as ranks:
+            train(data, out, options, ranks)
+    except PlanError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prepared"
+    write_data_set(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def planned(data: Path) -> Path:
+    """Plans for two CPU ranks."""
+    out = data.parent / "planned"
+    options = ["--gpu", "cpu", "--gpus", "2", "--embedding-dim", "8", "--batch-size", "64"]
+    strategies = ["--strategies", "table_wise", "row_wise"]
+    main(["plan", "--data", str(data), *options, *strategies, "--out", str(out)])
+    return out
+
+
+def test_a_plan_changed_by_hand_trains_to_the_same_numbers(
+    data: Path, planned: Path, tmp_path: Path
+) -> None:
+    plan = planned / "plan-table_wise-2.json"
+    values = json.loads(plan.read_text())
+    item, history, tag = (values["tables"][name] for name in ("item", "history", "tag"))
+    item["ranks"] = [1 - item["ranks"][0]]
+    history["sharding_type"] = "row_wise"
+    del history["ranks"]
+    tag["sharding_type"], tag["ranks"] = "column_wise", [1, 0]
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(values))
+    assert len(compare_plans(read_plan(plan), read_plan(changed)).splitlines()) == 3
+
+    # rowwise_adagrad would keep one momentum a row and strip of columns, and differ by design.
+    options = replace(OPTIONS, plan=plan, sparse_optimizer="adagrad")
+    before = run_on_ranks(2, _train, data, tmp_path / "before", options)[0]
+    options = replace(options, plan=changed)
+    after = run_on_ranks(2, _train, data, tmp_path / "after", options)[0]
+    for name in ("ctr_auc", "cvr_auc", "ctcvr_auc", "ctr_ne", "ctcvr_ne"):
+        assert after["test"][name] == pytest.approx(before["test"][name], abs=2e-5)
+
+    used = read_plan(tmp_path / "after" / "plan.json")
+    assert used == read_plan(changed)
+    assert {name: t.num_embeddings for name, t in used.tables.items()} == {
+        name: rows + 1 for name, rows in ROWS.items()
+    }
+
+
+def test_a_plan_for_other_ranks_is_refused_by_every_rank(
+    data: Path, planned: Path, tmp_path: Path
+) -> None:
+    plan = planned / "plan-row_wise-2.json"
+    (message,) = run_on_ranks(1, _refused, data, tmp_path / "run", replace(OPTIONS, plan=plan))
+    assert message == (
+        f"{plan} is for 2 ranks and this run has 1; start 2 ranks or make a plan for 1"
+    )
+
+
+def _measure(options: Options) -> None:
+    run(options)
+
+
+def test_the_benchmark_measures_beside_the_estimate(tmp_path: Path) -> None:
+    tables = tmp_path / "tables.yaml"
+    tables.write_text(
+        "batch_size: 32\ntables:\n"
+        "  - {name: item, num_embeddings: 500, embedding_dim: 64, pooling_factor: 3}\n"
+        "  - {name: shop, num_embeddings: 90, embedding_dim: 8, weighted: true, shared_by: 4}\n"
+    )
+    options = Options(
+        out=tmp_path / "out",
+        tables=tables,
+        strategies=("table_wise", "row_wise", "column_wise", "grid_shard", "data_parallel"),
+        tower=(8,),
+        steps=2,
+        rounds=1,
+        device="cpu",
+    )
+    run_on_ranks(2, _measure, options)
+    found = json.loads((tmp_path / "out" / "sharding.json").read_text())
+    assert [case["strategy"] for case in found["cases"]] == [
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "data_parallel",
+    ]
+    weights = (500 * 64 + 90 * 8) * 4
+    for case in found["cases"]:
+        copies = 2 if case["strategy"] == "data_parallel" else 1
+        assert sum(case["weights_bytes_per_rank"]) == copies * weights
+        assert case["measured_ms"]["forward"] > 0
+        assert case["estimated_ms"]["step"] > 0
+    machine = read_hardware(tmp_path / "out" / "hardware.yaml")
+    assert machine.to_dict() == found["hardware"]
+    assert machine.ranks_per_host == 2
+
+
+def test_pairs_within_the_noise_have_no_order() -> None:
+    measured = {"a": 10.0, "b": 10.5, "c": 20.0}
+    assert pairs_in_order(measured, {"a": 2.0, "b": 1.0, "c": 3.0}) == (2, 2)
+    assert pairs_in_order(measured, {"a": 4.0, "b": 1.0, "c": 3.0}) == (1, 2)
