@@ -24,7 +24,7 @@ from esmm_torchrec.data.raw_tables import Frame
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.models.esmm import Logits
-from esmm_torchrec.models.losses import ctcvr_logit
+from esmm_torchrec.models.methods import read_scores
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.sharding.prediction import predict
@@ -42,13 +42,24 @@ SCORE_COLUMNS = pa.schema(
 
 
 def scores_of(logits: Logits) -> dict[str, np.ndarray]:
-    """pctr, pcvr and pctcvr, float32 (B,), of a model's logits."""
-    probabilities = {
-        "pctr": logits.click,
-        "pcvr": logits.conversion,
-        "pctcvr": ctcvr_logit(logits.click, logits.conversion),
+    """pctr, pcvr and pctcvr of a model's logits, float32 (B,); NaN where the method has no such
+    score. A quotient of probabilities (DIVISION's pcvr) is not cut at 1."""
+    scores = read_scores(logits)
+    pcvr = None
+    if scores.conversion_logit is not None:
+        pcvr = torch.sigmoid(scores.conversion_logit)
+    elif scores.log_pcvr is not None:
+        pcvr = torch.exp(scores.log_pcvr)
+    columns = {
+        "pctr": None if scores.click_logit is None else torch.sigmoid(scores.click_logit),
+        "pcvr": pcvr,
+        "pctcvr": None if scores.ctcvr_score is None else torch.sigmoid(scores.ctcvr_score),
     }
-    return {name: torch.sigmoid(value).numpy() for name, value in probabilities.items()}
+    size = next(len(column) for column in columns.values() if column is not None)
+    return {
+        name: np.full(size, np.nan, np.float32) if column is None else column.numpy()
+        for name, column in columns.items()
+    }
 
 
 def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
@@ -132,11 +143,13 @@ def _tables(steps: Iterator[Logits | None], split: MappedSplit) -> Iterator[pa.T
     done = 0
     for logits in steps:
         assert logits is not None
-        size = min(len(logits.click), len(sample_ids) - done)
-        columns = {name: value[:size] for name, value in scores_of(logits).items()}
+        columns = scores_of(logits)
+        size = min(len(columns["pctr"]), len(sample_ids) - done)
+        columns = {name: value[:size] for name, value in columns.items()}
         columns[SAMPLE_ID] = sample_ids[done : done + size]
         done += size
-        yield pa.table(columns).select(SCORE_COLUMNS.names).cast(SCORE_COLUMNS)
+        table = pa.table(columns).select(SCORE_COLUMNS.names)
+        yield table.cast(SCORE_COLUMNS)
 
 
 def remove(folder: Path) -> None:
