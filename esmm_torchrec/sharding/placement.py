@@ -387,7 +387,7 @@ def _search(
 
     best: tuple[float, list[ShardingOption], list[list[int | None]]] | None = None
     closest: tuple[tuple[int, int], list[ShardingOption]] | None = None
-    for proposer in _proposers(space, footprints, thrifty_only=first):
+    for proposer in _proposers(space, footprints, cap, thrifty_only=first):
         proposer.load(space)
         while (proposal := proposer.propose()) is not None:
             too_much = excess(proposal)
@@ -416,14 +416,16 @@ def _search(
 def _proposers(
     space: Sequence[ShardingOption],
     footprints: Mapping[int, _Footprint],
+    cap: Storage,
     *,
     thrifty_only: bool,
 ) -> list[Proposer]:
     """Proposals in the order in which they are tried.
 
-    For each sharding type, every table that may have it does, with its fastest kernel and with its
-    thriftiest; then every table with the option whose largest shard is smallest; then the greedy
-    search of TorchRec, until fifty proposals in a row got no faster.
+    For each sharding type, every table that may have it and whose shards fit a rank does, with its
+    fastest kernel and with its thriftiest, and every other table has the option whose largest
+    shard is smallest; then all tables have that option; then the greedy search of TorchRec, until
+    fifty proposals in a row got no faster.
     """
     by_table: dict[str, list[ShardingOption]] = {}
     for option in space:
@@ -437,14 +439,19 @@ def _proposers(
     def slowness(option: ShardingOption) -> float:
         return max(shard.perf.total for shard in option.shards if shard.perf)
 
-    def of_type(kind: str, key: Callable[[ShardingOption], Any]) -> list[ShardingOption]:
-        return [
-            min([o for o in options if o.sharding_type == kind] or options, key=key)
-            for options in by_table.values()
-        ]
-
     kinds = dict.fromkeys(option.sharding_type for option in space)
     thriftiest = [min(options, key=size) for options in by_table.values()]
+
+    def of_type(kind: str, key: Callable[[ShardingOption], Any]) -> list[ShardingOption]:
+        return [
+            min(
+                (o for o in options if o.sharding_type == kind and size(o).fits_in(cap)),
+                key=key,
+                default=thrifty,
+            )
+            for options, thrifty in zip(by_table.values(), thriftiest, strict=True)
+        ]
+
     uniform = [of_type(kind, key) for key in (size, slowness) for kind in kinds]
     if thrifty_only:
         return [_Proposals([thriftiest, *uniform])]

@@ -186,6 +186,18 @@ def test_a_choice_is_never_slower_than_one_type_for_all() -> None:
         assert "data_parallel" not in str(placed(auto).placements)
 
 
+def test_a_choice_makes_an_exception_of_a_table_too_large_for_a_host() -> None:
+    # 620 GiB on hosts of eight times 68.
+    huge = table("huge", 1_300_000_000, 128)
+    case = scenario(huge, *(table(f"t{n}", 100_000, 64, pooling_factor=9.0) for n in range(20)))
+    constraint = Constraint("huge", sharding_types=("row_wise",))
+    excepted = replace(case, constraints=(constraint,))
+    auto = estimate(case, "auto", 16)
+    for name in ("table_wise", "row_wise", "table_row_wise"):
+        assert auto.step_ms <= estimate(excepted, name, 16).step_ms
+    assert placed(auto).plan.tables["huge"].sharding_type == "row_wise"
+
+
 def test_rowwise_adagrads_tables_are_not_cut_into_columns_unasked() -> None:
     wide = scenario(table("wide", 10_000_000, 256), table("small", 100, 16))
     assert "column_wise" not in str(placed(estimate(wide, "auto", 8)).placements)
