@@ -1,6 +1,7 @@
 # make train     everything, from nothing to a table of AUCs
 # make test      everything the README promises, checked
 # make check     format, lint, types, layers
+# make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
 # DEVICE=cuda    CUDA builds and NCCL instead of the CPU and gloo
 
 DEVICE ?= cpu
@@ -14,7 +15,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 # torchrun asks for it by name; the library divides the cores among the ranks of a machine itself.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test check format bench clean
+.PHONY: install train test ground-truth check format bench clean
 
 install: $(INSTALLED)
 
@@ -29,6 +30,9 @@ train: install
 
 test: install
 	$(BIN)/pytest -n 2
+
+ground-truth: install
+	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
 
 check: install
 	$(BIN)/ruff format --check .

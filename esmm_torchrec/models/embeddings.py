@@ -65,7 +65,7 @@ def embedding_bag_collections(
         collections[name] = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
-                    name=name_prefix + table,
+                    name=name_prefix + schema.table(table).module_name,
                     num_embeddings=schema.table(table).num_embeddings,
                     embedding_dim=embedding_dim,
                     feature_names=names,

@@ -106,7 +106,7 @@ class ESMM(nn.Module):
             EmbeddingBagCollection(
                 tables=[
                     EmbeddingBagConfig(
-                        name="items", embedding_dim=16, num_embeddings=1000, feature_names=["item"]
+                        name="t_item", embedding_dim=16, num_embeddings=1000, feature_names=["item"]
                     )
                 ]
             )

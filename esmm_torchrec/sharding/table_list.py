@@ -175,7 +175,7 @@ def tables_of_schema(
     return TableList(
         tables=tuple(
             PlannedTable(
-                name=table.name,
+                name=table.module_name,
                 num_embeddings=table.num_embeddings,
                 embedding_dim=embedding_dim,
                 features=tuple(
