@@ -24,7 +24,7 @@ from esmm_torchrec.training.table import format_metrics
 class Options:
     """Measure a trained model on a split of a prepared data set."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     data: Path
     """The prepared data set; its vocabularies must be those of the training."""

@@ -7,20 +7,18 @@ the help, and `run(options)`. It is imported only when it is called.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
-import io
 import logging
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
-import tyro
-
-from esmm_torchrec.errors import EsmmTorchrecError
+from esmm_torchrec.cli.arguments import read_options
+from esmm_torchrec.errors import EsmmTorchrecError, OptionError
 
 T = TypeVar("T")
 
@@ -29,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare ali-ccp": ("prepare_ali_ccp", "turn the raw Ali-CCP files into a prepared data set"),
     "prepare table": ("prepare_table", "turn any CSV or Parquet files into a prepared data set"),
     "train": ("train", "train a model on a prepared data set"),
+    "compare": ("compare", "compare conversion methods: a table, a figure and a report"),
     "evaluate": ("evaluate", "measure a trained model on a split"),
     "score": ("score", "write pCTR, pCVR and pCTCVR of every impression to Parquet"),
     "plan": ("plan", "estimate sharding plans for GPUs that need not be there"),
@@ -36,6 +35,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command → module of this package, one line of help."""
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 OTHER_RANKS_WAIT_SECONDS = 3.0
 
 
@@ -63,17 +64,10 @@ def print_error(message: str) -> None:
 
 def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     """Reads the options of a command; a wrong one ends the process with a sentence, code 2."""
-    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=prog, args=list(arguments))
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        # tyro draws a box of several lines around what is wrong and repeats the usage.
-        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯─│]", " ", complaint.getvalue())
-        text = re.sub(r"\s+", " ", text).strip().removeprefix("Parsing error ")
-        print_error(f"{text.partition(' For full helptext')[0].rstrip('. ')}; see '{prog} --help'")
+        return read_options(options, prog, arguments)
+    except OptionError as error:
+        print_error(str(error))
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
@@ -93,37 +87,81 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; `arguments` default to those of the process."""
     settle_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with errors_in_words():
+        _run(given)
+
+
+def _run(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(_help())
         return
     name = next((n for n in (" ".join(given[:2]), given[0]) if n in COMMANDS), None)
     if name is None:
-        print_error(f"there is no command {given[0]!r}; see 'esmm-torchrec --help'")
-        raise SystemExit(EXIT_USER_ERROR)
+        raise OptionError(f"there is no command {_named(given)}; see 'esmm-torchrec --help'")
     module = importlib.import_module(f"esmm_torchrec.cli.{COMMANDS[name][0]}")
-    options = parse_options(module.Options, f"esmm-torchrec {name}", given[len(name.split()) :])
-    run_command(module.run, options)
+    prog = f"esmm-torchrec {name}"
+    run_command(module.run, parse_options(module.Options, prog, given[len(name.split()) :]))
+
+
+def _named(given: list[str]) -> str:
+    """The command that is not there, with its second word where the first has several."""
+    longer = [name for name in COMMANDS if name.startswith(f"{given[0]} ")]
+    if not longer:
+        return repr(given[0])
+    return f"{' '.join(given[:2])!r}, but {' and '.join(map(repr, longer))}"
 
 
 def run_command(run: Callable[[T], None], options: T) -> None:
     """Calls `run(options)`; errors the user can mend become a sentence and exit code 2."""
-    try:
+    with errors_in_words(getattr(options, "out", None)):
         run(options)
+
+
+@contextlib.contextmanager
+def errors_in_words(out: object = None) -> Iterator[None]:
+    """Ends the process with a sentence where the block fails in a way that the user can mend.
+
+    Args:
+        out: what the block writes, for errors of the system that name no file.
+    """
+    try:
+        yield
+        sys.stdout.flush()
     except EsmmTorchrecError as error:
         print_error(str(error))
         _end(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print_error("interrupted; give the same command again to go on")
+        _end(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Nobody reads on, as in '… | head'; nor will the flush at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(EXIT_BROKEN_PIPE)
     except OSError as error:
-        if error.errno is None or error.strerror is None:
+        if error.errno is None and error.filename is None and not str(error):
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print_error(f"cannot read or write{where}: {error.strerror.lower()}")
+        print_error(_system_error(error, out))
         _end(EXIT_USER_ERROR)
+
+
+def _system_error(error: OSError, out: object) -> str:
+    place = error.filename or out
+    where = f" {place}" if place else ""
+    if error.errno is None:
+        return f"cannot read or write{where}: {' '.join(str(error).split())}"
+    reason = os.strerror(error.errno).lower()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"cannot write{where}: {reason}; make room and give the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot read or write{where}: {reason}; choose another place or make it accessible"
+    return f"cannot read or write{where}: {reason}"
 
 
 def _end(code: int) -> NoReturn:
     """Ends a process after an error. One of several ranks ends at once: taking down a model that
     is spread over processes waits for the others, which may not come."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     if "RANK" in os.environ:
         os._exit(code)
     raise SystemExit(code) from None

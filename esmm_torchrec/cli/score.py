@@ -22,7 +22,7 @@ from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_gr
 class Options:
     """Write the sample_id, pctr, pcvr and pctcvr of every impression to Parquet, in order."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     out: Path
     """The Parquet file to make."""

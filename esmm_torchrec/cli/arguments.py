@@ -1,0 +1,125 @@
+"""Arguments of the command line → a command's options, and what is wrong with them → one sentence.
+
+tyro does the reading. It tells a person what is wrong in a box of several lines and a program not
+at all, so its box is read here. A box of an unknown shape stays what it is, on one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from types import NoneType
+from typing import TypeVar, get_args
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
+
+from esmm_torchrec.errors import OptionError
+
+T = TypeVar("T")
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _optional(
+    info: PrimitiveTypeInfo,
+) -> PrimitiveConstructorSpec | UnsupportedTypeAnnotationError | None:
+    """`int | None` takes what int takes: nobody writes '--max-steps None'."""
+    types = get_args(info.type)
+    if NoneType not in types or len(types) != 2:
+        return None
+    inner = next(kind for kind in types if kind is not NoneType)
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner, info.markers))
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+    return replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: (
+            ["none"] if value is None else spec.str_from_instance(value)
+        ),
+    )
+
+
+def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
+    """Reads the options of a command; prints the help and ends the process where that is wanted.
+
+    Args:
+        options: a dataclass whose docstrings are the help.
+        prog: what the command is called.
+        arguments: those behind its name.
+
+    Raises:
+        OptionError: an argument is missing, unknown or of no use.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=prog, args=list(arguments), registry=_REGISTRY)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        if isinstance(stop.__context__, OptionError):
+            raise stop.__context__ from None
+        raise OptionError(f"{_sentence(complaint.getvalue())}; see '{prog} --help'") from None
+
+
+def _sentence(box: str) -> str:
+    """What a box of tyro's says."""
+    text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯─│]", " ", box)
+    text = re.sub(r"\s+", " ", text).partition(" For full helptext")[0].strip()
+    for shape, say in (
+        (r"Required options Missing from .*?: (.*?)(?: Unrecognized options: (.*))?$", _missing),
+        (r"Unrecognized options Unrecognized options: (.*?)(?: Perhaps .*?(--\S+).*)?$", _unknown),
+        (r"Value error Error parsing (\S+): (.*?) Argument helptext: (.*)$", _wrong_value),
+        (r"Invalid choice invalid choice '(.*)' for argument '(.*)'\. .*\((.*)\)", _wrong_choice),
+        (r"Missing argument Missing value for argument '(.*)'\.", _without_value),
+    ):
+        found = re.match(shape, text)
+        if found is not None:
+            return say(*found.groups())
+    return text.rstrip(".")
+
+
+def _missing(entries: str, unknown: str | None) -> str:
+    # Each entry is a name, a form, a help text and "(required)".
+    names = [entry.split()[0] for entry in entries.split("(required)") if entry.strip()]
+    needed = f"{' and '.join(names)} must be given"
+    return needed if unknown is None else f"{_unknown(unknown, None)}, and {needed}"
+
+
+def _unknown(tokens: str, similar: str | None) -> str:
+    words = tokens.replace(", ", " ").split()
+    names = [word for word in words if word.startswith("-")]
+    if not names:
+        return f"there is no place for the argument {words[0]}"
+    hint = f", perhaps {similar} is meant" if similar else ""
+    return f"there is no option {names[0]}{hint}"
+
+
+def _wrong_value(option: str, reason: str, form: str) -> str:
+    given = re.search(r"\[(.*?)\]|('.*')", reason)
+    number = re.search(r"\[?(INT|FLOAT)\b", form)
+    if given is None or number is None:
+        return f"{option}: {reason}"
+    kind = {"INT": "whole number", "FLOAT": "number"}[number.group(1)]
+    kind = f"{kind}s" if number.group(0).startswith("[") else f"a {kind}"
+    value = (given.group(1) or given.group(2)).replace("', '", " ").strip("'")
+    return f"{option} takes {kind}, not '{value}'"
+
+
+def _wrong_choice(value: str, option: str, choices: str) -> str:
+    return f"{option} '{value}' is not one of {choices.replace(chr(39), '').rstrip(',')}"
+
+
+def _without_value(option: str) -> str:
+    return f"{option} needs a value"
