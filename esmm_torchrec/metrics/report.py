@@ -157,6 +157,13 @@ class ScoredImpressions:
             return Prediction(_product_score(self.click_logit, self), "logit")
         return None
 
+    @cached_property
+    def ctcvr_common_ctr(self) -> Prediction | None:
+        """pCTCVR from the common network's pCTR and the model's own pCVR."""
+        if self.common_ctr_logit is None or self.cvr is None:
+            return None
+        return Prediction(_product_score(self.common_ctr_logit, self), self.cvr.form)
+
 
 def measure(scored: ScoredImpressions) -> dict[str, dict[str, Any]]:
     """Everything in the table of this module's docstring.
@@ -220,10 +227,8 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
             label_of="cvr",
         )
     if scored.common_ctr_logit is not None:
-        product, score_of = None, "cvr"
-        if scored.cvr is not None:
-            product = Prediction(_product_score(scored.common_ctr_logit, scored), "log_probability")
-            score_of = "ctcvr"
+        product = scored.ctcvr_common_ctr
+        score_of = "cvr" if product is None else "ctcvr"
         key = "ctcvr_auc_common_ctr"
         _put_auc(part, key, product, converted, score_of=score_of, label_of="ctcvr")
     if scored.log_pcvr is not None:

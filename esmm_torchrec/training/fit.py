@@ -217,6 +217,7 @@ def out_of_fold_pctr(
             batch_size=options.batch_size,
             shared_features=options.shared_features,
             rows=wanted,
+            progress=False,
         )
         logit = ranks.from_first(
             lambda scored=scored: None if scored is None else scored.click_logit

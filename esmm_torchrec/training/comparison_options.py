@@ -1,0 +1,146 @@
+"""What a comparison of methods is asked for, and the fixed part of its rules."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.methods import METHODS, MethodOption
+from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
+from esmm_torchrec.sharding.process_group import DeviceOption
+from esmm_torchrec.training.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the settings that tuning chooses among."""
+
+    sparse_lr: float
+    dense_lr: float
+    weight_decay: float
+
+
+SETTINGS = (
+    Setting(0.02, 0.001, 0.0),
+    Setting(0.05, 0.002, 0.0),
+    Setting(0.01, 0.0005, 0.0),
+    Setting(0.02, 0.002, 1e-4),
+    Setting(0.05, 0.001, 1e-5),
+    Setting(0.1, 0.002, 1e-4),
+    Setting(0.01, 0.002, 1e-5),
+    Setting(0.1, 0.0005, 0.0),
+)
+"""The same for every method, tried in this order; spread over what trains at all. A method with a
+rate of its own takes the next of its rates at each trial, and no more trials than the others."""
+
+CLICK_NETWORK: MethodOption = "ctr"
+COMPARED: tuple[MethodOption, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
+
+
+class Trial(NamedTuple):
+    """What a training of a method is tried with."""
+
+    setting: Setting
+    rate: float | None
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """How methods are compared.
+
+    Raises:
+        OptionError: a value is out of its range, or a method is unknown.
+    """
+
+    methods: tuple[str, ...] = ("all",)
+    """What is compared, by the names of 'train --method'; all: the paper's seven, UNBIAS with
+    weights, and shared-bottom."""
+    seeds: int = 5
+    """Runs of each method. With generated data each has a world of its own (data, split and
+    initial weights); with --data, initial weights and order of its own."""
+    fractions: tuple[float, ...] = (1.0,)
+    """Parts of the training users to train on; each part lies within the larger ones."""
+    trials: int = len(SETTINGS)
+    """Settings tried for each method in tuning, the same number for all."""
+    epochs: int = 3
+    """Training lengths among which tuning chooses: 1 to this many epochs of all impressions; a
+    method that trains on fewer rows makes as many epochs more as the square root of their share."""
+    validation_share: float = 0.2
+    """Part of the training users to tune on; chosen methods are retrained on all."""
+    test_impressions: int = 300_000
+    """Test impressions scored, at most about; users are drawn from the test half by hash."""
+    embedding_dim: int = 8
+    """Columns of every embedding table; a multiple of 4."""
+    tower: tuple[int, ...] = (64, 32)
+    """Widths of the hidden layers of each tower."""
+    batch_size: int = 1024
+    """Impressions per rank and step."""
+    sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
+    """Optimiser of the embedding tables (the paper: adam); towers have Adam as in the paper."""
+    sharding: ShardingOption = "auto"
+    """How tables are placed on ranks."""
+    device: DeviceOption = "auto"
+    """auto: CUDA where there is a GPU for each rank."""
+
+    def __post_init__(self) -> None:
+        self.chosen_methods  # noqa: B018
+        for option, value in (
+            ("--seeds", self.seeds),
+            ("--epochs", self.epochs),
+            ("--test-impressions", self.test_impressions),
+        ):
+            if value < 1:
+                raise OptionError(f"{option} {value} is not positive; give at least 1")
+        if not 1 <= self.trials <= len(SETTINGS):
+            raise OptionError(f"--trials {self.trials} is not from 1 to {len(SETTINGS)}")
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise OptionError(
+                    f"--fractions {fraction:g} is no part of the training half; give numbers above "
+                    "0 up to 1"
+                )
+        if not self.fractions:
+            raise OptionError("--fractions needs at least one number above 0 up to 1")
+        if not 0 < self.validation_share < 1:
+            raise OptionError(
+                f"--validation-share {self.validation_share:g} is no part; give one between 0 and 1"
+            )
+        self.train(CLICK_NETWORK, Trial(SETTINGS[0], None), seed=0)
+
+    @property
+    def chosen_methods(self) -> tuple[MethodOption, ...]:
+        """What is compared, in the order of the paper's table."""
+        for name in self.methods:
+            if name not in (*COMPARED, "all"):
+                raise OptionError(
+                    f"--methods {name} is no method to compare; there are: all, "
+                    f"{', '.join(COMPARED)}"
+                )
+        if not self.methods:
+            raise OptionError(f"--methods needs a name: all, {', '.join(COMPARED)}")
+        return tuple(name for name in COMPARED if name in self.methods or "all" in self.methods)
+
+    @property
+    def ascending_fractions(self) -> tuple[float, ...]:
+        """Each fraction once; the table shows the last."""
+        return tuple(sorted(set(self.fractions)))
+
+    def trials_of(self, method: MethodOption) -> list[Trial]:
+        """What tuning tries."""
+        rates = METHODS[method].rates or (None,)
+        return [
+            Trial(setting, rates[place % len(rates)])
+            for place, setting in enumerate(SETTINGS[: self.trials])
+        ]
+
+    def train(
+        self, method: MethodOption, trial: Trial, *, seed: int, epochs: int = 1
+    ) -> TrainOptions:
+        """Options of one training."""
+        shared = {field.name for field in fields(self)} & {
+            field.name for field in fields(TrainOptions)
+        }
+        common: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        own: dict[str, Any] = {"method": method, "rate": trial.rate, "seed": seed, "epochs": epochs}
+        return TrainOptions(**common | own | asdict(trial.setting))

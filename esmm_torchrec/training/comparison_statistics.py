@@ -1,0 +1,153 @@
+"""Means, intervals and corrections of a comparison.
+
+Runs of two methods with the same seed share data and start, so they are compared in pairs:
+Student's t on the differences. Several methods compared with one baseline are a family, and Holm's
+step-down correction keeps the chance of any false finding in it below the level. Where all seeds
+share one data set, seeds say nothing of the data; there the test half's users are resampled.
+
+Shapes: n test impressions, R resamplings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+
+
+class Summary(NamedTuple):
+    """Of the runs of one method; None where a run has no figure."""
+
+    mean: float | None
+    std: float | None
+    """Sample standard deviation over runs; None for a single run."""
+
+
+def summary(runs: Sequence[float | None]) -> Summary:
+    """Mean and standard deviation of the runs."""
+    known = [run for run in runs if run is not None]
+    if not known or len(known) < len(runs):
+        return Summary(None, None)
+    return Summary(fmean(known), stdev(known) if len(known) > 1 else None)
+
+
+class Difference(NamedTuple):
+    """Of a method from a baseline, over paired runs."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    """Ends of the 95 % interval; None for a single pair, which has none."""
+    p_value: float | None
+    """Two-sided, of no difference; None for a single pair."""
+
+
+def paired_difference(runs: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Mean paired difference with Student's t interval."""
+    differences = [run - other for run, other in zip(runs, baseline, strict=True)]
+    mean = fmean(differences)
+    freedom = len(differences) - 1
+    if freedom == 0:
+        return Difference(mean, None, None, None)
+    error = stdev(differences) / math.sqrt(len(differences))
+    if error == 0:
+        return Difference(mean, mean, mean, 0.0 if mean else 1.0)
+    reach = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * error
+    p_value = 2 * (1 - student_t_cdf(abs(mean) / error, freedom))
+    return Difference(mean, mean - reach, mean + reach, p_value)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for their number (Holm, 1979): below the level as they stand."""
+    corrected: dict[str, float] = {}
+    highest = 0.0
+    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
+        corrected[name] = highest
+    return corrected
+
+
+def student_t_cdf(t: float, freedom: int) -> float:
+    """P(T <= t) for a whole number of degrees of freedom, a finite sum (Abramowitz and Stegun,
+    26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    term = total = 1.0
+    if freedom % 2:
+        total = term = math.cos(angle) if freedom > 1 else 0.0
+        for k in range(3, freedom - 1, 2):
+            term *= square * (k - 1) / k
+            total += term
+        return 0.5 + (angle + sine * total) / math.pi
+    for k in range(2, freedom - 1, 2):
+        term *= square * (k - 1) / k
+        total += term
+    return 0.5 + sine * total / 2
+
+
+def student_t_quantile(probability: float, freedom: int) -> float:
+    """The t with P(T <= t) = probability, which is above a half."""
+    low, high = 0.0, 1.0
+    while student_t_cdf(high, freedom) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if student_t_cdf(middle, freedom) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+class UserBootstrap:
+    """AUCs over resampled users: the same users for every model that is given, so that differences
+    between models are paired.
+
+    Args:
+        users: (n,), whose each impression is.
+        resamplings: R.
+        seed: of the resampling.
+    """
+
+    def __init__(
+        self, users: NDArray[np.integer], *, resamplings: int = 200, seed: int = 0
+    ) -> None:
+        distinct, self._user = np.unique(users, return_inverse=True)
+        rng = np.random.default_rng([seed, len(distinct)])
+        size = len(distinct)
+        even = np.full(size, 1 / size)
+        self._times = rng.multinomial(size, even, size=resamplings).astype(np.float32)
+
+    def auc(
+        self,
+        scores: NDArray[np.floating],
+        labels: NDArray[np.integer],
+        rows: NDArray[np.bool_] | None = None,
+    ) -> list[float | None]:
+        """AUC of each resampling, over the impressions of `rows`; None where it has one class."""
+        kept = slice(None) if rows is None else rows
+        order = np.argsort(scores[kept], kind="stable")
+        ordered, label = scores[kept][order], labels[kept][order].astype(np.float64)
+        user = self._user[kept][order]
+        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+        values: list[float | None] = []
+        for times in self._times:
+            weight = times[user].astype(np.float64)
+            positive = np.add.reduceat(weight * label, starts)
+            negative = np.add.reduceat(weight * (1 - label), starts)
+            pairs = positive.sum() * negative.sum()
+            below = np.cumsum(negative) - negative / 2
+            values.append(float(positive @ below / pairs) if pairs else None)
+        return values
+
+
+def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The middle 95 % of resampled differences."""
+    low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
