@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.prepared import PreparedDataSet, PreparedWriter
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.schema import IdFeature
 

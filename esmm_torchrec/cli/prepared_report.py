@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 
-from esmm_torchrec.data.prepared import SPLITS, PreparedDataSet, Split, SplitName
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SPLITS, Split, SplitName
 from esmm_torchrec.schema import IdFeature
 
 

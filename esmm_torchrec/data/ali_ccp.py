@@ -45,14 +45,9 @@ from esmm_torchrec.data.ali_ccp_raw import (
     skeleton_file,
     with_values,
 )
-from esmm_torchrec.data.prepared import (
-    SPLITS,
-    PreparedDataSet,
-    PreparedWriter,
-    SplitName,
-    impression_columns,
-    shared_columns,
-)
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns, shared_columns
+from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.raw_tables import EXAMPLES, BadRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.errors import DataError, OptionError

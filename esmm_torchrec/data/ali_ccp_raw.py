@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from esmm_torchrec.data.prepared import SplitName
+from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import CLICK, CONVERSION, SAMPLE_ID, IdFeature, weight_column
 

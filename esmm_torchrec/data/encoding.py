@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from esmm_torchrec.data.prepared import DenseStatistics, PreparedDataSet, impression_columns
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import DenseStatistics, impression_columns
 from esmm_torchrec.data.raw_tables import Frame, RawTable, open_raw_tables
 from esmm_torchrec.data.raw_values import (
     Fault,

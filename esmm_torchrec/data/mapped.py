@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from esmm_torchrec.data.prepared import PreparedDataSet, SplitName
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from esmm_torchrec.data.prepared import DenseStatistics
+from esmm_torchrec.data.prepared_form import DenseStatistics
 
 ROWS_PER_STRETCH = 1 << 16
 

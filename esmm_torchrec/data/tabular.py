@@ -19,14 +19,9 @@ from tqdm import tqdm
 
 from esmm_torchrec.data.encoding import FeatureColumns, Features, RowEncoder
 from esmm_torchrec.data.moments import Moments
-from esmm_torchrec.data.prepared import (
-    SPLITS,
-    DenseStatistics,
-    PreparedDataSet,
-    PreparedWriter,
-    SplitName,
-    impression_columns,
-)
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SPLITS, DenseStatistics, SplitName, impression_columns
+from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.raw_tables import (
     EXAMPLES,
     BadRows,

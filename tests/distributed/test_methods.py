@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.prepared import PreparedDataSet, PreparedWriter
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from esmm_torchrec.data.ali_ccp import UNCLICKED_CONVERSIONS, prepare_ali_ccp
-from esmm_torchrec.data.prepared import SPLITS, PreparedDataSet
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SPLITS
 from esmm_torchrec.data.raw_tables import EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
 

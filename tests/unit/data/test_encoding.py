@@ -15,7 +15,9 @@ import pytest
 
 from esmm_torchrec.data import raw_tables
 from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
-from esmm_torchrec.data.prepared import PreparedDataSet, PreparedWriter, impression_columns
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import impression_columns
+from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.raw_tables import iter_tables
 from esmm_torchrec.data.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary

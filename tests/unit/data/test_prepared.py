@@ -10,13 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from esmm_torchrec.data import prepared
-from esmm_torchrec.data.prepared import (
-    DenseStatistics,
-    PreparedDataSet,
-    PreparedWriter,
-    Split,
-    sha256_of,
-)
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import DenseStatistics, Split, sha256_of
+from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature

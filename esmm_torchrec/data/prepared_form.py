@@ -1,0 +1,241 @@
+"""The form of a prepared data set on disk: its files, their columns, and what their values may be.
+
+`prepared` opens and checks a data set of this form, `prepared_writer` writes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.schema import (
+    CLICK,
+    CONVERSION,
+    GROUP_ID,
+    SAMPLE_ID,
+    SHARED_ROW,
+    TIMESTAMP,
+    TRUE_CTR,
+    TRUE_CVR,
+    IdFeature,
+    Schema,
+    weight_column,
+)
+
+FORMAT_VERSION = 1
+
+SplitName = Literal["train", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "test")
+
+OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
+    GROUP_ID: pa.int64(),
+    TIMESTAMP: pa.int64(),
+    TRUE_CTR: pa.float32(),
+    TRUE_CVR: pa.float32(),
+}
+"""Columns that only some data sets have, in the order they are stored."""
+
+DESCRIPTION = "dataset.json"
+PREPARE_AGAIN = "prepare the data set again"
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one split holds; files are relative to the data set."""
+
+    impressions: int
+    clicks: int
+    conversions: int
+    shared_rows: int
+    """0 where no feature is shared."""
+    impression_files: tuple[str, ...]
+    shared_files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DenseStatistics:
+    """What a dense feature was standardised with: (value - mean) / std, over the training split."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the training split alone."""
+
+    mean_values_per_bag: Mapping[str, float]
+    """By id feature: ids per stored row (a shared row counts once), missing ones included."""
+    impressions_per_shared_row: float | None
+    """Impressions divided by the shared rows they use; None where no feature is shared."""
+    dense: Mapping[str, DenseStatistics]
+
+
+def _feature_fields(features: Iterable[IdFeature]) -> Iterator[pa.Field]:
+    for feature in features:
+        for name, kind in (
+            (feature.name, pa.int32()),
+            *([(weight_column(feature.name), pa.float32())] if feature.weighted else []),
+        ):
+            if feature.multi_valued:
+                yield pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), False)
+            else:
+                yield pa.field(name, kind, nullable=True)
+
+
+def impression_columns(schema: Schema, columns: Iterable[str] = ()) -> pa.Schema:
+    """Arrow schema of the impression files; `columns` are the optional ones present."""
+    present = set(columns)
+    fields = [
+        pa.field(CLICK, pa.int8(), False),
+        pa.field(CONVERSION, pa.int8(), False),
+        pa.field(SAMPLE_ID, pa.int64(), False),
+        *([pa.field(SHARED_ROW, pa.int32(), False)] if schema.has_shared_features else []),
+        *(
+            pa.field(name, kind, False)
+            for name, kind in OPTIONAL_COLUMNS.items()
+            if name in present
+        ),
+        *_feature_fields(feature for feature in schema.id_features if not feature.shared),
+        *(pa.field(name, pa.float32(), False) for name in schema.dense_features),
+    ]
+    return pa.schema(fields)
+
+
+def shared_columns(schema: Schema) -> pa.Schema:
+    """Arrow schema of the shared files."""
+    return pa.schema(_feature_fields(feature for feature in schema.id_features if feature.shared))
+
+
+def same_columns(found: pa.Schema, expected: pa.Schema) -> str | None:
+    """What is wrong with the names and types of `found`, or None. Parquet and its writers differ
+    in how they name list items and mark nulls, so neither is compared."""
+    if found.names != expected.names:
+        missing = [name for name in expected.names if name not in found.names]
+        if missing:
+            return f"lacks the column {missing[0]!r}"
+        foreign = [name for name in found.names if name not in expected.names]
+        return (
+            f"has the foreign column {foreign[0]!r}" if foreign else "has its columns in disorder"
+        )
+    for name in expected.names:
+        is_kind, to_be = found.field(name).type, expected.field(name).type
+        if pa.types.is_list(to_be):
+            same = pa.types.is_list(is_kind) and is_kind.value_type == to_be.value_type
+        else:
+            same = is_kind == to_be
+        if not same:
+            return f"has {is_kind} in column {name!r} where {to_be} belongs"
+    return None
+
+
+def first_true(mask: np.ndarray) -> int | None:
+    place = int(mask.argmax()) if len(mask) else 0
+    return place if len(mask) and mask[place] else None
+
+
+def check_values(table: pa.Table, schema: Schema, expected: pa.Schema, *, where: str) -> None:
+    """Raises DataError for the first value that a prepared data set must not hold. Names and
+    types are right already; `where` begins the sentence. Rows are counted from 0."""
+
+    def fail(column: str, row: int, what: str) -> DataError:
+        return DataError(f"{where}, column {column!r}, row {row}: {what}")
+
+    for name in expected.names:
+        column = table.column(name)
+        if not expected.field(name).nullable and column.null_count:
+            raise fail(name, first_true(column.is_null().to_numpy()) or 0, "a value is missing")
+        if pa.types.is_float32(column.type):
+            bad = first_true(~np.isfinite(column.fill_null(0).to_numpy()))
+            if bad is not None:
+                raise fail(name, bad, f"{column[bad].as_py()} is not a finite number")
+
+    if CLICK in expected.names:
+        click, conversion = table.column(CLICK).to_numpy(), table.column(CONVERSION).to_numpy()
+        for name, labels in ((CLICK, click), (CONVERSION, conversion)):
+            bad = first_true((labels != 0) & (labels != 1))
+            if bad is not None:
+                raise fail(name, bad, f"the label {labels[bad]} is neither 0 nor 1")
+        bad = first_true(conversion > click)
+        if bad is not None:
+            raise fail(CONVERSION, bad, "a conversion without a click")
+        for name in (TRUE_CTR, TRUE_CVR):
+            if name in expected.names:
+                truth = table.column(name).to_numpy()
+                bad = first_true((truth < 0) | (truth > 1))
+                if bad is not None:
+                    raise fail(name, bad, f"{truth[bad]} is not a probability")
+
+    for feature in schema.id_features:
+        if feature.name not in expected.names:
+            continue
+        num_embeddings = schema.table(feature.table).num_embeddings
+        for chunk, weights, first_row in _chunks_beside(table, feature):
+            values = chunk.flatten() if feature.multi_valued else chunk
+            ids = values.fill_null(0) if values.null_count else values
+            if values.null_count and feature.multi_valued:
+                raise fail(feature.name, first_row, "a list holds a null")
+            rows = ids.to_numpy()
+            bad = first_true((rows < 0) | (rows >= num_embeddings))
+            if bad is not None:
+                row = _list_of(chunk, bad) if feature.multi_valued else bad
+                raise fail(
+                    feature.name,
+                    first_row + row,
+                    f"id {rows[bad]} is outside table {feature.table!r} of {num_embeddings} rows",
+                )
+            if weights is None:
+                continue
+            column = weight_column(feature.name)
+            if not feature.multi_valued:
+                if not weights.is_null().equals(chunk.is_null()):
+                    raise fail(column, first_row, "an id without a weight, or the reverse")
+                continue
+            if not np.array_equal(np.diff(weights.offsets), np.diff(chunk.offsets)):
+                raise fail(column, first_row, f"not as many weights as ids in {feature.name!r}")
+            flat = weights.flatten()
+            if flat.null_count or not np.isfinite(flat.to_numpy()).all():
+                raise fail(column, first_row, "a weight is not a finite number")
+
+
+def _chunks_beside(
+    table: pa.Table, feature: IdFeature
+) -> Iterator[tuple[pa.Array, pa.Array | None, int]]:
+    """Pieces of an id column, the weights beside each, and the piece's first row."""
+    first_row = 0
+    for chunk in table.column(feature.name).chunks:
+        weights = None
+        if feature.weighted:
+            column = table.column(weight_column(feature.name))
+            weights = column.slice(first_row, len(chunk)).combine_chunks()
+        yield chunk, weights, first_row
+        first_row += len(chunk)
+
+
+def _list_of(lists: pa.ListArray, place: int) -> int:
+    """Which list the flattened value at `place` is in."""
+    offsets = lists.offsets.to_numpy()
+    return int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def vocabulary_file(table: str) -> str:
+    # Tables may be called after the columns of a stranger's file.
+    return f"vocabulary/{quote(table, safe=' ')}.parquet"
+
+
+def partial_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
