@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
-
 from esmm_torchrec.errors import DataError
-
-_TAKEN_MODULE_NAMES = frozenset({"", *dir(nn.ModuleDict())})
 
 UNKNOWN_ROW = 0
 """Row of every table for an id that is rare or was never seen in training."""
@@ -57,13 +53,6 @@ class Table:
     name: str
     num_embeddings: int
     """Rows, row 0 (unknown) included."""
-
-    @property
-    def module_name(self) -> str:
-        """What a model calls the table: its name, changed where torch cannot hold it in an
-        nn.ModuleDict ("items", "a.b"). Plans and checkpoints have this name, too."""
-        name = self.name.replace(".", "_")
-        return f"{name}_table" if name in _TAKEN_MODULE_NAMES else name
 
 
 @dataclass(frozen=True)

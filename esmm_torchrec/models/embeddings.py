@@ -17,6 +17,9 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import COLLECTIONS, CollectionName, Schema
 
 
+_TAKEN_MODULE_NAMES = frozenset({"", *dir(nn.ModuleDict())})
+
+
 class EmbeddingBagCollections(NamedTuple):
     """The collections of a schema, in the order `PooledFeatures` takes them.
 
@@ -29,6 +32,13 @@ class EmbeddingBagCollections(NamedTuple):
     weighted_sparse_features: EmbeddingBagCollection | None
     shared_sparse_features: EmbeddingBagCollection | None
     shared_weighted_sparse_features: EmbeddingBagCollection | None
+
+
+def module_name(table: str) -> str:
+    """What a model calls a table: its name, changed where torch cannot hold it in an nn.ModuleDict
+    ("items", "a.b"). Plans and checkpoints have this name, too."""
+    name = table.replace(".", "_")
+    return f"{name}_table" if name in _TAKEN_MODULE_NAMES else name
 
 
 def embedding_bag_collections(
@@ -65,7 +75,7 @@ def embedding_bag_collections(
         collections[name] = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
-                    name=name_prefix + schema.table(table).module_name,
+                    name=name_prefix + module_name(table),
                     num_embeddings=schema.table(table).num_embeddings,
                     embedding_dim=embedding_dim,
                     feature_names=names,

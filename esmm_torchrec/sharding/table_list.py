@@ -31,6 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.models.embeddings import module_name
 from esmm_torchrec.schema import Schema
 from esmm_torchrec.sharding.plan_file import COLUMN_MULTIPLE, DATA_TYPES
 from esmm_torchrec.sharding.strict_yaml import load_yaml
@@ -175,7 +176,7 @@ def tables_of_schema(
     return TableList(
         tables=tuple(
             PlannedTable(
-                name=table.module_name,
+                name=module_name(table.name),
                 num_embeddings=table.num_embeddings,
                 embedding_dim=embedding_dim,
                 features=tuple(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esmm_torchrec.data import prepared
+from esmm_torchrec.data import prepared_writer
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import DenseStatistics, Split, sha256_of
 from esmm_torchrec.data.prepared_writer import PreparedWriter
@@ -139,8 +139,8 @@ def test_bytes_depend_on_nothing_but_the_rows(tmp_path: Path):
 
 
 def test_files_and_row_groups_have_a_fixed_number_of_rows(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(prepared, "ROWS_PER_GROUP", {"impressions": 3, "shared": 2})
-    monkeypatch.setattr(prepared, "ROW_GROUPS_PER_FILE", 2)
+    monkeypatch.setattr(prepared_writer, "ROWS_PER_GROUP", {"impressions": 3, "shared": 2})
+    monkeypatch.setattr(prepared_writer, "ROW_GROUPS_PER_FILE", 2)
     with writer(tmp_path / "ds") as to:
         write_vocabularies(to)
         for split, times in (("train", 4), ("test", 1)):

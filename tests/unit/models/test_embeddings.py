@@ -9,7 +9,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
+from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections, module_name
 from esmm_torchrec.schema import IdFeature, Schema, Table
 
 AWKWARD = ("items", "a.b", "205", "type", "training", "forward", "keys", "weight", "")
@@ -26,9 +26,7 @@ def test_tables_may_be_called_as_anything() -> None:
     pooled = features(KeyedJaggedTensor(list(AWKWARD), ids, lengths=torch.ones(len(ids)).int()))
     assert collections.sparse_features is not None
     for place, name in enumerate(AWKWARD):
-        table = collections.sparse_features.embedding_bags.get_submodule(
-            schema.table(name).module_name
-        )
+        table = collections.sparse_features.embedding_bags.get_submodule(module_name(name))
         assert isinstance(table, nn.EmbeddingBag)
         torch.testing.assert_close(
             pooled[:, 4 * place : 4 * place + 4], table.weight[ids[2 * place : 2 * place + 2]]
