@@ -7,9 +7,8 @@ from esmm_torchrec import ESMM, EsmmTrainTask, ImpressionBatch
 
 item = EmbeddingBagConfig(name="item", num_embeddings=10, embedding_dim=8, feature_names=["item"])
 seen = EmbeddingBagConfig(name="seen", num_embeddings=10, embedding_dim=8, feature_names=["seen"])
-esmm = ESMM(EmbeddingBagCollection(tables=[item, seen]))
-task = EsmmTrainTask(esmm)
-optimizer = torch.optim.Adagrad(task.parameters(), lr=0.05)
+task = EsmmTrainTask(ESMM(EmbeddingBagCollection(tables=[item, seen])))
+optimizer = torch.optim.Adagrad(task.parameters(), lr=0.01)
 
 features = KeyedJaggedTensor.from_lengths_sync(
     keys=["item", "seen"],
@@ -24,4 +23,4 @@ for _ in range(20):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print("pCVR", esmm(features).conversion.sigmoid().tolist())
+print("pCVR", task.model(features).conversion.sigmoid().tolist())

@@ -1,0 +1,149 @@
+"""ESMM's towers behind another sparse architecture: it learns, it shards, keys go by name."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torchrec.distributed import TrainPipelineSparseDist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec import EsmmTrainTask, make_plan, process_group, shard
+from esmm_torchrec.sharding.planner import Workload
+from esmm_torchrec.training.optimizers import build_optimizer, fuse_optimizer
+from examples.dcn_towers import (
+    BATCH_SIZE,
+    EMBEDDING_DIM,
+    KEYS,
+    RAW_ID,
+    SEEN,
+    STEPS,
+    TEST_ROWS,
+    USERS,
+    crossed_esmm,
+    made_up_batch,
+    train,
+)
+
+
+def best_aucs() -> dict[str, float]:
+    """AUCs, on the rows that are measured, of the probabilities its labels are drawn from."""
+    batch = made_up_batch(STEPS, TEST_ROWS)
+    assert batch.sparse_features is not None
+    parts = batch.sparse_features.to_dict()
+    user, item = parts["user"].values(), parts["item"].values()
+    seen = parts["seen"].to_padded_dense(SEEN, padding_value=-1).long()
+    alike = ((seen % 4 == item[:, None] % 4) & (seen >= 0)).any(1)
+    clicked = batch.click == 1
+    return {
+        "ctr_auc": float(roc_auc_score(batch.click, (user % 2 == item % 2).float())),
+        "cvr_auc": float(roc_auc_score(batch.conversion[clicked], alike[clicked].float())),
+    }
+
+
+@pytest.mark.parametrize("managed", [False, True])
+def test_it_learns_what_a_product_of_embeddings_says(managed: bool) -> None:
+    torch.manual_seed(0)
+    model = crossed_esmm(managed=managed)
+    aucs = train(model, raw_ids=managed)
+    best = best_aucs()
+    assert min(best.values()) > 0.65
+    for name, value in aucs.items():
+        assert value is not None
+        assert best[name] - 0.04 < value < best[name] + 0.01, name
+
+    if managed:
+        # Every raw id that training showed has a row of its own.
+        users = torch.arange(USERS) * RAW_ID
+        none = torch.zeros(2 * USERS, dtype=torch.long)
+        kjt = KeyedJaggedTensor(KEYS, users, lengths=torch.cat([torch.ones_like(users), none]))
+        pooled = model.features(sparse_features=kjt)
+        assert pooled.shape == (USERS, len(KEYS) * EMBEDDING_DIM)
+        assert len(pooled[:, :EMBEDDING_DIM].unique(dim=0)) == USERS
+
+
+def test_keys_in_any_order_and_one_table_for_two_features() -> None:
+    torch.manual_seed(1)
+    model = crossed_esmm()
+    batch = made_up_batch(0)
+    kjt = batch.sparse_features
+    assert kjt is not None
+    logits = model(sparse_features=kjt)
+    for order in ([2, 0, 1], [1, 2, 0]):
+        permuted = kjt.permute(order)
+        assert permuted.keys() != kjt.keys()
+        torch.testing.assert_close(model(sparse_features=permuted), logits, rtol=0, atol=0)
+
+    ids = torch.tensor([5, 7, 5, 7, 0, 1])
+    pooled = model.features(
+        sparse_features=KeyedJaggedTensor(
+            ["seen", "item", "user"], ids, lengths=torch.ones(6).int()
+        )
+    )
+    item, seen, user = pooled.split(EMBEDDING_DIM, dim=1)
+    torch.testing.assert_close(item, seen, rtol=0, atol=0)
+    assert not torch.equal(item, user)
+
+
+def test_sharded_in_torchrecs_pipeline_it_trains_as_it_does_alone() -> None:
+    torch.manual_seed(2)
+    task = EsmmTrainTask(crossed_esmm())
+    plain = copy.deepcopy(task)
+    rate = 0.1
+    losses = []
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [value for name, value in plain.named_parameters() if _is_table(name)]},
+            {
+                "params": [v for name, v in plain.named_parameters() if not _is_table(name)],
+                "lr": 0.0,
+            },
+        ],
+        lr=rate,
+    )
+    for step in range(4):
+        loss, _ = plain(made_up_batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] != pytest.approx(losses[-1], abs=1e-4)
+    assert _sharded_losses(task, 4, rate) == pytest.approx(losses, abs=1e-6)
+
+
+def _is_table(name: str) -> bool:
+    return ".embedding_bags." in name
+
+
+def _sharded_losses(task: nn.Module, steps: int, rate: float) -> list[float]:
+    with process_group("cpu") as ranks:
+
+        def on_rank() -> list[float]:
+            kernels = {"t_item": "fused", "t_user": "fused"}
+            fuse_optimizer(task, "sgd", lr=rate, kernels=kernels, device=ranks.device)
+            plan = make_plan(
+                task,
+                ranks=ranks,
+                sharding="table_wise",
+                kernel="fused",
+                workload=Workload(BATCH_SIZE),
+            )
+            model = shard(task, plan=plan, ranks=ranks)
+            optimizer = build_optimizer(model, "sgd", sparse_lr=rate, dense_lr=0.0)
+            pipeline = TrainPipelineSparseDist(model, optimizer, ranks.device)
+            batches = iter([_permuted(step) for step in range(steps)])
+            losses = [pipeline.progress(batches).loss.item() for _ in range(steps)]
+            pipeline.detach()
+            return losses
+
+        return on_rank()
+
+
+def _permuted(step: int):
+    batch = made_up_batch(step)
+    assert batch.sparse_features is not None
+    return replace(batch, sparse_features=batch.sparse_features.permute([2, 0, 1]))
