@@ -62,7 +62,11 @@ def save_checkpoint(
     progress: dict[str, Any],
     ranks: Ranks,
 ) -> None:
-    """Writes the state after `step` steps; every rank must call it."""
+    """Writes the state after `step` steps; every rank must call it.
+
+    Raises:
+        RunError: it cannot be written; the folder is as it was.
+    """
     final = folder / f"{_PREFIX}{step:08d}"
     partial = final.with_name(final.name + ".partial")
     if ranks.is_first:
@@ -70,7 +74,16 @@ def save_checkpoint(
             shutil.rmtree(stale, ignore_errors=True)
     ranks.barrier()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save(state, checkpoint_id=partial)
+    try:
+        save(state, checkpoint_id=partial)
+    except CheckpointException as error:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        raise RunError(
+            f"checkpoint {final} cannot be written ({_reason(error)}; {free / 1e6:,.0f} MB are "
+            "free on its disk); make room and give the same command again"
+        ) from error
     if ranks.is_first:
         (partial / _PROGRESS).write_text(json.dumps({"step": step} | progress))
         partial.rename(final)
@@ -80,31 +93,69 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, *, model: DistributedModelParallel, optimizer: KeyedOptimizer
 ) -> dict[str, Any]:
-    """Loads a checkpoint into a sharded model and its optimiser, and gives back its progress."""
+    """Loads a checkpoint into a sharded model and its optimiser, and gives back its progress.
+
+    Raises:
+        RunError: it cannot be read, or is of another model.
+    """
+    progress = _read_progress(path)
     _init_state(optimizer)
     state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     _load(state, path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return json.loads((path / _PROGRESS).read_text())
+    return progress
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Loads the weights alone, into a sharded model or a plain one."""
+    """Loads the weights alone, into a sharded model or a plain one.
+
+    Raises:
+        RunError: they cannot be read, or are of another model.
+    """
     state = {"model": model.state_dict()}
     _load(state, path)
     model.load_state_dict(state["model"])
 
 
+def _read_progress(path: Path) -> dict[str, Any]:
+    try:
+        progress = json.loads((path / _PROGRESS).read_text())
+        _ = progress["step"], progress["seconds"], progress["reader"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _broken(path, f"{_PROGRESS}: {error}") from error
+    return progress
+
+
 def _load(state: dict[str, Any], path: Path) -> None:
     try:
         load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise RunError(
-            f"checkpoint {path} is broken or of another model ({reason}); "
-            "remove it and go on from an earlier one"
-        ) from error
+    except CheckpointException as error:
+        raise _broken(path, _reason(error)) from error
+
+
+def _broken(path: Path, reason: str) -> RunError:
+    return RunError(
+        f"checkpoint {path} is broken or of another model ({reason}); remove it and go on from an "
+        "earlier one, or train again"
+    )
+
+
+def _reason(error: CheckpointException) -> str:
+    """What went wrong on the first rank where something did.
+
+    Raises:
+        KeyboardInterrupt: that was it; torch takes it for an error like any other.
+    """
+    failures = [failure for failure, _ in error.failures.values()]
+    for failure in failures:
+        if isinstance(failure, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+    if isinstance(failures[0], OSError) and failures[0].strerror:
+        return failures[0].strerror.lower()
+    if "inline_container" in str(failures[0]):  # where torch forgets what the system said
+        return "a file was cut short"
+    return " ".join(f"{type(failures[0]).__name__} {failures[0]}".split())[:200]
 
 
 def _init_state(optimizer: KeyedOptimizer) -> None:

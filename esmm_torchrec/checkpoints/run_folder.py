@@ -76,7 +76,8 @@ class RunFolder:
                         "another --out, or the same options to go on with it"
                     )
             return found
-        if path.is_dir() and any(path.iterdir()):
+        interrupted = _partial(path / _CONFIG)
+        if path.is_dir() and any(file != interrupted for file in path.iterdir()):
             raise RunError(f"{path} is not empty and holds no run; choose another --out")
         if resume.isdigit():
             raise RunError(f"{path} holds no run to go on with; leave out --resume {resume}")
@@ -126,6 +127,25 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one of the folder's JSON files, whole or not at all."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        partial.rename(self.path / name)
+        self._write(self.path / name, json.dumps(values, indent=2) + "\n")
+
+    def drop_history(self, after: int) -> None:
+        """Forgets what was noted of steps beyond `after`, and a line that an interrupted run did
+        not end."""
+        if not self.history.exists():
+            return
+        kept = []
+        for line in self.history.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > after:
+                break
+            kept.append(line)
+        self._write(self.history, "".join(kept))
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        _partial(path).write_text(text)
+        _partial(path).rename(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")

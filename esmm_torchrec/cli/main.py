@@ -35,9 +35,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command → module of this package, one line of help."""
 
 EXIT_USER_ERROR = 2
+EXIT_LOST_RANK = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 OTHER_RANKS_WAIT_SECONDS = 3.0
+
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says on the ranks that are left."""
 
 
 def _help() -> str:
@@ -51,13 +55,17 @@ def _help() -> str:
     )
 
 
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_error(message: str) -> None:
     """Prints a sentence once, however many ranks fail with it.
 
     Rank 0 prints at once. Another rank waits a moment first: where rank 0 failed too, torchrun
     ends this process meanwhile; where it did not, the sentence would otherwise be lost.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first_rank():
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     print(f"esmm-torchrec: {message}", file=sys.stderr, flush=True)
 
@@ -131,7 +139,8 @@ def errors_in_words(out: object = None) -> Iterator[None]:
         print_error(str(error))
         _end(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print_error("interrupted; give the same command again to go on")
+        if _is_first_rank():  # torchrun passes the signal on to every rank
+            print_error("interrupted; give the same command again to go on")
         _end(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Nobody reads on, as in '… | head'; nor will the flush at the end of the process.
@@ -142,6 +151,12 @@ def errors_in_words(out: object = None) -> Iterator[None]:
             raise
         print_error(_system_error(error, out))
         _end(EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _LOST_CONNECTION):
+            raise
+        if _is_first_rank():
+            print_error("another rank has ended; see what it or torchrun says")
+        _end(EXIT_LOST_RANK)
 
 
 def _system_error(error: OSError, out: object) -> str:

@@ -181,7 +181,7 @@ def _fit(
         device=ranks.device,
         window_size=max(WINDOW_SIZE, reader.global_batch_size),
     )
-    log = _Log(run) if ranks.is_first else None
+    log = _Log(run, after=step) if ranks.is_first else None
     total = options.epochs * reader.steps_per_epoch
     total = total if options.max_steps is None else min(total, options.max_steps)
     every = max(1, min(LOG_EVERY, total // LOGGED_AT_LEAST))
@@ -234,11 +234,18 @@ def _fit(
 
 
 class _Log:
-    """history.jsonl and TensorBoard, on rank 0."""
+    """history.jsonl and TensorBoard, on rank 0.
 
-    def __init__(self, run: RunFolder) -> None:
+    Args:
+        run: whose history is written.
+        after: the step that training goes on from; what an interrupted run noted of later ones is
+            dropped, as they are done again.
+    """
+
+    def __init__(self, run: RunFolder, *, after: int) -> None:
+        run.drop_history(after)
         self._history = run.history.open("a")
-        self._board = SummaryWriter(str(run.path / "tensorboard"))
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=after + 1)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._history.write(json.dumps({"step": step} | figures) + "\n")
