@@ -172,13 +172,21 @@ class PooledFeatures(nn.Module):
             )
         parts: list[torch.Tensor] = []
         if pooled:
-            parts.append(KeyedTensor.regroup(pooled, [self._keys])[0])
+            parts.append(_in_order(pooled, self._keys))
         if shared:
-            once = KeyedTensor.regroup(shared, [self._shared_keys])[0]
+            once = _in_order(shared, self._shared_keys)
             parts.append(once if shared_index is None else once.index_select(0, shared_index))
         if self.dense_in_features and dense_features is not None:
             parts.append(dense_features)
-        return torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@torch.fx.wrap
+def _in_order(pooled: list[KeyedTensor], keys: list[str]) -> torch.Tensor:
+    """The values of all keys, (rows, sum of dims), in the order of `keys`."""
+    if len(pooled) == 1 and pooled[0].keys() == keys:
+        return pooled[0].values()
+    return KeyedTensor.regroup(pooled, [keys])[0]
 
 
 def _keys(*collections: EmbeddingBagCollection | None) -> list[str]:

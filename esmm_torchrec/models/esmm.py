@@ -86,6 +86,7 @@ class EsmmTowers(nn.Module):
 
     def forward(self, features: torch.Tensor) -> Logits:
         """float32 (B, F) → logits."""
+        features = features.to(self.click.dtype)
         return Logits(click=self.click(features), conversion=self.conversion(features))
 
 

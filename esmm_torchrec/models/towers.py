@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torchrec.modules.mlp import MLP
 
 
 class Tower(nn.Module):
@@ -35,7 +36,10 @@ class Tower(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.hidden = MLP(in_features, list(layer_sizes), activation="relu", device=device)
+        self.hidden = nn.ModuleList(
+            nn.Linear(width_in, width_out, device=device)
+            for width_in, width_out in pairwise((in_features, *layer_sizes))
+        )
         self.logit = nn.Linear(layer_sizes[-1], 1, device=device)
         self.dtype = dtype
         if prior is not None:
@@ -43,9 +47,11 @@ class Tower(nn.Module):
                 self.logit.bias.fill_(math.log(prior) - math.log1p(-prior))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """float32 (B, F) → float32 logits (B,)."""
-        with torch.autocast(
-            features.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            hidden = self.hidden(features)
+        """(B, F) → float32 logits (B,). Features of several towers are better given in their
+        dtype, once for all, than cast by each."""
+        hidden = features.to(self.dtype)
+        for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
+            weight, bias = layer.weight.to(self.dtype), layer.bias.to(self.dtype)
+            hidden = F.linear(hidden, weight, bias).relu_()
         return self.logit(hidden.float()).squeeze(-1)
