@@ -54,7 +54,7 @@ def test_it_learns_what_a_product_of_embeddings_says(managed: bool) -> None:
     assert min(best.values()) > 0.65
     for name, value in aucs.items():
         assert value is not None
-        assert best[name] - 0.04 < value < best[name] + 0.01, name
+        assert 0.5 + 0.7 * (best[name] - 0.5) < value < best[name] + 0.01, name
 
     if managed:
         # Every raw id that training showed has a row of its own.
