@@ -176,7 +176,10 @@ def train(options: Options, device: torch.device) -> None:
     loss = torch.zeros((), device=device)
     for step in range(int(progress) + 1, options.steps + 1):
         output = pipeline.progress(batches)
-        metrics.update(model_output(*output.logits[:2], *output.labels[:2]))
+        logits, labels = output.logits, output.labels
+        metrics.update(
+            model_output(logits.click, logits.conversion, labels.click, labels.conversion)
+        )
         loss += output.loss / options.report_every
         if metrics.should_compute():
             figures = windowed_figures(metrics.compute())
