@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.sharding import Options, pairs_in_order, run
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding.apply import shard
 from esmm_torchrec.sharding.hardware import read_hardware
 from esmm_torchrec.sharding.plan_file import compare_plans, read_plan
-from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.prepared_data import ROWS, write_data_set
@@ -92,6 +102,87 @@ def test_a_plan_for_other_ranks_is_refused_by_every_rank(
     assert message == (
         f"{plan} is for 2 ranks and this run has 1; start 2 ranks or make a plan for 1"
     )
+
+
+def _errors_on_two_hosts(path: Path) -> dict[str, float]:
+    """Four ranks as two hosts: sharding type → largest error against an unsharded collection,
+    of pooled embeddings before and after a step of SGD on every rank's own batch."""
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}
+    errors: dict[str, float] = {}
+    with process_group("cpu") as ranks:
+        for number, (sharding_type, places) in enumerate(PLACES.items()):
+            errors[sharding_type] = _error(path / f"{number}.json", sharding_type, places, ranks)
+    return errors
+
+
+PLACES = {
+    "row_wise": ([0, 1, 2, 3], [0, 1, 2, 3]),
+    "table_row_wise": ([2, 3], [0, 1]),
+    "column_wise": ([3, 0], [2]),
+    "grid_shard": ([0, 1, 2, 3], [2, 3]),
+}
+"""Sharding type → the ranks of tables a and b."""
+
+
+def _error(
+    path: Path, sharding_type: str, places: tuple[list[int], list[int]], ranks: Ranks
+) -> float:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingBagConfig(
+            name=name, num_embeddings=rows, embedding_dim=16, feature_names=[f"f_{name}"]
+        )
+        for name, rows in (("a", 41), ("b", 30))
+    ]
+    plain = EmbeddingBagCollection(tables=tables)
+    module = nn.ModuleDict({"tables": copy.deepcopy(plain)})
+    apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
+    values = {
+        "format_version": 1,
+        "world_size": 4,
+        "local_world_size": 2,
+        "device": "cpu",
+        "tables": {
+            table.name: {
+                "num_embeddings": table.num_embeddings,
+                "embedding_dim": 16,
+                "sharding_type": sharding_type,
+                "compute_kernel": "fused",
+                "ranks": place,
+            }
+            for table, place in zip(tables, places, strict=True)
+        },
+    }
+    if ranks.is_first:
+        path.write_text(json.dumps(values))
+    ranks.barrier()
+    plan = read_plan(path).to_sharding_plan(module, world_size=4, local_world_size=2)
+    sharded = shard(module, plan=plan, ranks=ranks).module["tables"]  # pyright: ignore
+    generator = torch.Generator().manual_seed(ranks.rank)
+    lengths = torch.randint(0, 4, (10,), generator=generator)
+    bags = KeyedJaggedTensor(
+        keys=["f_a", "f_b"],
+        values=torch.randint(0, 30, (int(lengths.sum()),), generator=generator),
+        lengths=lengths,
+    )
+    error = 0.0
+    for _ in range(2):
+        found, expected = sharded(bags), plain(bags)
+        for key in bags.keys():  # noqa: SIM118
+            error = max(error, (found[key] - expected[key]).abs().max().item())
+        sum(found[key].square().sum() for key in bags.keys()).backward()  # noqa: SIM118
+        sum(expected[key].square().sum() for key in bags.keys()).backward()  # noqa: SIM118
+        for parameter in plain.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.data -= 0.1 * parameter.grad / 4
+            parameter.grad = None
+    return error
+
+
+def test_every_type_pools_and_updates_right_on_two_hosts(tmp_path: Path) -> None:
+    for errors in run_on_ranks(4, _errors_on_two_hosts, tmp_path):
+        assert errors == pytest.approx(dict.fromkeys(PLACES, 0.0), abs=1e-6)
 
 
 def _measure(options: Options) -> None:
