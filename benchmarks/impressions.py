@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SplitName
-from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.prepared import PreparedDataSet, PreparedWriter, SplitName
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.schema import IdFeature
 

@@ -280,7 +280,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
     )
     click, conversion = test.scalars["click"], test.scalars["conversion"]
     clicked = click == 1
-    aucs: dict[str, dict[str, float]] = {}
+    aucs: dict[str, dict[str, float | None]] = {}
     for name, contender in contenders.items():
         click_score, conversion_score = contender.score()
         aucs[name] = {
@@ -291,7 +291,8 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
     print(timings.table(PLAIN, unit="impressions/s"))
     print(f"\ntest AUC after {steps} steps (clicks; conversions of clicked impressions)")
     for name, values in aucs.items():
-        print(f"{name:37}{values['ctr_auc']:8.4f}{values['cvr_auc']:8.4f}")
+        figures = "".join("     -  " if x is None else f"{x:8.4f}" for x in values.values())
+        print(f"{name:37}{figures}")
     size = sum(file.stat().st_size for file in (folder / "prepared").rglob("*.parquet"))
     print(
         f"\n{dataset.splits['train'].impressions:,} training impressions, {size / 1e6:,.0f} MB of "

@@ -1,0 +1,150 @@
+"""What reading costs: training through the reader against training over batches made beforehand.
+
+    python benchmarks/reading.py [--impressions 1000000] [--out reading.json]
+
+Both contenders are the library's trainer on one process, with bfloat16 towers, where a step is
+shortest; they take turns. The one reads through the memory-mapped copy of the data set in random
+order, the other finds every batch in memory, a KeyedJaggedTensor already. Beside it stand the rates
+of the reader alone and of laying the copy out, and the disk that each form takes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from esmm_torchrec.cli.main import settle_process
+
+settle_process()  # before torch is imported
+
+from alternate import alternate, describe, environment  # noqa: E402
+from impressions import write_impressions  # noqa: E402
+
+from esmm_torchrec.batch import ImpressionBatch  # noqa: E402
+from esmm_torchrec.data.mapped import CACHE_FOLDER, MappedSplit  # noqa: E402
+from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
+from esmm_torchrec.sharding.planner import Workload  # noqa: E402
+from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
+from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
+from esmm_torchrec.training.options import TrainOptions  # noqa: E402
+
+WARM_UP_STEPS = 5
+IN_MEMORY, THROUGH_READER = "batches in memory", "through the reader"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what reading costs."""
+
+    impressions: int = 1_000_000
+    """Training impressions."""
+    turns: int = 7
+    """Turns that both contenders take."""
+    steps: int = 30
+    """Steps in a turn."""
+    batch_size: int = 4096
+    """Impressions in a step."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+class BatchesInMemory(ImpressionReader):
+    """A reader whose batches of one epoch are all made beforehand."""
+
+    def make(self) -> None:
+        self.batches = list(super().__iter__())
+
+    def __iter__(self) -> Iterator[ImpressionBatch]:
+        return iter(self.batches)
+
+
+def disk_bytes(folder: Path, pattern: str = "*") -> int:
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
+
+
+def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Takes all measurements and prints them."""
+    dataset = write_impressions(folder, train=options.impressions, test=1 << 12)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    split = MappedSplit.open(dataset, "train")
+    layout_seconds = time.perf_counter() - started
+    layout_cpu_seconds = time.process_time() - cpu_started
+
+    settings = TrainOptions(batch_size=options.batch_size, dtype="bfloat16", device="cpu")
+    readers = {
+        IN_MEMORY: BatchesInMemory(split, batch_size=options.batch_size),
+        THROUGH_READER: ImpressionReader(split, batch_size=options.batch_size),
+    }
+    made = readers[IN_MEMORY]
+    assert isinstance(made, BatchesInMemory)
+    reader_cpu = time.process_time()
+    made.make()
+    reader_cpu = (time.process_time() - reader_cpu) / options.impressions * 1e6
+
+    def contender(reader: ImpressionReader) -> Callable[[int], int]:
+        trainer = build_trainer(
+            split,
+            settings,
+            ranks,
+            part=training_part(split, settings),
+            workload=Workload(options.batch_size),
+        )
+        steps = trainer.steps(reader, reader.steps_left)
+
+        def take(num_steps: int) -> int:
+            for _ in range(num_steps):
+                next(steps)
+            return num_steps * options.batch_size
+
+        take(WARM_UP_STEPS)
+        return take
+
+    needed = WARM_UP_STEPS + options.turns * options.steps
+    if needed > made.steps_per_epoch:
+        raise SystemExit(f"{needed} steps need {needed * options.batch_size:,} --impressions")
+    contenders = {name: contender(reader) for name, reader in readers.items()}
+    timings = alternate(
+        {name: lambda take=take: take(options.steps) for name, take in contenders.items()},
+        turns=options.turns,
+    )
+
+    share = reader_cpu * timings.rate(THROUGH_READER) / 1e6
+    parquet, mapped = disk_bytes(folder / "train", "*.parquet"), disk_bytes(folder / CACHE_FOLDER)
+    print(timings.table(IN_MEMORY, unit="impressions/s"))
+    print(
+        f"\nreader alone: {reader_cpu:.2f} CPU s for a million impressions, {share:.1%} of a core "
+        f"at this speed\n"
+        f"laid out for random access: {options.impressions / layout_seconds:,.0f} impressions/s, "
+        f"{layout_cpu_seconds / options.impressions * 1e6:.2f} CPU s for a million, once\n"
+        f"disk: {parquet / options.impressions:.0f} bytes an impression of zstd Parquet, "
+        f"{mapped / (options.impressions + (1 << 12)):.0f} laid out\n"
+        f"load {timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after"
+    )
+    return timings.to_dict(IN_MEMORY) | {
+        "reader_cpu_seconds_per_million": reader_cpu,
+        "reader_share_of_a_core": share,
+        "layout_seconds": layout_seconds,
+        "layout_cpu_seconds": layout_cpu_seconds,
+        "parquet_bytes": parquet,
+        "mapped_bytes": mapped,
+    }
+
+
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
+        figures = measure(options, ranks, Path(folder) / "prepared")
+        facts = environment()
+        print(describe(facts))
+    if options.out is not None:
+        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
