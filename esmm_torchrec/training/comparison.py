@@ -53,7 +53,6 @@ from esmm_torchrec.training.comparison_store import TrialStore
 from esmm_torchrec.training.comparison_trial import (
     Stage,
     Training,
-    checkpoints,
     test_record,
     tuning_record,
 )
@@ -298,11 +297,10 @@ class _Study:
         trial: Trial,
         chosen: Mapping[MethodOption, Chosen],
     ) -> dict[str, Any]:
-        options = self.options.train(method, trial, seed=0)
+        options = self.options.train(method, trial, seed=0, epochs=self.options.epochs)
         key = dict(source.identity) | {
             "stage": "tuning",
             "validation_share": self.options.validation_share,
-            "epochs": self.options.epochs,
             "training": asdict(options),
             "common_ctr": _of_network(chosen, method),
         }
@@ -314,13 +312,9 @@ class _Study:
                 stage = self._stage(source, None)
                 common = self._common_ctr(stage, chosen, key, method, rows)
                 training = Training(stage, options, self.ranks)
-                part = training.part(self._pctr(source, stage, chosen, key, method, rows))
-                lengths = checkpoints(part, stage, self.options.epochs)
-                longest = self.options.train(method, trial, seed=0, epochs=lengths[-1])
                 return tuning_record(
-                    Training(stage, longest, self.ranks),
-                    part,
-                    epochs=lengths,
+                    training,
+                    training.part(self._pctr(source, stage, chosen, key, method, rows)),
                     common_ctr=common,
                     on_rows=rows,
                 )
@@ -449,7 +443,7 @@ def _of_network(chosen: Mapping[MethodOption, Chosen], method: MethodOption) -> 
 
 def _stage_key(key: Mapping[str, Any]) -> dict[str, Any]:
     """What of a training's identity its stage has, whatever the method."""
-    own = ("training", "common_ctr", "epochs", "resample")
+    own = ("training", "common_ctr", "resample")
     return {name: value for name, value in key.items() if name not in own}
 
 

@@ -24,12 +24,12 @@ class Setting:
 SETTINGS = (
     Setting(0.02, 0.001, 0.0),
     Setting(0.05, 0.002, 0.0),
-    Setting(0.01, 0.0005, 0.0),
-    Setting(0.02, 0.002, 1e-4),
-    Setting(0.05, 0.001, 1e-5),
     Setting(0.1, 0.002, 1e-4),
-    Setting(0.01, 0.002, 1e-5),
-    Setting(0.1, 0.0005, 0.0),
+    Setting(0.02, 0.001, 3e-4),
+    Setting(0.01, 0.002, 0.0),
+    Setting(0.05, 0.0005, 1e-5),
+    Setting(0.1, 0.001, 0.0),
+    Setting(0.02, 0.002, 1e-3),
 )
 """The same for every method, tried in this order; spread over what trains at all. A method with a
 rate of its own takes the next of its rates at each trial, and no more trials than the others."""
@@ -64,8 +64,7 @@ class ComparisonOptions:
     trials: int = len(SETTINGS)
     """Settings tried for each method in tuning, the same number for all."""
     epochs: int = 3
-    """Training lengths among which tuning chooses: 1 to this many epochs of all impressions; a
-    method that trains on fewer rows makes as many epochs more as the square root of their share."""
+    """Tuning chooses among 1 to this many passes of a method over its own training rows."""
     validation_share: float = 0.2
     """Part of the training users to tune on; chosen methods are retrained on all."""
     test_impressions: int = 300_000
@@ -74,7 +73,7 @@ class ComparisonOptions:
     """Columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of each tower."""
-    batch_size: int = 1024
+    batch_size: int = 2048
     """Impressions per rank and step."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables (the paper: adam); towers have Adam as in the paper."""

@@ -461,7 +461,7 @@ def _tuning_table(results: Results) -> str:
             "towers’ rate",
             "weight decay",
             "own rate",
-            "epochs",
+            "passes",
             "score",
         ]
     ]
@@ -499,13 +499,12 @@ def _rule(results: Results) -> str:
         f"The rule: {protocol['validation_share']:.0%} of the training users (drawn by hash) are "
         f"held out; every method gets {protocol['trials']} trials from one list of settings, a "
         "method with a rate of its own going through its rates at the same time; each trial is "
-        f"measured after {protocol['epochs']} lengths of training. A method that trains on one row "
-        "in n makes √n times as many epochs. Chosen is the best mean of CVR AUC on clicks and "
-        "CTCVR AUC with the common click network (the click network itself: CTR AUC), once, with "
-        f"one seed{apart}, at full volume. Every method is then retrained with it on all training "
-        "users, or a part of them, for each seed, and the test half is scored by these models "
-        "alone. Where a part of the users is taken, ids too rare in it are unknown for every "
-        "method."
+        f"measured after each of {protocol['epochs']} passes over the method’s own training rows. "
+        "Chosen is the best mean of CVR AUC on clicks and CTCVR AUC with the common click network "
+        f"(the click network itself: CTR AUC), once, with one seed{apart}, at full volume. Every "
+        "method is then retrained with it on all training users, or a part of them, for each seed, "
+        "and the test half is scored by these models alone. Where a part of the users is taken, "
+        "ids too rare in it are unknown for every method."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -185,33 +185,19 @@ class Training:
         return pctr[self.stage.clicked_train_rows()].astype(np.float32)
 
 
-def checkpoints(part: TrainingPart, stage: Stage, lengths: int) -> list[int]:
-    """The numbers of epochs that tuning chooses among.
-
-    A method that trains on one row in n makes √n times as many epochs: as many as the others would
-    leave it with 1/n of their updates, n times as many would show it each row n times as often.
-    """
-    rows = stage.num_train_rows if part.selection is None else len(part.selection.rows)
-    stretch = max(1, round((stage.num_train_rows / rows) ** 0.5))
-    return [stretch * length for length in range(1, lengths + 1)]
-
-
 def tuning_record(
     training: Training,
     part: TrainingPart,
     *,
-    epochs: Sequence[int],
     common_ctr: np.ndarray | None,
     on_rows: Callable[[int], object],
 ) -> dict[str, Any] | None:
-    """Trains to the longest of `epochs` and measures at each of them on the held-out users."""
+    """Trains and measures after each epoch on the held-out users."""
     started = time.perf_counter()
     scored_split = ids_known_to(training.stage, part.selection).scored
     lengths: list[dict[str, Any]] = []
 
     def after_epoch(epoch: int, model: DistributedModelParallel) -> None:
-        if epoch not in epochs:
-            return
         scored = training.score(model, scored_split)
         if scored is not None:
             figures = measure(
