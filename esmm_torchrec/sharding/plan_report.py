@@ -311,7 +311,7 @@ def _scaling_plot(experiment: Experiment) -> Figure:
     axes = figure.subplots()
     counts = experiment.counts
     # Strategies often coincide: the first is drawn broadest, the last on top and thinnest.
-    widths = np.linspace(7, 1.5, len(experiment.strategies))
+    widths = np.linspace(5, 1.5, len(experiment.strategies))
     for strategy, width in zip(experiment.strategies, widths, strict=True):
         points = [
             (n, experiment.of(strategy, n).impressions_per_second)
