@@ -25,9 +25,14 @@ if TYPE_CHECKING:
         RunError,
     )
     from esmm_torchrec.metrics.ranking import auc
-    from esmm_torchrec.metrics.windowed import metric_module, metrics_config
+    from esmm_torchrec.metrics.windowed import (
+        metric_module,
+        metrics_config,
+        model_output,
+        windowed_figures,
+    )
     from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
-    from esmm_torchrec.models.esmm import ESMM, EsmmTowers, EsmmTrainTask
+    from esmm_torchrec.models.esmm import ESMM, EsmmTowers, EsmmTrainTask, Logits
     from esmm_torchrec.models.losses import ctcvr_logit, ctcvr_loss
     from esmm_torchrec.schema import IdFeature, Schema, Table
     from esmm_torchrec.serving.predictor import Predictor
@@ -46,6 +51,7 @@ _ROOMS = {
     "IdFeature": "schema",
     "ImpressionBatch": "batch",
     "ImpressionReader": "data.reader",
+    "Logits": "models.esmm",
     "MappedSplit": "data.mapped",
     "OptionError": "errors",
     "PlanError": "errors",
@@ -66,12 +72,14 @@ _ROOMS = {
     "make_plan": "sharding.planner",
     "metric_module": "metrics.windowed",
     "metrics_config": "metrics.windowed",
+    "model_output": "metrics.windowed",
     "prepare_ali_ccp": "data.ali_ccp",
     "prepare_table": "data.tabular",
     "process_group": "sharding.process_group",
     "restore": "checkpoints.restore",
     "shard": "sharding.apply",
     "train": "training.run",
+    "windowed_figures": "metrics.windowed",
 }
 
 __all__ = [
@@ -83,6 +91,7 @@ __all__ = [
     "IdFeature",
     "ImpressionBatch",
     "ImpressionReader",
+    "Logits",
     "MappedSplit",
     "OptionError",
     "PlanError",
@@ -103,12 +112,14 @@ __all__ = [
     "make_plan",
     "metric_module",
     "metrics_config",
+    "model_output",
     "prepare_ali_ccp",
     "prepare_table",
     "process_group",
     "restore",
     "shard",
     "train",
+    "windowed_figures",
 ]
 
 

@@ -45,7 +45,7 @@ def main(folder: Path) -> pd.DataFrame:
         dense=["price"],
     )
     with process_group() as ranks:
-        options = TrainOptions(batch_size=256, tower=(32, 16), epochs=2)
+        options = TrainOptions(batch_size=256, tower=(32, 16), epochs=2, sparse_lr=0.1)
         metrics = train(folder / "prepared", folder / "run", options, ranks)
     print(f"conversion AUC on clicked impressions: {metrics['test']['cvr_auc']:.3f}")
 

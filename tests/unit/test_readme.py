@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,8 @@ def test_whole_programs_run() -> None:
     for program in programs:
         names: dict[str, object] = {"__name__": "readme"}
         exec(program, names)
-        assert names["pcvr"].shape == (3,)  # pyright: ignore[reportAttributeAccessIssue]
+        logits: Any = names["task"].model(names["features"])  # pyright: ignore
+        assert logits.conversion.shape == (4,)
 
 
 @pytest.mark.parametrize(
