@@ -81,6 +81,12 @@ STRATEGY_TEXT = {
 }
 
 
+NARROW_TABLES = """<li>TorchRec charges tables of fewer than 32 columns as if they had 32, and those
+of fewer than 128 a penalty, under table_wise and column_wise but not under row_wise: compare these
+with care on narrow tables.</li>
+"""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A scenario and what was found for it."""
@@ -649,7 +655,7 @@ def _assumptions(experiment: Experiment) -> str:
     widths = "-".join(map(str, (scenario.tables.tower_width, *scenario.towers, 1)))
     numbers = [
         (f"memory of a {noun}", f"{hardware.memory_gib:,.0f} GiB"),
-        (f"its bandwidth, for one {noun}", f"{hardware.memory_gb_s:,.0f} GB/s"),
+        (f"bandwidth of that memory for one {noun}", f"{hardware.memory_gb_s:,.0f} GB/s"),
         (f"from a {noun} to others of its host", f"{hardware.intra_host_gb_s:,.4g} GB/s"),
         (f"from a {noun} to other hosts", f"{hardware.inter_host_gb_s:,.4g} GB/s"),
         (f"{noun}s a host", str(hardware.ranks_per_host)),
@@ -660,10 +666,10 @@ def _assumptions(experiment: Experiment) -> str:
         ("share of that peak for the towers", f"{hardware.tower_efficiency:.0%} (assumed)"),
     ]
     if hardware.device == "cuda":
-        numbers.insert(
-            2, ("between GPU and host memory", f"{hardware.host_to_device_gb_s:,.0f} GB/s")
-        )
-        numbers.insert(1, ("host memory for each GPU", f"{hardware.host_memory_gib:,.0f} GiB"))
+        numbers[2:2] = [
+            ("host memory for each GPU", f"{hardware.host_memory_gib:,.0f} GiB"),
+            ("between GPU and host memory", f"{hardware.host_to_device_gb_s:,.0f} GB/s"),
+        ]
     rows = "".join(f"<tr><td>{_text(k)}</td><td class=n>{_text(v)}</td></tr>" for k, v in numbers)
     sources = "".join(f"<li>{_text(source)}</li>" for source in hardware.sources)
     return f"""
@@ -680,10 +686,7 @@ ids to the tables is not in the sum, since TorchRec's pipeline does it during th
 <li>Latencies of kernels and collectives are left out. Steps far below a millisecond per table
 group, and small messages among many {noun}s, will take longer than said here.</li>
 <li>Ids are taken as spread evenly over rows, bags as long as their mean.</li>
-<li>TorchRec charges whole tables of fewer than 32 columns as if they had 32, and narrow ones a
-penalty, under table_wise and column_wise but not under row_wise: compare those two with care on
-narrow tables.</li>
-</ul>
+{NARROW_TABLES if hardware.device == "cuda" else ""}</ul>
 <table><tr><th colspan=2>{_text(hardware.name)}</th></tr>{rows}</table>
 <p class="note">Sources of these numbers (peaks, one direction):</p><ul class="note">{sources}</ul>
 <p>To check an estimate where you have machines: <code>torchrun … benchmarks/sharding.py</code>
