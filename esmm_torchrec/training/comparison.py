@@ -138,12 +138,14 @@ def compare(
         command=command,
     )
 
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+
     def write() -> None:
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (out / "results.json").write_text(text)
         _log_time(out, time.time() - started)
 
     ranks.from_first(write)
-    return results
+    return json.loads(text)
 
 
 @contextmanager

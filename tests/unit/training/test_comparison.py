@@ -1,0 +1,269 @@
+"""A small comparison from end to end: on worlds and on one data set, stopped and resumed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from esmm_torchrec.data.synthetic import World
+from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training.comparison import compare, selection_score
+from esmm_torchrec.training.comparison_data import Source
+from esmm_torchrec.training.comparison_options import COMPARED, SETTINGS, ComparisonOptions
+from esmm_torchrec.training.comparison_report import (
+    findings,
+    format_table,
+    headline_rows,
+    write_report,
+)
+from esmm_torchrec.training.comparison_statistics import paired_difference
+from tests.prepared_data import write_data_set
+from tests.ranks import run_on_ranks
+
+WORLD = World(impressions=6000, ctr=0.2, cvr=0.4)
+OPTIONS = ComparisonOptions(
+    methods=("base", "unbias", "division", "esmm"),
+    seeds=2,
+    fractions=(0.5, 1.0),
+    trials=2,
+    epochs=1,
+    batch_size=256,
+    tower=(8,),
+    test_impressions=2000,
+    device="cpu",
+)
+FIXED = replace(OPTIONS, methods=("base", "shared-bottom"), fractions=(1.0,), trials=1)
+
+
+def _compare_all(folder: Path) -> dict[str, Any]:
+    def run(name: str, options: ComparisonOptions, data: Path | None = None) -> dict[str, Any]:
+        return compare(options, folder / name, ranks, data=data, world=WORLD, command="test")
+
+    with process_group("cpu") as ranks:
+        torch.set_num_threads(1)
+        first = run("worlds", OPTIONS)
+        shutil.copytree(folder / "worlds", folder / "stopped")
+        removed = sorted((folder / "stopped" / "trials").iterdir())[::3]
+        for path in removed:
+            path.unlink()
+        resumed = run("stopped", OPTIONS)
+        return {
+            "worlds": first,
+            "resumed": resumed,
+            "removed": [path.name for path in removed],
+            "worlds left": list((folder / "worlds" / "worlds").glob("*")),
+            "fixed": run("fixed", FIXED, folder / "data"),
+            "no truth": run("no-truth", replace(FIXED, seeds=1), folder / "no-truth-data"),
+        }
+
+
+def _without_truth(source: Path, out: Path) -> None:
+    """A copy of a data set that does not know the true probabilities."""
+    shutil.copytree(source, out)
+    description = json.loads((out / "dataset.json").read_text())
+    for name in ("true_ctr", "true_cvr"):
+        description["columns"][name] = False
+    for split in description["splits"].values():
+        for file in split["impression_files"]:
+            table = pq.read_table(out / file).drop_columns(["true_ctr", "true_cvr"])
+            pq.write_table(table, out / file)
+    (out / "dataset.json").write_text(json.dumps(description))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("comparison")
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> dict[str, Any]:
+    write_data_set(folder / "data", train=1500, test=900, users=150)
+    _without_truth(folder / "data", folder / "no-truth-data")
+    return run_on_ranks(1, _compare_all, folder)[0]
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf that is no time."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if "seconds" not in key:
+                yield from _numbers(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _numbers(item, f"{path}/{place}")
+    else:
+        yield path, value
+
+
+def test_results_have_the_form_that_is_promised(compared: dict[str, Any], folder: Path) -> None:
+    results = compared["worlds"]
+    assert json.loads((folder / "worlds" / "results.json").read_text()) == results
+    assert list(results["methods"]) == ["BASE", "UNBIAS", "DIVISION", "ESMM"]
+    for fractions in results["methods"].values():
+        assert list(fractions) == ["0.5", "1"]
+        for metrics in fractions.values():
+            for name in ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space"):
+                figure = metrics[name]
+                assert len(figure["runs"]) == 2
+                assert figure["mean"] == pytest.approx(np.mean(figure["runs"]))
+                assert figure["std"] == pytest.approx(np.std(figure["runs"], ddof=1))
+    assert results["methods"]["BASE"]["1"]["ctr_auc"]["mean"] is None
+    assert results["methods"]["DIVISION"]["1"]["cvr_share_above_one"]["mean"] is not None
+
+
+def test_differences_are_paired_runs(compared: dict[str, Any]) -> None:
+    results = compared["worlds"]
+    base, esmm = (results["methods"][name]["1"]["cvr_auc"]["runs"] for name in ("BASE", "ESMM"))
+    row = results["differences"]["1"]["cvr_auc"]["BASE"]["ESMM"]
+    expected = paired_difference(esmm, base)
+    assert row["mean"] == pytest.approx(expected.mean)
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    assert row["p_value_holm"] >= row["p_value"]
+    assert row["within_noise"] == (row["p_value_holm"] > 0.05)
+    back = results["differences"]["1"]["cvr_auc"]["ESMM"]["BASE"]
+    assert back["mean"] == pytest.approx(-row["mean"])
+
+
+def test_every_method_is_tried_equally_often(compared: dict[str, Any]) -> None:
+    tuning = compared["worlds"]["tuning"]
+    assert list(tuning) == ["CTR", "BASE", "UNBIAS", "DIVISION", "ESMM"]
+    for tried in tuning.values():
+        assert len(tried["tried"]) == OPTIONS.trials * OPTIONS.epochs
+        assert tried["chosen"]["score"] == max(item["score"] for item in tried["tried"])
+
+
+def test_a_smaller_fraction_trains_on_less(compared: dict[str, Any]) -> None:
+    training = compared["worlds"]["training"]
+    for of_method in training.values():
+        assert 0.3 < of_method["0.5"]["training_rows"] / of_method["1"]["training_rows"] < 0.7
+    assert training["ESMM"]["1"]["training_rows"] == WORLD.split_impressions["train"]
+    assert training["ESMM"]["1"]["unknown_share"] == 0
+    assert training["BASE"]["1"]["unknown_share"] > 0
+    assert 0 < training["UNBIAS"]["1"]["acceptance_rate"] <= 1
+    assert "1" in compared["worlds"]["random_unseen_ids"]["BASE"]
+    assert compared["worlds"]["random_unseen_ids"]["BASE"]["1"]["cvr_auc"]["mean"] is not None
+    assert not compared["worlds"]["random_unseen_ids"]["ESMM"]["1"]
+
+
+def test_a_stopped_comparison_ends_with_the_same_numbers(compared: dict[str, Any]) -> None:
+    kinds = {name.partition("-")[0] for name in compared["removed"]}
+    assert {"tune", "seed"} <= kinds
+    first, resumed = (dict(_numbers(compared[name])) for name in ("worlds", "resumed"))
+    assert first == resumed
+    assert compared["worlds left"] == []
+
+
+def test_oracle_and_references_stand_beside_the_methods(compared: dict[str, Any]) -> None:
+    references = compared["worlds"]["references"]["1"]
+    assert set(references) == {
+        "pCTR",
+        "pCTCVR of DIVISION",
+        "true pCVR",
+        "true pCTR",
+        "true pCTCVR",
+    }
+    oracle = references["true pCVR"]["cvr_auc_entire_space"]["mean"]
+    for of_method in compared["worlds"]["methods"].values():
+        assert of_method["1"]["cvr_auc_entire_space"]["mean"] < oracle
+
+
+def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -> None:
+    results = compared["fixed"]
+    row = results["differences"]["1"]["ctcvr_auc_common_ctr"]["BASE"]["shared-bottom"]
+    assert row["low_users"] < row["high_users"]
+    # One world is not another: the seeds of one data set share its test half.
+    counts = results["methods"]["BASE"]["1"]["conversions"]["runs"]
+    assert len(set(counts)) == 1
+    worlds = compared["worlds"]["methods"]["BASE"]["1"]["conversions"]["runs"]
+    assert len(set(worlds)) == 2
+
+
+def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
+    results = compared["worlds"]
+    write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for text in ("ESMM", "68.56 ± 0.37", "Why not division", "Volume of training data", "oracle"):
+        assert text in page
+    assert "http" not in page, "the page needs nothing but itself"
+    assert page.count("<img") == len(list((tmp_path / "plots").glob("*.png"))) == 5
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    found = next(
+        row
+        for row in rows
+        if (row["method"], row["fraction"], row["metric"]) == ("ESMM", "1", "cvr_auc")
+    )
+    assert float(found["mean"]) == results["methods"]["ESMM"]["1"]["cvr_auc"]["mean"]
+    assert float(found["seed_1"]) == results["methods"]["ESMM"]["1"]["cvr_auc"]["runs"][1]
+    assert "| ESMM |" in (tmp_path / "table.md").read_text()
+    assert headline_rows(results)[1][0] == "BASE"
+    assert any("against BASE" in line for line in findings(results))
+
+
+def test_report_without_truth_and_with_one_seed_says_so(
+    compared: dict[str, Any], tmp_path: Path
+) -> None:
+    results = compared["no truth"]
+    assert "cvr_auc_entire_space" not in results["methods"]["BASE"]["1"]
+    assert results["differences"]["1"]["cvr_auc"]["BASE"]["shared-bottom"]["low"] is None
+    write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "no columns true_ctr and true_cvr" in page
+    assert "One seed: no interval" in page
+    assert "One seed: no interval" in format_table(results)
+    assert not (tmp_path / "plots" / "division.png").exists()
+
+
+def test_options_that_cannot_be_used() -> None:
+    for values, word in (
+        ({"methods": ("esmn",)}, "esmn"),
+        ({"methods": ("ctr",)}, "ctr"),
+        ({"methods": ()}, "--methods"),
+        ({"seeds": 0}, "--seeds"),
+        ({"fractions": (0.0, 1.0)}, "--fractions"),
+        ({"fractions": (1.5,)}, "--fractions"),
+        ({"fractions": ()}, "--fractions"),
+        ({"trials": len(SETTINGS) + 1}, "--trials"),
+        ({"validation_share": 1.0}, "--validation-share"),
+        ({"batch_size": 0}, "--batch-size"),
+    ):
+        with pytest.raises(OptionError, match=word):
+            ComparisonOptions(**values)
+    assert ComparisonOptions().chosen_methods == COMPARED
+    assert ComparisonOptions(methods=("esmm", "base")).chosen_methods == ("base", "esmm")
+
+
+def test_tuning_goes_through_the_rates_of_a_method() -> None:
+    options = ComparisonOptions()
+    assert [trial.setting for trial in options.trials_of("esmm")] == list(SETTINGS)
+    assert [trial.setting for trial in options.trials_of("aman")] == list(SETTINGS)
+    assert {trial.rate for trial in options.trials_of("aman")} == {0.1, 0.2, 0.5, 1.0}
+    assert {trial.rate for trial in options.trials_of("esmm")} == {None}
+
+
+def test_a_method_is_chosen_by_the_mean_of_the_papers_two_figures() -> None:
+    figures = {"ctr_auc": 0.7, "cvr_auc": 0.6, "ctcvr_auc_common_ctr": 0.5, "ctcvr_auc": 0.9}
+    assert selection_score("esmm", figures) == pytest.approx(0.55)
+    assert selection_score("ctr", figures) == 0.7
+    assert selection_score("esmm", figures | {"cvr_auc": None}) is None
+
+
+def test_a_test_half_without_conversions_is_refused(tmp_path: Path) -> None:
+    dataset = write_data_set(tmp_path / "data", train=200, test=200)
+    empty = replace(
+        dataset,
+        splits=dict(dataset.splits) | {"test": replace(dataset.splits["test"], conversions=0)},
+    )
+    source = Source({}, open_dataset=lambda: empty, test_impressions=100)
+    with pytest.raises(DataError, match="no conversions"):
+        _ = source.data
