@@ -9,6 +9,8 @@ A checkpoint is written beside its final name and renamed last, so that whatever
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,10 +130,14 @@ def _read_progress(path: Path) -> dict[str, Any]:
 
 
 def _load(state: dict[str, Any], path: Path) -> None:
+    logged = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch logs tracebacks of what it then raises
     try:
         load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise _broken(path, _reason(error)) from error
+    finally:
+        logging.disable(logged)
 
 
 def _broken(path: Path, reason: str) -> RunError:
@@ -155,7 +161,8 @@ def _reason(error: CheckpointException) -> str:
         return failures[0].strerror.lower()
     if "inline_container" in str(failures[0]):  # where torch forgets what the system said
         return "a file was cut short"
-    return " ".join(f"{type(failures[0]).__name__} {failures[0]}".split())[:200]
+    first, *_ = re.split(r"[.;] ", " ".join(str(failures[0]).split()))
+    return first.rstrip(".") or type(failures[0]).__name__
 
 
 def _init_state(optimizer: KeyedOptimizer) -> None:

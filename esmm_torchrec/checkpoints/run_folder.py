@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esmm_torchrec.errors import RunError
-from esmm_torchrec.models.methods import ModelOptions
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint
+from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.models.methods import METHODS, ModelOptions
 from esmm_torchrec.schema import Schema
 
 _CONFIG = "config.json"
@@ -41,23 +42,28 @@ class RunFolder:
         try:
             config = json.loads((path / _CONFIG).read_text())
             run = cls(path, config)
-            _ = run.schema, run.model_options
+            for key in ("identity", "mean_values_per_bag"):
+                _ = config[key].items()
+            _ = run.schema, config["options"]["history_weights"]
+            if run.model_options.method not in METHODS:
+                raise ValueError(f"unknown method {run.model_options.method!r}")
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
                 f"{path} is no run folder, it has no {_CONFIG}; give the --out of a training run"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise RunError(f"{path / _CONFIG} is broken ({error}); train again") from None
         return run
 
     @classmethod
-    def start(cls, path: Path, config: Mapping[str, Any], *, resume: str) -> RunFolder:
-        """Makes the folder of a run, or takes up the one that is there.
+    def find(cls, path: Path, config: Mapping[str, Any], *, resume: str) -> RunFolder | None:
+        """The run to go on with in a folder, or None where one may begin.
 
         Args:
-            path: the folder.
+            path: the folder, which need not be there.
             config: of this run; its "identity" says what makes two runs the same.
-            resume: "never" takes an empty folder only; otherwise a run of the same identity.
+            resume: "never" takes an empty folder only, "auto" also a run of the same identity,
+                a number only one with a checkpoint of that step.
 
         Raises:
             RunError: the folder holds something else.
@@ -68,23 +74,42 @@ class RunFolder:
                     f"{path} holds a run already and --resume is never; choose another --out"
                 )
             found = cls.open(path)
-            for key, value in config["identity"].items():
-                there = found.config["identity"].get(key)
-                if there != json.loads(json.dumps(value)):
-                    raise RunError(
-                        f"{path} holds a run with {key} {there} and this one has {value}; choose "
-                        "another --out, or the same options to go on with it"
-                    )
+            found._check_identity(config["identity"])
+            if resume.isdigit():
+                find_checkpoint(found.checkpoints, int(resume))
             return found
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; choose another --out")
         interrupted = _partial(path / _CONFIG)
-        if path.is_dir() and any(file != interrupted for file in path.iterdir()):
+        if path.exists() and any(file != interrupted for file in path.iterdir()):
             raise RunError(f"{path} is not empty and holds no run; choose another --out")
         if resume.isdigit():
             raise RunError(f"{path} holds no run to go on with; leave out --resume {resume}")
-        path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, config)
-        run.write_json(_CONFIG, config)
+        return None
+
+    @classmethod
+    def start(cls, path: Path, config: Mapping[str, Any], *, resume: str) -> RunFolder:
+        """Makes the folder of a run, or takes up the one that is there; see `find`."""
+        run = cls.find(path, config, resume=resume)
+        if run is None:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, config)
+            run.write_json(_CONFIG, config)
         return run
+
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+        for key, value in json.loads(json.dumps(identity)).items():
+            there = self.config["identity"].get(key)
+            if there == value:
+                continue
+            option = f"--{key.replace('_', '-')}"
+            what = f"{option} {_said(there)} and this one has {_said(value)}"
+            if key == "data":
+                what = f"another data set than this {option}"
+            raise RunError(
+                f"{self.path} holds a run with {what}; choose another --out, or the same options "
+                "to go on with it"
+            )
 
     @property
     def schema(self) -> Schema:
@@ -145,6 +170,13 @@ class RunFolder:
     def _write(path: Path, text: str) -> None:
         _partial(path).write_text(text)
         _partial(path).rename(path)
+
+
+def _said(value: Any) -> str:
+    """A value of an option as it is given."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _partial(path: Path) -> Path:

@@ -13,7 +13,7 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.serving.scoring import encode_rows, remove, score
+from esmm_torchrec.serving.scoring import encode_rows, refuse_existing, remove, score
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 
@@ -55,6 +55,7 @@ def run(options: Options) -> None:
 
 def _score(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
+    ranks.from_first(lambda: refuse_existing(options.out))
     laid_out = options.out.with_name(f"{options.out.name}.rows")
     try:
         if options.data is not None:

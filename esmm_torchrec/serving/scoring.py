@@ -72,7 +72,13 @@ def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
 
     Raises:
         DataError: a column is missing, a value cannot be used, or there is no row.
+        RunError: the run folder lacks what encodes raw rows.
     """
+    if not run.preprocessing.is_dir():
+        raise RunError(
+            f"{run.path} has lost its {run.preprocessing.name}/, which encodes raw rows; copy it "
+            "from a run on the same data, or score a prepared data set"
+        )
     encoder = RowEncoder.load(run.preprocessing)
     blocks = (
         batch
@@ -111,7 +117,7 @@ def score(
     Raises:
         RunError: `out` exists.
     """
-    ranks.from_first(lambda: _refuse_existing(out))
+    ranks.from_first(lambda: refuse_existing(out))
     reader = ImpressionReader(
         split, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size, shuffle=False
     )
@@ -131,7 +137,8 @@ def score(
     partial.rename(out)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raises RunError where `out` is; makes the folder that it is to be in."""
     if out.exists():
         raise RunError(f"{out} exists already; remove it or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,8 @@ from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.sharding.plan_file import format_plan, plan_warnings, write_plan
+from esmm_torchrec.sharding.plan_file import write_plan
+from esmm_torchrec.sharding.plan_text import format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.evaluation import known_tasks, score_split, windowed_output
@@ -61,6 +62,9 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         RunError: `out` holds something else.
     """
     dataset = PreparedDataSet.open(data)
+    config = _config(dataset, options, ranks)
+    # Looked at now, so that a refusal costs no time, and made when all else is known to work.
+    ranks.from_first(lambda: RunFolder.find(out, config, resume=options.resume))
     counts = dataset.splits["train"]
     test = dataset.splits["test"]
     splits = {
@@ -73,9 +77,7 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         pctr = out_of_fold_pctr(splits["train"], options, ranks, workload=workload)
     part = training_part(splits["train"], options, pctr=pctr)
     trainer = build_trainer(splits["train"], options, ranks, part=part, workload=workload)
-    run = ranks.from_first(
-        lambda: RunFolder.start(out, _config(dataset, options, ranks), resume=options.resume)
-    )
+    run = ranks.from_first(lambda: RunFolder.start(out, config, resume=options.resume))
     reader = ImpressionReader(
         splits["train"],
         batch_size=options.batch_size,
@@ -93,7 +95,8 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
             print(f"warning: {warning}")
         print(
-            f"{options.method} on {ranks.world_size} {ranks.device.type} ranks: "
+            f"{options.method} on {ranks.world_size} {ranks.device.type} "
+            f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
             f"{counts.impressions:,} impressions, {counts.clicks:,} clicks, "
             f"{counts.conversions:,} conversions to train on, {test.impressions:,} to test on; "
             f"{options.sparse_optimizer} for tables, adam for towers",
@@ -187,8 +190,9 @@ def _fit(
     every = max(1, min(LOG_EVERY, total // LOGGED_AT_LEAST))
     losses: list[torch.Tensor] = []
     to_train = min(total * reader.global_batch_size, options.epochs * reader.num_rows)
-    with progress_bar("Training", to_train, "rows", disable=not ranks.is_first) as bar:
-        bar.update(rows)
+    with progress_bar(
+        "Training", to_train, "rows", initial=rows, disable=not ranks.is_first
+    ) as bar:
         while step < total and reader.epoch < options.epochs:
             started = time.perf_counter()
             for output in trainer.steps(reader, min(reader.steps_left, total - step)):
