@@ -52,7 +52,7 @@ from esmm_torchrec.sharding.hardware import (
     read_hardware,
     write_hardware,
 )
-from esmm_torchrec.sharding.plan_file import DATA_TYPES, PlanFile
+from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.planner import SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 from esmm_torchrec.sharding.scenario import Kernel, Scenario, Strategy
@@ -62,6 +62,7 @@ from esmm_torchrec.sharding.table_list import (
     TableList,
     read_tables,
 )
+from esmm_torchrec.sharding.table_placement import DATA_TYPES
 from esmm_torchrec.training.optimizers import fuse_optimizer
 
 BATCHES = 4

@@ -18,12 +18,8 @@ from torchrec.distributed.planner.planners import to_sharding_plan
 
 from esmm_torchrec.sharding.hardware import PRESETS
 from esmm_torchrec.sharding.placement import Misfit, Placement, fits, place
-from esmm_torchrec.sharding.plan_file import (
-    DATA_TYPES,
-    PlanFile,
-    embedding_tables,
-    plan_warnings,
-)
+from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables
+from esmm_torchrec.sharding.plan_text import plan_warnings
 from esmm_torchrec.sharding.scenario import (
     Capacity,
     Constraint,
@@ -32,6 +28,7 @@ from esmm_torchrec.sharding.scenario import (
     TowerEstimate,
     estimate_towers,
 )
+from esmm_torchrec.sharding.table_placement import DATA_TYPES
 
 MOST_RANKS_TRIED = 1024
 

@@ -29,11 +29,10 @@ are optional.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -48,161 +47,21 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.types import DataType
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding.planner import embedding_bag_collections_of
+from esmm_torchrec.sharding.table_placement import (
+    DATA_TYPES,
+    Shard,
+    TablePlacement,
+    check_placement,
+    check_type_and_ranks,
+    derive_shards,
+    either,
+)
 
 FORMAT_VERSION = 1
-
-SHARDING_TYPES = tuple(kind.value for kind in ShardingType)
-COMPUTE_KERNELS = tuple(
-    kernel.value
-    for kernel in (
-        EmbeddingComputeKernel.DENSE,
-        EmbeddingComputeKernel.FUSED,
-        EmbeddingComputeKernel.FUSED_UVM,
-        EmbeddingComputeKernel.FUSED_UVM_CACHING,
-    )
-)
-"""Kernels that train and that this library configures."""
-
-DATA_TYPES: dict[str, tuple[DataType, int]] = {
-    "float32": (DataType.FP32, 4),
-    "float16": (DataType.FP16, 2),
-    "bfloat16": (DataType.BF16, 2),
-}
-"""Name → TorchRec's data type, bytes of one value."""
-
-COLUMN_MULTIPLE = 4
-"""The fused kernels take only shards whose width is a multiple of this."""
-
-
-class Shard(NamedTuple):
-    """One part of a table on one rank."""
-
-    rank: int
-    offset: tuple[int, int]
-    """First row, first column."""
-    size: tuple[int, int]
-    """Rows, columns."""
-
-
-@dataclass(frozen=True)
-class TablePlacement:
-    """How one table is cut and where its parts are."""
-
-    num_embeddings: int
-    embedding_dim: int
-    sharding_type: str
-    compute_kernel: str
-    ranks: tuple[int, ...]
-    """Rank of each shard, in the order of `shards`."""
-    shards: tuple[Shard, ...]
-    """Under data_parallel one whole copy a rank."""
-    data_type: str = "float32"
-    cache_load_factor: float | None = None
-    """Share of the rows that the cache of fused_uvm_caching holds; None: the kernel's default."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one copy of the weights, optimiser state not counted."""
-        return self.num_embeddings * self.embedding_dim * DATA_TYPES[self.data_type][1]
-
-
-def derive_shards(
-    sharding_type: str,
-    *,
-    num_embeddings: int,
-    embedding_dim: int,
-    ranks: Sequence[int],
-    world_size: int,
-    local_world_size: int,
-) -> tuple[Shard, ...]:
-    """The shards that TorchRec's own `sharding_plan` helpers make of a type and its ranks.
-
-    Rows are cut into blocks of ceil(rows / parts), the last ones smaller or empty: the input
-    distribution of TorchRec sends an id to `id // block`, whatever the plan says.
-
-    Raises:
-        PlanError: the ranks do not suit the sharding type; the sentence starts with what is wrong
-            and names no table.
-    """
-    rows, columns = num_embeddings, embedding_dim
-    if sharding_type == ShardingType.TABLE_WISE.value:
-        if len(ranks) != 1:
-            raise PlanError(f"table_wise needs exactly one rank, not {list(ranks)}")
-        return (Shard(ranks[0], (0, 0), (rows, columns)),)
-    if sharding_type in (ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value):
-        if list(ranks) != list(range(world_size)):
-            raise PlanError(
-                f"{sharding_type} uses every rank in order, 0 to {world_size - 1}, not "
-                f"{list(ranks)}; leave 'ranks' out"
-            )
-        if sharding_type == ShardingType.DATA_PARALLEL.value:
-            return tuple(Shard(rank, (0, 0), (rows, columns)) for rank in ranks)
-        return tuple(_row_blocks(rows, ranks, 0, columns))
-    if sharding_type == ShardingType.TABLE_ROW_WISE.value:
-        _check_hosts(sharding_type, ranks, local_world_size)
-        if len(ranks) != local_world_size:
-            raise PlanError(
-                f"table_row_wise needs the {local_world_size} ranks of one host, not {len(ranks)}"
-            )
-        return tuple(_row_blocks(rows, ranks, 0, columns))
-    if sharding_type == ShardingType.GRID_SHARD.value:
-        _check_hosts(sharding_type, ranks, local_world_size)
-        width = _even_width(sharding_type, columns, len(ranks) // local_world_size)
-        return tuple(
-            shard
-            for block, start in enumerate(range(0, len(ranks), local_world_size))
-            for shard in _row_blocks(
-                rows, ranks[start : start + local_world_size], block * width, width
-            )
-        )
-    width = _even_width(sharding_type, columns, len(ranks))
-    return tuple(Shard(rank, (0, part * width), (rows, width)) for part, rank in enumerate(ranks))
-
-
-def _row_blocks(rows: int, ranks: Sequence[int], column: int, width: int) -> Iterator[Shard]:
-    block = math.ceil(rows / len(ranks))
-    for part, rank in enumerate(ranks):
-        start = min(part * block, rows)
-        yield Shard(rank, (start, column), (min(block, rows - start), width))
-
-
-def _check_hosts(sharding_type: str, ranks: Sequence[int], local_world_size: int) -> None:
-    if not ranks or len(ranks) % local_world_size:
-        raise PlanError(
-            f"{sharding_type} needs all {local_world_size} ranks of each host it uses, not "
-            f"{list(ranks)}"
-        )
-    for start in range(0, len(ranks), local_world_size):
-        host = list(ranks[start : start + local_world_size])
-        first = host[0]
-        if first % local_world_size or host != list(range(first, first + local_world_size)):
-            raise PlanError(
-                f"{sharding_type} needs the ranks of a host together and in order (hosts of "
-                f"{local_world_size}), not {host}"
-            )
-
-
-def _even_width(sharding_type: str, columns: int, parts: int) -> int:
-    if not parts or columns % parts or (columns // parts) % COLUMN_MULTIPLE:
-        fitting = [
-            n
-            for n in range(1, columns // COLUMN_MULTIPLE + 1)
-            if not columns % (n * COLUMN_MULTIPLE)
-        ]
-        raise PlanError(
-            f"{sharding_type} cannot cut {columns} columns into {parts} equal parts whose width is "
-            f"a multiple of {COLUMN_MULTIPLE}; use {_or(fitting)}"
-        )
-    return columns // parts
-
-
-def _or(values: Iterable[Any]) -> str:
-    names = [str(value) for value in values]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +86,7 @@ class PlanFile:
             )
         for name, table in self.tables.items():
             try:
-                _check_placement(table, self.world_size, self.local_world_size)
+                check_placement(table, self.world_size, self.local_world_size)
             except PlanError as error:
                 raise PlanError(f"{self.source}: table {name!r}: {error}") from None
 
@@ -292,7 +151,7 @@ class PlanFile:
                     for config in collection.embedding_bag_configs()
                 }
             )
-            for path, collection in _collections(module)
+            for path, collection in embedding_bag_collections_of(module).items()
         }
         return ShardingPlan(plan=dict(plans))
 
@@ -396,7 +255,7 @@ def embedding_tables(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
         PlanError: two collections have a table of the same name, or there is no collection.
     """
     tables: dict[str, EmbeddingBagConfig] = {}
-    for path, collection in _collections(module):
+    for path, collection in embedding_bag_collections_of(module).items():
         for config in collection.embedding_bag_configs():
             if config.name in tables:
                 raise PlanError(
@@ -407,12 +266,6 @@ def embedding_tables(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
     if not tables:
         raise PlanError("the model has no EmbeddingBagCollection, so there is nothing to shard")
     return tables
-
-
-def _collections(module: nn.Module) -> Iterator[tuple[str, EmbeddingBagCollection]]:
-    for path, child in module.named_modules():
-        if isinstance(child, EmbeddingBagCollection):
-            yield path, child
 
 
 def _data_type_name(data_type: DataType) -> str:
@@ -477,93 +330,6 @@ def _parameter_sharding(
             else CacheParams(load_factor=table.cache_load_factor)
         ),
     )
-
-
-def _check_type_and_ranks(sharding_type: str, ranks: Iterable[int], world_size: int) -> None:
-    if sharding_type not in SHARDING_TYPES:
-        raise PlanError(f"there is no sharding type {sharding_type!r}; use {_or(SHARDING_TYPES)}")
-    for rank in ranks:
-        if not 0 <= rank < world_size:
-            raise PlanError(f"rank {rank} does not exist; the plan has ranks 0 to {world_size - 1}")
-
-
-def _check_placement(table: TablePlacement, world_size: int, local_world_size: int) -> None:
-    all_ranks = (*table.ranks, *(shard.rank for shard in table.shards))
-    _check_type_and_ranks(table.sharding_type, all_ranks, world_size)
-    if table.compute_kernel not in COMPUTE_KERNELS:
-        raise PlanError(
-            f"there is no compute kernel {table.compute_kernel!r}; use {_or(COMPUTE_KERNELS)}"
-        )
-    if table.data_type not in DATA_TYPES:
-        raise PlanError(f"there is no data type {table.data_type!r}; use {_or(DATA_TYPES)}")
-    if (
-        table.sharding_type == ShardingType.DATA_PARALLEL.value
-        and table.compute_kernel != EmbeddingComputeKernel.DENSE.value
-    ):
-        raise PlanError(
-            f"data_parallel runs with the kernel 'dense' only, not {table.compute_kernel!r}"
-        )
-    if table.cache_load_factor is not None and not 0 < table.cache_load_factor <= 1:
-        raise PlanError(f"cache_load_factor {table.cache_load_factor} is not above 0 and at most 1")
-    if [shard.rank for shard in table.shards] != list(table.ranks):
-        raise PlanError(
-            "'ranks' and the ranks of 'shards' differ; change both or leave 'shards' out"
-        )
-    if table.sharding_type != ShardingType.DATA_PARALLEL.value:
-        _check_cover(table)
-    if table.sharding_type in (
-        ShardingType.COLUMN_WISE.value,
-        ShardingType.TABLE_COLUMN_WISE.value,
-    ):
-        narrow = [shard for shard in table.shards if shard.size[1] % COLUMN_MULTIPLE]
-        if narrow:
-            raise PlanError(
-                f"a shard of {narrow[0].size[1]} columns cannot be trained; widths must be "
-                f"multiples of {COLUMN_MULTIPLE}"
-            )
-        if any(shard.size[0] != table.num_embeddings for shard in table.shards):
-            raise PlanError(f"{table.sharding_type} cuts columns only; each shard needs all rows")
-        return
-    expected = derive_shards(
-        table.sharding_type,
-        num_embeddings=table.num_embeddings,
-        embedding_dim=table.embedding_dim,
-        ranks=table.ranks,
-        world_size=world_size,
-        local_world_size=local_world_size,
-    )
-    if expected != table.shards:
-        raise PlanError(
-            f"the shards are not the equal blocks that {table.sharding_type} needs (TorchRec finds "
-            "a row's rank by division); leave 'shards' out"
-        )
-
-
-def _check_cover(table: TablePlacement) -> None:
-    """Refuses shards that leave a part of the table out or hold a part twice."""
-    blocks: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for shard in table.shards:
-        columns = (shard.offset[1], shard.offset[1] + shard.size[1])
-        blocks.setdefault(columns, []).append((shard.offset[0], shard.offset[0] + shard.size[0]))
-    _check_contiguous("columns", sorted(blocks), table.embedding_dim)
-    for rows in blocks.values():
-        _check_contiguous("rows", sorted(rows), table.num_embeddings)
-
-
-def _check_contiguous(what: str, spans: Sequence[tuple[int, int]], end: int) -> None:
-    reached = 0
-    for start, stop in [*spans, (end, end)]:
-        if start > reached:
-            raise PlanError(
-                f"the shards do not cover it: {what} {reached} to {start - 1} are missing"
-            )
-        if start < reached:
-            raise PlanError(
-                f"the shards hold {what} {start} to {reached - 1} twice or go past the end"
-            )
-        reached = max(reached, stop)
-    if reached > end:
-        raise PlanError(f"the shards go past its {end} {what}")
 
 
 def write_plan(
@@ -667,7 +433,7 @@ def _fields(
     known = [*required, *optional]
     for name in values:
         if name not in known:
-            raise _FieldError(f"{where} has the unknown field {name!r}; use {_or(known)}")
+            raise _FieldError(f"{where} has the unknown field {name!r}; use {either(known)}")
     return values
 
 
@@ -745,7 +511,7 @@ def _table_of(name: str, values: Any, world_size: int, local_world_size: int) ->
         raise _FieldError(f"{where} lacks 'ranks', which {sharding_type} needs")
     if shards is None:
         try:
-            _check_type_and_ranks(sharding_type, ranks, world_size)
+            check_type_and_ranks(sharding_type, ranks, world_size)
             shards = derive_shards(
                 sharding_type,
                 num_embeddings=rows,
@@ -776,104 +542,3 @@ def _shard_of(values: Any, where: str) -> Shard:
     row, column = _integers(fields["offset"], f"{where}: offset", 2)
     rows, columns = _integers(fields["size"], f"{where}: size", 2)
     return Shard(_integer(fields["rank"], f"{where}: rank"), (row, column), (rows, columns))
-
-
-def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
-    """What trains, but otherwise than on one rank; one sentence each.
-
-    Args:
-        optimizer: of the embeddings, in the spelling of `--sparse-optimizer`.
-    """
-    if optimizer != "rowwise_adagrad":
-        return []
-    cut = (
-        ShardingType.COLUMN_WISE.value,
-        ShardingType.TABLE_COLUMN_WISE.value,
-        ShardingType.GRID_SHARD.value,
-    )
-    return [
-        f"table {name!r} is cut into columns ({table.sharding_type}) and rowwise_adagrad keeps one "
-        "momentum per row and shard, so it trains otherwise than uncut; that is by design, and "
-        "adagrad or table_wise avoid it"
-        for name, table in plan.tables.items()
-        if table.sharding_type in cut and len({shard.offset[1] for shard in table.shards}) > 1
-    ]
-
-
-def format_plan(plan: PlanFile) -> str:
-    """The plan as a table for a person: one line a table, and a line of totals a rank."""
-    lines = [("table", "rows", "dim", "MB", "sharding", "kernel", "ranks")]
-    held = [0] * plan.world_size
-    for name, table in plan.tables.items():
-        lines.append(
-            (
-                name,
-                f"{table.num_embeddings:,}",
-                str(table.embedding_dim),
-                f"{table.nbytes / 1e6:,.1f}",
-                table.sharding_type,
-                table.compute_kernel,
-                format_ranks(table.ranks),
-            )
-        )
-        for shard in table.shards:
-            held[shard.rank] += shard.size[0] * shard.size[1] * DATA_TYPES[table.data_type][1]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    right = {1, 2, 3}
-    text = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    ranks = f"{plan.world_size} ranks" if plan.world_size > 1 else "1 rank"
-    text.append(
-        f"{len(plan.tables)} tables on {ranks} ({plan.device}); weights a rank: "
-        f"{min(held) / 1e6:,.1f} to {max(held) / 1e6:,.1f} MB"
-    )
-    return "\n".join(text)
-
-
-def format_ranks(ranks: Sequence[int]) -> str:
-    """Ranks with runs written short: 0-7, 3 or 0,4,2."""
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ",".join(map(str, ranks))
-
-
-def compare_plans(first: PlanFile, second: PlanFile) -> str:
-    """The differences of two plans, a line each; says so where there are none."""
-    lines = [
-        f"{what}: {getattr(first, what)} -> {getattr(second, what)}"
-        for what in ("world_size", "local_world_size", "device")
-        if getattr(first, what) != getattr(second, what)
-    ]
-    for name in first.tables:
-        if name not in second.tables:
-            lines.append(f"table {name!r}: only in the first")
-    for name, after in second.tables.items():
-        before = first.tables.get(name)
-        if before is None:
-            lines.append(f"table {name!r}: only in the second")
-        elif before != after:
-            lines.append(f"table {name!r}: {_describe(before, after)}")
-    return "\n".join(lines) or "the plans are the same"
-
-
-def _describe(before: TablePlacement, after: TablePlacement) -> str:
-    changes = []
-    if (before.num_embeddings, before.embedding_dim) != (after.num_embeddings, after.embedding_dim):
-        changes.append(
-            f"{before.num_embeddings:,} x {before.embedding_dim} -> "
-            f"{after.num_embeddings:,} x {after.embedding_dim}"
-        )
-    for what in ("data_type", "sharding_type", "compute_kernel", "cache_load_factor"):
-        old, new = getattr(before, what), getattr(after, what)
-        if old != new:
-            changes.append(
-                f"{old} -> {new}" if what != "cache_load_factor" else f"{what} {old} -> {new}"
-            )
-    if before.ranks != after.ranks:
-        changes.append(f"ranks {format_ranks(before.ranks)} -> {format_ranks(after.ranks)}")
-    return ", ".join(changes) or "cut at other places"

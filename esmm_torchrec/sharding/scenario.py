@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.sharding.hardware import GIB, Hardware, TowerDtype
-from esmm_torchrec.sharding.plan_file import COMPUTE_KERNELS
 from esmm_torchrec.sharding.planner import STORAGE_MARGIN, SparseOptimizerOption
 from esmm_torchrec.sharding.table_list import TableList
+from esmm_torchrec.sharding.table_placement import COMPUTE_KERNELS
 
 Strategy = Literal[
     "auto",

@@ -33,8 +33,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.models.embeddings import module_name
 from esmm_torchrec.schema import Schema
-from esmm_torchrec.sharding.plan_file import COLUMN_MULTIPLE, DATA_TYPES
 from esmm_torchrec.sharding.strict_yaml import load_yaml
+from esmm_torchrec.sharding.table_placement import COLUMN_MULTIPLE, DATA_TYPES
 
 Pooling = Literal["sum", "mean"]
 

@@ -26,17 +26,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
-from esmm_torchrec.sharding.plan_file import (
-    PlanFile,
-    compare_plans,
-    derive_shards,
-    embedding_tables,
-    format_plan,
-    plan_warnings,
-    read_plan,
-    write_plan,
-)
+from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables, read_plan, write_plan
+from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.sharders import sharders
+from esmm_torchrec.sharding.table_placement import derive_shards
 
 
 def collection(

@@ -1,0 +1,113 @@
+"""Plans for a person: as a table, compared, and with what should be minded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchrec.distributed.types import (
+    ShardingType,
+)
+
+from esmm_torchrec.sharding.plan_file import PlanFile
+from esmm_torchrec.sharding.table_placement import DATA_TYPES, TablePlacement
+
+
+def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
+    """What trains, but otherwise than on one rank; one sentence each.
+
+    Args:
+        optimizer: of the embeddings, in the spelling of `--sparse-optimizer`.
+    """
+    if optimizer != "rowwise_adagrad":
+        return []
+    cut = (
+        ShardingType.COLUMN_WISE.value,
+        ShardingType.TABLE_COLUMN_WISE.value,
+        ShardingType.GRID_SHARD.value,
+    )
+    return [
+        f"table {name!r} is cut into columns ({table.sharding_type}) and rowwise_adagrad keeps one "
+        "momentum per row and shard, so it trains otherwise than uncut; that is by design, and "
+        "adagrad or table_wise avoid it"
+        for name, table in plan.tables.items()
+        if table.sharding_type in cut and len({shard.offset[1] for shard in table.shards}) > 1
+    ]
+
+
+def format_plan(plan: PlanFile) -> str:
+    """The plan as a table for a person: one line a table, and a line of totals a rank."""
+    lines = [("table", "rows", "dim", "MB", "sharding", "kernel", "ranks")]
+    held = [0] * plan.world_size
+    for name, table in plan.tables.items():
+        lines.append(
+            (
+                name,
+                f"{table.num_embeddings:,}",
+                str(table.embedding_dim),
+                f"{table.nbytes / 1e6:,.1f}",
+                table.sharding_type,
+                table.compute_kernel,
+                format_ranks(table.ranks),
+            )
+        )
+        for shard in table.shards:
+            held[shard.rank] += shard.size[0] * shard.size[1] * DATA_TYPES[table.data_type][1]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    right = {1, 2, 3}
+    text = [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    ranks = f"{plan.world_size} ranks" if plan.world_size > 1 else "1 rank"
+    text.append(
+        f"{len(plan.tables)} tables on {ranks} ({plan.device}); weights a rank: "
+        f"{min(held) / 1e6:,.1f} to {max(held) / 1e6:,.1f} MB"
+    )
+    return "\n".join(text)
+
+
+def format_ranks(ranks: Sequence[int]) -> str:
+    """Ranks with runs written short: 0-7, 3 or 0,4,2."""
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ",".join(map(str, ranks))
+
+
+def compare_plans(first: PlanFile, second: PlanFile) -> str:
+    """The differences of two plans, a line each; says so where there are none."""
+    lines = [
+        f"{what}: {getattr(first, what)} -> {getattr(second, what)}"
+        for what in ("world_size", "local_world_size", "device")
+        if getattr(first, what) != getattr(second, what)
+    ]
+    for name in first.tables:
+        if name not in second.tables:
+            lines.append(f"table {name!r}: only in the first")
+    for name, after in second.tables.items():
+        before = first.tables.get(name)
+        if before is None:
+            lines.append(f"table {name!r}: only in the second")
+        elif before != after:
+            lines.append(f"table {name!r}: {_describe(before, after)}")
+    return "\n".join(lines) or "the plans are the same"
+
+
+def _describe(before: TablePlacement, after: TablePlacement) -> str:
+    changes = []
+    if (before.num_embeddings, before.embedding_dim) != (after.num_embeddings, after.embedding_dim):
+        changes.append(
+            f"{before.num_embeddings:,} x {before.embedding_dim} -> "
+            f"{after.num_embeddings:,} x {after.embedding_dim}"
+        )
+    for what in ("data_type", "sharding_type", "compute_kernel", "cache_load_factor"):
+        old, new = getattr(before, what), getattr(after, what)
+        if old != new:
+            changes.append(
+                f"{old} -> {new}" if what != "cache_load_factor" else f"{what} {old} -> {new}"
+            )
+    if before.ranks != after.ranks:
+        changes.append(f"ranks {format_ranks(before.ranks)} -> {format_ranks(after.ranks)}")
+    return ", ".join(changes) or "cut at other places"
