@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from esmm_torchrec.data.reader import ImpressionReader
@@ -82,6 +88,7 @@ class Trainer:
                 device=ranks.device,
             )
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed)
+        _take_weights_as_data(self.model)
         self.optimizer = build_optimizer(
             self.model,
             optimizer,
@@ -104,3 +111,27 @@ class Trainer:
                 yield output
         finally:
             pipeline.detach()
+
+
+def _take_weights_as_data(model: nn.Module) -> None:
+    """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids, which
+    they do unless told otherwise and which costs as much as the update of the tables."""
+    collections = [m for m in model.modules() if isinstance(m, ShardedEmbeddingBagCollection)]
+    # TorchRec keeps the look-ups of a collection out of its tree of modules.
+    for lookup in (lookup for collection in collections for lookup in collection._lookups):
+        for module in lookup.modules():
+            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                module.register_forward_pre_hook(_without_weight_gradients, with_kwargs=True)
+
+
+def _without_weight_gradients(
+    kernel: SplitTableBatchedEmbeddingBagsCodegen,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    weights = keywords.get("per_sample_weights")
+    if weights is not None:
+        num_features = len(kernel.feature_table_map)
+        flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
+        keywords = keywords | {"feature_requires_grad": flags}
+    return arguments, keywords
