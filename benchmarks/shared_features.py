@@ -1,13 +1,17 @@
 """Pooling a user's features once per user of a batch, against writing them out per impression.
 
-    python benchmarks/shared_features.py [--impressions 400000] [--out shared_features.json]
+    python benchmarks/shared_features.py [--tables world] [--out shared_features.json]
     python benchmarks/shared_features.py --accuracy [--seeds 3]
 
-A world with Ali-CCP's histories, about 600 weighted ids per user, is generated and prepared; the
-model is trained end to end on one process with shared features pooled once and written out, over
-the same batches, for several `--shuffle-chunk` K: up to K impressions of a user stay together when
+Users have four histories, 613 weighted ids in all as in Ali-CCP, shared by 58 impressions. The
+model is trained end to end on one process with the histories pooled once and written out, over the
+same batches, for several `--shuffle-chunk` K: up to K impressions of a user stay together when
 rows are shuffled. U is the number of distinct users in a batch. Its share at K = 1 falls with the
-number of users: 1 million impressions bring it near one user an impression.
+number of users; many impressions bring it near one user an impression.
+
+What a look-up costs depends on the size of its table. `--tables ali-ccp` draws ids of tables as
+large as Ali-CCP's id ranges (400 000 shops); `--tables world` generates a world with Ali-CCP's
+histories, whose tables of a few thousand rows fit a core's cache.
 
 `--accuracy` measures test AUCs after one epoch over K instead, in a world with short histories.
 """
@@ -21,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -30,6 +34,7 @@ from esmm_torchrec.cli.main import settle_process
 settle_process()  # before torch is imported
 
 from alternate import Timings, alternate, describe, environment  # noqa: E402
+from impressions import write_histories  # noqa: E402
 
 from esmm_torchrec.data.ali_ccp import prepare_ali_ccp  # noqa: E402
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
@@ -55,7 +60,9 @@ class Options:
     """Measure what shared features cost."""
 
     impressions: int = 400_000
-    """Of the world, half to train on."""
+    """Half of them to train on."""
+    tables: Literal["ali-ccp", "world"] = "ali-ccp"
+    """How large the tables of the histories are."""
     chunks: tuple[int, ...] = (1, 4, 8, 16)
     """Values of K."""
     turns: int = 3
@@ -168,8 +175,8 @@ def _distinct_users(train: MappedSplit, chunk: int, options: Options) -> float:
     reader = ImpressionReader(train, batch_size=options.batch_size, shuffle_chunk=chunk)
     sizes = []
     for batch in reader:
-        assert batch.shared_sparse_features is not None
-        sizes.append(batch.shared_sparse_features.stride())
+        assert batch.shared_weighted_sparse_features is not None
+        sizes.append(batch.shared_weighted_sparse_features.stride())
     return statistics.mean(sizes[:-1] or sizes)
 
 
@@ -216,12 +223,13 @@ def accuracy(
 
 def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Makes the world and measures on it."""
-    world = World(
-        impressions=options.impressions,
-        history_scale=World.history_scale if options.accuracy else 1.0,
-    )
-    generate(world, folder / "raw")
-    dataset = prepare_ali_ccp(folder / "raw", folder / "prepared", min_count=MIN_COUNT)
+    half = options.impressions // 2
+    if options.tables == "ali-ccp" and not options.accuracy:
+        dataset = write_histories(folder / "prepared", train=half, test=1 << 12)
+    else:
+        scale = World.history_scale if options.accuracy else 1.0
+        generate(World(impressions=options.impressions, history_scale=scale), folder / "raw")
+        dataset = prepare_ali_ccp(folder / "raw", folder / "prepared", min_count=MIN_COUNT)
     train, test = MappedSplit.open(dataset, "train"), MappedSplit.open(dataset, "test")
     histories = sum(
         mean
