@@ -85,6 +85,8 @@ def compare(
     data: Path | None,
     world: World,
     command: str,
+    tune_on: World | None = None,
+    trials: Path | None = None,
 ) -> dict[str, Any]:
     """Compares methods; every rank calls it, rank 0 writes below `out`.
 
@@ -95,6 +97,9 @@ def compare(
         data: a prepared data set for all seeds; None: a generated world for each.
         world: settings of the worlds; its seed is that of the first.
         command: how the comparison was asked for, for the report.
+        tune_on: settings of the world to tune on, where several comparisons are to have methods
+            tuned alike; None: those of `world`.
+        trials: folder of what is remembered; None: below `out`.
 
     Returns:
         the content of results.json.
@@ -118,9 +123,9 @@ def compare(
 
     if data is not None:
         _check_fractions(options, source(world))
-    study = _Study(options, TrialStore(out / "trials", ranks), ranks)
+    study = _Study(options, TrialStore(trials or out / "trials", ranks), ranks)
     with study.progress(_train_impressions(data, world)):
-        with _closing(source(tuning_world(world))) as tuned_on:
+        with _closing(source(tuning_world(tune_on or world))) as tuned_on:
             chosen = study.tune(tuned_on)
         records: list[dict[str, Any]] = []
         for seed in range(options.seeds):
@@ -141,6 +146,7 @@ def compare(
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
 
     def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(text)
         _log_time(out, time.time() - started)
 
