@@ -27,6 +27,9 @@ COLOURS = {
     "shared-bottom": "#1f77b4",
 }
 MARKERS = dict(zip(COLOURS, "oXsvDP^*d", strict=True))
+OTHER_COLOUR, OTHER_MARKER = "#17becf", "."
+"""Of a method that has none above."""
+
 HEADLINE = {
     "cvr_auc": "CVR AUC, clicked impressions",
     "ctcvr_auc_common_ctr": "CTCVR AUC, all impressions",
@@ -128,6 +131,13 @@ def _runs(results: Results) -> Figure:
     return figure
 
 
+def _line(name: str) -> dict[str, Any]:
+    return {
+        "color": COLOURS.get(name, OTHER_COLOUR),
+        "marker": MARKERS.get(name, OTHER_MARKER),
+    }
+
+
 def _volume(results: Results) -> Figure:
     fractions = results["protocol"]["fractions"]
     figure = Figure(figsize=(9.5, 7.6), layout="constrained")
@@ -139,7 +149,7 @@ def _volume(results: Results) -> Figure:
             figures = [of_method[fraction_key(fraction)][metric] for fraction in fractions]
             if any(item["mean"] is None for item in figures):
                 continue
-            style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
+            style = {**_line(name), "markersize": 5}
             strong = name in ("BASE", "ESMM", "shared-bottom")
             mean = np.array([item["mean"] for item in figures])
             levels.plot(fractions, mean, label=name, lw=2.2 if strong else 1.2, **style)
@@ -185,8 +195,7 @@ def _difference_line(
         spread,
         mean,
         yerr=reach,
-        color=COLOURS[name],
-        marker=MARKERS[name],
+        **_line(name),
         markersize=5,
         lw=2.0 if strong else 1.0,
         elinewidth=1,
