@@ -127,14 +127,17 @@ def score(
             pass
         return
     partial = out.with_name(f"{out.name}.partial")
-    with (
-        pq.ParquetWriter(partial, SCORE_COLUMNS, compression="zstd") as writer,
-        progress_bar("Scoring", split.impressions, "rows") as bar,
-    ):
-        for table in _tables(steps, split):
-            writer.write_table(table)
-            bar.update(len(table))
-    partial.rename(out)
+    try:
+        with (
+            pq.ParquetWriter(partial, SCORE_COLUMNS, compression="zstd") as writer,
+            progress_bar("Scoring", split.impressions, "rows") as bar,
+        ):
+            for table in _tables(steps, split):
+                writer.write_table(table)
+                bar.update(len(table))
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def refuse_existing(out: Path) -> None:
@@ -160,5 +163,6 @@ def _tables(steps: Iterator[Logits | None], split: MappedSplit) -> Iterator[pa.T
 
 
 def remove(folder: Path) -> None:
-    """Removes rows that `encode_rows` laid out."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes rows that `encode_rows` laid out, also where it did not come to its end."""
+    for there in (folder, folder.with_name(f"{folder.name}.partial")):
+        shutil.rmtree(there, ignore_errors=True)
