@@ -2,6 +2,8 @@
 # make test      everything the README promises, checked
 # make check     format, lint, types, layers
 # make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
+# make paper     the methods compared: table, figure, report; make paper-full: more seeds, fractions
+# make bench     the figures of speed
 # DEVICE=cuda    CUDA builds and NCCL instead of the CPU and gloo
 
 DEVICE ?= cpu
@@ -15,7 +17,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 # torchrun asks for it by name; the library divides the cores among the ranks of a machine itself.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test ground-truth check format bench clean
+.PHONY: install train test ground-truth paper paper-full bench check format clean
 
 install: $(INSTALLED)
 
@@ -34,6 +36,21 @@ test: install
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
 
+paper: install
+	$(BIN)/esmm-torchrec compare --out paper --methods all --seeds 5 --fractions 0.1 0.3 1 --trials 4 --epochs 2
+
+paper-full: install
+	$(BIN)/esmm-torchrec compare --out paper-full --methods all --seeds 10 --fractions 0.1 0.2 0.3 0.5 1
+
+bench: install
+	mkdir -p bench
+	$(BIN)/python benchmarks/training_speed.py --turns 5 --out bench/training_speed.json
+	$(BIN)/python benchmarks/reading.py --turns 5 --out bench/reading.json
+	$(BIN)/python benchmarks/two_ranks.py --out bench/two_ranks.json
+	$(BIN)/python benchmarks/shared_features.py --out bench/shared_features.json
+	$(BIN)/python benchmarks/generate.py --impressions 1000000 --out bench/generate.json
+	$(BIN)/python benchmarks/prepare_ali_ccp.py --megabytes 500 --out bench/prepare_ali_ccp.json
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,4 +62,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs generated paper bench
+	rm -rf $(VENV) runs generated paper paper-full bench
