@@ -16,7 +16,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import COLLECTIONS, CollectionName, Schema
 
-
 _TAKEN_MODULE_NAMES = frozenset({"", *dir(nn.ModuleDict())})
 
 
