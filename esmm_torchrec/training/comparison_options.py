@@ -19,6 +19,7 @@ class Setting:
     sparse_lr: float
     dense_lr: float
     weight_decay: float
+    """Of the towers."""
 
 
 SETTINGS = (

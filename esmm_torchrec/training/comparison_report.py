@@ -459,7 +459,7 @@ def _tuning_table(results: Results) -> str:
             "trials",
             "tables’ rate",
             "towers’ rate",
-            "weight decay",
+            "towers’ weight decay",
             "own rate",
             "passes",
             "score",

@@ -36,7 +36,6 @@ def fuse_optimizer(
     optimizer: SparseOptimizerOption,
     *,
     lr: float,
-    weight_decay: float = 0.0,
     kernels: Mapping[str, str],
     device: torch.device,
 ) -> None:
@@ -63,7 +62,7 @@ def fuse_optimizer(
                 parameter = collection.embedding_bags.get_parameter(f"{config.name}.weight")
                 # A new dict each time: apply_optimizer_in_backward changes the one it is given.
                 apply_optimizer_in_backward(
-                    _CLASSES[optimizer], [parameter], _arguments(optimizer, lr, weight_decay)
+                    _CLASSES[optimizer], [parameter], _arguments(optimizer, lr)
                 )
 
 
@@ -76,7 +75,8 @@ def build_optimizer(
     weight_decay: float = 0.0,
 ) -> KeyedOptimizer:
     """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
-    towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8)."""
+    towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8). Weight decay is for the towers alone:
+    fbgemm ignores it unless it is told a mode, which TorchRec does not pass on."""
     parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     tables = {name: value for name, value in rest.items() if ".embedding_bags." in name}
@@ -88,7 +88,7 @@ def build_optimizer(
         )
 
     def table_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        arguments = _arguments(optimizer, sparse_lr, weight_decay)
+        arguments = _arguments(optimizer, sparse_lr)
         if optimizer == "adam":
             arguments["fused"] = True
         return _CLASSES[optimizer](parameters, **arguments)
@@ -99,7 +99,5 @@ def build_optimizer(
     return CombinedOptimizer(parts)
 
 
-def _arguments(optimizer: SparseOptimizerOption, lr: float, weight_decay: float) -> dict[str, Any]:
-    # fbgemm's optimisers without a penalty do not know the argument.
-    penalty = {"weight_decay": weight_decay} if weight_decay else {}
-    return {"lr": lr} | penalty | ({} if optimizer == "sgd" else {"eps": EPSILON})
+def _arguments(optimizer: SparseOptimizerOption, lr: float) -> dict[str, Any]:
+    return {"lr": lr} if optimizer == "sgd" else {"lr": lr, "eps": EPSILON}

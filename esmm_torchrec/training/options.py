@@ -44,8 +44,8 @@ class TrainOptions:
     dense_lr: float = 0.001
     """Learning rate of the towers (Adam)."""
     weight_decay: float = 0.0
-    """L2 penalty: this times a weight is added to its gradient, with the fused kernels only of the
-    embeddings that a step looks up."""
+    """L2 penalty of the towers: this times each weight is added to its gradient. Tables have
+    none."""
     dtype: DtypeOption = "float32"
     """What the hidden layers of the towers compute in; logits and loss stay float32."""
     history_weights: HistoryWeights = "normalised"
@@ -88,11 +88,6 @@ class TrainOptions:
             raise OptionError("--tower needs the widths of the hidden layers, such as 360 200 80")
         if self.weight_decay < 0:
             raise OptionError(f"--weight-decay {self.weight_decay} is negative; give 0 or more")
-        if self.weight_decay and self.sparse_optimizer == "sgd":
-            raise OptionError(
-                "--weight-decay does not reach tables with --sparse-optimizer sgd, which fbgemm "
-                "has without a penalty; use rowwise_adagrad or adagrad"
-            )
         if self.checkpoint_every < 0:
             raise OptionError(
                 f"--checkpoint-every {self.checkpoint_every} is negative; give 0 or more"

@@ -56,7 +56,6 @@ class Trainer:
                 task,
                 optimizer,
                 lr=options.sparse_lr,
-                weight_decay=options.weight_decay,
                 kernels=kernels,
                 device=ranks.device,
             )
@@ -83,7 +82,6 @@ class Trainer:
                 task,
                 optimizer,
                 lr=options.sparse_lr,
-                weight_decay=options.weight_decay,
                 kernels=kernels,
                 device=ranks.device,
             )
