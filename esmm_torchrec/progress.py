@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -19,6 +20,16 @@ class _PlainLines(tqdm):
             self.fp.write(line + "\n")
             self.fp.flush()
 
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # An error is said in one sentence; how far the work came does not belong before it.
+        self.disable = self.disable or exc_type is not None
+        super().__exit__(exc_type, exc_value, traceback)
+
     def close(self) -> None:
         if not self.disable:
             self.display()
@@ -28,17 +39,20 @@ class _PlainLines(tqdm):
 def progress_bar(description: str, total: float | None, unit: str, **options: Any) -> tqdm:
     """A tqdm bar on stderr; use it as a context manager and call `update(amount)`.
 
-    Where stderr is no terminal it prints a plain line every ten seconds and one at the end.
+    Where stderr is no terminal it prints a plain line every ten seconds and one at the end, but
+    none after an error.
     Further `options` are tqdm's own (`disable=True` silences it, on ranks other than 0).
     """
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "file": sys.stderr}
     common |= {"dynamic_ncols": True, "unit_scale": True} | options
     if sys.stderr.isatty():
         return tqdm(**common)
+    of_total = "" if total is None else "/{total_fmt}"
+    left = "" if total is None else "<{remaining}"
     common |= {
         "mininterval": PLAIN_INTERVAL_SECONDS,
         "delay": PLAIN_INTERVAL_SECONDS,
-        "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit} "
-        "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        "bar_format": f"{{desc}}: {{n_fmt}}{of_total} {{unit}} "
+        f"[{{elapsed}}{left}, {{rate_fmt}}{{postfix}}]",
     }
     return _PlainLines(**common)
