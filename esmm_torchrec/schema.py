@@ -142,7 +142,7 @@ class Schema:
 
     def table(self, name: str) -> Table:
         """The table called `name`; KeyError where there is none."""
-        return next(table for table in self.tables if table.name == name)
+        return {table.name: table for table in self.tables}[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is its inverse."""
