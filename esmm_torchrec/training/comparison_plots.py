@@ -30,6 +30,10 @@ MARKERS = dict(zip(COLOURS, "oXsvDP^*d", strict=True))
 OTHER_COLOUR, OTHER_MARKER = "#17becf", "."
 """Of a method that has none above."""
 
+FALLS_OUT = "DIVISION"
+"""What may leave the panels of volume: with few conversions it is so far below that all others
+would be one line."""
+
 HEADLINE = {
     "cvr_auc": "CVR AUC, clicked impressions",
     "ctcvr_auc_common_ctr": "CTCVR AUC, all impressions",
@@ -56,7 +60,8 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         plots["volume.png"] = (
             _volume(results),
             "Above: mean over seeds by the part of the training users used, the band being one "
-            "standard deviation. Below: paired difference from BASE with its 95 % interval.",
+            "standard deviation. Below: paired difference from BASE with its 95 % interval. "
+            f"{FALLS_OUT} may fall out below; its figures are then written there.",
         )
     plots["calibration.png"] = (
         _calibration(results),
@@ -73,8 +78,8 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
             plots["division.png"] = (
                 _division(results),
                 "Why not divide: a sample of test impressions of the first seed. The quotient of "
-                "two networks carries both their errors and exceeds 1 (red); a tower of its own "
-                "does not.",
+                "two networks carries both their errors and can exceed 1 (red); a tower of its own "
+                "cannot.",
             )
     for name, (figure, _) in plots.items():
         FigureCanvasAgg(figure)
@@ -144,6 +149,8 @@ def _volume(results: Results) -> Figure:
     grid = figure.subplots(2, 2, sharex=True)
     for column, (metric, title) in enumerate(HEADLINE.items()):
         levels, differences = grid[0, column], grid[1, column]
+        drawn: dict[str, np.ndarray] = {}
+        drawn_differences: dict[str, np.ndarray] = {}
         for place, name in enumerate(results["methods"]):
             of_method = results["methods"][name]
             figures = [of_method[fraction_key(fraction)][metric] for fraction in fractions]
@@ -153,12 +160,18 @@ def _volume(results: Results) -> Figure:
             strong = name in ("BASE", "ESMM", "shared-bottom")
             mean = np.array([item["mean"] for item in figures])
             levels.plot(fractions, mean, label=name, lw=2.2 if strong else 1.2, **style)
+            drawn[name] = np.array([mean, mean, mean])
             if strong and all(item["std"] is not None for item in figures):
                 std = np.array([item["std"] for item in figures])
+                drawn[name] = np.array([mean, mean - std, mean + std])
                 levels.fill_between(
                     fractions, mean - std, mean + std, color=style["color"], alpha=0.1
                 )
-            _difference_line(differences, results, metric, name, place, strong=strong)
+            reach = _difference_line(differences, results, metric, name, place, strong=strong)
+            if reach is not None:
+                drawn_differences[name] = reach
+        _fit_to_the_others(levels, fractions, drawn)
+        _fit_to_the_others(differences, fractions, drawn_differences)
         levels.set_title(title, fontsize=10)
         differences.axhline(0, color=COLOURS["BASE"], lw=1)
         differences.set_xlabel("part of the training users")
@@ -175,32 +188,69 @@ def _volume(results: Results) -> Figure:
     return figure
 
 
+def _fit_to_the_others(
+    axes: Axes, fractions: Sequence[float], drawn: Mapping[str, np.ndarray]
+) -> None:
+    """Cuts a panel to all methods but the one that may fall out, and writes where that one is.
+
+    Args:
+        axes: the panel.
+        fractions: along it.
+        drawn: method → (3, fractions), what is drawn of it: the line, its lower and upper reach.
+    """
+    others = [reach for name, reach in drawn.items() if name != FALLS_OUT]
+    if FALLS_OUT not in drawn or not others:
+        return
+    low, high = float(np.min(others)), float(np.max(others))
+    bottom = low - 0.15 * (high - low)
+    line = drawn[FALLS_OUT][0]
+    if line.min() >= bottom:
+        return
+    axes.set_ylim(bottom, high + 0.05 * (high - low))
+    below = [
+        f"{value:.3f} at {fraction:.0%}"
+        for fraction, value in zip(fractions, line, strict=True)
+        if value < bottom
+    ]
+    axes.text(
+        0.02,
+        0.02,
+        f"{FALLS_OUT}: {', '.join(below)}",
+        transform=axes.transAxes,
+        fontsize=8,
+        color=COLOURS[FALLS_OUT],
+    )
+
+
 def _difference_line(
     axes: Axes, results: Results, metric: str, name: str, place: int, *, strong: bool
-) -> None:
+) -> np.ndarray | None:
+    """Draws the paired differences of a method from BASE; gives the line and its reach, None where
+    there is no line."""
     fractions = results["protocol"]["fractions"]
     rows = [
         results["differences"][fraction_key(fraction)].get(metric, {}).get("BASE", {}).get(name)
         for fraction in fractions
     ]
     if any(row is None for row in rows):
-        return
+        return None
     # Side by side, or the intervals hide one another.
-    spread = np.array(fractions) * 1.022 ** (place - 4)
+    spread = np.array(fractions) * 1.03 ** (place - 4)
     mean = np.array([row["mean"] for row in rows])
-    reach = None
+    half = np.zeros(len(rows))
     if all(row["low"] is not None for row in rows):
-        reach = mean - np.array([row["low"] for row in rows])
+        half = mean - np.array([row["low"] for row in rows])
     axes.errorbar(
         spread,
         mean,
-        yerr=reach,
+        yerr=half if half.any() else None,
         **_line(name),
         markersize=5,
         lw=2.0 if strong else 1.0,
         elinewidth=1,
         capsize=2,
     )
+    return np.array([mean, mean - half, mean + half])
 
 
 def _calibration(results: Results) -> Figure:
