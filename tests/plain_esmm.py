@@ -68,7 +68,7 @@ class PlainEsmm:
             for table, names in in_order.items():
                 for name in names:
                     parts.append(self._feature(rows, kinds[name], self.tables[table]))
-        dense = rows[list(self.schema.dense_features)].to_numpy(np.float64)
+        dense = rows[list(self.schema.dense_features)].to_numpy(np.float64, copy=True)
         return torch.cat([*parts, torch.from_numpy(dense)], dim=1)
 
     @staticmethod
