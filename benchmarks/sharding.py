@@ -206,7 +206,6 @@ class Benchmark:
             module,
             scenario.sparse_optimizer,
             lr=0.01,
-            weight_decay=0.0,
             kernels=kernels,
             device=ranks.device,
         )
