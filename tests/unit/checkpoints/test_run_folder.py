@@ -1,0 +1,190 @@
+"""Run folders: which may be begun, which gone on with, which opened."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.models.methods import ModelOptions
+from esmm_torchrec.schema import IdFeature, Schema, Table
+
+SCHEMA = Schema((Table("item", 9),), (IdFeature("item", "item"),))
+
+
+def _config(**identity: Any) -> dict[str, Any]:
+    return {
+        "identity": {"batch_size": 64, "tower": (8, 4), "max_steps": None, "data": "abc"}
+        | identity,
+        "options": {"history_weights": "normalised"},
+        "model": asdict(ModelOptions(tower=(8, 4))),
+        "schema": SCHEMA.to_dict(),
+        "mean_values_per_bag": {"item": 1.0},
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.start(tmp_path / "runs" / "one", _config(), resume="auto")
+
+
+def _refused(sentence: str):
+    return pytest.raises(RunError, match=f"^{re.escape(sentence)}$")
+
+
+def test_what_is_started_can_be_opened(run: RunFolder) -> None:
+    found = RunFolder.open(run.path)
+    assert found.schema == SCHEMA
+    assert found.model_options == ModelOptions(tower=(8, 4))
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_empty_folder_will_do(resume: str, tmp_path: Path) -> None:
+    assert RunFolder.find(tmp_path, _config(), resume=resume) is None
+    assert list(tmp_path.iterdir()) == []
+    assert RunFolder.start(tmp_path, _config(), resume=resume).path == tmp_path
+
+
+def test_the_same_run_goes_on_and_keeps_its_config(run: RunFolder) -> None:
+    other = _config() | {"ranks": 4}
+    assert RunFolder.start(run.path, other, resume="auto").config == json.loads(
+        json.dumps(_config())
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"batch_size": 32}, "--batch-size 64 and this one has 32"),
+        ({"tower": (8,)}, "--tower 8 4 and this one has 8"),
+        ({"max_steps": 3}, "--max-steps none and this one has 3"),
+        ({"data": "def"}, "another data set than this --data"),
+        ({"detach_click": True}, "--detach-click none and this one has true"),
+    ],
+)
+def test_another_run_is_refused_by_the_option_that_differs(
+    changed: dict[str, Any], what: str, run: RunFolder
+) -> None:
+    before = (run.path / "config.json").read_bytes()
+    sentence = (
+        f"{run.path} holds a run with {what}; choose another --out, or the same options to go on "
+        "with it"
+    )
+    with _refused(sentence):
+        RunFolder.start(run.path, _config(**changed), resume="auto")
+    assert (run.path / "config.json").read_bytes() == before
+
+
+def test_a_run_is_not_begun_twice(run: RunFolder) -> None:
+    with _refused(f"{run.path} holds a run already and --resume is never; choose another --out"):
+        RunFolder.start(run.path, _config(), resume="never")
+
+
+def test_a_step_to_go_on_from_must_be_there(run: RunFolder, tmp_path: Path) -> None:
+    for step in (10, 20):
+        (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    (run.checkpoints / "step-00000030.partial").mkdir()
+    assert RunFolder.find(run.path, _config(), resume="20") is not None
+    with _refused(f"{run.checkpoints} has no checkpoint of step 30; there is: 10, 20"):
+        RunFolder.find(run.path, _config(), resume="30")
+    with _refused(f"{tmp_path / 'new'} holds no run to go on with; leave out --resume 20"):
+        RunFolder.find(tmp_path / "new", _config(), resume="20")
+    assert not (tmp_path / "new").exists()
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("mine")
+    with _refused(f"{tmp_path} is not empty and holds no run; choose another --out"):
+        RunFolder.start(tmp_path, _config(), resume="auto")
+    with _refused(f"{tmp_path / 'letters.txt'} is a file; choose another --out"):
+        RunFolder.start(tmp_path / "letters.txt", _config(), resume="auto")
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_a_start_that_was_cut_short_begins_anew(tmp_path: Path) -> None:
+    """A full disk, for one, leaves this."""
+    (tmp_path / "config.json.partial").write_text("{")
+    run = RunFolder.start(tmp_path, _config(), resume="auto")
+    assert RunFolder.open(run.path).schema == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+        ("[1]", "list indices must be integers or slices, not str"),
+        ('{"identity": 1}', "'int' object has no attribute 'items'"),
+    ],
+)
+def test_a_broken_config_is_said_to_be(text: str, reason: str, run: RunFolder) -> None:
+    (run.path / "config.json").write_text(text)
+    with _refused(f"{run.path / 'config.json'} is broken ({reason}); train again"):
+        RunFolder.open(run.path)
+
+
+@pytest.mark.parametrize("key", ["identity", "options", "model", "schema", "mean_values_per_bag"])
+def test_a_config_must_be_whole(key: str, run: RunFolder) -> None:
+    config = _config()
+    del config[key]
+    (run.path / "config.json").write_text(json.dumps(config))
+    with _refused(f"{run.path / 'config.json'} is broken ('{key}'); train again"):
+        RunFolder.open(run.path)
+
+
+def test_a_method_of_a_later_version_is_named(run: RunFolder) -> None:
+    config = _config()
+    config["model"]["method"] = "esmm3"
+    run.write_json("config.json", config)
+    with _refused(f"{run.path / 'config.json'} is broken (unknown method 'esmm3'); train again"):
+        RunFolder.open(run.path)
+
+
+def test_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
+    with _refused(
+        f"{tmp_path} is no run folder, it has no config.json; give the --out of a training run"
+    ):
+        RunFolder.open(tmp_path)
+
+
+def test_ids_must_mean_what_they_meant_in_training(run: RunFolder, tmp_path: Path) -> None:
+    run.check_schema(SCHEMA, tmp_path)
+    other = replace(SCHEMA, tables=(Table("item", 10),))
+    with _refused(
+        f"{tmp_path} has other features or vocabularies than the data of {run.path}; give the "
+        "data set that the run was trained on"
+    ):
+        run.check_schema(other, tmp_path)
+
+
+def test_history_forgets_what_is_done_again(run: RunFolder) -> None:
+    run.drop_history(0)
+    assert not run.history.exists()
+    lines = [json.dumps({"step": step}) + "\n" for step in (5, 10, 15)]
+    for text, after, kept in (
+        ("".join(lines), 15, lines),
+        ("".join(lines), 14, lines[:2]),
+        ("".join(lines), 0, []),
+        ("".join(lines) + '{"ste', 20, lines),
+    ):
+        run.history.write_text(text)
+        run.drop_history(after)
+        assert run.history.read_text() == "".join(kept)
+
+
+def test_checkpoints_are_found_by_step_and_whole_ones_alone(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path / "nowhere") is None
+    for name in ("step-00000100", "step-00000020", "step-00000300.partial", "other"):
+        (tmp_path / name).mkdir()
+    assert list(checkpoint_folders(tmp_path)) == [20, 100]
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000100"
+    assert find_checkpoint(tmp_path, 20) == tmp_path / "step-00000020"
+    with _refused(f"{tmp_path} has no checkpoint of step 300; there is: 20, 100"):
+        find_checkpoint(tmp_path, 300)
