@@ -16,8 +16,9 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 
 # torchrun asks for it by name; the library divides the cores among the ranks of a machine itself.
 export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test ground-truth paper paper-full bench check format clean
+.PHONY: install train test ground-truth paper paper-full paper-small paper-grid bench check format clean
 
 install: $(INSTALLED)
 
@@ -31,7 +32,7 @@ train: install
 	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/train_ali_ccp.py --device $(DEVICE) --out $(RUN)
 
 test: install
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
@@ -41,6 +42,13 @@ paper: install
 
 paper-full: install
 	$(BIN)/esmm-torchrec compare --out paper-full --methods all --seeds 10 --fractions 0.1 0.2 0.3 0.5 1
+
+paper-small: install
+	$(BIN)/esmm-torchrec compare --out paper-small --seeds 2 --trials 1 --epochs 1 --fractions 0.3 1 \
+		--batch-size 512 --test-impressions 5000 --world.impressions 20000
+
+paper-grid: paper
+	$(BIN)/python benchmarks/methods_grid.py --out bench/methods-grid --trials paper/trials
 
 bench: install
 	mkdir -p bench
@@ -62,4 +70,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs generated paper paper-full bench
+	rm -rf $(VENV) runs generated paper paper-full paper-small bench
