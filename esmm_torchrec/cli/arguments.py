@@ -75,8 +75,8 @@ def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
 
 def _sentence(box: str) -> str:
     """What a box of tyro's says."""
-    text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯─│]", " ", box)
-    text = re.sub(r"\s+", " ", text).partition(" For full helptext")[0].strip()
+    text = " ".join(" ".join(_without_frame(line) for line in box.splitlines()).split())
+    text = text.partition(" For full helptext")[0]
     for shape, say in (
         (r"Required options Missing from .*?: (.*?)(?: Unrecognized options: (.*))?$", _missing),
         (r"Unrecognized options Unrecognized options: (.*?)(?: Perhaps .*?(--\S+).*)?$", _unknown),
@@ -88,6 +88,16 @@ def _sentence(box: str) -> str:
         if found is not None:
             return say(*found.groups())
     return text.rstrip(".")
+
+
+def _without_frame(line: str) -> str:
+    """What stands in a line of a box; its frame is of other signs where the terminal is not."""
+    line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+    if re.fullmatch(r"[╭╰+][─-].*[╮╯+]", line):
+        return line.strip("╭╮╰╯+─- ")
+    if re.fullmatch(r"[│|].*[│|]", line):
+        line = line[1:-1].strip()
+    return "" if set(line) <= set("─-") else line
 
 
 def _missing(entries: str, unknown: str | None) -> str:

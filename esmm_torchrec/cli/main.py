@@ -133,7 +133,11 @@ def errors_in_words(out: object = None) -> Iterator[None]:
         out: what the block writes, for errors of the system that name no file.
     """
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # behind a help text
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except EsmmTorchrecError as error:
         print_error(str(error))
