@@ -102,13 +102,12 @@ class Trainer:
         self.model.train()
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self._device)
         stream = iter(reader)
-        try:
-            for _ in range(num_steps):
-                output = pipeline.progress(stream)
-                reader.advance()
-                yield output
-        finally:
-            pipeline.detach()
+        for _ in range(num_steps):
+            output = pipeline.progress(stream)
+            reader.advance()
+            yield output
+        # Not after an error: within a step it fails, and hides what went wrong.
+        pipeline.detach()
 
 
 def _take_weights_as_data(model: nn.Module) -> None:
