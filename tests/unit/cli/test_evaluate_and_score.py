@@ -1,0 +1,261 @@
+"""`esmm-torchrec evaluate` and `score`, as they are typed, on one rank."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch.distributed as dist
+
+from esmm_torchrec.cli.main import main
+from esmm_torchrec.data.tabular import prepare_table
+from esmm_torchrec.serving.predictor import Predictor
+
+SCORES = ["sample_id", "pctr", "pcvr", "pctcvr"]
+TEST_ROWS = 150
+
+
+def _impressions(rows: int, seed: int) -> pd.DataFrame:
+    random = np.random.default_rng(seed)
+    user, shop = random.integers(0, 30, rows), random.choice(["Oslo", "Rome", "Bonn"], rows)
+    click = random.random(rows) < 0.2 + 0.5 * (user % 3 == 0)
+    return pd.DataFrame(
+        {
+            "user": user,
+            "shop": shop,
+            "age": random.normal(40, 9, rows).round(1),
+            "click": click.astype(int),
+            "buy": (click & (random.random(rows) < 0.2 + 0.6 * (shop == "Rome"))).astype(int),
+            "impression": 1000 + 7 * np.arange(rows),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw rows, the data set prepared from them, and a run trained on it."""
+    folder = tmp_path_factory.mktemp("scoring")
+    _impressions(400, 0).to_csv(folder / "train.csv", index=False)
+    _impressions(TEST_ROWS, 1).to_csv(folder / "test.csv", index=False)
+    _impressions(TEST_ROWS, 1).drop(columns=["click", "buy"]).to_parquet(folder / "new.parquet")
+    prepare_table(
+        folder / "data",
+        train=[folder / "train.csv"],
+        test=[folder / "test.csv"],
+        click="click",
+        conversion="buy",
+        ids=["user", "shop"],
+        dense=["age"],
+        sample_id="impression",
+    )
+    run = ["--data", str(folder / "data"), "--out", str(folder / "run"), "--batch-size", "64"]
+    model = ["--embedding-dim", "8", "--tower", "16", "--checkpoint-every", "3"]
+    main(["train", *run, *model, "--epochs", "2"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A command that fails ends its process; here the next one runs in the same."""
+    yield
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _score(folder: Path, out: str, *more: str) -> pd.DataFrame:
+    main(["score", str(folder / "run"), "--out", str(folder / out), *more])
+    return pd.read_parquet(folder / out)
+
+
+@pytest.fixture(scope="module")
+def scores(folder: Path) -> pd.DataFrame:
+    return _score(folder, "scores.parquet", "--data", str(folder / "data"))
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    del stop
+    _leave_process_group()
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    return line.removeprefix("esmm-torchrec: ")
+
+
+def test_the_test_split_measures_what_training_ended_with(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = str(folder / "run"), str(folder / "data")
+    main(["evaluate", run, "--data", data, "--json", str(tmp_path / "test.json")])
+    shown = capsys.readouterr().out
+    recorded = json.loads((folder / "run" / "metrics.json").read_text())["test"]
+    assert json.loads((tmp_path / "test.json").read_text())["test"] == recorded
+    assert shown.startswith("test half ")
+    assert re.search(rf"^click, all impressions +{recorded['ctr_auc']:.4f} ", shown, flags=re.M)
+    assert f"{TEST_ROWS} impressions, {recorded['clicks']} clicks, " in shown
+
+
+def test_the_training_split_is_another_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["evaluate", str(folder / "run"), "--data", str(folder / "data"), "--split", "train"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("train half ")
+    assert "400 impressions, " in shown
+
+
+def test_an_earlier_checkpoint_is_another_model(folder: Path, scores: pd.DataFrame) -> None:
+    earlier = _score(folder, "earlier.parquet", "--data", str(folder / "data"), "--step", "3")
+    assert earlier["sample_id"].tolist() == scores["sample_id"].tolist()
+    assert (earlier["pcvr"] != scores["pcvr"]).all()
+
+
+def test_scores_come_in_the_order_of_the_data(scores: pd.DataFrame) -> None:
+    assert list(scores.columns) == SCORES
+    assert scores["sample_id"].tolist() == [1000 + 7 * row for row in range(TEST_ROWS)]
+    assert scores.dtypes.astype(str).tolist() == ["int64", "float32", "float32", "float32"]
+    for name in SCORES[1:]:
+        assert scores[name].between(0, 1, inclusive="neither").all()
+    np.testing.assert_allclose(scores["pctcvr"], scores["pctr"] * scores["pcvr"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["new.parquet", "test.csv"])
+def test_raw_rows_score_like_the_prepared_ones(
+    name: str, folder: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without labels, or with labels that do not matter."""
+    out = f"{name}-scores.parquet"
+    scored = _score(folder, out, "--input", str(folder / name), "--batch-size", "50")
+    assert f"{TEST_ROWS} impressions scored: {folder / out}\n" in capsys.readouterr().out
+    assert scored["sample_id"].tolist() == scores["sample_id"].tolist()
+    for column in SCORES[1:]:
+        np.testing.assert_allclose(scored[column], scores[column], atol=1e-6)
+
+
+def test_the_predictor_scores_the_same(folder: Path, scores: pd.DataFrame) -> None:
+    predicted = Predictor(folder / "run").score(folder / "new.parquet")
+    for column in SCORES:
+        np.testing.assert_allclose(predicted[column], scores[column], atol=1e-6)
+
+
+def test_ids_that_training_never_saw_score_as_unknown(folder: Path, tmp_path: Path) -> None:
+    row = {"user": 3, "shop": "Rome", "age": 40.0, "impression": 1}
+    new = [row | {"impression": 2, "user": user} for user in (-5, 10**12)]
+    pd.DataFrame([row, *new]).to_parquet(tmp_path / "rows.parquet")
+    scored = Predictor(folder / "run").score(tmp_path / "rows.parquet")
+    assert scored["pctr"][1] == scored["pctr"][2]
+    assert scored["pctr"][0] != scored["pctr"][1]
+
+
+@pytest.mark.usefixtures("scores")
+def test_what_is_there_is_never_written_over(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "scores.parquet"
+    before = out.read_bytes()
+    again = ["score", str(folder / "run"), "--data", str(folder / "data"), "--out", str(out)]
+    assert _refused(again, capsys) == f"{out} exists already; remove it or choose another --out"
+    assert out.read_bytes() == before
+
+
+def _no_such_column(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    return frame.drop(columns="user"), "has no column 'user' (an id feature)"
+
+
+def _a_missing_number(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    frame.loc[4, "age"] = float("nan")
+    return frame, "row 4, column 'age': "
+
+
+def _no_row(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    return frame.head(0), "has no row"
+
+
+@pytest.mark.parametrize("spoil", [_no_such_column, _a_missing_number, _no_row])
+def test_rows_that_cannot_be_scored_are_named(
+    spoil: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame, sentence = spoil(pd.read_parquet(folder / "new.parquet"))
+    frame.to_parquet(tmp_path / "rows.parquet")
+    arguments = ["--input", str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "x.parquet")]
+    said = _refused(["score", str(folder / "run"), *arguments], capsys)
+    assert said.startswith(str(tmp_path / "rows.parquet"))
+    assert sentence in said
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["score", "--out", "{tmp}/x.parquet"]])
+@pytest.mark.parametrize(
+    ("run", "data", "more", "sentence"),
+    [
+        ("{tmp}", "{folder}/data", [], "{tmp} is no run folder, it has no config.json; give the"),
+        ("{folder}/run", "{tmp}", [], "{tmp} is no prepared data set, it has no dataset.json;"),
+        (
+            "{folder}/run",
+            "{folder}/other",
+            [],
+            "{folder}/other has other features or vocabularies than the data of {folder}/run; give "
+            "the data set that the run was trained on",
+        ),
+        (
+            "{folder}/run",
+            "{folder}/data",
+            ["--step", "5"],
+            "{folder}/run/checkpoints has no checkpoint of step 5; there is: 3, 6, 9, 12, 14",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    command: list[str],
+    run: str,
+    data: str,
+    more: list[str],
+    sentence: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not (folder / "other").exists():
+        prepare_table(
+            folder / "other",
+            train=[folder / "test.csv"],
+            test=[folder / "test.csv"],
+            click="click",
+            conversion="buy",
+            ids=["user"],
+        )
+    name, *given = command
+    arguments = [name, run, "--data", data, *given, *more]
+    places = {"tmp": str(tmp_path), "folder": str(folder)}
+    said = _refused([argument.format(**places) for argument in arguments], capsys)
+    assert said.startswith(sentence.format(**places))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "run" / "config.json").read_bytes())
+    assert _refused(["evaluate", str(tmp_path), "--data", str(folder / "data")], capsys) == (
+        f"{tmp_path} has no checkpoint yet; let its training come to an end"
+    )
+    assert _refused(
+        ["score", str(tmp_path), "--input", str(folder / "new.parquet"), "--out", "x"], capsys
+    ) == (
+        f"{tmp_path} has lost its preprocessing/, which encodes raw rows; copy it from a run on "
+        "the same data, or score a prepared data set"
+    )
