@@ -1,0 +1,179 @@
+"""One training run on one rank, from Python: what it writes, when it stops, what identifies it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.run import train
+from tests.plain_esmm import read_frame
+from tests.prepared_data import write_data_set
+
+TRAIN_ROWS, TEST_ROWS = 410, 130
+OPTIONS = TrainOptions(
+    batch_size=20, embedding_dim=8, tower=(8,), epochs=2, sparse_lr=0.2, dense_lr=0.01
+)
+STEPS_PER_EPOCH = -(-TRAIN_ROWS // 20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prepared"
+    write_data_set(path, train=TRAIN_ROWS, test=TEST_ROWS)
+    return path
+
+
+def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
+    with process_group("cpu") as ranks:
+        metrics = train(data, out, options, ranks)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> tuple[Path, dict[str, Any]]:
+    """A run folder and what `train` returned."""
+    out = data.parent / "run"
+    return out, _train(data, out, replace(OPTIONS, checkpoint_every=15))
+
+
+def _history(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def test_the_folder_holds_what_it_should(trained: tuple[Path, dict[str, Any]], data: Path) -> None:
+    out, metrics = trained
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints", "config.json", "history.jsonl", "metrics.json", "plan.json", "plots",
+        "preprocessing", "tensorboard",
+    ]  # fmt: skip
+    assert list(checkpoint_folders(out / "checkpoints")) == [15, 30, 42]
+    assert len(list((out / "checkpoints").iterdir())) == 3
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    for name in ("history.png", "calibration.png"):
+        assert (out / "plots" / name).read_bytes().startswith(b"\x89PNG")
+    copied = PreparedDataSet.open(out / "preprocessing", data_files=False)
+    assert copied.schema == PreparedDataSet.open(data).schema
+
+
+def test_everything_is_resolved_in_the_config(
+    trained: tuple[Path, dict[str, Any]], data: Path
+) -> None:
+    out, _ = trained
+    config = json.loads((out / "config.json").read_text())
+    assert config["options"].keys() == {field.name for field in fields(TrainOptions)}
+    assert config["options"]["checkpoint_every"] == 15
+    assert config["data"] == str(data.resolve())
+    assert config["environment"]["torch"] == version("torch")
+    # What two runs of the same model may differ in is no part of what identifies them.
+    for name in ("device", "resume", "checkpoint_every", "sharding"):
+        assert name not in config["identity"]
+    assert config["identity"]["data"] == PreparedDataSet.open(data).fingerprint
+
+
+def test_history_and_tensorboard_say_the_same(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = trained
+    history = _history(out)
+    every = 2 * STEPS_PER_EPOCH // 10
+    assert [line["step"] for line in history] == [*range(every, 42, every), 42]
+    assert [line["epoch"] for line in history] == [
+        int(line["step"] >= STEPS_PER_EPOCH) + int(line["step"] == 42) for line in history
+    ]
+    for line in history:
+        assert np.isfinite(list(line.values())).all()
+        assert line["samples_per_second"] > 0
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("loss", "ctr_auc"):
+        told = {event.step: event.value for event in board.Scalars(name)}
+        assert told == pytest.approx({line["step"]: line[name] for line in history}, rel=1e-6)
+
+
+def test_the_loss_in_history_is_the_mean_since_the_line_before(
+    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    """With a line for every step it is each step's own; the first is at the start's base rates."""
+    out, _ = trained
+    single = tmp_path / "single"
+    _train(data, single, replace(OPTIONS, max_steps=8))
+    losses = [line["loss"] for line in _history(single)]
+    assert len(losses) == 8
+    assert _history(out)[0]["loss"] == pytest.approx(np.mean(losses[:4]), rel=1e-5)
+    assert _history(out)[1]["loss"] == pytest.approx(np.mean(losses[4:]), rel=1e-5)
+    frame = read_frame(PreparedDataSet.open(data), "train")
+    click, both = frame["click"].mean(), (frame["click"] * frame["conversion"]).mean()
+    entropy = sum(-p * np.log(p) - (1 - p) * np.log(1 - p) for p in (click, both))
+    assert losses[0] == pytest.approx(entropy, rel=0.1)
+
+
+def test_it_learns(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, metrics = trained
+    history = _history(out)
+    first, last = (np.mean([line["loss"] for line in part]) for part in (history[:2], history[-2:]))
+    assert last < first - 0.05
+    assert 0.6 < metrics["test"]["ctr_auc"] < metrics["truth"]["oracle"]["ctr_auc"] + 0.05
+
+
+def test_it_stops_after_max_steps(data: Path, tmp_path: Path) -> None:
+    _train(data, tmp_path, replace(OPTIONS, max_steps=7))
+    assert [line["step"] for line in _history(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert list(checkpoint_folders(tmp_path / "checkpoints")) == [7]
+    whole = replace(OPTIONS, max_steps=1000)
+    _train(data, tmp_path / "whole", whole)
+    assert _history(tmp_path / "whole")[-1]["step"] == 2 * STEPS_PER_EPOCH
+
+
+def test_the_same_options_give_the_same_model_and_another_seed_another(
+    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    _, metrics = trained
+    again = _train(data, tmp_path / "again", OPTIONS)
+    assert again["test"] == metrics["test"]
+    other = _train(data, tmp_path / "other", replace(OPTIONS, seed=1))
+    assert other["test"]["ctr_auc"] != metrics["test"]["ctr_auc"]
+
+
+def test_it_counts_what_it_measures_on(trained: tuple[Path, dict[str, Any]], data: Path) -> None:
+    _, metrics = trained
+    frame = read_frame(PreparedDataSet.open(data), "test")
+    test = metrics["test"]
+    assert test["impressions"] == TEST_ROWS == len(frame)
+    assert test["clicks"] == frame["click"].sum()
+    assert test["conversions"] == (frame["click"] * frame["conversion"]).sum()
+    throughput = metrics["throughput"]
+    assert throughput["train_samples_per_second"] == pytest.approx(
+        2 * TRAIN_ROWS / throughput["train_seconds"]
+    )
+
+
+def test_a_run_of_other_options_is_left_alone(
+    trained: tuple[Path, dict[str, Any]], data: Path
+) -> None:
+    out, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+    def refused() -> None:
+        with process_group("cpu") as ranks, pytest.raises(RunError, match="--tower 8 and this one"):
+            train(data, out, replace(OPTIONS, tower=(9,)), ranks)
+
+    refused()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", ["sharding", "checkpoint_every", "device"])
+def test_what_does_not_identify_a_run_may_change(
+    option: str, trained: tuple[Path, dict[str, Any]], data: Path
+) -> None:
+    out, metrics = trained
+    value = {"sharding": "row_wise", "checkpoint_every": 3, "device": "cpu"}[option]
+    assert _train(data, out, replace(OPTIONS, **{option: value}))["test"] == metrics["test"]
