@@ -285,12 +285,16 @@ class BadRow(NamedTuple):
 
 
 class Block(NamedTuple):
+    """A stretch of a raw file."""
+
     first_line: int
     text: bytes
     """Whole lines, a newline after each."""
 
 
 class ParsedLines(NamedTuple):
+    """What the lines of a block say."""
+
     table: pa.Table
     lines: np.ndarray
     """int64, the line each row comes from."""
@@ -418,6 +422,8 @@ def _explain_features(features: Sequence[bytes], layout: Layout) -> str | None:
 
 
 class RawFile(NamedTuple):
+    """A raw file that is open, by itself or within its archive."""
+
     name: str
     """After that of the archive where it is in one."""
     path: str
@@ -434,10 +440,12 @@ class Folder:
 
     @property
     def names(self) -> list[str]:
+        """The files, as progress and errors call them."""
         return [path.name for path in self._files.values()]
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[RawFile]:
+        """One of the raw files, by its name at the source."""
         path = self._files[name]
         with path.open("rb", buffering=0) as stream:
             yield RawFile(path.name, str(path), path.stat().st_size, stream)
@@ -494,10 +502,12 @@ class Archive:
 
 
 def skeleton_file(split: SplitName) -> str:
+    """Name of the file of a split's impressions."""
     return f"sample_skeleton_{split}.csv"
 
 
 def common_file(split: SplitName) -> str:
+    """Name of the file of the features that a split's impressions share."""
     return f"common_features_{split}.csv"
 
 

@@ -138,6 +138,7 @@ def same_columns(found: pa.Schema, expected: pa.Schema) -> str | None:
 
 
 def first_true(mask: np.ndarray) -> int | None:
+    """Where the first True of a mask is, if there is one."""
     place = int(mask.argmax()) if len(mask) else 0
     return place if len(mask) and mask[place] else None
 
@@ -233,9 +234,11 @@ def sha256_of(path: Path) -> str:
 
 
 def vocabulary_file(table: str) -> str:
+    """Where the vocabulary of a table is, relative to the data set."""
     # Tables may be called after the columns of a stranger's file.
     return f"vocabulary/{quote(table, safe=' ')}.parquet"
 
 
 def partial_folder(path: Path) -> Path:
+    """Where a data set is written until it is whole."""
     return path.with_name(f"{path.name}.partial")

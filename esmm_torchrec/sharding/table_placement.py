@@ -161,11 +161,13 @@ def _even_width(sharding_type: str, columns: int, parts: int) -> int:
 
 
 def either(values: Iterable[Any]) -> str:
+    """Values as a sentence offers them: "a, b or c"."""
     names = [str(value) for value in values]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def check_type_and_ranks(sharding_type: str, ranks: Iterable[int], world_size: int) -> None:
+    """Raises PlanError where there is no such sharding type or no such rank."""
     if sharding_type not in SHARDING_TYPES:
         raise PlanError(
             f"there is no sharding type {sharding_type!r}; use {either(SHARDING_TYPES)}"
@@ -176,6 +178,7 @@ def check_type_and_ranks(sharding_type: str, ranks: Iterable[int], world_size: i
 
 
 def check_placement(table: TablePlacement, world_size: int, local_world_size: int) -> None:
+    """Raises PlanError for what TorchRec does not have, or not rightly."""
     all_ranks = (*table.ranks, *(shard.rank for shard in table.shards))
     check_type_and_ranks(table.sharding_type, all_ranks, world_size)
     if table.compute_kernel not in COMPUTE_KERNELS:
