@@ -90,6 +90,14 @@ def _sharding_types(sharding: ShardingOption, *, world_size: int) -> tuple[Shard
     return ("table_wise",) if world_size == 1 else ("table_wise", "row_wise")
 
 
+def _gives_each_rank_a_row(sharding: ShardingOption, rows: int, ranks: Ranks) -> bool:
+    """fbgemm's kernels for a CPU read beyond their arrays where the last of the tables that they
+    hold has no row on a rank, and then fail now and then."""
+    among = {"row_wise": ranks.world_size, "table_row_wise": ranks.local_world_size}
+    parts = among.get(sharding, 1)
+    return rows > -(-rows // parts) * (parts - 1)
+
+
 def make_plan(
     module: nn.Module,
     *,
@@ -99,6 +107,8 @@ def make_plan(
     workload: Workload,
 ) -> ShardingPlan:
     """Plans every EmbeddingBagCollection of a module; the same plan on every rank.
+
+    A table of too few rows for each rank to get one is placed whole, whatever the sharding.
 
     Raises:
         PlanError: the tables do not fit.
@@ -112,8 +122,11 @@ def make_plan(
         for config in collection.embedding_bag_configs():
             column_shards = config.embedding_dim // KERNEL_DIM_MULTIPLE
             shards = max(n for n in range(1, ranks.world_size + 1) if column_shards % n == 0)
+            possible = [
+                name for name in types if _gives_each_rank_a_row(name, config.num_embeddings, ranks)
+            ]
             constraints[config.name] = ParameterConstraints(
-                sharding_types=[ShardingType(name).value for name in types],
+                sharding_types=[ShardingType(name).value for name in possible or ["table_wise"]],
                 compute_kernels=kernels,
                 min_partition=config.embedding_dim // shards,
                 pooling_factors=[

@@ -134,6 +134,27 @@ def test_column_wise_cuts_where_fbgemms_kernels_can(
         assert [shard.shard_sizes[1] for shard in spec.shards] == widths  # pyright: ignore
 
 
+@pytest.mark.parametrize("sharding", ["auto", "row_wise", "table_row_wise"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_no_rank_is_left_without_a_row(
+    sharding: ShardingOption, world_size: int, one: Ranks
+) -> None:
+    """Of a table that is divided; with such, fbgemm fails on a CPU now and then."""
+    ranks = replace(one, world_size=world_size, local_world_size=world_size)
+    model = nn.Module()
+    model.plain = _collection({f"t{rows}": rows for rows in range(1, 11)}, 16, weighted=False)
+    kinds = {}
+    for name, table in _plan(ranks, sharding, model=model).items():
+        spec = table.sharding_spec
+        assert spec is not None
+        assert min(shard.shard_sizes[0] for shard in spec.shards) > 0, name  # pyright: ignore
+        kinds[name] = table.sharding_type
+    if sharding != "auto":
+        assert kinds[f"t{world_size - 1}"] == "table_wise"
+        assert kinds[f"t{world_size}"] == sharding
+        assert kinds["t10"] == sharding
+
+
 def test_tables_that_do_not_fit_are_said_to(two: Ranks) -> None:
     sentence = (
         "TorchRec finds no plan for --sharding row_wise on 2 ranks; where memory is short, use "
