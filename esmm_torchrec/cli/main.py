@@ -38,7 +38,7 @@ EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-OTHER_RANKS_WAIT_SECONDS = 3.0
+OTHER_RANKS_WAIT_SECONDS = 10.0
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")
 """What gloo says on the ranks that are left."""
@@ -59,14 +59,20 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_error(message: str) -> None:
+def print_error(message: str, *, on_every_rank: bool = False) -> None:
     """Prints a sentence once, however many ranks fail with it.
 
     Rank 0 prints at once. Another rank waits a moment first: where rank 0 failed too, torchrun
     ends this process meanwhile; where it did not, the sentence would otherwise be lost.
+
+    Args:
+        message: one sentence.
+        on_every_rank: the error cannot but be the same on all of them, so rank 0 alone prints.
     """
     if not _is_first_rank():
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        if on_every_rank:
+            return
     print(f"esmm-torchrec: {message}", file=sys.stderr, flush=True)
 
 
@@ -75,7 +81,7 @@ def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     try:
         return read_options(options, prog, arguments)
     except OptionError as error:
-        print_error(str(error))
+        print_error(str(error), on_every_rank=True)
         raise SystemExit(EXIT_USER_ERROR) from None
 
 

@@ -1,0 +1,198 @@
+"""Speed of training against torch-rechub and DeepCTR-Torch, each used as it documents itself.
+
+    python benchmarks/other_libraries.py [--turns 5] [--out other_libraries.json]
+
+The other libraries are installed into a virtual environment of their own (`--environment`, made
+once). The same impressions, tables, towers and batch size for all; each library keeps the
+optimiser that it defaults to, which for the other two is Adam over all rows of all tables. They
+train in processes of their own that wait, without a spinning thread, while another has its turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import tyro
+
+from esmm_torchrec.cli.main import settle_process
+
+settle_process()  # before torch is imported
+
+from alternate import Timings, alternate, describe, environment  # noqa: E402
+from impressions import write_impressions  # noqa: E402
+
+from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
+from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
+from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
+from esmm_torchrec.sharding.planner import Workload  # noqa: E402
+from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
+from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
+from esmm_torchrec.training.options import TrainOptions  # noqa: E402
+
+OTHERS = {"torch-rechub": "0.9.0", "deepctr-torch": "0.3.0"}
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the speed of training against other libraries."""
+
+    turns: int = 5
+    """Turns that every contender takes."""
+    steps: int = 8
+    """Steps in a turn."""
+    batch_size: int = 4096
+    """Impressions in a step."""
+    environment: Path = Path("bench/other-libraries")
+    """Virtual environment with the other libraries; made where it is not there."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+def install(folder: Path) -> Path:
+    """The Python that has the other libraries."""
+    python, done = folder / "bin" / "python", folder / ".installed"
+    if not done.exists():
+        print(f"installing {', '.join(OTHERS)} into {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        wanted = OTHERS | {name: version(name).partition("+")[0] for name in ("torch", "numpy")}
+        pinned = [f"{name}=={number}" for name, number in wanted.items()]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
+        done.touch()
+    return python
+
+
+def write_arrays(train: MappedSplit, folder: Path) -> None:
+    """The impressions and the tables as the worker of another library loads them."""
+    whole = ImpressionReader(train, batch_size=train.impressions, shuffle=False)
+    features = next(iter(whole)).sparse_features
+    assert features is not None
+    columns: dict[str, Any] = {name: train.scalars[name] for name in ("click", "conversion")}
+    for name, column in features.to_dict().items():
+        columns[name] = column.values().long().numpy()
+    np.savez(folder / "impressions.npz", **columns)
+    tables = {table.name: table.num_embeddings for table in train.schema.tables}
+    (folder / "tables.json").write_text(json.dumps(tables))
+
+
+@contextmanager
+def worker(
+    python: Path, library: str, folder: Path, options: Options
+) -> Iterator[Callable[[int], int]]:
+    """A process that trains with another library: steps → impressions trained."""
+    script = Path(__file__).with_name("other_libraries_worker.py")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [python, script, library, folder, str(options.batch_size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        )
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def take(steps: int) -> int:
+            print(steps, file=asked, flush=True)
+            if not answers.readline():
+                log.seek(0)
+                raise SystemExit(f"{library} failed: {log.read().decode()[-2000:]}")
+            return steps * options.batch_size
+
+        yield take
+        asked.close()
+        process.wait()
+
+
+def library(
+    train: MappedSplit, ranks: Ranks, options: Options, dtype: DtypeOption
+) -> Callable[[int], int]:
+    """This library, as `esmm-torchrec train` uses it: steps → impressions trained."""
+    settings = TrainOptions(batch_size=options.batch_size, dtype=dtype, device="cpu")
+    trainer = build_trainer(
+        train,
+        settings,
+        ranks,
+        part=training_part(train, settings),
+        workload=Workload(options.batch_size),
+    )
+    reader = ImpressionReader(train, batch_size=options.batch_size)
+    running = trainer.steps(reader, reader.steps_left)
+
+    def take(steps: int) -> int:
+        for _ in range(steps):
+            next(running)
+        return steps * options.batch_size
+
+    return take
+
+
+def measure(options: Options, ranks: Ranks, folder: Path, python: Path) -> dict[str, Any]:
+    """Lets all contenders take turns."""
+    steps = WARM_UP_STEPS + options.turns * options.steps
+    dataset = write_impressions(
+        folder / "prepared", train=(steps + 1) * options.batch_size, test=options.batch_size
+    )
+    train = MappedSplit.open(dataset, "train")
+    write_arrays(train, folder)
+    with ExitStack() as stack:
+        others = {
+            name: stack.enter_context(worker(python, name, folder, options)) for name in OTHERS
+        }
+        dtypes: dict[str, DtypeOption] = {
+            "esmm_torchrec, float32": "float32",
+            "esmm_torchrec, bfloat16": "bfloat16",
+        }
+        contenders = others | {
+            name: library(train, ranks, options, dtype) for name, dtype in dtypes.items()
+        }
+        for take in contenders.values():
+            take(WARM_UP_STEPS)
+        timings = alternate(
+            {name: partial(take, options.steps) for name, take in contenders.items()},
+            turns=options.turns,
+        )
+
+    print(f"{'':26}{'impressions/s':>14}{'ratio to torch-rechub':>26}{'to DeepCTR-Torch':>26}")
+    for name in timings.rates:
+        print(
+            f"{name:26}{timings.rate(name):>14,.0f}"
+            + "".join(f"{_ratio(timings, name, other):>26}" for other in OTHERS)
+        )
+    before, after = timings.load_average
+    print(f"\nload {before:.1f} before, {after:.1f} after")
+    return timings.to_dict("torch-rechub")
+
+
+def _ratio(timings: Timings, name: str, baseline: str) -> str:
+    ratios = timings.ratios(name, baseline)
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def main(options: Options) -> None:
+    python = install(options.environment.absolute())
+    with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
+        facts = environment() | OTHERS
+        figures = measure(options, ranks, Path(folder), python)
+        print(describe(facts))
+    if options.out is not None:
+        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
