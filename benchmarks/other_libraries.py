@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -70,6 +70,7 @@ def install(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         wanted = OTHERS | {name: version(name).partition("+")[0] for name in ("torch", "numpy")}
         pinned = [f"{name}=={number}" for name, number in wanted.items()]
+        pinned.append("requests")  # DeepCTR-Torch imports it without saying so
         subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
         done.touch()
     return python
@@ -108,7 +109,8 @@ def worker(
         assert answers is not None
 
         def take(steps: int) -> int:
-            print(steps, file=asked, flush=True)
+            with suppress(BrokenPipeError):
+                print(steps, file=asked, flush=True)
             if not answers.readline():
                 log.seek(0)
                 raise SystemExit(f"{library} failed: {log.read().decode()[-2000:]}")
