@@ -27,7 +27,11 @@ from numpy.typing import NDArray
 from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models import losses
-from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
+from esmm_torchrec.models.embeddings import (
+    EmbeddingBagCollections,
+    PooledFeatures,
+    embedding_bag_collections,
+)
 from esmm_torchrec.models.esmm import (
     ESMM,
     EsmmObjective,
@@ -125,24 +129,33 @@ class Builder:
     ) -> Network:
         """Embeddings and a tower; `name` and the seed decide the tower's weights, the tables'
         names (with `prefix` before them) and the seed those of the embeddings."""
+        features = PooledFeatures(
+            *self._collections(name, prefix=prefix),
+            dense_in_features=len(self.schema.dense_features),
+        )
+        return Network(features, self._tower(name, features.out_features, prior=prior))
+
+    def _collections(
+        self, name: Literal["click", "conversion"], *, prefix: str = ""
+    ) -> EmbeddingBagCollections:
         with _drawn_from(self.seed, name):
-            features = PooledFeatures(
-                *embedding_bag_collections(
-                    self.schema,
-                    self.options.embedding_dim,
-                    device=self.embedding_device,
-                    name_prefix=prefix,
-                ),
-                dense_in_features=len(self.schema.dense_features),
+            return embedding_bag_collections(
+                self.schema,
+                self.options.embedding_dim,
+                device=self.embedding_device,
+                name_prefix=prefix,
             )
+
+    def _tower(
+        self, name: Literal["click", "conversion"], in_features: int, *, prior: float | None
+    ) -> Tower:
         with _drawn_from(self.seed, name):
-            tower = Tower(
-                features.out_features,
+            return Tower(
+                in_features,
                 self.options.tower,
                 prior=prior,
                 dtype=getattr(torch, self.options.dtype),
             )
-        return Network(features, tower)
 
     @property
     def esmm_objective(self) -> EsmmObjective:
@@ -150,20 +163,19 @@ class Builder:
         return EsmmObjective(detach_click=self.options.detach_click)
 
     def two_towers(self) -> ESMM:
-        """A click and a conversion tower over one set of embeddings."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            collections = embedding_bag_collections(
-                self.schema, self.options.embedding_dim, device=self.embedding_device
-            )
-            num_dense = len(self.schema.dense_features)
-            towers = EsmmTowers(
-                PooledFeatures(*collections, dense_in_features=num_dense).out_features,
-                self.options.tower,
-                click_prior=self.click_prior,
-                conversion_prior=self.conversion_prior,
-                dtype=getattr(torch, self.options.dtype),
-            )
+        """A click and a conversion tower over one set of embeddings: the towers start as those of
+        separate networks, the embeddings as those of a conversion network."""
+        collections = self._collections("conversion")
+        num_dense = len(self.schema.dense_features)
+        width = PooledFeatures(*collections, dense_in_features=num_dense).out_features
+        towers = EsmmTowers(
+            width,
+            self.options.tower,
+            dtype=getattr(torch, self.options.dtype),
+            device=torch.device("meta"),
+        )
+        towers.click = self._tower("click", width, prior=self.click_prior)
+        towers.conversion = self._tower("conversion", width, prior=self.conversion_prior)
         return ESMM(*collections, dense_in_features=num_dense, towers=towers)
 
 

@@ -255,6 +255,11 @@ def test_scores_of_division_are_the_uncut_quotient() -> None:
     assert scores.log_pcvr[2] == pytest.approx(100.0)
 
 
+def _below(part: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = f"{part}."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
 def test_equal_parts_start_from_equal_weights() -> None:
     options = {"embedding_dim": 4, "tower": (3,)}
 
@@ -269,6 +274,18 @@ def test_equal_parts_start_from_equal_weights() -> None:
     for other in (weights("division", "ctcvr"), weights("esmm-ns", "conversion")):
         assert other.keys() == base.keys()
         assert all(torch.equal(other[key], base[key]) for key in base)
+    ctr = weights("ctr", "click")
+    for method in ("esmm", "shared-bottom"):
+        towers, features = weights(method, "towers"), weights(method, "features")
+        for name, network in (("click", ctr), ("conversion", base)):
+            alone = _below("tower", network)
+            assert alone
+            shared = _below(name, towers)
+            assert shared.keys() == alone.keys()
+            assert all(torch.equal(shared[key], alone[key]) for key in alone), (method, name)
+        tables = _below("features", base)
+        assert features.keys() == tables.keys()
+        assert all(torch.equal(features[key], tables[key]) for key in tables)
     assert any(".click_item." in key for key in weights("division", "click"))
 
 
