@@ -33,7 +33,11 @@ the true probability, which no model can beat:
     cvr_log_loss_entire_space, cvr_excess_log_loss_entire_space
     cvr_pcoc_entire_space, cvr_pcoc_clicked, cvr_pcoc_unclicked
                                        Σ pCVR / Σ true pCVR over those impressions
-    cvr_ece_entire_space
+    cvr_ne_entire_space, cvr_ne_clicked, cvr_ne_unclicked
+                                       cross entropy of pCVR and the true pCVR over the entropy of
+                                       the mean true pCVR of those impressions
+    cvr_ece_entire_space, cvr_ece_clicked, cvr_ece_unclicked
+                                       expected calibration error against the true pCVR, 15 bins
     ctr_auc_soft, ctr_log_loss_soft, ctr_excess_log_loss
     ctcvr_auc_soft, ctcvr_log_loss_soft, ctcvr_excess_log_loss
     oracle                             what the true probabilities reach: ctr_auc, cvr_auc,
@@ -340,8 +344,6 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
     flaw = _flaw("cvr", scored.cvr)
     cvr = None if flaw else scored.cvr
     whole = cvr and fit(cvr, true_cvr)
-    on_clicked = cvr and fit(cvr[clicked], true_cvr[clicked])
-    on_unclicked = cvr and fit(cvr[~clicked], true_cvr[~clicked])
     for key, value, reason in (
         ("cvr_auc_entire_space", cvr and soft_auc(cvr.values, true_cvr), nowhere),
         (
@@ -351,24 +353,18 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
         ),
         ("cvr_log_loss_entire_space", whole and whole.log_loss, none),
         ("cvr_excess_log_loss_entire_space", whole and whole.excess_log_loss, none),
-        (
-            "cvr_ece_entire_space",
-            cvr and reliability_curve(cvr, true_cvr).expected_calibration_error,
-            none,
-        ),
-        ("cvr_pcoc_entire_space", whole and whole.calibration, nowhere),
-        (
-            "cvr_pcoc_clicked",
-            on_clicked and on_clicked.calibration,
-            "there is no clicked impression",
-        ),
-        (
-            "cvr_pcoc_unclicked",
-            on_unclicked and on_unclicked.calibration,
-            "there is no unclicked impression",
-        ),
     ):
         part.put(key, value, flaw or reason)
+    for space, rows, empty in (
+        ("entire_space", slice(None), nowhere),
+        ("clicked", clicked, "there is no clicked impression"),
+        ("unclicked", ~clicked, "there is no unclicked impression"),
+    ):
+        of_space = cvr and fit(cvr[rows], true_cvr[rows])
+        part.put(f"cvr_pcoc_{space}", of_space and of_space.calibration, flaw or empty)
+        part.put(f"cvr_ne_{space}", of_space and of_space.normalised_entropy, flaw or empty)
+        ece = cvr and reliability_curve(cvr[rows], true_cvr[rows]).expected_calibration_error
+        part.put(f"cvr_ece_{space}", ece, flaw or empty)
 
     for task, prediction, truth in (
         ("ctr", scored.ctr, true_ctr),

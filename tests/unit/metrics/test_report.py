@@ -114,7 +114,15 @@ def test_figures_against_the_truth(scored: ScoredImpressions) -> None:
         ("clicked", clicked),
         ("unclicked", ~clicked),
     ):
-        assert truth[f"cvr_pcoc_{space}"] == pytest.approx(p[rows].sum() / q[rows].sum(), rel=1e-6)
+        ours, true = p[rows], q[rows]
+        assert truth[f"cvr_pcoc_{space}"] == pytest.approx(ours.sum() / true.sum(), rel=1e-6)
+        loss = -(true * np.log(ours) + (1 - true) * np.log(1 - ours)).mean()
+        expected = loss / entropy(true.mean())
+        assert truth[f"cvr_ne_{space}"] == pytest.approx(expected, rel=1e-6)
+        order = np.argsort(ours)
+        cuts = np.arange(1, 15) * len(order) // 15
+        gaps = [abs((ours[bin] - true[bin]).sum()) for bin in np.split(order, cuts)]
+        assert truth[f"cvr_ece_{space}"] == pytest.approx(sum(gaps) / len(order), rel=1e-5)
     for task, prediction, true in (
         ("ctr", sigmoid(scored.click_logit), ctr),
         ("ctcvr", sigmoid(scored.click_logit) * p, ctr * q),
