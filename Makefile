@@ -37,18 +37,21 @@ test: install
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
 
+# The search of the methods' settings, the same wherever they are compared.
+SEARCH := --trials 8 --epochs 4
+
 paper: install
-	$(BIN)/esmm-torchrec compare --out paper --methods all --seeds 5 --fractions 0.1 0.3 1 --trials 4 --epochs 2
+	$(BIN)/esmm-torchrec compare --out paper --methods all --seeds 5 --fractions 0.1 0.3 1 $(SEARCH)
 
 paper-full: install
-	$(BIN)/esmm-torchrec compare --out paper-full --methods all --seeds 10 --fractions 0.1 0.2 0.3 0.5 1
+	$(BIN)/esmm-torchrec compare --out paper-full --methods all --seeds 10 --fractions 0.1 0.2 0.3 0.5 1 $(SEARCH)
 
 paper-small: install
 	$(BIN)/esmm-torchrec compare --out paper-small --seeds 2 --trials 1 --epochs 1 --fractions 0.3 1 \
 		--batch-size 512 --test-impressions 5000 --world.impressions 20000
 
 paper-grid: paper
-	$(BIN)/python benchmarks/methods_grid.py --out bench/methods-grid --trials paper/trials
+	$(BIN)/python benchmarks/methods_grid.py --out bench/methods-grid --remembered paper/trials $(SEARCH)
 
 bench: install
 	mkdir -p bench

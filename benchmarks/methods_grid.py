@@ -6,7 +6,8 @@ Compares on worlds that differ in the correlation of the tastes for clicking and
 their size, and in a hidden factor that acts on both and is not logged. Methods are tuned once, on
 the default world at its full size, and keep those settings everywhere, so that a cell shows the
 world and not the luck of a tuning on few conversions. Writes grid.json, grid.md and grid.png; a
-stopped run goes on. With `--trials paper/trials` it takes over the tuning of `make paper`.
+stopped run goes on. With `--remembered paper/trials`, and the trials and epochs of `make paper`, it
+takes over that tuning.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ class Options:
     """What is compared."""
     seeds: int = 3
     """Worlds of each cell."""
-    tuning_trials: int = ComparisonOptions.trials
-    """Settings tried for each method in tuning."""
-    trials: Path | None = None
+    trials: int = ComparisonOptions.trials
+    """As in compare."""
+    epochs: int = ComparisonOptions.epochs
+    """As in compare."""
+    remembered: Path | None = None
     """Folder of remembered trainings; below --out if not given."""
     base: World = DEFAULT_WORLD
     """What the worlds share, and what is tuned on."""
@@ -66,7 +69,10 @@ class Options:
 def run_grid(options: Options, ranks: Ranks) -> list[dict[str, Any]]:
     """Results of each cell."""
     comparison = ComparisonOptions(
-        methods=options.methods, seeds=options.seeds, trials=options.tuning_trials
+        methods=options.methods,
+        seeds=options.seeds,
+        trials=options.trials,
+        epochs=options.epochs,
     )
     cells = []
     for confounding in options.confoundings:
@@ -91,7 +97,7 @@ def run_grid(options: Options, ranks: Ranks) -> list[dict[str, Any]]:
                     world=world,
                     command=shlex.join(sys.argv),
                     tune_on=options.base,
-                    trials=options.trials or options.out / "trials",
+                    trials=options.remembered or options.out / "trials",
                 )
                 cells.append(
                     {

@@ -107,6 +107,17 @@ def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSp
     )
 
 
+def only_ids_of(split: MappedSplit, seen: MappedSplit, rows: np.ndarray | None) -> MappedSplit:
+    """The split with every id turned into the unknown one that some impressions do not have.
+
+    Args:
+        split: to be read so.
+        seen: where the impressions are whose ids stay; of the same schema.
+        rows: int (M,), those impressions; None: all.
+    """
+    return without_ids(split, {name: n > 0 for name, n in count_ids(seen, rows).items()})
+
+
 @dataclass(frozen=True)
 class _RenumberedBags(MappedBags):
     """Bags whose ids are renumbered as they are read."""

@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,7 +30,6 @@ from tqdm import tqdm
 from esmm_torchrec.data.subsets import rows_between
 from esmm_torchrec.data.synthetic import World
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.metrics.report import ScoredImpressions
 from esmm_torchrec.models.methods import METHODS, MethodOption
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION
@@ -49,7 +48,7 @@ from esmm_torchrec.training.comparison_options import (
 )
 from esmm_torchrec.training.comparison_results import assemble
 from esmm_torchrec.training.comparison_statistics import UserBootstrap
-from esmm_torchrec.training.comparison_store import TrialStore
+from esmm_torchrec.training.comparison_store import Network, TrialStore
 from esmm_torchrec.training.comparison_trial import (
     Stage,
     Training,
@@ -63,8 +62,24 @@ COMMON_CTR_SEED = 500_009
 NETWORKS: Mapping[MethodOption, int] = {"division": 2, "esmm-ns": 2}
 """Networks of methods that have more than one, for the estimate of time."""
 
-SCORING_SHARE = 0.3
-"""Time to score a row over the time to train on it, for the same estimate."""
+SCORING_SHARE = 0.9
+"""Time to score and measure a row over the time to train on it, for the same estimate."""
+
+ROWS_PER_UPDATE = 1400
+"""Rows that could be trained on in the time that an update takes whatever its rows, for the same
+estimate."""
+
+VISITED: Mapping[MethodOption, float] = {
+    "base": 0.1,
+    "aman": 0.5,
+    "oversampling": 0.1,
+    "unbias": 0.1,
+    "unbias-weighted": 0.1,
+}
+"""Part of the training rows that methods train on which do not take all, for the same estimate."""
+
+FEWEST_CONVERSIONS = 10
+"""That a fraction of a generated world must be expected to hold, or some world has none."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ def compare(
 
     Raises:
         DataError: the data set cannot be read or has nothing to measure.
-        OptionError: a fraction holds no conversion.
+        OptionError: a fraction is to hold no conversion, or next to none.
         PlanError: the tables do not fit.
     """
     # The small towers of a comparison gain nothing from more, and results that depend on the
@@ -121,9 +136,17 @@ def compare(
             )
         return prepared_source(data, test_impressions=options.test_impressions)
 
-    if data is not None:
+    if data is None:
+        _check_expected_conversions(options, world)
+    else:
         _check_fractions(options, source(world))
-    study = _Study(options, TrialStore(trials or out / "trials", ranks), ranks)
+    store = TrialStore(trials or out / "trials", ranks)
+    study = _Study(options, store, ranks)
+    if ranks.is_first and store.left_aside:
+        print(
+            f"{store.left_aside} trainings of other code or libraries are left aside; "
+            "they are not compared with"
+        )
     with study.progress(_train_impressions(data, world)):
         with _closing(source(tuning_world(tune_on or world))) as tuned_on:
             chosen = study.tune(tuned_on)
@@ -138,6 +161,7 @@ def compare(
         options,
         records,
         tuning=study.tuning,
+        tuning_networks=study.tuning_networks,
         source={"data": str(data)} if data is not None else {"world": asdict(world)},
         environment=_environment(ranks),
         command=command,
@@ -173,6 +197,19 @@ def _check_fractions(options: ComparisonOptions, source: Source) -> None:
             )
 
 
+def _check_expected_conversions(options: ComparisonOptions, world: World) -> None:
+    """Before a world is generated, by the rates it is to have."""
+    for fraction in options.ascending_fractions:
+        impressions = world.split_impressions["train"] * fraction
+        conversions = impressions * world.ctr * world.cvr
+        if conversions < FEWEST_CONVERSIONS:
+            raise OptionError(
+                f"--fractions {fraction:g} leaves about {impressions:,.0f} training impressions "
+                f"and {conversions:.2g} conversions of a world; give a larger one, or more "
+                "--world.impressions"
+            )
+
+
 def _train_impressions(data: Path | None, world: World) -> int:
     """Training impressions of one data set."""
     if data is None:
@@ -205,6 +242,8 @@ class _Study:
         self.ranks = ranks
         self.tuning: dict[str, dict[str, Any]] = {}
         """Method → what was tried, for the report."""
+        self.tuning_networks: dict[str, float] = {}
+        """Network that tuning needed → its seconds."""
         self._last_stage: tuple[Source, float | None, Stage] | None = None
         self._bar: tqdm | None = None
         self._rows = 0
@@ -232,11 +271,11 @@ class _Study:
             yield
 
     def _cost(self, method: MethodOption, share: float, epochs: float) -> float:
-        """Rows that a training visits, times its networks; clicks-only methods visit few."""
-        part = METHODS[method]
-        visits = 0.15 if part.rates or method == "base" else 1.0
+        """Rows that a training visits, times its networks."""
+        updates = self._rows / (self.options.batch_size * self.ranks.world_size)
+        visited = self._rows * share * VISITED.get(method, 1.0) + updates * ROWS_PER_UPDATE
         scored = self.options.test_impressions * SCORING_SHARE
-        return (self._rows * share * epochs * visits + scored) * NETWORKS.get(method, 1)
+        return (visited * epochs + scored) * NETWORKS.get(method, 1)
 
     @contextmanager
     def _training(self, label: str, cost: float) -> Iterator[Callable[[int], object]]:
@@ -246,7 +285,7 @@ class _Study:
         bar.set_description_str(label, refresh=False)
 
         def on_rows(rows: int) -> None:
-            bar.update(min(rows, max(0.0, before + cost - bar.n)))
+            bar.update(min(rows + ROWS_PER_UPDATE, max(0.0, before + cost - bar.n)))
 
         yield on_rows
         bar.update(before + cost - bar.n)
@@ -281,8 +320,11 @@ class _Study:
         chosen: dict[MethodOption, Chosen] = {}
         for method in (CLICK_NETWORK, *self.options.chosen_methods):
             tried = []
+            seconds = 0.0
             for trial in self.options.trials_of(method):
                 record = self._tuning_record(source, method, trial, chosen)
+                seconds += record["seconds"]
+                self.tuning_networks |= record["networks"]
                 for length in record["lengths"]:
                     score = selection_score(method, length)
                     if score is not None:
@@ -294,7 +336,10 @@ class _Study:
                 )
             # The first of equals, so that the order of trials decides and not a rounding.
             chosen[method] = max(tried, key=lambda choice: choice.score)
-            self.tuning[METHODS[method].name] = _described(chosen[method], tried)
+            self.tuning[METHODS[method].name] = _described(chosen[method], tried) | {
+                "at_edge": at_edge(chosen[method], tried),
+                "seconds": seconds,
+            }
             self._say(_tuned_line(METHODS[method].name, chosen[method]))
         return chosen
 
@@ -319,13 +364,15 @@ class _Study:
             def work() -> dict[str, Any] | None:
                 stage = self._stage(source, None)
                 common = self._common_ctr(stage, chosen, key, method, rows)
+                pctr = self._pctr(stage, chosen, key, method, rows)
                 training = Training(stage, options, self.ranks)
-                return tuning_record(
+                record = tuning_record(
                     training,
-                    training.part(self._pctr(source, stage, chosen, key, method, rows)),
-                    common_ctr=common,
+                    training.part(_of_all_rows(stage, pctr)),
+                    common_ctr=None if common is None else common.scores,
                     on_rows=rows,
                 )
+                return _with_networks(record, common, pctr)
 
             return self.store.record(f"tune-{method}", key, work)
 
@@ -367,14 +414,16 @@ class _Study:
                     stage = self._stage(source, fraction)
                     common = self._common_ctr(stage, chosen, key, method, rows)
                     assert common is not None
+                    pctr = self._pctr(stage, chosen, key, method, rows)
                     training = Training(stage, options, self.ranks)
-                    return test_record(
+                    record = test_record(
                         training,
-                        training.part(self._pctr(source, stage, chosen, key, method, rows)),
-                        common_ctr=common,
-                        bootstrap=_bootstrap(source, stage) if resample else None,
+                        training.part(_of_all_rows(stage, pctr)),
+                        common_ctr=common.scores,
+                        resampling=_resampling(source, stage) if resample else None,
                         on_rows=rows,
                     )
+                    return _with_networks(record, common, pctr)
 
                 record = self.store.record(f"seed-{seed}-{method}", key, work)
             records.append(record | {"method": name, "seed": seed, "fraction": fraction})
@@ -388,7 +437,7 @@ class _Study:
         key: Mapping[str, Any],
         method: MethodOption,
         on_rows: Callable[[int], object],
-    ) -> np.ndarray | None:
+    ) -> Network | None:
         """Logits of the common click network for what is scored; None while it is itself tuned."""
         if method == CLICK_NETWORK:
             return None
@@ -400,7 +449,7 @@ class _Study:
             epochs=network.epochs,
         )
         training = Training(stage, options, self.ranks)
-        return self.store.array(
+        return self.store.network(
             "common-ctr",
             _stage_key(key) | {"training": asdict(options)},
             lambda: training.click_logits(on_rows=on_rows),
@@ -408,13 +457,12 @@ class _Study:
 
     def _pctr(
         self,
-        source: Source,
         stage: Stage,
         chosen: Mapping[MethodOption, Chosen],
         key: Mapping[str, Any],
         method: MethodOption,
         on_rows: Callable[[int], object],
-    ) -> np.ndarray | None:
+    ) -> Network | None:
         """pCTR of the clicked training rows, out of fold, for methods that choose rows by it."""
         if not METHODS[method].needs_pctr:
             return None
@@ -423,14 +471,29 @@ class _Study:
             CLICK_NETWORK, network.trial, seed=key.get("seed", 0), epochs=network.epochs
         )
         training = Training(stage, options, self.ranks)
-        of_clicked = self.store.array(
+        return self.store.network(
             "out-of-fold-pctr",
             _stage_key(key) | {"training": asdict(options)},
             lambda: training.clicked_pctr(on_rows=on_rows),
         )
-        pctr = np.full(source.data.train.impressions, np.nan)
-        pctr[stage.clicked_train_rows()] = of_clicked
-        return pctr
+
+
+def _of_all_rows(stage: Stage, pctr: Network | None) -> np.ndarray | None:
+    """pCTR by the rows of the training split; NaN where there is none."""
+    if pctr is None:
+        return None
+    values = np.full(stage.train.impressions, np.nan)
+    values[stage.clicked_train_rows()] = pctr.scores
+    return values
+
+
+def _with_networks(
+    record: dict[str, Any] | None, *networks: Network | None
+) -> dict[str, Any] | None:
+    """The record with the seconds of the networks that it needed; several records may share one."""
+    if record is None:
+        return None
+    return record | {"networks": {of.name: of.seconds for of in networks if of is not None}}
 
 
 def selection_score(method: MethodOption, figures: Mapping[str, float | None]) -> float | None:
@@ -455,20 +518,9 @@ def _stage_key(key: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in key.items() if name not in own}
 
 
-def _bootstrap(source: Source, stage: Stage) -> Callable[[ScoredImpressions], dict[str, Any]]:
+def _resampling(source: Source, stage: Stage) -> UserBootstrap:
     users = source.data.test.scalars[source.data.user_column]
-    resampling = UserBootstrap(users if stage.scored_rows is None else users[stage.scored_rows])
-
-    def figures(scored: ScoredImpressions) -> dict[str, Any]:
-        product = scored.ctcvr_common_ctr
-        assert scored.cvr is not None
-        assert product is not None
-        return {
-            "cvr_auc": resampling.auc(scored.cvr.values, scored.converted, scored.clicked),
-            "ctcvr_auc_common_ctr": resampling.auc(product.values, scored.converted),
-        }
-
-    return figures
+    return UserBootstrap(users if stage.scored_rows is None else users[stage.scored_rows])
 
 
 def _described(chosen: Chosen, tried: list[Chosen]) -> dict[str, Any]:
@@ -480,6 +532,24 @@ def _described(chosen: Chosen, tried: list[Chosen]) -> dict[str, Any]:
         }
 
     return {"chosen": values(chosen), "tried": [values(choice) for choice in tried]}
+
+
+def at_edge(chosen: Chosen, tried: Sequence[Chosen]) -> list[str]:
+    """What was chosen at the end of what was tried of it, beyond which better may lie: "epochs" at
+    the most passes; a learning rate, weight decay or rate at its lowest or highest."""
+    edges = []
+    if chosen.epochs == max(other.epochs for other in tried):
+        edges.append("epochs")
+    for name in ("sparse_lr", "dense_lr", "weight_decay"):
+        values = {getattr(other.trial.setting, name) for other in tried}
+        # Below no weight decay there is none.
+        lowest = min(values) if name != "weight_decay" or min(values) else None
+        if getattr(chosen.trial.setting, name) in (lowest, max(values)):
+            edges.append(name)
+    rates = {other.trial.rate for other in tried if other.trial.rate is not None}
+    if rates and chosen.trial.rate in (min(rates), max(rates)):
+        edges.append("rate")
+    return edges
 
 
 def _tuned_line(name: str, chosen: Chosen) -> str:

@@ -33,7 +33,9 @@ SETTINGS = (
     Setting(0.02, 0.002, 1e-3),
 )
 """The same for every method, tried in this order; spread over what trains at all. A method with a
-rate of its own takes the next of its rates at each trial, and no more trials than the others."""
+rate of its own goes through its rates in the same trials, and gets no more of them: trial n of S
+settings and R rates takes rate n + ⌊R/2⌋·⌊n/R⌋ (modulo R), so that a rate meets other settings in
+each round."""
 
 CLICK_NETWORK: MethodOption = "ctr"
 COMPARED: tuple[MethodOption, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
@@ -75,7 +77,8 @@ class ComparisonOptions:
     tower: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of each tower."""
     batch_size: int = 2048
-    """Impressions per rank and step."""
+    """Impressions per rank and step of a pass over the whole training half. Every pass, of any
+    method and fraction, takes as many updates as that one: fewer rows make smaller batches."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables (the paper: adam); towers have Adam as in the paper."""
     sharding: ShardingOption = "auto"
@@ -130,7 +133,7 @@ class ComparisonOptions:
         """What tuning tries."""
         rates = METHODS[method].rates or (None,)
         return [
-            Trial(setting, rates[place % len(rates)])
+            Trial(setting, rates[(place + len(rates) // 2 * (place // len(rates))) % len(rates)])
             for place, setting in enumerate(SETTINGS[: self.trials])
         ]
 

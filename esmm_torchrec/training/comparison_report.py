@@ -119,7 +119,7 @@ def difference_rows(results: Results, metric: str, fraction: str) -> Rows:
     of_metric = results["differences"][fraction].get(metric, {})
     users = any("low_users" in row for rows in of_metric.values() for row in rows.values())
     rows = [["method", "minus", "difference", "95 % interval", "p, Holm"]]
-    rows[0] += ["95 % over users"] if users else []
+    rows[0] += ["95 % over users", "p over users, Holm"] if users else []
     rows[0] += [""]
     for baseline in BASELINES:
         for name, row in of_metric.get(baseline, {}).items():
@@ -129,7 +129,13 @@ def difference_rows(results: Results, metric: str, fraction: str) -> Rows:
             )
             line.append("–" if row["p_value_holm"] is None else f"{row['p_value_holm']:.3f}")
             if users:
-                line.append(f"{_signed(row['low_users'])} to {_signed(row['high_users'])}")
+                resampled = "low_users" in row
+                line.append(
+                    f"{_signed(row['low_users'])} to {_signed(row['high_users'])}"
+                    if resampled
+                    else "–"
+                )
+                line.append(f"{row['p_value_users_holm']:.3f}" if resampled else "–")
             rows.append([*line, _verdict(row)])
     return rows
 
@@ -140,7 +146,7 @@ def _signed(value: float) -> str:
 
 def _verdict(row: Mapping[str, Any]) -> str:
     if row["within_noise"] is None:
-        return "one seed: no interval"
+        return "no verdict"
     if row["within_noise"]:
         return "within the noise"
     return "higher" if row["mean"] > 0 else "lower"
@@ -387,19 +393,33 @@ def _metrics_table(results: Results, metrics: Sequence[str]) -> str:
     return _table(rows)
 
 
+_TRAINING_COLUMNS = (
+    "training_rows",
+    "batch_size",
+    "updates_per_pass",
+    "passes",
+    "unknown_share",
+    "train_seconds",
+    "seconds",
+)
+
+
 def _training_table(results: Results) -> str:
     notes = list(
         dict.fromkeys(
             note
             for of in results["training"].values()
             for note in of[_largest(results)]
-            if note not in ("training_rows", "unknown_share", "train_seconds", "seconds")
+            if note not in _TRAINING_COLUMNS
         )
     )
     rows = [
         [
             "method",
             "rows",
+            "rows an update",
+            "updates a pass",
+            "passes",
             "test ids unknown to it",
             *(n.replace("_", " ") for n in notes),
             "training",
@@ -410,7 +430,10 @@ def _training_table(results: Results) -> str:
         rows.append(
             [
                 name,
-                f"{figures['training_rows']:,.0f}",
+                *(
+                    f"{figures[column]:,.0f}"
+                    for column in ("training_rows", "batch_size", "updates_per_pass", "passes")
+                ),
                 f"{figures['unknown_share']:.2%}",
                 *(f"{figures[note]:,.4g}" if note in figures else "–" for note in notes),
                 f"{figures['train_seconds']:.1f} s",

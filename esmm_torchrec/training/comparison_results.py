@@ -5,15 +5,22 @@ methods            {method: {fraction: {metric: {"mean", "std", "runs": [one per
 differences        {fraction: {metric: {baseline: {method: {"mean", "low", "high", "p_value",
                    "p_value_holm", "within_noise"}}}}}: method minus baseline over paired runs
                    with the 95 % interval of Student's t, the p-value corrected for the methods
-                   compared with that baseline. On one data set also "low_users",
-                   "high_users": the interval over resampled test users
+                   compared with that baseline. On one data set also "low_users", "high_users",
+                   "p_value_users", "p_value_users_holm": the same over resampled test users.
+                   "within_noise" is null where there is no p-value to tell by
 references         {fraction: {what is used as the conversion score: {metric: …}}}
 random_unseen_ids  {method: {fraction: {metric: …}}}: as "methods", but with the random
                    embeddings that ids have which a method's training rows never showed
-training           {method: {fraction: {"training_rows", "unknown_share", "seconds", notes: …}}}
+training           {method: {fraction: {"training_rows", "batch_size" (over all ranks),
+                   "updates_per_pass", "passes", "unknown_share", "train_seconds", "seconds",
+                   notes: …}}}: means over seeds
+seconds            {"tuning": {method: …}, "methods": {method: {fraction: …}} (all seeds),
+                   "common_ctr", "out_of_fold_pctr", "total"}: to train and to score
 curves, points     {method: …} at the largest fraction: calibration of the first seed, and a
                    sample of its pCVR beside the truth
-tuning, protocol, source, environment, command
+tuning             {method: {"chosen", "tried", "at_edge": what of it was chosen at the end of
+                   what was tried, "seconds"}}
+protocol, source, environment, command
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from esmm_torchrec.training.comparison_options import ComparisonOptions
 from esmm_torchrec.training.comparison_statistics import (
     CONFIDENCE,
     bootstrap_interval,
+    bootstrap_p_value,
     holm,
     paired_difference,
     summary,
@@ -58,11 +66,22 @@ def assemble(
     records: Records,
     *,
     tuning: Mapping[str, Any],
+    tuning_networks: Mapping[str, float],
     source: Mapping[str, Any],
     environment: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """The content of results.json, from the records of all trainings."""
+    """The content of results.json, from the records of all trainings.
+
+    Args:
+        options: what was compared.
+        records: one of each method, seed and fraction.
+        tuning: method → what was tried and chosen.
+        tuning_networks: network that tuning needed → its seconds.
+        source: {"world": settings} or {"data": folder}.
+        environment: versions and machine.
+        command: how the comparison was asked for.
+    """
     names = [METHODS[method].name for method in options.chosen_methods]
     by_run: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
@@ -76,7 +95,10 @@ def assemble(
     return {
         "methods": each(lambda runs: _summaries([run["metrics"] for run in runs])),
         "differences": {
-            f: _differences({name: by_run[name, f] for name in names}) for f in fractions
+            f: _differences(
+                {name: by_run[name, f] for name in names}, one_data_set="data" in source
+            )
+            for f in fractions
         },
         "references": {
             f: _references({name: by_run[name, f] for name in names}) for f in fractions
@@ -90,6 +112,7 @@ def assemble(
         "curves": {name: by_run[name, largest][0]["curves"] for name in names},
         "points": {name: by_run[name, largest][0]["points"] for name in names},
         "tuning": dict(tuning),
+        "seconds": _seconds(each, tuning, [tuning_networks, *(r["networks"] for r in records)]),
         "protocol": asdict(options)
         | {
             "methods": names,
@@ -114,10 +137,40 @@ def _summaries(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str
 def _training(runs: Records) -> dict[str, Any]:
     mean = {
         name: fmean(run[name] for run in runs)
-        for name in ("training_rows", "unknown_share", "train_seconds", "seconds")
+        for name in (
+            "training_rows",
+            "batch_size",
+            "updates_per_pass",
+            "passes",
+            "unknown_share",
+            "train_seconds",
+            "seconds",
+        )
     }
     notes = {name: fmean(run["notes"][name] for run in runs) for name in runs[0]["notes"]}
     return mean | notes
+
+
+def _seconds(
+    each: Callable[[Callable[[list[Mapping[str, Any]]], float]], dict[str, dict[str, float]]],
+    tuning: Mapping[str, Any],
+    networks: Sequence[Mapping[str, float]],
+) -> dict[str, Any]:
+    once = {name: seconds for part in networks for name, seconds in part.items()}
+
+    def of_networks(kind: str) -> float:
+        return sum(seconds for name, seconds in once.items() if name.startswith(kind))
+
+    methods = each(lambda runs: sum(run["seconds"] for run in runs))
+    of_tuning = {name: of["seconds"] for name, of in tuning.items()}
+    retrained = sum(value for of in methods.values() for value in of.values())
+    return {
+        "tuning": of_tuning,
+        "methods": methods,
+        "common_ctr": of_networks("common-ctr"),
+        "out_of_fold_pctr": of_networks("out-of-fold-pctr"),
+        "total": sum(of_tuning.values()) + retrained + sum(once.values()),
+    }
 
 
 def _references(runs: Mapping[str, Records]) -> dict[str, Any]:
@@ -136,7 +189,7 @@ def _references(runs: Mapping[str, Records]) -> dict[str, Any]:
     return rows
 
 
-def _differences(runs: Mapping[str, Records]) -> dict[str, Any]:
+def _differences(runs: Mapping[str, Records], *, one_data_set: bool) -> dict[str, Any]:
     differences: dict[str, Any] = {}
     for metric in DIFFERENCES:
         of_metric = {}
@@ -148,7 +201,7 @@ def _differences(runs: Mapping[str, Records]) -> dict[str, Any]:
                     if method != baseline
                     and (row := _difference(runs[method], runs[baseline], metric)) is not None
                 }
-                _correct(rows)
+                _correct(rows, one_data_set=one_data_set)
                 if rows:
                     of_metric[baseline] = rows
         if of_metric:
@@ -174,17 +227,19 @@ def _difference(runs: Records, baseline: Records, metric: str) -> dict[str, Any]
         ]
         if resampled:
             row["low_users"], row["high_users"] = bootstrap_interval(resampled)
+            row["p_value_users"] = bootstrap_p_value(resampled)
     return row
 
 
-def _correct(rows: dict[str, dict[str, Any]]) -> None:
+def _correct(rows: dict[str, dict[str, Any]], *, one_data_set: bool) -> None:
     """Adds Holm's correction, and whether a difference is within the noise: over seeds, and on one
-    data set over users as well."""
-    known = {name: row["p_value"] for name, row in rows.items() if row["p_value"] is not None}
-    corrected = holm(known)
-    for name, row in rows.items():
-        row["p_value_holm"] = corrected.get(name)
-        within = None if name not in corrected else corrected[name] > 1 - CONFIDENCE
-        if "low_users" in row:
-            within = bool(within) or row["low_users"] <= 0 <= row["high_users"]
-        row["within_noise"] = within
+    data set over its users as well, since its seeds say nothing of other data."""
+    kinds = ("p_value", "p_value_users") if one_data_set else ("p_value",)
+    for kind in kinds:
+        known = {name: row[kind] for name, row in rows.items() if row.get(kind) is not None}
+        corrected = holm(known)
+        for name, row in rows.items():
+            row[f"{kind}_holm"] = corrected.get(name)
+    for row in rows.values():
+        corrected = [row[f"{kind}_holm"] for kind in kinds]
+        row["within_noise"] = None if None in corrected else max(corrected) > 1 - CONFIDENCE

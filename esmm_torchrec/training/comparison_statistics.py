@@ -5,7 +5,7 @@ Student's t on the differences. Several methods compared with one baseline are a
 step-down correction keeps the chance of any false finding in it below the level. Where all seeds
 share one data set, seeds say nothing of the data; there the test half's users are resampled.
 
-Shapes: n test impressions, R resamplings.
+Shapes: n test impressions, U their users, R resamplings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from esmm_torchrec.metrics.ranking import equal_mass_edges
+
 CONFIDENCE = 0.95
+
+_TOGETHER = 16
+"""Resamplings worked on at once: a row's weights in them are one piece of memory."""
 
 
 class Summary(NamedTuple):
@@ -106,8 +111,8 @@ def student_t_quantile(probability: float, freedom: int) -> float:
 
 
 class UserBootstrap:
-    """AUCs over resampled users: the same users for every model that is given, so that differences
-    between models are paired.
+    """Figures over resampled users: the same users for every model that is given, so that
+    differences between models are paired.
 
     Args:
         users: (n,), whose each impression is.
@@ -116,7 +121,7 @@ class UserBootstrap:
     """
 
     def __init__(
-        self, users: NDArray[np.integer], *, resamplings: int = 200, seed: int = 0
+        self, users: NDArray[np.integer], *, resamplings: int = 1000, seed: int = 0
     ) -> None:
         distinct, self._user = np.unique(users, return_inverse=True)
         rng = np.random.default_rng([seed, len(distinct)])
@@ -127,27 +132,95 @@ class UserBootstrap:
     def auc(
         self,
         scores: NDArray[np.floating],
-        labels: NDArray[np.integer],
+        target: NDArray[np.integer] | NDArray[np.floating],
         rows: NDArray[np.bool_] | None = None,
     ) -> list[float | None]:
-        """AUC of each resampling, over the impressions of `rows`; None where it has one class."""
+        """AUC of each resampling, over the impressions of `rows`; None where it has one class.
+
+        Args:
+            scores: (n,).
+            target: (n,), labels, or probabilities as in `metrics.ranking.soft_auc`.
+            rows: (n,), which impressions; None: all.
+        """
         kept = slice(None) if rows is None else rows
-        order = np.argsort(scores[kept], kind="stable")
-        ordered, label = scores[kept][order], labels[kept][order].astype(np.float64)
-        user = self._user[kept][order]
+        values, _ = self._auc(scores[kept], target[kept], self._user[kept])
+        return _known(values)
+
+    def auc_within_strata(
+        self,
+        scores: NDArray[np.floating],
+        target: NDArray[np.floating],
+        strata_score: NDArray[np.floating],
+        *,
+        num_strata: int = 20,
+    ) -> list[float | None]:
+        """`metrics.ranking.auc_within_strata` of each resampling; the strata stay those of all
+        impressions."""
+        edges = equal_mass_edges(strata_score, num_strata)
+        stratum = np.searchsorted(edges, strata_score, side="right")
+        total, covered = np.zeros(len(self._times)), np.zeros(len(self._times))
+        for number in np.unique(stratum):
+            rows = np.flatnonzero(stratum == number)
+            values, mass = self._auc(scores[rows], target[rows], self._user[rows])
+            known = ~np.isnan(values)
+            total[known] += (values * mass)[known]
+            covered[known] += mass[known]
+        with np.errstate(invalid="ignore"):
+            return _known(total / covered)
+
+    def mean(self, values: NDArray[np.floating]) -> list[float | None]:
+        """Mean of `values`, (n,), in each resampling."""
+        sums = np.bincount(self._user, weights=values)
+        counts = np.bincount(self._user)
+        return _known((self._times @ sums) / (self._times @ counts))
+
+    def _auc(
+        self,
+        scores: NDArray[np.floating],
+        target: NDArray[np.integer] | NDArray[np.floating],
+        users: NDArray[np.integer],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """AUC of each resampling, (R,), NaN where it has one class; and its impressions, (R,)."""
+        order = np.argsort(scores, kind="stable")
+        ordered, user = scores[order], users[order]
+        positive_share = target[order].astype(np.float64)[:, None]
         starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        values: list[float | None] = []
-        for times in self._times:
-            weight = times[user].astype(np.float64)
-            positive = np.add.reduceat(weight * label, starts)
-            negative = np.add.reduceat(weight * (1 - label), starts)
-            pairs = positive.sum() * negative.sum()
-            below = np.cumsum(negative) - negative / 2
-            values.append(float(positive @ below / pairs) if pairs else None)
-        return values
+        tied = len(starts) < len(ordered)
+        values, mass = np.empty(len(self._times)), np.empty(len(self._times))
+        for first in range(0, len(self._times), _TOGETHER):
+            part = slice(first, first + _TOGETHER)
+            weight = np.ascontiguousarray(self._times[part].T)[user].astype(np.float64)
+            positive = weight * positive_share
+            negative = weight - positive
+            if tied:
+                positive = np.add.reduceat(positive, starts, axis=0)
+                negative = np.add.reduceat(negative, starts, axis=0)
+            below = np.cumsum(negative, axis=0)
+            negatives = below[-1].copy()
+            below -= negative / 2
+            pairs = positive.sum(axis=0) * negatives
+            ordered_pairs = np.einsum("ij,ij->j", positive, below)
+            values[part] = np.divide(
+                ordered_pairs, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0
+            )
+            mass[part] = weight.sum(axis=0)
+        return values, mass
+
+
+def _known(values: NDArray[np.float64]) -> list[float | None]:
+    return [None if math.isnan(value) else float(value) for value in values]
 
 
 def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
     """The middle 95 % of resampled differences."""
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def bootstrap_p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value of no difference: twice the share of resampled differences on the rarer
+    side of 0, which counts as one more than it is, so that p is never below what R can tell
+    (Davison and Hinkley, "Bootstrap Methods and their Application", section 4.2)."""
+    values = np.asarray(differences)
+    rarer = min((values <= 0).sum(), (values >= 0).sum())
+    return min(1.0, 2 * (int(rarer) + 1) / (len(values) + 1))

@@ -21,8 +21,15 @@ from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.comparison_data import ComparisonData
+from esmm_torchrec.training.comparison_statistics import UserBootstrap
 from esmm_torchrec.training.evaluation import score_split
-from esmm_torchrec.training.fit import TrainingPart, fit, out_of_fold_pctr, training_part
+from esmm_torchrec.training.fit import (
+    TrainingPart,
+    batch_of_equal_updates,
+    fit,
+    out_of_fold_pctr,
+    training_part,
+)
 from esmm_torchrec.training.options import TrainOptions
 
 SCORING_BATCH = 8192
@@ -78,11 +85,6 @@ class Stage:
             train, rows, test, data.test_rows, dict(data.dataset.statistics.mean_values_per_bag)
         )
 
-    @property
-    def num_train_rows(self) -> int:
-        """Impressions to train on."""
-        return self.train.impressions if self.train_rows is None else len(self.train_rows)
-
     @cached_property
     def scored_ids(self) -> dict[str, np.ndarray]:
         """How often each id occurs in what is scored."""
@@ -119,13 +121,18 @@ def ids_known_to(stage: Stage, selection: Selection | None) -> Known:
 
 
 class Training:
-    """A method with its options on a stage."""
+    """A method with its options on a stage.
+
+    The batch size of the options is that of a pass over all training rows of the data set. Whatever
+    a method trains on, and whatever part of the data, a pass takes as many updates as that one.
+    """
 
     def __init__(self, stage: Stage, options: TrainOptions, ranks: Ranks) -> None:
         self.stage = stage
         self.options = options
         self.ranks = ranks
         self.workload = Workload(options.batch_size, stage.mean_values_per_bag)
+        self.updates = -(-stage.train.impressions // (options.batch_size * ranks.world_size))
 
     def part(self, pctr: np.ndarray | None) -> TrainingPart:
         """What is trained on."""
@@ -147,9 +154,18 @@ class Training:
             self.ranks,
             part=part,
             workload=self.workload,
+            updates_per_pass=self.updates,
             on_rows=on_rows,
             after_epoch=after_epoch,
         )
+
+    def batches(self, part: TrainingPart) -> dict[str, int]:
+        """Rows of a step over all ranks, and steps of a pass."""
+        world_size = self.ranks.world_size
+        size = world_size * batch_of_equal_updates(
+            part.num_rows, updates=self.updates, world_size=world_size
+        )
+        return {"batch_size": size, "updates_per_pass": -(-part.num_rows // size)}
 
     def score(
         self, model: DistributedModelParallel, split: MappedSplit
@@ -180,6 +196,7 @@ class Training:
             self.ranks,
             workload=self.workload,
             within=self.stage.train_rows,
+            updates_per_pass=self.updates,
             on_rows=on_rows,
         )
         return pctr[self.stage.clicked_train_rows()].astype(np.float32)
@@ -217,7 +234,7 @@ def test_record(
     part: TrainingPart,
     *,
     common_ctr: np.ndarray,
-    bootstrap: Callable[[ScoredImpressions], dict[str, Any]] | None,
+    resampling: UserBootstrap | None,
     on_rows: Callable[[int], object],
 ) -> dict[str, Any] | None:
     """Trains, scores the test rows once, and measures."""
@@ -235,9 +252,9 @@ def test_record(
     record: dict[str, Any] = {
         "metrics": _flat(figures),
         "references": _references(scored, figures),
-        "training_rows": stage.num_train_rows
-        if part.selection is None
-        else len(part.selection.rows),
+        "training_rows": part.num_rows,
+        **training.batches(part),
+        "passes": training.options.epochs,
         "notes": dict(part.notes),
         "unknown_share": known.unknown_share,
         "curves": _curves(scored),
@@ -247,9 +264,45 @@ def test_record(
     if known.unknown_share:
         whole = _flat(measure(replace(kept, common_ctr_logit=common_ctr)))
         record["random_unseen_ids"] = {name: whole.get(name) for name in COMPARED_WITHOUT_UNKNOWN}
-    if bootstrap is not None:
-        record["bootstrap"] = bootstrap(scored)
+    if resampling is not None:
+        record["bootstrap"] = resampled_figures(resampling, scored)
     return record | {"seconds": time.perf_counter() - started}
+
+
+def resampled_figures(
+    resampling: UserBootstrap, scored: ScoredImpressions
+) -> dict[str, list[float | None]]:
+    """Figures whose differences between methods are given, in each resampling of the test users."""
+    assert scored.cvr is not None
+    scores = scored.cvr.values
+    figures = {"cvr_auc": resampling.auc(scores, scored.converted, scored.clicked)}
+    for name, product in (
+        ("ctcvr_auc_common_ctr", scored.ctcvr_common_ctr),
+        ("ctcvr_auc", scored.ctcvr),
+    ):
+        if product is not None:
+            figures[name] = resampling.auc(product.values, scored.converted)
+    if scored.true_cvr is not None and scored.true_ctr is not None:
+        figures |= {
+            "cvr_auc_entire_space": resampling.auc(scores, scored.true_cvr),
+            "cvr_auc_entire_space_within_ctr_strata": resampling.auc_within_strata(
+                scores, scored.true_cvr, scored.true_ctr
+            ),
+            "cvr_excess_log_loss_entire_space": resampling.mean(
+                _excess_log_losses(scored.cvr, scored.true_cvr)
+            ),
+        }
+    return figures
+
+
+def _excess_log_losses(prediction: Prediction, target: np.ndarray) -> np.ndarray:
+    """Cross entropy above that of the true probability of each impression, float64 (n,)."""
+    block = prediction.block(slice(None))
+    true = target.astype(np.float64)
+    possible = np.where((true > 0) & (true < 1), true, 0.5)
+    entropy = -true * np.log(possible) - (1 - true) * np.log1p(-possible)
+    entropy[(true == 0) | (true == 1)] = 0.0
+    return -true * block.log_probability - (1 - true) * block.log_complement - entropy
 
 
 def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float | None]:

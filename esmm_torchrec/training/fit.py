@@ -14,7 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, Selection
-from esmm_torchrec.data.subsets import user_hash
+from esmm_torchrec.data.subsets import only_ids_of, user_hash
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.models.methods import METHODS, LoggedImpressions, TrainingRows, build_train_task
 from esmm_torchrec.schema import CLICK, CONVERSION
@@ -37,6 +37,8 @@ class TrainingPart:
 
     selection: Selection | None
     """None: all impressions, once."""
+    num_rows: int
+    """Rows of a pass over it."""
     click_prior: float
     """Share of clicks in it, weighted as it is."""
     conversion_prior: float
@@ -106,10 +108,21 @@ def part_of(
             )
     return TrainingPart(
         None if rows is None else Selection(rows, weights),
+        len(click),
         click_prior=clicks,
         conversion_prior=conversions / clicks,
         notes={} if chosen is None else chosen.notes,
     )
+
+
+def batch_of_equal_updates(rows: int, *, updates: int, world_size: int) -> int:
+    """Rows per rank and step with which a pass over `rows` takes `updates` steps, so that a method
+    that trains on few rows is updated as often as one that trains on all.
+
+    As near as whole rows allow: a pass may take fewer steps, and takes one a row where there are
+    fewer rows than updates.
+    """
+    return max(1, -(-rows // (updates * world_size)))
 
 
 def build_trainer(
@@ -142,6 +155,7 @@ def fit(
     *,
     part: TrainingPart,
     workload: Workload,
+    updates_per_pass: int | None = None,
     on_rows: Callable[[int], object] = lambda _: None,
     after_epoch: Callable[[int, DistributedModelParallel], object] = lambda _, __: None,
 ) -> DistributedModelParallel:
@@ -153,12 +167,21 @@ def fit(
         ranks: this process among the others.
         part: what to train on.
         workload: what the planner should expect.
+        updates_per_pass: steps of a pass, from which the batches' size follows
+            (`batch_of_equal_updates`); None: batches of the options' size.
         on_rows: told after each step how many rows of all ranks it took.
         after_epoch: called with the number of epochs done and the model.
 
     Returns:
         the trained task.
     """
+    if updates_per_pass is not None:
+        options = replace(
+            options,
+            batch_size=batch_of_equal_updates(
+                part.num_rows, updates=updates_per_pass, world_size=ranks.world_size
+            ),
+        )
     trainer = build_trainer(split, options, ranks, part=part, workload=workload)
     reader = ImpressionReader(
         split,
@@ -184,9 +207,12 @@ def out_of_fold_pctr(
     *,
     workload: Workload,
     within: np.ndarray | None = None,
+    updates_per_pass: int | None = None,
     on_rows: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
     """pCTR of the clicked impressions from click networks that saw nothing of their users.
+
+    Ids that a network saw nothing of either are the unknown id for it.
 
     Args:
         split: the training half.
@@ -194,6 +220,7 @@ def out_of_fold_pctr(
         ranks: this process among the others.
         workload: what the planner should expect.
         within: int (M,), the rows to train on and to score; None: all.
+        updates_per_pass: as in `fit`.
         on_rows: as in `fit`.
 
     Returns:
@@ -205,14 +232,23 @@ def out_of_fold_pctr(
     pctr = np.full(split.impressions, np.nan)
     network = replace(options, method="ctr", rate=None, seed=options.seed + FOLD_SEED)
     for held_out in range(FOLDS):
-        part = training_part(split, network, within=rows[fold != held_out])
-        model = fit(split, network, ranks, part=part, workload=workload, on_rows=on_rows)
+        trained_on = rows[fold != held_out]
+        part = training_part(split, network, within=trained_on)
+        model = fit(
+            split,
+            network,
+            ranks,
+            part=part,
+            workload=workload,
+            updates_per_pass=updates_per_pass,
+            on_rows=on_rows,
+        )
         wanted = rows[(fold == held_out) & clicked]
         if not len(wanted):
             continue
         scored = score_split(
             model,
-            split,
+            only_ids_of(split, split, trained_on),
             ranks,
             batch_size=options.batch_size,
             shared_features=options.shared_features,

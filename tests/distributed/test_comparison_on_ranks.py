@@ -18,12 +18,14 @@ OPTIONS = ComparisonOptions(
     methods=("unbias", "esmm"),
     seeds=1,
     trials=1,
-    epochs=1,
+    epochs=3,
     tower=(8,),
     test_impressions=1500,
     device="cpu",
 )
-GLOBAL_BATCH = 256
+GLOBAL_BATCH = 2000
+"""All training rows. A batch is the same number of rows on every rank, so that only with one update
+a pass do one and two ranks see the same rows in each, whatever the size of a part."""
 
 
 def _compare(out: Path) -> dict[str, Any]:

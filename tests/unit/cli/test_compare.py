@@ -36,6 +36,7 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--seeds", "0"], ["--seeds 0"]),
         (["--fractions", "0", "1"], ["--fractions 0"]),
         (["--trials", "9"], ["--trials 9"]),
+        (["--fractions", "0.00001", "--device", "cpu"], ["--fractions 1e-05", "conversions"]),
         (["--world.ctr", "2"], ["--ctr is 2"]),
         (["--data", "nowhere", "--world.seed", "3"], ["--world", "--data"]),
     ],

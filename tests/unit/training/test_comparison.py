@@ -18,16 +18,23 @@ import torch
 from esmm_torchrec.data.synthetic import World
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.sharding.process_group import process_group
-from esmm_torchrec.training.comparison import compare, selection_score
+from esmm_torchrec.training.comparison import Chosen, at_edge, compare, selection_score
 from esmm_torchrec.training.comparison_data import Source
-from esmm_torchrec.training.comparison_options import COMPARED, SETTINGS, ComparisonOptions
+from esmm_torchrec.training.comparison_options import (
+    COMPARED,
+    SETTINGS,
+    ComparisonOptions,
+    Trial,
+)
 from esmm_torchrec.training.comparison_report import (
     findings,
     format_table,
     headline_rows,
     write_report,
 )
+from esmm_torchrec.training.comparison_results import DIFFERENCES
 from esmm_torchrec.training.comparison_statistics import paired_difference
+from esmm_torchrec.training.comparison_store import code_identity
 from tests.prepared_data import write_data_set
 from tests.ranks import run_on_ranks
 
@@ -54,7 +61,7 @@ def _compare_all(folder: Path) -> dict[str, Any]:
         torch.set_num_threads(1)
         first = run("worlds", OPTIONS)
         shutil.copytree(folder / "worlds", folder / "stopped")
-        removed = sorted((folder / "stopped" / "trials").iterdir())[::3]
+        removed = sorted((folder / "stopped" / "trials").glob("*/*"))[::3]
         for path in removed:
             path.unlink()
         resumed = run("stopped", OPTIONS)
@@ -164,6 +171,64 @@ def test_a_stopped_comparison_ends_with_the_same_numbers(compared: dict[str, Any
     assert compared["worlds left"] == []
 
 
+def test_every_pass_takes_as_many_updates(compared: dict[str, Any]) -> None:
+    results = compared["worlds"]
+    of_everything = -(-WORLD.split_impressions["train"] // OPTIONS.batch_size)
+    for name, of_method in results["training"].items():
+        for fraction, figures in of_method.items():
+            rows, batch = figures["training_rows"], figures["batch_size"]
+            assert 0.85 * of_everything <= figures["updates_per_pass"] <= of_everything, name
+            assert figures["updates_per_pass"] == pytest.approx(rows / batch, abs=1), fraction
+    assert results["training"]["ESMM"]["1"]["updates_per_pass"] == of_everything
+    assert results["training"]["BASE"]["0.5"]["batch_size"] < OPTIONS.batch_size / 4
+
+
+def test_seconds_are_those_of_everything(compared: dict[str, Any]) -> None:
+    seconds = compared["worlds"]["seconds"]
+    parts = [
+        *seconds["tuning"].values(),
+        *(value for of in seconds["methods"].values() for value in of.values()),
+        seconds["common_ctr"],
+        seconds["out_of_fold_pctr"],
+    ]
+    assert min(parts) > 0
+    assert seconds["total"] == pytest.approx(sum(parts))
+
+
+def test_what_is_chosen_at_the_end_of_the_search_is_marked() -> None:
+    def tried(place: int, rate: float | None, epochs: int) -> Chosen:
+        return Chosen(Trial(SETTINGS[place], rate), epochs, 0.5)
+
+    tries = [
+        tried(place, rate, epochs)
+        for place, rate in ((0, 0.1), (1, 0.5), (2, 1.0))
+        for epochs in (1, 2)
+    ]
+    # 0.02, 0.05 and 0.1 for tables; 0.001, 0.002 and 0.002 for towers; no, no and some decay.
+    assert at_edge(tried(0, 0.1, 1), tries) == ["sparse_lr", "dense_lr", "rate"]
+    assert at_edge(tried(1, 0.5, 1), tries) == ["dense_lr"]
+    assert at_edge(tried(2, 1.0, 2), tries) == [
+        "epochs",
+        "sparse_lr",
+        "dense_lr",
+        "weight_decay",
+        "rate",
+    ]
+
+
+def test_records_of_other_code_are_left_aside(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    for name in ("models/esmm.py", "training/comparison_report.py", "cli/main.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("first\n")
+    before = code_identity(package)
+    (package / "cli" / "main.py").write_text("second\n")
+    (package / "training" / "comparison_report.py").write_text("second\n")
+    assert code_identity(package) == before
+    (package / "models" / "esmm.py").write_text("second\n")
+    assert code_identity(package) != before
+
+
 def test_oracle_and_references_stand_beside_the_methods(compared: dict[str, Any]) -> None:
     references = compared["worlds"]["references"]["1"]
     assert set(references) == {
@@ -182,6 +247,13 @@ def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -
     results = compared["fixed"]
     row = results["differences"]["1"]["ctcvr_auc_common_ctr"]["BASE"]["shared-bottom"]
     assert row["low_users"] < row["high_users"]
+    of_metric = results["differences"]["1"]
+    assert set(of_metric) >= set(DIFFERENCES) - {"ctcvr_auc"}
+    for metric, of_baseline in of_metric.items():
+        for difference in of_baseline["BASE"].values():
+            assert 0 < difference["p_value_users"] <= difference["p_value_users_holm"] <= 1, metric
+            stands = max(difference["p_value_holm"], difference["p_value_users_holm"]) <= 0.05
+            assert difference["within_noise"] is not stands
     # One world is not another: the seeds of one data set share its test half.
     counts = results["methods"]["BASE"]["1"]["conversions"]["runs"]
     assert len(set(counts)) == 1
@@ -215,7 +287,11 @@ def test_report_without_truth_and_with_one_seed_says_so(
 ) -> None:
     results = compared["no truth"]
     assert "cvr_auc_entire_space" not in results["methods"]["BASE"]["1"]
-    assert results["differences"]["1"]["cvr_auc"]["BASE"]["shared-bottom"]["low"] is None
+    row = results["differences"]["1"]["cvr_auc"]["BASE"]["shared-bottom"]
+    assert row["low"] is None
+    assert row["p_value_users"] is not None
+    assert row["within_noise"] is None, "one seed says nothing of the noise of a training"
+    assert findings(results) == []
     write_report(results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "no columns true_ctr and true_cvr" in page
@@ -247,7 +323,13 @@ def test_tuning_goes_through_the_rates_of_a_method() -> None:
     options = ComparisonOptions()
     assert [trial.setting for trial in options.trials_of("esmm")] == list(SETTINGS)
     assert [trial.setting for trial in options.trials_of("aman")] == list(SETTINGS)
-    assert {trial.rate for trial in options.trials_of("aman")} == {0.1, 0.2, 0.5, 1.0}
+    met: dict[float | None, set[float]] = {}
+    for trial in options.trials_of("aman"):
+        met.setdefault(trial.rate, set()).add(trial.setting.sparse_lr)
+    assert set(met) == {0.1, 0.2, 0.5, 1.0}
+    assert all(len(rates_of_tables) == 2 for rates_of_tables in met.values())
+    few = replace(options, trials=4).trials_of("aman")
+    assert [trial.rate for trial in few] == [0.1, 0.2, 0.5, 1.0]
     assert {trial.rate for trial in options.trials_of("esmm")} == {None}
 
 

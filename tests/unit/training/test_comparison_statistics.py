@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from esmm_torchrec.metrics.ranking import auc
+from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
 from esmm_torchrec.training.comparison_statistics import (
     UserBootstrap,
     bootstrap_interval,
+    bootstrap_p_value,
     holm,
     paired_difference,
     student_t_cdf,
@@ -73,6 +74,42 @@ def test_a_resampled_auc_is_that_of_repeated_users() -> None:
             repeated = np.repeat(np.flatnonzero(mask), times[users[mask]].astype(int))
             assert value == pytest.approx(auc(scores[repeated], labels[repeated]))
     assert all(times.sum() == 12 for times in bootstrap._times)
+
+
+def test_resampled_figures_of_the_truth_are_those_of_repeated_users() -> None:
+    rng = np.random.default_rng(4)
+    users = rng.integers(0, 15, 300)
+    scores = np.round(rng.normal(size=300), 1).astype(np.float32)
+    truth = rng.random(300).astype(np.float32)
+    pctr = np.repeat([0.1, 0.2, 0.3], 100).astype(np.float32)
+    bootstrap = UserBootstrap(users, resamplings=20, seed=1)
+    whole = bootstrap.auc(scores, truth)
+    strata = bootstrap.auc_within_strata(scores, truth, pctr, num_strata=3)
+    mean = bootstrap.mean(truth)
+    for place, times in enumerate(bootstrap._times):
+        rows = np.repeat(np.arange(300), times[users].astype(int))
+        assert whole[place] == pytest.approx(soft_auc(scores[rows], truth[rows]))
+        assert mean[place] == pytest.approx(truth[rows].mean(dtype=np.float64))
+        # Three kinds of pCTR are three strata however often each occurs.
+        total = 0.0
+        for kind in (0.1, 0.2, 0.3):
+            of_kind = rows[pctr[rows] == np.float32(kind)]
+            value = soft_auc(scores[of_kind], truth[of_kind])
+            assert value is not None
+            total += value * len(of_kind)
+        assert strata[place] == pytest.approx(total / len(rows))
+    untouched = UserBootstrap(np.arange(300), resamplings=1)
+    untouched._times[:] = 1
+    assert untouched.auc_within_strata(scores, truth, pctr, num_strata=3) == [
+        pytest.approx(auc_within_strata(scores, truth, pctr, num_strata=3))
+    ]
+
+
+def test_p_value_of_resamplings_counts_the_rarer_side() -> None:
+    assert bootstrap_p_value([1.0] * 999) == pytest.approx(2 / 1000)
+    assert bootstrap_p_value([1.0] * 989 + [-1.0] * 10) == pytest.approx(22 / 1000)
+    assert bootstrap_p_value([-1.0] * 989 + [0.0] * 10) == pytest.approx(22 / 1000)
+    assert bootstrap_p_value([-1.0, 1.0]) == 1.0
 
 
 def test_models_are_resampled_together_and_a_missing_class_is_none() -> None:
