@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ CONFIDENCE = 0.95
 
 _TOGETHER = 16
 """Resamplings worked on at once: a row's weights in them are one piece of memory."""
+
+_ROWS_PER_BLOCK = 4096
 
 
 class Summary(NamedTuple):
@@ -185,25 +188,41 @@ class UserBootstrap:
         ordered, user = scores[order], users[order]
         positive_share = target[order].astype(np.float64)[:, None]
         starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        tied = len(starts) < len(ordered)
+        # Neighbours of one class need no order among themselves: of labels, few groups are left.
+        share = np.add.reduceat(positive_share[:, 0], starts) / np.diff(starts, append=len(ordered))
+        pure = np.select([share == 0, share == 1], [-1, 1], 0)
+        starts = starts[np.r_[True, (pure[1:] != pure[:-1]) | (pure[1:] == 0)]]
+        # Blocks that stay in the cache, of whole ties.
+        wanted = np.arange(0, len(ordered), _ROWS_PER_BLOCK)
+        edges = [
+            *np.unique(starts[np.searchsorted(starts, wanted, side="right") - 1]),
+            len(ordered),
+        ]
+        blocks = [
+            (slice(start, stop), starts[(starts >= start) & (starts < stop)] - start)
+            for start, stop in pairwise(edges)
+        ]
         values, mass = np.empty(len(self._times)), np.empty(len(self._times))
         for first in range(0, len(self._times), _TOGETHER):
             part = slice(first, first + _TOGETHER)
-            weight = np.ascontiguousarray(self._times[part].T)[user].astype(np.float64)
-            positive = weight * positive_share
-            negative = weight - positive
-            if tied:
-                positive = np.add.reduceat(positive, starts, axis=0)
-                negative = np.add.reduceat(negative, starts, axis=0)
-            below = np.cumsum(negative, axis=0)
-            negatives = below[-1].copy()
-            below -= negative / 2
-            pairs = positive.sum(axis=0) * negatives
-            ordered_pairs = np.einsum("ij,ij->j", positive, below)
+            times = np.ascontiguousarray(self._times[part].T, np.float64)
+            positives, negatives, ordered_pairs = np.zeros((3, times.shape[1]))
+            for rows, ties in blocks:
+                weight = times[user[rows]]
+                positive = weight * positive_share[rows]
+                negative = weight - positive
+                if len(ties) < len(weight):
+                    positive = np.add.reduceat(positive, ties, axis=0)
+                    negative = np.add.reduceat(negative, ties, axis=0)
+                below = np.cumsum(negative, axis=0)
+                ordered_pairs += np.einsum("ij,ij->j", positive, below - negative / 2 + negatives)
+                positives += positive.sum(axis=0)
+                negatives += below[-1]
+            pairs = positives * negatives
             values[part] = np.divide(
                 ordered_pairs, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0
             )
-            mass[part] = weight.sum(axis=0)
+            mass[part] = positives + negatives
         return values, mass
 
 
