@@ -215,7 +215,9 @@ def division_objective(logits: Logits, batch: ImpressionBatch) -> torch.Tensor:
 
 def click_space_objective(logits: Logits, batch: ImpressionBatch) -> torch.Tensor:
     """mean over D of BCE(y, pCTR) + mean over O of BCE(z, pCVR). The second is a mean over the
-    clicks of all ranks; a batch without a click gives 0."""
+    clicks of all ranks; a batch without a click gives 0. It pulls about 1 / CTR times as hard as
+    ESMM's second term, which is a mean over D; `EsmmObjective.ctcvr_loss_weight` would even that
+    out, and is 1 here as in the paper."""
     assert logits.click is not None
     assert logits.conversion is not None
     click = losses.binary_cross_entropy(logits.click, batch.click)

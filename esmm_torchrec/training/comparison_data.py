@@ -25,7 +25,7 @@ from esmm_torchrec.sharding.process_group import Ranks
 
 DEFAULT_WORLD = World(impressions=720_000, ctr=0.09, cvr=0.18)
 """360 000 training impressions, about 31 000 clicks and 5 400 conversions; everything else as
-`World` has it. Fixed before any result on it was looked at."""
+`World` has it. docs/methods.md tells when it was fixed."""
 
 TUNING_WORLD = 1_000_000
 """Added to the seed of the world that is tuned on, which is none of those compared on."""
