@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,14 +67,20 @@ class Ranks:
         return outcome[0]  # pyright: ignore[reportReturnType]
 
 
-def choose_device(option: DeviceOption, local_rank: int) -> torch.device:
-    """The device of a rank.
+def choose_device(option: DeviceOption, local_rank: int, local_world_size: int = 1) -> torch.device:
+    """The device of a rank; "auto" is CUDA where each rank of the machine has a GPU, else the CPU.
 
     Raises:
         OptionError: "cuda" where there is no GPU for this rank.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if option == "cpu" or (option == "auto" and gpus == 0):
+    if option == "cpu" or (option == "auto" and gpus < local_world_size):
+        if option == "auto" and gpus and local_rank == 0:
+            print(
+                f"{local_world_size} ranks on this machine and GPUs for {gpus}: all on the CPU",
+                file=sys.stderr,
+                flush=True,
+            )
         return torch.device("cpu")
     if local_rank >= gpus:
         raise OptionError(
@@ -85,15 +92,30 @@ def choose_device(option: DeviceOption, local_rank: int) -> torch.device:
 
 @contextmanager
 def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
-    """Joins the group that torchrun describes, or makes one of a single rank.
+    """Joins the group that torchrun describes, or makes one of a single rank; leaves it at the end.
 
     On the CPU the cores are divided among the ranks of the machine; gloo carries the collectives.
-    On CUDA, NCCL does. After an error the group is left as it is: waiting for the others would
-    hang where only this rank failed.
+    On CUDA, NCCL does. After an error a group of several ranks is left as it is: waiting for the
+    others would hang where only this rank failed. A group of one is left, so that the next block
+    of a notebook finds none.
+
+    Example::
+
+        with process_group() as ranks:
+            metrics = train(data, out, TrainOptions(), ranks)
+
+    Args:
+        device: "auto" is CUDA where there is a GPU for each rank of the machine, else the CPU.
+
+    Yields:
+        this process among all of them, with its device.
+
+    Raises:
+        OptionError: "cuda" where there is no GPU for this rank.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    chosen = choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank, local_world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -104,13 +126,23 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    yield Ranks(
+    ranks = Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         local_rank=local_rank,
         local_world_size=local_world_size,
         device=chosen,
     )
-    dist.barrier()
+    try:
+        yield ranks
+        dist.barrier()
+    except BaseException:
+        if ranks.world_size == 1:
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
     gc.collect()
     dist.destroy_process_group()
