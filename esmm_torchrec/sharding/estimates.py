@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,7 +193,8 @@ def estimate(scenario: Scenario, strategy: Strategy, world_size: int) -> Estimat
     )
     if isinstance(found, Placement):
         return replace(result, placed=_placed(scenario, found, towers))
-    remedies = _remedies(scenario, strategy, world_size, found) if found.tables else ()
+    may_help = found.tables or found.towers
+    remedies = _remedies(scenario, strategy, world_size, found) if may_help else ()
     return replace(result, reason=found.sentence, remedies=tuple(remedies))
 
 
@@ -205,46 +206,45 @@ def _remedies(
     which = "all tables"
     if misfit.alone:
         which = f"table {names[0]!r}" if len(names) == 1 else f"the {len(names)} tables"
+    noun = "GPUs" if scenario.hardware.device == "cuda" else "ranks"
 
     def constrained(**values: Any) -> Scenario:
         extra = tuple(Constraint(pattern=_escape(name), **values) for name in names)
         return replace(scenario, constraints=(*scenario.constraints, *extra))
 
-    def first(tried: Mapping[str, tuple[Scenario, int]]) -> Iterator[str]:
-        for text, (changed, count) in tried.items():
+    def first(tried: Iterable[tuple[str, Scenario, int]]) -> Iterator[str]:
+        for text, changed, count in tried:
             if fits(changed, strategy, count):
                 yield text
                 return
 
-    kinds = ("row_wise", "table_row_wise", "column_wise") if world_size > 1 else ()
-    yield from first(
-        {
-            f"{kind} for {which}": (constrained(sharding_types=(kind,)), world_size)
+    if names:
+        kinds = ("row_wise", "table_row_wise", "column_wise") if world_size > 1 else ()
+        yield from first(
+            (f"{kind} for {which}", constrained(sharding_types=(kind,)), world_size)
             for kind in kinds
             if kind != strategy
-        }
-    )
-    noun = "ranks"
-    if scenario.hardware.device == "cuda":
-        noun = "GPUs"
-        yield from first(
-            {
-                f"the kernel {kernel} for {which} (rows in host memory)": (
+        )
+        if scenario.hardware.device == "cuda":
+            yield from first(
+                (
+                    f"the kernel {kernel} for {which} (rows in host memory)",
                     constrained(kernels=(kernel,)),
                     world_size,
                 )
                 for kernel in ("fused_uvm_caching", "fused_uvm")
                 if kernel not in scenario.kernels
-            }
-        )
-    full = scenario.hardware.ranks_per_host
-    counts = sorted({*(world_size * factor for factor in (2, 4, 8, 16)), full, 2 * full})
-    yield from first(
-        {
-            f"{count} {noun}": (scenario, count)
+            )
+        full = scenario.hardware.ranks_per_host
+        counts = sorted({*(world_size * factor for factor in (2, 4, 8, 16)), full, 2 * full})
+        yield from first(
+            (f"{count} {noun}", scenario, count)
             for count in counts
             if world_size < count <= MOST_RANKS_TRIED and (count < full or count % full == 0)
-        }
+        )
+    yield from first(
+        (f"--batch-size {smaller.batch_size}", smaller, world_size)
+        for smaller in _smaller_batches(scenario)
     )
     halved = tuple(
         replace(table, data_type="float16")
@@ -254,17 +254,32 @@ def _remedies(
     )
     if halved != scenario.tables.tables:
         changed = replace(scenario, tables=replace(scenario.tables, tables=halved))
-        yield from first({f"float16 for {which}": (changed, world_size)})
+        yield from first([(f"float16 for {which}", changed, world_size)])
     yield from first(
-        {
-            f"{noun} with {memory_gib:,.0f} GiB each": (
-                replace(scenario, hardware=replace(scenario.hardware, memory_gib=memory_gib)),
-                world_size,
-            )
-            for memory_gib in _memory_sizes(scenario)
-            if memory_gib > scenario.hardware.memory_gib
-        }
+        (
+            f"{noun} with {memory_gib:,.0f} GiB each",
+            replace(scenario, hardware=replace(scenario.hardware, memory_gib=memory_gib)),
+            world_size,
+        )
+        for memory_gib in _memory_sizes(scenario)
+        if memory_gib > scenario.hardware.memory_gib
     )
+
+
+def _smaller_batches(scenario: Scenario) -> Iterator[Scenario]:
+    """The same with a half, a quarter and an eighth of the batch. Fewer impressions share fewer
+    rows: at worst each stored row is pooled as before."""
+    for parts in (2, 4, 8):
+        if scenario.batch_size % parts == 0:
+            tables = tuple(
+                replace(table, shared_by=max(1.0, table.shared_by / parts))
+                for table in scenario.tables.tables
+            )
+            yield replace(
+                scenario,
+                tables=replace(scenario.tables, tables=tables),
+                batch_size=scenario.batch_size // parts,
+            )
 
 
 def _memory_sizes(scenario: Scenario) -> Sequence[float]:

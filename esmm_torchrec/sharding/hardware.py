@@ -189,9 +189,11 @@ class RankBandwidths(GeneralizedCommsBandwidth):
         if hosts > 1:
             ring = min(self.intra_host, self.inter_host * local_world_size)
         once = ring * world_size / (world_size - 1)
-        if collective_type == CollectiveType.ALL_REDUCE and hosts == 1:
-            # TorchRec's formula counts one pass on one host; a ring makes two.
-            return once / 2
+        if collective_type == CollectiveType.ALL_REDUCE:
+            # A ring makes two passes, whatever the hosts; TorchRec's formula makes it one on one
+            # host, one and a half on two and three on more.
+            counted = {1: 1.0, 2: 1.5}.get(hosts, 3.0)
+            return once * counted / 2
         return once
 
 

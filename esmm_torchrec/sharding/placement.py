@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +21,10 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator.config import EmbeddingPerfEstimatorConfig
-from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.estimator.estimator import (
+    get_embedding_perf_sharding_evaluator,
+)
+from torchrec.distributed.planner.estimator.types import ShardPerfContext
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, Proposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
@@ -39,22 +42,26 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, CacheStatistics, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.types import DataType
 
 from esmm_torchrec.sharding.hardware import GIB
 from esmm_torchrec.sharding.planner import SparseOptimizerOption
 from esmm_torchrec.sharding.scenario import Scenario, Strategy
 from esmm_torchrec.sharding.sharders import AnyDeviceSharder, sharders
 from esmm_torchrec.sharding.table_list import PlannedTable
+from esmm_torchrec.sharding.table_placement import every_part_has_a_row
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
+_UVM = EmbeddingComputeKernel.FUSED_UVM.value
 _CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+_ROW_WISE = ShardingType.ROW_WISE.value
+_TABLE_ROW_WISE = ShardingType.TABLE_ROW_WISE.value
 _OPTIMIZERS: Mapping[SparseOptimizerOption, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": torchrec_optim.RowWiseAdagrad,
     "adagrad": torchrec_optim.Adagrad,
     "sgd": torchrec_optim.SGD,
     "adam": torchrec_optim.Adam,
 }
-MOST_RANKS_TRIED = 1024
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Misfit:
     none, where memory is not the reason."""
     alone: bool = False
     """Whether `tables` are too large alone."""
+    towers: bool = False
+    """Whether the towers alone are too large."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +105,21 @@ def place(
     if capacity.for_tables <= 0:
         return Misfit(
             f"the towers and their activations alone need {gib(capacity.towers)} of the "
-            f"{gib(capacity.total - capacity.reserved)} of a rank; use a smaller --batch-size"
+            f"{gib(capacity.total - capacity.reserved)} of a rank",
+            towers=True,
         )
-    constraints = _constraints(scenario, strategy, world_size)
-    if isinstance(constraints, Misfit):
-        return constraints
+    choices = {
+        table.name: _choice(scenario, strategy, world_size, table)
+        for table in scenario.tables.tables
+    }
+    for table in scenario.tables.tables:
+        refused = _refusal(scenario, table, choices[table.name])
+        if refused is not None:
+            return Misfit(refused)
+    constraints = {
+        table.name: _constraints(scenario, world_size, table, choices[table.name])
+        for table in scenario.tables.tables
+    }
     topology = scenario.hardware.topology(
         world_size,
         memory_bytes=capacity.for_tables,
@@ -112,11 +131,15 @@ def place(
             batch_size=scenario.batch_size,
             constraints=constraints,
             estimator=[
-                _NoTime() if memory_only else _EqualShardsOnce(topology, constraints),
-                _StorageEstimator(topology=topology, constraints=constraints),
+                _NoTime() if memory_only else _Time(topology, constraints),
+                _StorageEstimator(scenario, topology, constraints=constraints),
             ],
         )
-        space = enumerator.enumerate(_module(scenario), sharders())
+        space = [
+            option
+            for option in enumerator.enumerate(_module(scenario), sharders())
+            if option.compute_kernel in choices[option.name].kernels[option.sharding_type]
+        ]
         # TorchRec intersects sets of names, whose order changes from run to run.
         space.sort(key=lambda option: (option.name, option.sharding_type, option.compute_kernel))
         return _search(scenario, space, topology, first=memory_only)
@@ -150,43 +173,85 @@ def _module(scenario: Scenario) -> torch.nn.Module:
     return module
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What the planner may choose from for a table."""
+
+    kernels: Mapping[str, tuple[str, ...]]
+    """Sharding type → the kernels for it."""
+    cache_load_factor: float | None
+
+
+def _choice(
+    scenario: Scenario, strategy: Strategy, world_size: int, table: PlannedTable
+) -> _Choice:
+    """By the strategy and --kernels, and before these by the constraints."""
+    types = _strategy_types(scenario, strategy, world_size, table)
+    named: tuple[str, ...] = ()
+    cache = scenario.cache_load_factor
+    for constraint in scenario.constraints:
+        if fnmatchcase(table.name, constraint.pattern):
+            types = constraint.sharding_types or types
+            named = constraint.kernels or named
+            cache = constraint.cache_load_factor or cache
+    if scenario.hardware.device == "cpu":
+        parts = {_ROW_WISE: world_size}
+        parts[_TABLE_ROW_WISE] = scenario.hardware.local_world_size(world_size)
+        rows = table.num_embeddings
+        with_rows = [kind for kind in types if every_part_has_a_row(rows, parts.get(kind, 1))]
+        types = tuple(with_rows) or (ShardingType.TABLE_WISE.value,)
+    return _Choice(
+        # data_parallel has no other kernel than dense, which nobody need say.
+        {
+            kind: (_DENSE,)
+            if kind == ShardingType.DATA_PARALLEL.value and not named
+            else _existing(scenario, named or scenario.kernels)
+            for kind in types
+        },
+        cache,
+    )
+
+
+def _existing(scenario: Scenario, kernels: tuple[str, ...]) -> tuple[str, ...]:
+    """Those in which the optimiser exists; all where it exists in none."""
+    if scenario.sparse_optimizer == "rowwise_adagrad":
+        return tuple(kernel for kernel in kernels if kernel != _DENSE) or kernels
+    if scenario.sparse_optimizer == "adam" and scenario.hardware.device == "cpu":
+        return tuple(kernel for kernel in kernels if kernel == _DENSE) or kernels
+    return kernels
+
+
 def _constraints(
-    scenario: Scenario, strategy: Strategy, world_size: int
-) -> dict[str, ParameterConstraints] | Misfit:
-    """TorchRec's constraints for every table, or what forbids the strategy."""
-    constraints: dict[str, ParameterConstraints] = {}
-    for table in scenario.tables.tables:
-        types = _strategy_types(scenario, strategy, world_size)
-        kernels: tuple[str, ...] = scenario.kernels
-        cache = scenario.cache_load_factor
-        for constraint in scenario.constraints:
-            if fnmatchcase(table.name, constraint.pattern):
-                types = constraint.sharding_types or types
-                kernels = constraint.kernels or kernels
-                cache = constraint.cache_load_factor or cache
-        if tuple(types) == (ShardingType.DATA_PARALLEL.value,):
-            kernels = (_DENSE,)
-        refused = _refusal(scenario, table, types, kernels)
-        if refused is not None:
-            return Misfit(refused)
-        constraints[table.name] = ParameterConstraints(
-            sharding_types=list(types),
-            compute_kernels=list(kernels),
-            min_partition=scenario.column_width,
-            pooling_factors=[feature.pooling_factor for feature in table.features],
-            num_poolings=[1.0] * len(table.features),
-            batch_sizes=[math.ceil(scenario.batch_size / table.shared_by)] * len(table.features),
-            is_weighted=table.weighted,
-            cache_params=(
-                CacheParams(
-                    load_factor=cache or UVM_CACHING_RATIO,
-                    stats=EvenLookups(_distinct_rows(scenario, table, world_size)),
-                )
-                if _CACHING in kernels
-                else None
-            ),
-        )
-    return constraints
+    scenario: Scenario, world_size: int, table: PlannedTable, choice: _Choice
+) -> ParameterConstraints:
+    kernels = list(dict.fromkeys(kernel for some in choice.kernels.values() for kernel in some))
+    return ParameterConstraints(
+        sharding_types=list(choice.kernels),
+        compute_kernels=kernels,
+        min_partition=scenario.column_width,
+        pooling_factors=[feature.pooling_factor for feature in table.features],
+        num_poolings=[1.0] * len(table.features),
+        batch_sizes=[_bags(scenario, table)] * len(table.features),
+        is_weighted=table.weighted,
+        # Whatever the type of the rows, fbgemm pools into float32.
+        output_dtype=DataType.FP32,
+        cache_params=(
+            CacheParams(
+                load_factor=choice.cache_load_factor or UVM_CACHING_RATIO,
+                # Rows are brought into the cache before they are looked up. Without this TorchRec
+                # charges a look-up the way to the host, too, which it charges the prefetch.
+                prefetch_pipeline=True,
+                stats=EvenLookups(_distinct_rows(scenario, table, world_size)),
+            )
+            if _CACHING in kernels
+            else None
+        ),
+    )
+
+
+def _bags(scenario: Scenario, table: PlannedTable) -> int:
+    """Bags of a feature in a rank's batch."""
+    return math.ceil(scenario.batch_size / table.shared_by)
 
 
 def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> float:
@@ -201,7 +266,7 @@ def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> 
 class EvenLookups(CacheStatistics):
     """Look-ups spread evenly over the rows of a table: the worst case for a cache, and what is
     assumed where the popularity of ids is not known. Without statistics TorchRec's planner takes
-    fetching from the host as free."""
+    the prefetch as free."""
 
     distinct_rows: float
     """Touched in a step, on all ranks together."""
@@ -221,51 +286,54 @@ class EvenLookups(CacheStatistics):
         return 0.5
 
 
-def _strategy_types(scenario: Scenario, strategy: Strategy, world_size: int) -> tuple[str, ...]:
+def _strategy_types(
+    scenario: Scenario, strategy: Strategy, world_size: int, table: PlannedTable
+) -> tuple[str, ...]:
     if world_size == 1 and strategy != "data_parallel":
         # Nothing is cut on one rank; TorchRec's estimates of the types differ there all the same.
         return (ShardingType.TABLE_WISE.value,)
     if strategy != "auto":
         return (strategy,)
-    types = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-    if scenario.hardware.local_world_size(world_size) < world_size:
-        types.append(ShardingType.TABLE_ROW_WISE.value)
+    hosts = world_size // scenario.hardware.local_world_size(world_size)
+    types = [ShardingType.TABLE_WISE.value, _ROW_WISE]
+    if hosts > 1:
+        types.append(_TABLE_ROW_WISE)
     if scenario.sparse_optimizer != "rowwise_adagrad":
         # Otherwise cutting columns changes what is trained, which nobody asked for.
         types.append(ShardingType.COLUMN_WISE.value)
+        if hosts > 1 and scenario.hardware.device == "cuda" and table.pooling != "mean":
+            types.append(ShardingType.GRID_SHARD.value)
     return tuple(types)
 
 
-def _refusal(
-    scenario: Scenario, table: PlannedTable, types: Sequence[str], kernels: Sequence[str]
-) -> str | None:
+def _refusal(scenario: Scenario, table: PlannedTable, choice: _Choice) -> str | None:
     """Why a table cannot be trained so, whatever the memory."""
     device = scenario.hardware.device
     sharder = AnyDeviceSharder()
-    for name in types:
+    for name, kernels in choice.kernels.items():
         if name not in sharder.sharding_types(device):
             return f"TorchRec has no {name} on a {_device_name(device)}"
-        offered = set(sharder.compute_kernels(name, device)) & set(kernels)
-        if not offered:
+        if not set(sharder.compute_kernels(name, device)) & set(kernels):
             return (
                 f"table {table.name!r}: TorchRec has no {name} with the kernel "
                 f"{' or '.join(kernels)} on a {_device_name(device)}"
             )
-    if ShardingType.GRID_SHARD.value in types and table.pooling == "mean":
-        return (
-            f"table {table.name!r} has mean pooling, which TorchRec's grid_shard computes wrongly"
-        )
-    if _DENSE in kernels and set(kernels) == {_DENSE}:
-        if scenario.sparse_optimizer == "rowwise_adagrad":
+        if name == ShardingType.GRID_SHARD.value and table.pooling == "mean":
             return (
-                f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad "
-                "does not exist; use --sparse-optimizer adagrad, sgd or adam"
+                f"table {table.name!r} has mean pooling, which TorchRec's grid_shard computes "
+                "wrongly"
             )
-    elif device == "cpu" and scenario.sparse_optimizer == "adam":
-        return (
-            "adam does not exist in the fused kernel on a CPU; use --kernels dense or another "
-            "--sparse-optimizer"
-        )
+        if set(kernels) == {_DENSE}:
+            if scenario.sparse_optimizer == "rowwise_adagrad":
+                return (
+                    f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad "
+                    "does not exist; use --sparse-optimizer adagrad, sgd or adam"
+                )
+        elif device == "cpu" and scenario.sparse_optimizer == "adam":
+            return (
+                "adam does not exist in the fused kernel on a CPU; use --kernels dense or another "
+                "--sparse-optimizer"
+            )
     return None
 
 
@@ -274,7 +342,15 @@ def _device_name(device: str) -> str:
 
 
 class _StorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's, and the gradient that a dense kernel holds: as large as the table."""
+    """TorchRec's, with what it leaves out: the gradient that a dense kernel holds, as large as the
+    table; float32 in the state of a fused optimiser, whatever the type of the rows; and the pooled
+    embeddings of empty bags."""
+
+    def __init__(self, scenario: Scenario, topology: Topology, **values: Any) -> None:
+        super().__init__(topology=topology, **values)
+        self._tables = {table.name: table for table in scenario.tables.tables}
+        self._bags = {name: _bags(scenario, table) for name, table in self._tables.items()}
+        self._optimizer = scenario.sparse_optimizer
 
     def estimate(
         self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap
@@ -282,13 +358,28 @@ class _StorageEstimator(EmbeddingStorageEstimator):
         super().estimate(sharding_options, sharder_data_map)
         on_gpu = self._topology.compute_device == "cuda"
         for option in sharding_options:
-            if option.compute_kernel != _DENSE:
-                continue
+            table = self._tables[option.name]
+            empty = self._bags[option.name] * sum(
+                max(0.0, 1 - feature.pooling_factor) for feature in table.features
+            )
+            if option.sharding_type != ShardingType.DATA_PARALLEL.value:
+                empty *= self._topology.world_size
+            value_bytes = option.tensor.element_size()
+            in_host = option.compute_kernel in (_UVM, _CACHING)
+            cached = (option.cache_load_factor or 0.0) if option.compute_kernel == _CACHING else 0.0
             for shard in option.shards:
                 assert shard.storage is not None
-                gradient = math.prod(shard.size) * option.tensor.element_size()
-                shard.storage += Storage(
-                    hbm=gradient if on_gpu else 0, ddr=0 if on_gpu else gradient
+                values = math.prod(shard.size)
+                device, host = math.ceil(4 * empty * shard.size[1]) if values else 0, 0
+                if option.compute_kernel == _DENSE:
+                    device += values * value_bytes
+                elif value_bytes < 4:
+                    states = {"sgd": 0, "adam": 2, "rowwise_adagrad": 1 / table.embedding_dim}
+                    more = values * states.get(self._optimizer, 1) * (4 - value_bytes)
+                    device += round(more * (cached if in_host else 1))
+                    host += round(more) if in_host else 0
+                shard.storage += (
+                    Storage(hbm=device, ddr=host) if on_gpu else Storage(0, ddr=device + host)
                 )
 
 
@@ -300,34 +391,67 @@ class _CpuPerf(EmbeddingPerfEstimatorConfig):
     _use_block_usage_penalty = False
 
 
-class _EqualShardsOnce(ShardEstimator):
-    """TorchRec's estimate of time, asked once for all shards of one size: a table cut into 128
-    equal parts has 128 equal answers, and each takes a third of a millisecond."""
+class _EveryBag(ShardPerfContext):
+    """TorchRec's, with a pooled embedding in float32 for every bag. TorchRec takes bags without an
+    id as not sent, and a table's type for that of what is sent."""
+
+    @property
+    def batch_outputs(self) -> float:
+        """Pooled embeddings of one rank's batch."""
+        bags = sum(
+            number * size for number, size in zip(self.num_poolings, self.batch_sizes, strict=True)
+        )
+        if self.sharding_type == ShardingType.DATA_PARALLEL.value:
+            # For this type alone, TorchRec multiplies by the bytes of the table's type.
+            return bags * self.output_data_type_size / self.table_data_type_size
+        return bags
+
+
+class _Time(ShardEstimator):
+    """TorchRec's formulas, asked once for all shards of one size: a table cut into 128 equal parts
+    has 128 equal answers, and each takes a third of a millisecond."""
 
     def __init__(
         self,
         topology: Topology,
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> None:
+        self._topology = topology
+        self._constraints = constraints
         on_gpu = topology.compute_device == "cuda"
-        self._estimator = EmbeddingPerfEstimatorFactory.create_with_config(
-            EmbeddingPerfEstimatorConfig() if on_gpu else _CpuPerf(),
-            topology=topology,
-            constraints=constraints,
-        )
+        self._config = EmbeddingPerfEstimatorConfig() if on_gpu else _CpuPerf()
 
     def estimate(
         self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap
     ) -> None:
-        shards = [option.shards for option in sharding_options]
         for option in sharding_options:
-            option.shards = list({tuple(shard.size): shard for shard in option.shards}.values())
-        self._estimator.estimate(sharding_options, sharder_data_map)
-        for option, every in zip(sharding_options, shards, strict=True):
-            perf = {tuple(shard.size): shard.perf for shard in option.shards}
-            for shard in every:
+            sizes = list({tuple(shard.size): list(shard.size) for shard in option.shards}.values())
+            contexts = _EveryBag.build_shard_perf_contexts(
+                config=self._config,
+                shard_sizes=sizes,
+                sharding_option=option,
+                topology=self._topology,
+                constraints=self._constraints,
+                sharder_data=sharder_data_map[option.module_type_key],
+            )
+            evaluator = get_embedding_perf_sharding_evaluator(option.sharding_type)
+            perf = {
+                tuple(size): evaluator.compute_perf(
+                    ctx=replace(context, **_FLOAT32_COMMS), config=self._config
+                )
+                for size, context in zip(sizes, contexts, strict=True)
+            }
+            option.is_weighted = contexts[0].is_weighted
+            for shard in option.shards:
                 shard.perf = perf[tuple(shard.size)]
-            option.shards = every
+
+
+_FLOAT32_COMMS = {
+    f"{direction}_{kind}_comm_data_type_size": 4.0
+    for direction in ("fwd", "bwd")
+    for kind in ("a2a", "sr")
+}
+"""Pooled embeddings and their gradients are sent as fbgemm makes them."""
 
 
 class _NoTime(ShardEstimator):
@@ -452,9 +576,9 @@ def _proposers(
             for options, thrifty in zip(by_table.values(), thriftiest, strict=True)
         ]
 
-    uniform = [of_type(kind, key) for key in (size, slowness) for kind in kinds]
     if thrifty_only:
-        return [_Proposals([thriftiest, *uniform])]
+        return [_Proposals([thriftiest, *(of_type(kind, size) for kind in kinds)])]
+    uniform = [of_type(kind, key) for key in (size, slowness) for kind in kinds]
     return [_Proposals([*uniform, thriftiest]), GreedyProposer(threshold=50)]
 
 
@@ -484,7 +608,24 @@ class _Proposals(Proposer):
 
 
 def _partition(proposal: list[ShardingOption], topology: Topology) -> bool:
-    """Gives the shards ranks; where it fails, those before the failure have one."""
+    """Gives the shards ranks, so that times are even, or where memory is too short for that, so
+    that each goes to the first rank with room; where both fail, those before the failure have
+    one."""
+    if _greedy(proposal, topology):
+        return True
+    shards = [shard for option in proposal for shard in option.shards]
+    times = [shard.perf for shard in shards]
+    if not any(time.total for time in times if time):
+        return False
+    for shard in shards:
+        shard.perf = Perf(0, 0, 0, 0)
+    placed = _greedy(proposal, topology)
+    for shard, time in zip(shards, times, strict=True):
+        shard.perf = time
+    return placed
+
+
+def _greedy(proposal: list[ShardingOption], topology: Topology) -> bool:
     for option in proposal:
         for shard in option.shards:
             shard.rank = None

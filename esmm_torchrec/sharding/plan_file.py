@@ -136,12 +136,15 @@ class PlanFile:
             device: 'cpu' or 'cuda' where it runs; None: the plan's own.
 
         Raises:
-            PlanError: the plan is for other tables, rows, dimensions or ranks, or uses grid_shard
-                for a table with mean pooling, which TorchRec pools wrongly.
+            PlanError: the plan is for other tables, rows, dimensions, types or ranks, uses
+                grid_shard for a table with mean pooling, which TorchRec pools wrongly, or leaves a
+                CPU rank without a row of a table that is divided.
         """
         self._check_run(world_size, local_world_size)
         self._check_tables(embedding_tables(module).values())
         run_device = device or self.device
+        if run_device == "cpu":
+            self._check_rows()
         plans = {
             path: EmbeddingModuleShardingPlan(
                 {
@@ -170,6 +173,16 @@ class PlanFile:
                 f"{local_world_size} a host; make a plan for such hosts"
             )
 
+    def _check_rows(self) -> None:
+        for name, table in self.tables.items():
+            empty = [shard.rank for shard in table.shards if shard.size[0] == 0]
+            if empty:
+                raise PlanError(
+                    f"{self.source}: table {name!r} has too few rows ({table.num_embeddings}) for "
+                    f"{table.sharding_type}: rank {empty[0]} gets none, and with such a rank "
+                    "fbgemm's kernels for a CPU fail now and then; place it table_wise"
+                )
+
     def _check_tables(self, configs: Iterable[EmbeddingBagConfig]) -> None:
         configs = list(configs)
         missing = [config.name for config in configs if config.name not in self.tables]
@@ -195,6 +208,11 @@ class PlanFile:
                 raise PlanError(
                     f"{self.source}: table {config.name!r} is {planned[0]} x {planned[1]} in the "
                     f"plan and {have[0]} x {have[1]} in the model; make a plan for this model"
+                )
+            if DATA_TYPES[table.data_type][0] != config.data_type:
+                raise PlanError(
+                    f"{self.source}: table {config.name!r} is {table.data_type} in the plan and "
+                    f"{_data_type_name(config.data_type)} in the model; give both one data type"
                 )
             if (
                 table.sharding_type == ShardingType.GRID_SHARD.value
@@ -269,7 +287,8 @@ def embedding_tables(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
 
 
 def _data_type_name(data_type: DataType) -> str:
-    return next(name for name, (known, _) in DATA_TYPES.items() if known == data_type)
+    names = (name for name, (known, _) in DATA_TYPES.items() if known == data_type)
+    return next(names, data_type.value)
 
 
 def _placement_of(

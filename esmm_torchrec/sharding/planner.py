@@ -26,6 +26,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.sharders import sharders
+from esmm_torchrec.sharding.table_placement import every_part_has_a_row
 
 ShardingOption = Literal[
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"
@@ -91,11 +92,8 @@ def _sharding_types(sharding: ShardingOption, *, world_size: int) -> tuple[Shard
 
 
 def _gives_each_rank_a_row(sharding: ShardingOption, rows: int, ranks: Ranks) -> bool:
-    """fbgemm's kernels for a CPU read beyond their arrays where the last of the tables that they
-    hold has no row on a rank, and then fail now and then."""
     among = {"row_wise": ranks.world_size, "table_row_wise": ranks.local_world_size}
-    parts = among.get(sharding, 1)
-    return rows > -(-rows // parts) * (parts - 1)
+    return every_part_has_a_row(rows, among.get(sharding, 1))
 
 
 def make_plan(

@@ -29,6 +29,8 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 
+CACHING: Kernel = "fused_uvm_caching"
+
 DEFAULT_COLUMN_WIDTH = 32
 """Narrowest column shard; the kernels move 32 columns in the time of fewer."""
 
@@ -50,7 +52,7 @@ def parse_constraint(text: str) -> Constraint:
     """Reads `PATTERN=WORD,WORD…`, a word being a sharding type, a kernel or `cache=SHARE`.
 
     Raises:
-        OptionError: a word is none of these.
+        OptionError: a word is none of these, or the words exclude each other.
     """
     pattern, equals, words = text.partition("=")
     if not pattern or not equals or not words:
@@ -75,6 +77,11 @@ def parse_constraint(text: str) -> Constraint:
         else:
             known = ", ".join((*STRATEGIES[1:], *COMPUTE_KERNELS, "cache=SHARE"))
             raise OptionError(f"--constraint {text!r}: there is no {word!r}; use {known}")
+    if "data_parallel" in types and kernels and "dense" not in kernels:
+        raise OptionError(
+            f"--constraint {text!r}: data_parallel runs with the kernel dense only; leave "
+            f"{kernels[0]} out"
+        )
     return Constraint(pattern, tuple(types), tuple(kernels), cache)
 
 
@@ -125,6 +132,29 @@ class Scenario:
                     f"{self.tables.source}, which has {', '.join(names[:5])}"
                     + (", …" if len(names) > 5 else "")
                 )
+            if constraint.cache_load_factor is not None and not self._may_cache(constraint):
+                raise OptionError(
+                    f"--constraint {constraint.pattern}=cache={constraint.cache_load_factor:g} "
+                    "needs the kernel fused_uvm_caching; add it to the constraint or to --kernels"
+                )
+        offered = (self.kernels, *(constraint.kernels for constraint in self.constraints))
+        if self.cache_load_factor is not None and not any(CACHING in some for some in offered):
+            raise OptionError(
+                f"--cache-load-factor {self.cache_load_factor:g} needs the kernel "
+                f"{CACHING}; add it to --kernels or to a --constraint"
+            )
+
+    def _may_cache(self, constraint: Constraint) -> bool:
+        """Whether a table that a constraint matches may have the kernel with a cache."""
+        if constraint.kernels:
+            return CACHING in constraint.kernels
+        return CACHING in self.kernels or any(
+            CACHING in other.kernels
+            and fnmatchcase(table.name, constraint.pattern)
+            and fnmatchcase(table.name, other.pattern)
+            for table in self.tables.tables
+            for other in self.constraints
+        )
 
     def capacity(self, world_size: int) -> Capacity:
         """Memory of one of `world_size` ranks."""

@@ -130,6 +130,13 @@ def _row_blocks(rows: int, ranks: Sequence[int], column: int, width: int) -> Ite
         yield Shard(rank, (start, column), (min(block, rows - start), width))
 
 
+def every_part_has_a_row(rows: int, parts: int) -> bool:
+    """Whether blocks of ceil(rows / parts) rows leave no part empty. fbgemm's kernels for a CPU
+    read beyond their arrays where the last of the tables that they hold has no row on a rank, and
+    then fail now and then."""
+    return rows > math.ceil(rows / parts) * (parts - 1)
+
+
 def _check_hosts(sharding_type: str, ranks: Sequence[int], local_world_size: int) -> None:
     if not ranks or len(ranks) % local_world_size:
         raise PlanError(

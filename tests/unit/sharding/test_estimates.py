@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.constants import DP_ELEMENTWISE_KERNELS_PERF_FACTOR
 from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -181,7 +182,7 @@ def test_a_choice_is_never_slower_than_one_type_for_all() -> None:
         auto = estimate(case, "auto", world)
         types = ("table_wise", "row_wise", "table_row_wise")
         if case is free:
-            types = (*types, "column_wise")
+            types = (*types, "column_wise", *(("grid_shard",) if world > 8 else ()))
         assert auto.step_ms <= min(estimate(case, name, world).step_ms for name in types)
         assert "data_parallel" not in str(placed(auto).placements)
 
@@ -261,7 +262,37 @@ def test_tables_too_large_together_are_named_with_the_machines_that_hold_them() 
 
 def test_towers_that_leave_nothing_are_said_so() -> None:
     result = estimate(replace(MIXED, batch_size=10**9), "table_wise", 8)
-    assert "use a smaller --batch-size" in str(result.reason)
+    assert "the towers and their activations alone need 22,471 GiB" in str(result.reason)
+    assert result.remedies == ()
+    slightly = replace(MIXED, batch_size=4_000_000)
+    result = estimate(slightly, "table_wise", 8)
+    assert "the towers" in str(result.reason)
+    assert result.remedies == ("--batch-size 2000000", "GPUs with 140 GiB each")
+    assert estimate(replace(slightly, batch_size=2_000_000), "table_wise", 8).placed is not None
+
+
+def test_each_remedy_of_a_batch_too_large_is_true() -> None:
+    # 61 GiB of weights; the batch of 8 ranks, pooled, is another 12 on the rank of the table.
+    case = replace(
+        scenario(table("item", 125_000_000, 128, shared_by=2.0)), batch_size=6_000_000, towers=(4,)
+    )
+    result = estimate(case, "table_wise", 8)
+    assert result.placed is None
+    sizes = [remedy for remedy in result.remedies if remedy.startswith("--batch-size")]
+    assert len(sizes) == 1
+    smaller = replace(case, batch_size=int(sizes[0].split()[1]))
+    assert smaller.batch_size < case.batch_size
+    assert estimate(smaller, "table_wise", 8).placed is not None
+
+
+def test_where_even_times_leave_no_room_the_first_rank_with_room_does() -> None:
+    """One table of 33 GiB and two of 22 on each GPU would be even, and are 9 too many."""
+    rows = [68_500_000] * 2 + [45_700_000] * 3
+    case = scenario(*(table(f"t{number}", n, 128) for number, n in enumerate(rows)))
+    tables = placed(estimate(case, "table_wise", 2)).plan.tables
+    assert [t.ranks[0] for t in tables.values()] == [0, 0, 1, 1, 1]
+    # Remedies are tried by it, so what they promise holds.
+    assert fits(case, "table_wise", 2)
 
 
 def test_a_dense_kernel_holds_a_gradient_as_large_as_the_table() -> None:
@@ -337,7 +368,9 @@ def test_constraints_go_before_the_strategy_and_later_ones_before_earlier() -> N
     assert tables["item"].cache_load_factor == 0.5
 
 
-@pytest.mark.parametrize("text", ["item", "=row_wise", "item=", "item=rows", "item=cache=2"])
+@pytest.mark.parametrize(
+    "text", ["item", "=row_wise", "item=", "item=rows", "item=cache=2", "a=data_parallel,fused"]
+)
 def test_a_constraint_must_be_words_that_exist(text: str) -> None:
     with pytest.raises(OptionError, match="--constraint"):
         parse_constraint(text)
@@ -355,6 +388,147 @@ def test_a_scenario_checks_its_options() -> None:
     ):
         with pytest.raises(OptionError, match=expected):
             replace(MIXED, **fields)
+
+
+def test_a_fused_optimizers_state_and_what_is_pooled_are_float32() -> None:
+    """As fbgemm keeps and gives them for rows of 16 bits."""
+    rows, dim, world = 1_000_000, 128, 8
+    cases: dict[str, Any] = {
+        data_type: scenario(
+            table("item", rows, dim, data_type=data_type), sparse_optimizer="adagrad"
+        )
+        for data_type in ("float32", "float16", "bfloat16")
+    }
+    whole = placed(estimate(cases["float32"], "table_wise", world))
+    for data_type in ("float16", "bfloat16"):
+        half = placed(estimate(cases[data_type], "table_wise", world))
+        assert whole.table_bytes.max() - half.table_bytes.max() == 2 * rows * dim
+        assert half.parts.forward_comms == whole.parts.forward_comms
+        assert half.parts.backward_comms == whole.parts.backward_comms
+        lookups = BATCH * world
+        read = lookups * 8 + lookups * dim * 2 + lookups * dim * 4
+        assert half.parts.forward == pytest.approx(read / 3.35e9)
+    for optimizer, state in (("adam", 2 * rows * dim * 4), ("rowwise_adagrad", rows * 4)):
+        case = replace(cases["float16"], sparse_optimizer=optimizer)
+        batch = BATCH * world * (8 + dim * 4)
+        found = placed(estimate(case, "table_wise", world)).table_bytes.max()
+        assert found == rows * dim * 2 + state + batch
+        case = replace(case, kernels=("fused_uvm",))
+        host = placed(estimate(case, "table_wise", world)).table_host_bytes.max()
+        assert host == rows * dim * 2 + state
+
+
+@pytest.mark.parametrize("strategy", ["table_wise", "row_wise", "column_wise"])
+def test_a_bag_without_an_id_is_pooled_and_sent_all_the_same(strategy: Strategy) -> None:
+    rows, dim, world = 1_000_000, 128, 8
+
+    def of(factor: float) -> Any:
+        sparse = scenario(table("item", rows, dim, pooling_factor=factor))
+        return placed(estimate(sparse, strategy, world))
+
+    quarter, one = of(0.25), of(1.0)
+    assert quarter.parts.forward_comms == one.parts.forward_comms
+    assert quarter.parts.backward_comms == one.parts.backward_comms
+    ids = BATCH * world * 8
+    rest = (one.table_bytes - quarter.table_bytes).sum()
+    # In a batch only the ids are fewer; every strip of columns is sent all of them.
+    strips = dim // 32 if strategy == "column_wise" else 1
+    assert rest == pytest.approx(0.75 * ids * strips)
+    if strategy == "table_wise":
+        lookups = BATCH * world
+        read = 0.25 * (lookups * 8 + lookups * dim * 4) + lookups * dim * 4
+        assert quarter.parts.forward == pytest.approx(read / 3.35e9)
+
+
+def test_a_cache_is_filled_before_the_look_ups_which_then_run_in_it() -> None:
+    item = table("item", 1_000_000, 128, pooling_factor=10.0)
+    fused = placed(estimate(scenario(item), "table_wise", 2)).parts
+    cached = placed(estimate(scenario(item, kernels=("fused_uvm_caching",)), "table_wise", 2)).parts
+    assert (cached.forward, cached.backward) == (fused.forward, fused.backward)
+    assert cached.prefetch > 0
+    assert cached.step == pytest.approx(fused.step + cached.prefetch)
+
+
+@pytest.mark.parametrize("world", [8, 16, 32])
+def test_copies_of_a_table_are_all_reduced_as_the_towers_are(world: int) -> None:
+    item = table("item", 1_000_000, 128)
+    case = scenario(item, sparse_optimizer="sgd")
+    case = replace(case, hardware=replace(case.hardware, inter_host_gb_s=10.0))
+    parts = placed(estimate(case, "data_parallel", world)).parts
+    # TorchRec adds kernels that go over the gradient, at half of the memory's bandwidth.
+    kernels = item.nbytes * DP_ELEMENTWISE_KERNELS_PERF_FACTOR / (3.35e9 / 2)
+    expected = case.hardware.all_reduce_ms(item.nbytes, world)
+    assert parts.backward_comms - kernels == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("strategy", ["row_wise", "table_row_wise", "auto"])
+def test_no_cpu_rank_is_left_without_a_row(strategy: Strategy) -> None:
+    case = scenario(*(table(f"t{rows}", rows, 16) for rows in range(1, 10)), gpu="cpu")
+    case = replace(case, hardware=replace(case.hardware, ranks_per_host=4))
+    tables = placed(estimate(case, strategy, 4)).plan.tables
+    assert min(shard.size[0] for t in tables.values() for shard in t.shards) == 1
+    if strategy != "auto":
+        assert tables["t5"].sharding_type == "table_wise"
+        assert tables["t7"].sharding_type == strategy
+        # On a GPU nothing is known to be wrong with it.
+        on_gpus = placed(estimate(replace(case, hardware=preset("h100")), strategy, 4))
+        assert on_gpus.plan.tables["t5"].sharding_type == strategy
+
+
+def test_auto_considers_strips_on_several_hosts_where_they_train_alike() -> None:
+    """As far as the tables are not pooled into means, which grid_shard computes wrongly."""
+    # 572 GiB with its state, on hosts of eight times 68; a strip of 32 columns is twice a GPU.
+    huge = table("huge", 600_000_000, 128)
+    case = scenario(huge, table("small", 1000, 64), sparse_optimizer="adagrad")
+    assert placed(estimate(case, "auto", 16)).plan.tables["huge"].sharding_type == "grid_shard"
+    mean = replace(case, tables=TableList((replace(huge, pooling="mean"),)))
+    assert placed(estimate(mean, "auto", 16)).plan.tables["huge"].sharding_type == "row_wise"
+    kept = replace(case, sparse_optimizer="rowwise_adagrad")
+    assert "grid_shard" not in str(placed(estimate(kept, "auto", 16)).placements)
+
+
+def test_data_parallel_has_its_kernel_beside_another_type() -> None:
+    case = scenario(table("a", 50, 16), table("b", 5_000_000, 64), sparse_optimizer="sgd")
+    words = "*=table_wise,data_parallel"
+    found = placed(estimate(replace(case, constraints=(parse_constraint(words),)), "row_wise", 8))
+    kinds = {(t.sharding_type, t.compute_kernel) for t in found.plan.tables.values()}
+    assert kinds <= {("table_wise", "fused"), ("data_parallel", "dense")}
+    assert found.plan.tables["b"].sharding_type == "table_wise"
+
+
+def test_kernels_without_the_optimizer_are_left_out() -> None:
+    case = scenario(table("a", 50, 16), kernels=("fused", "dense"))
+    assert placed(estimate(case, "row_wise", 8)).plan.tables["a"].compute_kernel == "fused"
+    adam = replace(case, hardware=preset("cpu"), sparse_optimizer="adam")
+    assert placed(estimate(adam, "row_wise", 2)).plan.tables["a"].compute_kernel == "dense"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"constraints": ("item=cache=0.1",)}, "needs the kernel fused_uvm_caching"),
+        ({"constraints": ("item=fused,cache=0.1",)}, "needs the kernel fused_uvm_caching"),
+        (
+            {"constraints": ("item=cache=0.1", "user=fused_uvm_caching")},
+            "needs the kernel fused_uvm_caching",
+        ),
+        ({"cache_load_factor": 0.1}, "--cache-load-factor 0.1 needs the kernel"),
+        ({"constraints": ("item=cache=0.1",), "kernels": ("fused_uvm_caching",)}, None),
+        ({"constraints": ("item=cache=0.1", "*=fused_uvm_caching")}, None),
+        ({"constraints": ("item=fused_uvm_caching",), "cache_load_factor": 0.1}, None),
+    ],
+)
+def test_a_cache_without_its_kernel_is_refused(
+    fields: dict[str, Any], expected: str | None
+) -> None:
+    words = fields.pop("constraints", ())
+    fields["constraints"] = tuple(map(parse_constraint, words))
+    if expected is None:
+        case = replace(MIXED, **fields)
+        assert placed(estimate(case, "row_wise", 2)).plan.tables["item"].cache_load_factor == 0.1
+        return
+    with pytest.raises(OptionError, match=expected):
+        replace(MIXED, **fields)
 
 
 def test_one_rank_is_never_cut() -> None:

@@ -72,6 +72,10 @@ def test_collectives_take_as_long_as_their_bytes_over_the_links() -> None:
     assert time(CollectiveType.ALL_TO_ALL, 32, 8) == pytest.approx(24 / 32 / inter + 7 / 32 / intra)
     # A ring over all eight cards is as fast as NVLink here.
     assert time(CollectiveType.REDUCE_SCATTER, 32, 8) == pytest.approx(31 / 32 / intra)
+    # Two passes of a ring on any number of hosts, by a formula that counts 1, 3/2 or 3.
+    for world, counted in ((8, 1.0), (16, 1.5), (24, 3.0), (32, 3.0)):
+        once = (world - 1) / world / intra
+        assert counted * time(CollectiveType.ALL_REDUCE, world, 8) == pytest.approx(2 * once)
     # With slower cards the ring is as fast as the eight together.
     slow = RankBandwidths(intra, 10.0)
     assert slow.get_bw(8, 32, CollectiveType.ALL_GATHER) == pytest.approx(80 * 32 / 31)

@@ -24,6 +24,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.types import DataType
 
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables, read_plan, write_plan
@@ -356,6 +357,36 @@ def test_a_plan_for_something_else_is_refused(tmp_path: Path) -> None:
     by_host = read_right(tmp_path, sharding_type="table_row_wise", ranks=[0, 1])
     with pytest.raises(PlanError, match=r"hosts of 2 ranks, on which table 'item'"):
         by_host.to_sharding_plan(collection("item", "shop"), world_size=2, local_world_size=1)
+
+
+def test_another_data_type_than_the_models_is_refused(tmp_path: Path) -> None:
+    plan = read_right(tmp_path, data_type="float16")
+    with pytest.raises(PlanError, match=r"'item' is float16 in the plan and float32 in the model"):
+        plan.to_sharding_plan(collection("item", "shop"), world_size=2, local_world_size=2)
+    module = collection("item", "shop")
+    module.embedding_bag_configs()[0].data_type = DataType.FP16
+    plan.to_sharding_plan(module, world_size=2, local_world_size=2)
+
+
+@pytest.mark.parametrize("sharding_type", ["row_wise", "table_row_wise"])
+def test_a_cpu_rank_without_a_row_is_refused(tmp_path: Path, sharding_type: str) -> None:
+    item = {
+        "num_embeddings": 5,
+        "embedding_dim": 16,
+        "sharding_type": sharding_type,
+        "compute_kernel": "fused",
+        "ranks": [0, 1, 2, 3],
+    }
+    values = plan_values() | {"world_size": 4, "local_world_size": 4, "tables": {"item": item}}
+    plan = read_plan(write_values(tmp_path / "plan.json", values))
+    four: dict[str, Any] = {"world_size": 4, "local_world_size": 4}
+    module = collection("item", rows=5, dim=16)
+    with pytest.raises(PlanError, match=r"'item' has too few rows \(5\) for .*rank 3 gets none"):
+        plan.to_sharding_plan(module, **four)
+    plan.to_sharding_plan(module, **four, device="cuda")
+    item["num_embeddings"] = 7
+    plan = read_plan(write_values(tmp_path / "plan.json", values))
+    plan.to_sharding_plan(collection("item", rows=7, dim=16), **four)
 
 
 def test_grid_shard_of_means_is_refused(tmp_path: Path) -> None:
