@@ -34,6 +34,9 @@ FALLS_OUT = "DIVISION"
 """What may leave the panels of volume: with few conversions it is so far below that all others
 would be one line."""
 
+WITH_BAND = ("BASE", "ESMM", "shared-bottom")
+"""Drawn thick in the panels of volume, with a band."""
+
 HEADLINE = {
     "cvr_auc": "CVR AUC, clicked impressions",
     "ctcvr_auc_common_ctr": "CTCVR AUC, all impressions",
@@ -59,8 +62,11 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     if len(results["protocol"]["fractions"]) > 1:
         plots["volume.png"] = (
             _volume(results),
-            "Above: mean over seeds by the part of the training users used, the band being one "
-            "standard deviation. Below: paired difference from BASE with its 95 % interval. "
+            "Above: mean over seeds by the part of the training users used; the bands of "
+            f"{', '.join(WITH_BAND)} are one standard deviation over seeds, which share their data "
+            "(those of the others are in table.csv, and left out to keep lines readable). Below: "
+            "paired difference from BASE with the 95 % interval of each by itself; a marker is "
+            "filled where the difference also stands after Holm’s correction, as in the tables. "
             f"{FALLS_OUT} may fall out below; its figures are then written there.",
         )
     plots["calibration.png"] = (
@@ -77,9 +83,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         if "DIVISION" in results["points"]:
             plots["division.png"] = (
                 _division(results),
-                "Why not divide: a sample of test impressions of the first seed. The quotient of "
-                "two networks carries both their errors and can exceed 1 (red); a tower of its own "
-                "cannot.",
+                _division_caption(results),
             )
     for name, (figure, _) in plots.items():
         FigureCanvasAgg(figure)
@@ -157,7 +161,7 @@ def _volume(results: Results) -> Figure:
             if any(item["mean"] is None for item in figures):
                 continue
             style = {**_line(name), "markersize": 5}
-            strong = name in ("BASE", "ESMM", "shared-bottom")
+            strong = name in WITH_BAND
             mean = np.array([item["mean"] for item in figures])
             levels.plot(fractions, mean, label=name, lw=2.2 if strong else 1.2, **style)
             drawn[name] = np.array([mean, mean, mean])
@@ -244,12 +248,22 @@ def _difference_line(
         spread,
         mean,
         yerr=half if half.any() else None,
-        **_line(name),
-        markersize=5,
+        color=_line(name)["color"],
         lw=2.0 if strong else 1.0,
         elinewidth=1,
         capsize=2,
     )
+    for place_on_axis, value, row in zip(spread, mean, rows, strict=True):
+        stands = row["within_noise"] is False
+        axes.plot(
+            [place_on_axis],
+            [value],
+            **_line(name),
+            markersize=6,
+            markerfacecolor=_line(name)["color"] if stands else "white",
+            ls="",
+            zorder=4,
+        )
     return np.array([mean, mean - half, mean + half])
 
 
@@ -325,7 +339,7 @@ def _division(results: Results) -> Figure:
         axes.scatter(true[~above], predicted[~above], s=5, alpha=0.35, color="#1f77b4", lw=0)
         axes.scatter(true[above], predicted[above], s=9, alpha=0.8, color="#d62728", lw=0)
         axes.set(xscale="log", yscale="log", xlabel="true conversion rate", xlim=(3e-3, 1.2))
-        axes.set_title(f"{titles[name]} ({above.mean():.1%} above 1)", fontsize=10)
+        axes.set_title(f"{titles[name]} ({above.sum()} of {len(above):,} above 1)", fontsize=10)
         _plain(axes, grid="both")
     low, high = 3e-3, max(1.2, panels[0].get_ylim()[1])
     for axes in panels:
@@ -334,3 +348,21 @@ def _division(results: Results) -> Figure:
         axes.set_ylim(low, high)
     panels[0].set_ylabel("predicted conversion rate")
     return figure
+
+
+def _division_caption(results: Results) -> str:
+    """What the picture shows, by its own points."""
+    sentences = ["A sample of test impressions of the first seed against their true rate."]
+    for name, what in (("DIVISION", "quotient pCTCVR / pCTR"), ("ESMM", "pCVR of ESMM’s tower")):
+        if name not in results["points"]:
+            continue
+        points = results["points"][name]
+        true, predicted = np.array(points["true"]), np.array(points["predicted"])
+        ratio = predicted[true > 0] / true[true > 0]
+        low, high = np.quantile(ratio, [0.05, 0.95])
+        above = int((predicted > 1).sum())
+        sentences.append(
+            f"The {what} is between {low:.2g} and {high:.2g} times the true rate for nine in ten, "
+            f"and above 1 for {above or 'none'} of {len(predicted):,}."
+        )
+    return " ".join(sentences)

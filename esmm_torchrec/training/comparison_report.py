@@ -12,7 +12,7 @@ from typing import Any
 
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.training.comparison_plots import draw_plots
-from esmm_torchrec.training.comparison_results import BASELINES, fraction_key
+from esmm_torchrec.training.comparison_results import BASELINES, DIFFERENCES, fraction_key
 
 PAPER = {
     "BASE": ((66.00, 0.37), (62.07, 0.45)),
@@ -34,17 +34,27 @@ _TITLES = {
     "ctcvr_auc": "CTCVR AUC, own pCTR",
     "ctr_auc": "CTR AUC",
     "cvr_auc_entire_space": "CVR AUC, entire space",
-    "cvr_auc_entire_space_within_ctr_strata": "the same within pCTR strata",
-    "cvr_excess_log_loss_entire_space": "excess log loss, entire space",
+    "cvr_auc_entire_space_within_ctr_strata": "CVR AUC, entire space, within pCTR strata",
+    "cvr_excess_log_loss_entire_space": "excess log loss of pCVR, entire space",
     "cvr_pcoc_entire_space": "PCOC, all",
     "cvr_pcoc_clicked": "PCOC, clicked",
     "cvr_pcoc_unclicked": "PCOC, unclicked",
     "cvr_pcoc": "PCOC on clicks",
     "cvr_ne": "CVR NE on clicks",
     "cvr_ece": "CVR ECE on clicks",
-    "cvr_ece_entire_space": "CVR ECE, entire space",
-    "cvr_share_above_one": "pCVR above 1",
+    "cvr_ne_entire_space": "NE, all",
+    "cvr_ne_clicked": "NE, clicked",
+    "cvr_ne_unclicked": "NE, unclicked",
+    "cvr_ece_entire_space": "ECE, all",
+    "cvr_ece_clicked": "ECE, clicked",
+    "cvr_ece_unclicked": "ECE, unclicked",
 }
+
+LOWER_IS_BETTER = frozenset({"cvr_excess_log_loss_entire_space"})
+"""Of the figures whose differences are given."""
+
+_FIRST = ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space")
+"""What a terminal says of differences."""
 
 
 def write_report(results: Results, out: Path) -> None:
@@ -57,6 +67,16 @@ def write_report(results: Results, out: Path) -> None:
 
 def _largest(results: Results) -> str:
     return fraction_key(results["protocol"]["fractions"][-1])
+
+
+def _title(metric: str) -> str:
+    lower = " (lower is better)" if metric in LOWER_IS_BETTER else ""
+    return f"{_TITLES[metric]}{lower}"
+
+
+def _fractions(results: Results) -> list[str]:
+    """The largest first."""
+    return [fraction_key(fraction) for fraction in reversed(results["protocol"]["fractions"])]
 
 
 def _figure(
@@ -80,25 +100,34 @@ def _paper(name: str, column: int) -> str:
     return f"{mean:.2f} ± {std:.2f}"
 
 
-def headline_rows(results: Results) -> Rows:
-    """The paper's table: CVR and CTCVR AUC in %, beside those of the paper."""
-    rows = [
-        [
-            "method",
-            "CVR AUC %",
-            "CTCVR AUC %",
-            "CTCVR AUC %, own pCTR",
-            "paper: CVR AUC %",
-            "paper: CTCVR AUC %",
-        ]
+def headline_rows(results: Results, *, truth: bool = True) -> Rows:
+    """The paper's table: CVR and CTCVR AUC in %, beside those of the paper; with `truth`, and
+    where it is known, what it says of the entire space."""
+    columns = [
+        ("cvr_auc", "CVR AUC %", 100),
+        ("ctcvr_auc_common_ctr", "CTCVR AUC %", 100),
+        ("ctcvr_auc", "CTCVR AUC %, own pCTR", 100),
     ]
+    if truth and _knows_truth(results):
+        columns += [
+            ("cvr_auc_entire_space", "entire-space CVR AUC %", 100),
+            ("cvr_auc_entire_space_within_ctr_strata", "the same within pCTR strata", 100),
+            ("cvr_excess_log_loss_entire_space", "excess log loss, 10⁻³ nats", 1000),
+        ]
+    rows = [["method", *(title for _, title, _ in columns)]]
+    rows[0] += ["paper: CVR AUC %", "paper: CTCVR AUC %"]
     for name in results["methods"]:
         ours = [
-            _figure(results, name, metric, digits=2, factor=100)
-            for metric in ("cvr_auc", "ctcvr_auc_common_ctr", "ctcvr_auc")
+            _figure(results, name, metric, digits=2, factor=factor) for metric, _, factor in columns
         ]
         rows.append([name, *ours, _paper(name, 0), _paper(name, 1)])
     return rows
+
+
+def _knows_truth(results: Results) -> bool:
+    return any(
+        "cvr_auc_entire_space" in of[_largest(results)] for of in results["methods"].values()
+    )
 
 
 def reference_rows(results: Results) -> Rows:
@@ -108,70 +137,90 @@ def reference_rows(results: Results) -> Rows:
     ]
     wanted = ("cvr_auc", "cvr_auc_entire_space", "cvr_auc_entire_space_within_ctr_strata")
     for name, metrics in results["references"][_largest(results)].items():
-        label = f"{name} (the oracle)" if name == "true pCVR" else name
-        label = f"{label} of the common network" if name == "pCTR" else label
-        rows.append([label, *(_mean_std(metrics.get(metric)) for metric in wanted)])
+        rows.append(
+            [_reference_label(name), *(_mean_std(metrics.get(metric)) for metric in wanted)]
+        )
     return rows
 
 
-def difference_rows(results: Results, metric: str, fraction: str) -> Rows:
+def _reference_label(name: str) -> str:
+    named = {"true pCVR": "true pCVR (the oracle)", "pCTR": "pCTR of the common click network"}
+    return named.get(name, name)
+
+
+def difference_rows(results: Results, metric: str, fractions: Sequence[str]) -> Rows:
     """Each method minus each baseline, with the interval and what Holm's correction leaves."""
-    of_metric = results["differences"][fraction].get(metric, {})
-    users = any("low_users" in row for rows in of_metric.values() for row in rows.values())
-    rows = [["method", "minus", "difference", "95 % interval", "p, Holm"]]
-    rows[0] += ["95 % over users", "p over users, Holm"] if users else []
+    several = len(results["protocol"]["fractions"]) > 1
+    known = {f: results["differences"][f].get(metric, {}) for f in fractions}
+    users = any(
+        "low_users" in row
+        for of_metric in known.values()
+        for rows in of_metric.values()
+        for row in rows.values()
+    )
+    rows = [["method", *(["users"] if several else []), "minus", "difference"]]
+    rows[0] += ["95 % interval", "p, Holm"]
+    rows[0] += ["95 % over test users", "p over test users, Holm"] if users else []
     rows[0] += [""]
-    for baseline in BASELINES:
-        for name, row in of_metric.get(baseline, {}).items():
-            line = [name, baseline, _signed(row["mean"])]
-            line.append(
-                "–" if row["low"] is None else f"{_signed(row['low'])} to {_signed(row['high'])}"
-            )
-            line.append("–" if row["p_value_holm"] is None else f"{row['p_value_holm']:.3f}")
-            if users:
-                resampled = "low_users" in row
-                line.append(
-                    f"{_signed(row['low_users'])} to {_signed(row['high_users'])}"
-                    if resampled
-                    else "–"
-                )
-                line.append(f"{row['p_value_users_holm']:.3f}" if resampled else "–")
-            rows.append([*line, _verdict(row)])
+    for fraction, of_metric in known.items():
+        for baseline in BASELINES:
+            for name, row in of_metric.get(baseline, {}).items():
+                line = [name, *([f"{float(fraction):.0%}"] if several else []), baseline]
+                line += [_signed(row["mean"]), _interval(row, "low", "high")]
+                line.append(_p_value(row, "p_value_holm"))
+                if users:
+                    line.append(_interval(row, "low_users", "high_users"))
+                    line.append(_p_value(row, "p_value_users_holm"))
+                rows.append([*line, _verdict(row, metric)])
     return rows
+
+
+def _interval(row: Mapping[str, Any], low: str, high: str) -> str:
+    if row.get(low) is None:
+        return "–"
+    return f"{_signed(row[low])} to {_signed(row[high])}"
+
+
+def _p_value(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
+def _verdict(row: Mapping[str, Any], metric: str) -> str:
     if row["within_noise"] is None:
         return "no verdict"
     if row["within_noise"]:
         return "within the noise"
-    return "higher" if row["mean"] > 0 else "lower"
+    return "better" if (row["mean"] > 0) == (metric not in LOWER_IS_BETTER) else "worse"
 
 
 def format_table(results: Results) -> str:
     """The headline for a terminal."""
-    rows = headline_rows(results)
+    rows = headline_rows(results, truth=False)
     text = _aligned(rows)
     seeds = results["protocol"]["seeds"]
-    lines = [text, "", *findings(results)]
+    lines = [text, "", *findings(results, _FIRST)]
     if seeds == 1:
         lines.append("One seed: no interval; give --seeds 5 for one.")
     return "\n".join(lines)
 
 
-def findings(results: Results) -> list[str]:
-    """What the differences from BASE and from ESMM say, a sentence each."""
+def findings(results: Results, metrics: Sequence[str] = DIFFERENCES) -> list[str]:
+    """What the differences from BASE and from ESMM say at the largest volume, a sentence for each
+    figure and baseline."""
     sentences = []
     of_fraction = results["differences"][_largest(results)]
-    for metric in ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space"):
+    for metric in metrics:
         for baseline, rows in of_fraction.get(metric, {}).items():
-            groups: dict[str, list[str]] = {"higher": [], "lower": [], "within the noise": []}
+            groups: dict[str, list[str]] = {"better": [], "worse": [], "within the noise": []}
             for name, row in rows.items():
-                verdict = _verdict(row)
+                verdict = _verdict(row, metric)
                 if verdict in groups:
                     shown = name
                     if verdict != "within the noise":
@@ -179,7 +228,7 @@ def findings(results: Results) -> list[str]:
                     groups[verdict].append(shown)
             parts = [f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names]
             if parts:
-                sentences.append(f"{_TITLES[metric]}, against {baseline} – {'; '.join(parts)}.")
+                sentences.append(f"{_title(metric)}, against {baseline} – {'; '.join(parts)}.")
     return sentences
 
 
@@ -197,12 +246,18 @@ def _aligned(rows: Rows) -> str:
 
 
 def csv_table(results: Results) -> str:
-    """Every figure of every method and fraction: method, fraction, metric, mean, std, runs."""
+    """Every figure of every method and fraction: method, fraction, metric, mean, std, runs. What
+    was used as the conversion score and is no method is there as "reference: …"."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = range(results["protocol"]["seeds"])
     writer.writerow(["method", "fraction", "metric", "mean", "std", *(f"seed_{n}" for n in seeds)])
-    for name, fractions in results["methods"].items():
+    by_name = dict(results["methods"])
+    for fraction, of_fraction in results["references"].items():
+        for name, metrics in of_fraction.items():
+            of_name = by_name.setdefault(f"reference: {_reference_label(name)}", {})
+            of_name[fraction] = metrics
+    for name, fractions in by_name.items():
         for fraction, metrics in fractions.items():
             for metric, figure in metrics.items():
                 values = [figure["mean"], figure["std"], *figure["runs"]]
@@ -213,12 +268,16 @@ def csv_table(results: Results) -> str:
 
 
 def markdown_table(results: Results) -> str:
-    """The headline table and the differences, as Markdown."""
-    parts = [_markdown(headline_rows(results)), f"{_data_sentence(results)} {_PAPER_SENTENCE}"]
-    for metric in ("cvr_auc", "ctcvr_auc_common_ctr"):
-        rows = difference_rows(results, metric, _largest(results))
+    """The headline table, the reference rows and all differences, as Markdown."""
+    parts = [
+        _markdown(headline_rows(results)),
+        f"{_data_sentence(results)} {_PAPER_SENTENCE}",
+        _markdown(reference_rows(results)),
+    ]
+    for metric in DIFFERENCES:
+        rows = difference_rows(results, metric, _fractions(results))
         if rows[1:]:
-            parts += [f"{_TITLES[metric]}, paired differences:", _markdown(rows)]
+            parts += [f"{_title(metric)}, paired differences:", _markdown(rows)]
     return "\n\n".join(parts)
 
 
@@ -269,29 +328,23 @@ def _page(results: Results, plots: Path, captions: Mapping[str, str]) -> str:
         _picture(plots, captions, "runs.png"),
         "<h2>Differences, and which of them are noise</h2>",
     ]
-    for metric in ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space"):
-        rows = difference_rows(results, metric, largest)
+    parts.append(_paragraph(_noise_sentence(results), note=True))
+    for metric in DIFFERENCES:
+        rows = difference_rows(results, metric, [largest])
         if rows[1:]:
-            parts += [f"<h3>{_TITLES[metric]}</h3>", _table(rows)]
-    parts.append(
-        _paragraph(
-            "Runs with one seed share data and are compared in pairs (Student’s t). p is corrected "
-            "by Holm’s method for the number of methods compared with that baseline; above .05 a "
-            "difference counts as noise."
-            + (
-                " “Over users” resamples the test half’s users: all seeds share one data set, and "
-                "a difference must stand on both sides."
-                if "data" in results["source"]
-                else ""
-            ),
-            note=True,
-        )
-    )
+            parts += [f"<h3>{_title(metric)}</h3>", _table(rows)]
+            smaller = difference_rows(results, metric, _fractions(results)[1:])
+            if smaller[1:]:
+                parts.append(
+                    f"<details><summary>{_title(metric)}, with fewer training users</summary>"
+                    f"{_table(smaller)}</details>"
+                )
     if "volume.png" in captions:
         parts += ["<h2>Volume of training data</h2>", _picture(plots, captions, "volume.png")]
     parts += ["<h2>Calibration</h2>", _picture(plots, captions, "calibration.png")]
     parts.append(_metrics_table(results, ("cvr_pcoc", "cvr_ne", "cvr_ece")))
     parts += _truth(results, plots, captions)
+    parts += _why_not_division(results, plots, captions)
     parts += [
         "<h2>What else could be the conversion score</h2>",
         _table(reference_rows(results)),
@@ -307,6 +360,8 @@ def _page(results: Results, plots: Path, captions: Mapping[str, str]) -> str:
         "<h2>Settings</h2>",
         _tuning_table(results),
         _paragraph(_rule(results), note=True),
+        "<h2>How long it took</h2>",
+        _table(time_rows(results)),
         "<h2>How this was made</h2>",
         _details(results),
     ]
@@ -315,6 +370,22 @@ def _page(results: Results, plots: Path, captions: Mapping[str, str]) -> str:
         "<title>Conversion methods compared</title>"
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+
+
+def _noise_sentence(results: Results) -> str:
+    sentence = (
+        "Runs with one seed share data and are compared in pairs: the 95 % interval is Student’s t "
+        "of each difference by itself. p is corrected by Holm’s method for the number of methods "
+        "compared with that baseline on that figure; above .05 a difference counts as noise, also "
+        "where its own interval leaves 0 out. The verdict follows the corrected p. Tuning was done "
+        "once and is shared by all seeds, so that no interval holds its variance."
+    )
+    if "data" in results["source"]:
+        sentence += (
+            " All seeds share one data set and say nothing of other data: “over test users” "
+            "resamples the users of the test half, and a difference must stand on both sides."
+        )
+    return sentence
 
 
 def _data_sentence(results: Results) -> str:
@@ -354,31 +425,43 @@ def _truth(results: Results, plots: Path, captions: Mapping[str, str]) -> list[s
         "cvr_auc_entire_space_within_ctr_strata",
         "cvr_excess_log_loss_entire_space",
     )
-    fit = (
-        "cvr_pcoc_entire_space",
-        "cvr_pcoc_clicked",
-        "cvr_pcoc_unclicked",
-        "cvr_ece_entire_space",
-    )
+    spaces = ("entire_space", "clicked", "unclicked")
     parts = [
         "<h2>Against the truth, over the entire space</h2>",
         _picture(plots, captions, "entire-space.png"),
         _metrics_table(results, ranking),
-        _metrics_table(results, fit),
+        _metrics_table(results, [f"cvr_pcoc_{space}" for space in spaces]),
+        _metrics_table(results, [f"cvr_{of}_{space}" for of in ("ne", "ece") for space in spaces]),
         _paragraph(
             "The generator knows the conversion rate of every impression, clicked or not. AUC with "
             "the true rate as a soft label has no label noise. Excess log loss is what is lost "
-            "against the true rate. PCOC is Σ predicted / Σ true.",
+            "against the true rate. PCOC is Σ predicted / Σ true, NE the cross entropy with the "
+            "true rate over the entropy of its mean, ECE the mean distance of predicted and true "
+            "rate in 15 bins; each over all impressions, the clicked and the unclicked.",
             note=True,
         ),
     ]
-    if "division.png" in captions:
-        parts += ["<h2>Why not division</h2>", _picture(plots, captions, "division.png")]
-        share = results["methods"]["DIVISION"][_largest(results)].get("cvr_share_above_one")
-        parts.append(
-            _paragraph(f"Share of test impressions with pCTCVR above pCTR: {_mean_std(share)}.")
-        )
     return parts
+
+
+def _why_not_division(results: Results, plots: Path, captions: Mapping[str, str]) -> list[str]:
+    if "DIVISION" not in results["methods"]:
+        return []
+    share = results["methods"]["DIVISION"][_largest(results)]["cvr_share_above_one"]
+    parts = ["<h2>Why not division</h2>"]
+    if "division.png" in captions:
+        parts.append(_picture(plots, captions, "division.png"))
+    sentence = f"pCTCVR exceeds pCTR, so that their quotient is no probability, {_share(share)}."
+    return [*parts, _paragraph(sentence)]
+
+
+def _share(figure: Mapping[str, Any]) -> str:
+    """Of test impressions; small ones in scientific form."""
+    if not figure["mean"]:
+        return "for no test impression"
+    form = ".2e" if figure["mean"] < 1e-3 else ".4f"
+    spread = "" if figure["std"] is None else f" ± {figure['std']:{form}}"
+    return f"for a share of {figure['mean']:{form}}{spread} of the test impressions"
 
 
 def _metrics_table(results: Results, metrics: Sequence[str]) -> str:
@@ -499,36 +582,72 @@ def _tuning_table(results: Results) -> str:
         )
         rate = "–"
         if chosen["rate"] is not None:
-            rate = f"{chosen['rate']:g} ({names[name].rate_name})"
+            rate = f"{chosen['rate']:g}{_mark(tuning, 'rate')} ({names[name].rate_name})"
         rows.append(
             [
                 name,
                 str(trials),
-                f"{chosen['sparse_lr']:g}",
-                f"{chosen['dense_lr']:g}",
-                f"{chosen['weight_decay']:g}",
+                *(
+                    f"{chosen[part]:g}{_mark(tuning, part)}"
+                    for part in ("sparse_lr", "dense_lr", "weight_decay")
+                ),
                 rate,
-                str(chosen["epochs"]),
+                f"{chosen['epochs']}{_mark(tuning, 'epochs')}",
                 f"{chosen['score']:.4f}",
             ]
         )
-    return _table(rows)
+    return _table(rows) + _paragraph(
+        "* at the end of what was searched: more passes, or a value beyond, might do better.",
+        note=True,
+    )
+
+
+def _mark(tuning: Mapping[str, Any], part: str) -> str:
+    return "*" if part in tuning["at_edge"] else ""
 
 
 def _rule(results: Results) -> str:
     protocol = results["protocol"]
     apart = " in a world of its own" if "world" in results["source"] else ""
+    shared = " and shared by all worlds" if "world" in results["source"] else ""
+    ranks = results["environment"]["ranks"]
     return (
         f"The rule: {protocol['validation_share']:.0%} of the training users (drawn by hash) are "
-        f"held out; every method gets {protocol['trials']} trials from one list of settings, a "
-        "method with a rate of its own going through its rates at the same time; each trial is "
-        f"measured after each of {protocol['epochs']} passes over the method’s own training rows. "
-        "Chosen is the best mean of CVR AUC on clicks and CTCVR AUC with the common click network "
-        f"(the click network itself: CTR AUC), once, with one seed{apart}, at full volume. Every "
-        "method is then retrained with it on all training users, or a part of them, for each seed, "
-        "and the test half is scored by these models alone. Where a part of the users is taken, "
-        "ids too rare in it are unknown for every method."
+        f"held out; every method gets {protocol['trials']} trials from one list of settings. A "
+        "method with R rates of its own goes through them in the same trials, trial n taking rate "
+        "n + ⌊R/2⌋·⌊n/R⌋ modulo R, so that a rate meets other settings in each round. Each trial "
+        f"is measured after each of {protocol['epochs']} passes over the method’s own training "
+        "rows. A pass takes the same number of optimiser updates for every method and every part "
+        f"of the data: that of batches of {protocol['batch_size'] * ranks:,} over all training "
+        "impressions; fewer rows make smaller batches. Chosen is the best mean of CVR AUC on "
+        "clicks and CTCVR AUC with the common click network (the click network itself: CTR AUC), "
+        f"once, with one seed{apart}, at full volume{shared}: intervals over seeds do not hold the "
+        "variance of this choice, and a method’s own pCTR was not tuned for. Every method is then "
+        "retrained with it on all training users, or a part of them, for each seed, and the test "
+        "half is scored by these models alone. Where a part of the users is taken, ids too rare in "
+        "it are unknown for every method. The conversion term of shared-bottom is a mean over "
+        "clicks and so pulls about 1 / CTR times as hard as that of ESMM, a mean over impressions; "
+        "neither was weighted."
     )
+
+
+def time_rows(results: Results) -> Rows:
+    """Minutes of training and scoring; worlds that were generated are not in it."""
+    seconds = results["seconds"]
+    rows = [["minutes", "tuning", "retraining, all seeds and parts", "together"]]
+
+    def line(name: str, tuning: float | None, retraining: float | None) -> list[str]:
+        both = (tuning or 0) + (retraining or 0)
+        return [name, *("–" if s is None else f"{s / 60:.1f}" for s in (tuning, retraining, both))]
+
+    for name, tuning in seconds["tuning"].items():
+        retraining = seconds["methods"].get(name)
+        rows.append(line(name, tuning, retraining and sum(retraining.values())))
+    rows.append(line("common click network, once tuned", None, seconds["common_ctr"]))
+    if seconds["out_of_fold_pctr"]:
+        rows.append(line("pCTR out of fold, for UNBIAS", None, seconds["out_of_fold_pctr"]))
+    rows.append(["everything", "", "", f"{seconds['total'] / 60:.1f}"])
+    return rows
 
 
 def _details(results: Results) -> str:
@@ -540,12 +659,6 @@ def _details(results: Results) -> str:
             for key, item in items:
                 shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else str(item)
                 rows.append([f"{part}: {key.replace('_', ' ')}", shown])
-    seconds = sum(
-        figures["seconds"] * results["protocol"]["seeds"]
-        for of in results["training"].values()
-        for figures in of.values()
-    )
-    rows.append(["trainings and scoring after tuning", f"{seconds / 60:.1f} minutes"])
     return _table(rows, heading=False)
 
 

@@ -27,9 +27,11 @@ from esmm_torchrec.training.comparison_options import (
     Trial,
 )
 from esmm_torchrec.training.comparison_report import (
+    difference_rows,
     findings,
     format_table,
     headline_rows,
+    time_rows,
     write_report,
 )
 from esmm_torchrec.training.comparison_results import DIFFERENCES
@@ -269,10 +271,10 @@ def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
         assert text in page
     assert "http" not in page, "the page needs nothing but itself"
     assert page.count("<img") == len(list((tmp_path / "plots").glob("*.png"))) == 5
-    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    rows_of_table = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     found = next(
         row
-        for row in rows
+        for row in rows_of_table
         if (row["method"], row["fraction"], row["metric"]) == ("ESMM", "1", "cvr_auc")
     )
     assert float(found["mean"]) == results["methods"]["ESMM"]["1"]["cvr_auc"]["mean"]
@@ -280,6 +282,46 @@ def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
     assert "| ESMM |" in (tmp_path / "table.md").read_text()
     assert headline_rows(results)[1][0] == "BASE"
     assert any("against BASE" in line for line in findings(results))
+    page_and_markdown = page, (tmp_path / "table.md").read_text()
+    for text in page_and_markdown:
+        for metric in DIFFERENCES:
+            rows = difference_rows(results, metric, ["1", "0.5"])
+            assert len(rows) - 1 == sum(
+                len(of) for f in ("1", "0.5") for of in results["differences"][f][metric].values()
+            )
+            for row in rows[1:]:
+                assert row[4] in text, "each interval of each figure and volume"
+        for name in ("the oracle", "true pCTCVR", "pCTR of the common click network"):
+            assert name in text
+        assert "within pCTR strata" in text
+        assert "excess log loss" in text
+    oracle = next(
+        row
+        for row in rows_of_table
+        if row["method"].startswith("reference: true pCVR")
+        and (row["fraction"], row["metric"]) == ("1", "cvr_auc")
+    )
+    assert float(oracle["mean"]) == results["references"]["1"]["true pCVR"]["cvr_auc"]["mean"]
+
+
+def test_a_lower_log_loss_is_better(compared: dict[str, Any]) -> None:
+    results = json.loads(json.dumps(compared["worlds"]))
+    for metric, mean, word in (
+        ("cvr_excess_log_loss_entire_space", -0.1, "better: ESMM"),
+        ("cvr_excess_log_loss_entire_space", 0.1, "worse: ESMM"),
+        ("cvr_auc", 0.1, "better: ESMM"),
+    ):
+        of_base = results["differences"]["1"][metric]["BASE"]
+        of_base["ESMM"] |= {"mean": mean, "within_noise": False}
+        (sentence,) = [s for s in findings(results, [metric]) if "against BASE" in s]
+        assert word in sentence
+
+
+def test_times_add_up(compared: dict[str, Any]) -> None:
+    rows = time_rows(compared["worlds"])
+    together = sum(float(row[3]) for row in rows[1:-1])
+    assert float(rows[-1][3]) == pytest.approx(together, abs=0.05 * len(rows))
+    assert {"CTR", "BASE", "ESMM"} < {row[0] for row in rows}
 
 
 def test_report_without_truth_and_with_one_seed_says_so(
