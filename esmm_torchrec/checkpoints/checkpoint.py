@@ -18,10 +18,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer
 
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.sharding.process_group import Ranks
@@ -55,58 +57,102 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     return found[max(found) if step is None else step]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def save_checkpoint(
     folder: Path,
     *,
     step: int,
     model: DistributedModelParallel,
-    optimizer: KeyedOptimizer,
+    optimizer: CombinedOptimizer,
     progress: dict[str, Any],
     ranks: Ranks,
 ) -> None:
     """Writes the state after `step` steps; every rank must call it.
 
+    A checkpoint of the same step is replaced when the new one is whole, not before.
+
+    Args:
+        folder: of all checkpoints; made where it is not there.
+        step: number of steps done.
+        model: sharded.
+        optimizer: of the model.
+        progress: "reader" and "seconds", for whoever goes on.
+        ranks: this process among the others.
+
     Raises:
-        RunError: it cannot be written; the folder is as it was.
+        RunError: it cannot be written; the checkpoints are as they were.
     """
     final = folder / f"{_PREFIX}{step:08d}"
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(f"{final.name}.partial")
     if ranks.is_first:
-        for stale in (partial, final):
-            shutil.rmtree(stale, ignore_errors=True)
+        for ending in ("partial", "removed"):
+            for left in folder.glob(f"{_PREFIX}*.{ending}"):
+                shutil.rmtree(left, ignore_errors=True)
     ranks.barrier()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def finish() -> None:
+        (partial / _PROGRESS).write_text(json.dumps({"step": step} | progress))
+        _remove(final)
+        partial.rename(final)
+
     try:
         save(state, checkpoint_id=partial)
-    except CheckpointException as error:
+        ranks.from_first(finish)
+    except (CheckpointException, OSError) as error:
+        reason = _reason(error)
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         raise RunError(
-            f"checkpoint {final} cannot be written ({_reason(error)}; {free / 1e6:,.0f} MB are "
-            "free on its disk); make room and give the same command again"
+            f"checkpoint {final} cannot be written ({reason}; "
+            f"{shutil.disk_usage(there).free / 1e6:,.0f} MB are free on its disk); make room and "
+            "give the same command again"
         ) from error
-    if ranks.is_first:
-        (partial / _PROGRESS).write_text(json.dumps({"step": step} | progress))
-        partial.rename(final)
-    ranks.barrier()
 
 
 def load_checkpoint(
-    path: Path, *, model: DistributedModelParallel, optimizer: KeyedOptimizer
+    path: Path, *, model: DistributedModelParallel, optimizer: CombinedOptimizer
 ) -> dict[str, Any]:
-    """Loads a checkpoint into a sharded model and its optimiser, and gives back its progress.
+    """Loads a checkpoint into a sharded model and its optimiser; every rank must call it.
+
+    Placement, kernels and number of ranks may be others than when it was written.
+
+    Args:
+        path: of the checkpoint.
+        model: sharded, its weights are overwritten.
+        optimizer: of the model; its state and its count of steps are overwritten.
+
+    Returns:
+        what `save_checkpoint` was given as progress, with "step".
 
     Raises:
-        RunError: it cannot be read, or is of another model.
+        RunError: it cannot be read, is of another model, or keeps the optimiser's state of a table
+            in a form that goes with another placement.
     """
     progress = _read_progress(path)
-    _init_state(optimizer)
+    for name, part in optimizer.optimizers:
+        if name:  # torch's optimisers have no state before a step, and dcp skips what is not there
+            part.init_state()
     state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    _check_forms(state, path)
     _load(state, path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    # fbgemm's Adam corrects its bias by a count of its own, which is no part of its state.
+    optimizer.set_optimizer_step(progress["step"])
     return progress
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Removes the checkpoints of steps beyond `step`; on rank 0 alone."""
+    for later, path in checkpoint_folders(folder).items():
+        if later > step:
+            _remove(path)
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -129,6 +175,43 @@ def _read_progress(path: Path) -> dict[str, Any]:
     return progress
 
 
+def _check_forms(state: dict[str, Any], path: Path) -> None:
+    """Makes sure that all of an optimiser's state is there in the size it has here, which column
+    shards may change; the same outcome on every rank.
+
+    Raises:
+        RunError: it is not; names the first table.
+    """
+    try:
+        there = FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception:  # whatever unpickling makes of a broken file
+        return  # `_load` will say so
+    wrong = []
+    for key, tensors in state["optimizer"]["state"].items():
+        for name, tensor in tensors.items():
+            entry = there.get(f"optimizer.state.{key}.{name}")
+            weight = there.get(f"model.{key}")
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            if not isinstance(weight, TensorStorageMetadata):
+                continue
+            same_model = key in state["model"] and weight.size == state["model"][key].size()
+            if same_model and entry.size != tensor.size():
+                wrong.append((key, name, tuple(entry.size), tuple(tensor.size())))
+    if dist.is_initialized():
+        of_ranks: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_ranks, wrong)
+        wrong = sorted({entry for of_rank in of_ranks for entry in of_rank})
+    for key, name, size, here in wrong:
+        table = key.removesuffix(".weight").rpartition(".")[2]
+        raise RunError(
+            f"checkpoint {path} keeps the optimiser's state {name!r} of table {table!r} as "
+            f"{' x '.join(map(str, size))} values where this placement has "
+            f"{' x '.join(map(str, here))}: row-wise Adagrad keeps one for each row and column "
+            "shard; go on with as many column shards, such as by the run's plan.json as --plan"
+        )
+
+
 def _load(state: dict[str, Any], path: Path) -> None:
     logged = logging.root.manager.disable
     logging.disable(logging.ERROR)  # torch logs tracebacks of what it then raises
@@ -147,13 +230,15 @@ def _broken(path: Path, reason: str) -> RunError:
     )
 
 
-def _reason(error: CheckpointException) -> str:
+def _reason(error: CheckpointException | OSError) -> str:
     """What went wrong on the first rank where something did.
 
     Raises:
         KeyboardInterrupt: that was it; torch takes it for an error like any other.
     """
-    failures = [failure for failure, _ in error.failures.values()]
+    failures: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
     for failure in failures:
         if isinstance(failure, KeyboardInterrupt):
             raise KeyboardInterrupt from error
@@ -165,10 +250,8 @@ def _reason(error: CheckpointException) -> str:
     return first.rstrip(".") or type(failures[0]).__name__
 
 
-def _init_state(optimizer: KeyedOptimizer) -> None:
-    """Makes the state of torch's optimisers, which exists only after a step: dcp would silently
-    skip what is not there."""
-    assert isinstance(optimizer, CombinedOptimizer)
-    for name, part in optimizer.optimizers:
-        if name:
-            part.init_state()
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, if it is there, so that no part of it is ever taken for a whole one."""
+    if path.exists():
+        removed = path.rename(path.with_name(f"{path.name}.removed"))
+        shutil.rmtree(removed)

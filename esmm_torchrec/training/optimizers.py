@@ -1,16 +1,19 @@
 """Optimisers of tables and towers.
 
 A table with the fused kernel is updated inside the backward pass by fbgemm; a table with the dense
-kernel, like the towers, by an optimiser of torch's. Both end up in one TorchRec optimiser.
+kernel, like the towers, by an optimiser of torch's. Both end up in one TorchRec optimiser, whose
+state reads the same whatever the kernel, so that a checkpoint outlives a change of plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._shard.sharded_tensor import Shard
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -23,12 +26,125 @@ from esmm_torchrec.sharding.planner import SparseOptimizerOption, embedding_bag_
 
 EPSILON = 1e-8
 
+_TABLES, _TOWERS = "tables", "towers"
+
 _CLASSES: dict[SparseOptimizerOption, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
 }
+
+_FIRST_STATE: dict[SparseOptimizerOption, str] = {
+    "rowwise_adagrad": "sum",
+    "adagrad": "sum",
+    "adam": "exp_avg",
+}
+"""What torch's optimiser calls the state that TorchRec calls momentum1."""
+
+
+class ModelOptimizer(CombinedOptimizer):
+    """The optimisers of a sharded model as one.
+
+    TorchRec gives the state of a fused table as a ShardedTensor under a name of its own, and that
+    of a dense one as the bare part of this rank, so that ranks write over each other's. Here
+    `state_dict` is, for both, {"state": {key of the weight: {torch's name of the state: tensor}}}:
+    a ShardedTensor cut like the weight where the weight is one. Number of steps of the tables is no
+    part of it; `set_optimizer_step` restores it.
+
+    Args:
+        parts: name → optimiser, the fused ones under the empty name.
+        weights: `model.state_dict()`, or its tables alone.
+        optimizer: of the tables.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, KeyedOptimizer],
+        *,
+        weights: Mapping[str, torch.Tensor],
+        optimizer: SparseOptimizerOption,
+    ) -> None:
+        super().__init__(list(parts.items()))
+        self._weights = weights
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, whose tensors share their memory with the optimisers'."""
+        state: dict[str, dict[str, torch.Tensor]] = {}
+        for part_name, part in self.optimizers:
+            for key, own in part.state_dict()["state"].items():
+                if not part_name:
+                    named = {self._name_of_fused(name): value for name, value in own.items()}
+                elif part_name == _TABLES:
+                    named = {
+                        name: _cut_like(self._weights[key], value)
+                        for name, value in own.items()
+                        if isinstance(value, torch.Tensor) and name != "step"
+                    }
+                else:
+                    named = own
+                state[key] = named
+        return {"state": state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over the tensors of a `state_dict` of the same model on the same ranks; the
+        optimisers must have their state, see `init_state`."""
+        for key, named in self.state_dict()["state"].items():
+            for name, value in named.items():
+                others = _local_tensors(state_dict["state"][key][name])
+                for own, other in zip(_local_tensors(value), others, strict=True):
+                    own.detach().copy_(other)
+
+    def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
+        """Makes the state of torch's optimisers, which exists only after a step. A step with zero
+        gradients does it; weights must be loaded after it."""
+        for name, part in self.optimizers:
+            if name:
+                part.init_state(sparse_grad_parameter_names)
+
+    def _name_of_fused(self, name: str) -> str:
+        """torch's name of a state like "item.momentum1"."""
+        own = name.rpartition(".")[2]
+        return _FIRST_STATE[self._optimizer] if own == "momentum1" else own
+
+
+class _DenseTables(KeyedOptimizerWrapper):
+    """torch's optimiser of the tables with the dense kernel."""
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Sets what torch counts for each parameter."""
+        for state in self.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
+
+
+def _cut_like(weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """This rank's state of a table as part of the whole table's, in the same memory.
+
+    Args:
+        weight: of the whole table; a ShardedTensor where ranks divide it.
+        state: one value for each of this rank's weights; the parts that the rank holds of a table
+            lie one behind the other.
+    """
+    if not isinstance(weight, ShardedTensor):
+        return state
+    shards, first = [], 0
+    flat = state.detach().view(-1)
+    for shard in weight.local_shards():
+        size = shard.tensor.numel()
+        part = flat[first : first + size].view(shard.tensor.shape)
+        shards.append(Shard(part, shard.metadata))
+        first += size
+    assert first == flat.numel()
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, weight.metadata())
+
+
+def _local_tensors(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    if isinstance(value, ShardedTensor):
+        yield from (shard.tensor for shard in value.local_shards())
+    else:
+        yield value
 
 
 def fuse_optimizer(
@@ -73,14 +189,15 @@ def build_optimizer(
     sparse_lr: float,
     dense_lr: float,
     weight_decay: float = 0.0,
-) -> KeyedOptimizer:
+) -> ModelOptimizer:
     """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
     towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8). Weight decay is for the towers alone:
     fbgemm ignores it unless it is told a mode, which TorchRec does not pass on."""
-    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
+    parts: dict[str, KeyedOptimizer] = {"": model.fused_optimizer}
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    tables = {name: value for name, value in rest.items() if ".embedding_bags." in name}
-    towers = {name: value for name, value in rest.items() if name not in tables}
+    # Where a rank holds nothing of a table, TorchRec gives it an empty parameter.
+    tables = {k: value for k, value in rest.items() if _is_table(k) and value.numel()}
+    towers = {k: value for k, value in rest.items() if not _is_table(k)}
 
     def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -94,9 +211,14 @@ def build_optimizer(
         return _CLASSES[optimizer](parameters, **arguments)
 
     if tables:
-        parts.append(("tables", KeyedOptimizerWrapper(tables, table_optimizer)))
-    parts.append(("towers", KeyedOptimizerWrapper(towers, adam)))
-    return CombinedOptimizer(parts)
+        parts[_TABLES] = _DenseTables(tables, table_optimizer)
+    parts[_TOWERS] = KeyedOptimizerWrapper(towers, adam)
+    weights = {key: value for key, value in model.state_dict().items() if _is_table(key)}
+    return ModelOptimizer(parts, weights=weights, optimizer=optimizer)
+
+
+def _is_table(key: str) -> bool:
+    return ".embedding_bags." in key
 
 
 def _arguments(optimizer: SparseOptimizerOption, lr: float) -> dict[str, Any]:
