@@ -153,22 +153,27 @@ def _tables_of_data(options: Options) -> TableList:
         options.embedding_dim,
         mean_values_per_bag=data.statistics.mean_values_per_bag,
         impressions_per_shared_row=_impressions_per_pooled_row(
-            batch_size, data.splits["train"].shared_rows, options.shuffle_chunk
+            batch_size,
+            impressions=data.splits["train"].impressions,
+            shared_rows=data.splits["train"].shared_rows,
+            shuffle_chunk=options.shuffle_chunk,
         ),
         source=str(options.data),
     )
 
 
 def _impressions_per_pooled_row(
-    batch_size: int, shared_rows: int, shuffle_chunk: int
+    batch_size: int, *, impressions: int, shared_rows: int, shuffle_chunk: int
 ) -> float | None:
     """Impressions of a batch over its distinct shared rows, for a shuffled order in which chunks
-    of `shuffle_chunk` impressions stay together."""
+    of up to `shuffle_chunk` impressions of one shared row stay together."""
     if not shared_rows:
         return None
     if shuffle_chunk < 1:
         raise OptionError(f"--shuffle-chunk {shuffle_chunk} is not at least 1")
-    chunks = max(1.0, batch_size / shuffle_chunk)
+    # However long a chunk may be, it ends where the impressions of its row do.
+    chunk = min(shuffle_chunk, max(1.0, impressions / shared_rows))
+    chunks = max(1.0, batch_size / chunk)
     distinct = shared_rows * (1 - (1 - 1 / shared_rows) ** chunks)
     return max(1.0, batch_size / distinct)
 

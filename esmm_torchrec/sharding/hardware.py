@@ -29,6 +29,9 @@ GIB = 2**30
 BYTES_PER_MS = 1e6
 """Bytes per millisecond, TorchRec's unit, in one GB/s."""
 
+LARGEST_NUMBER = 1e9
+"""Above every number of a machine, in any of their units."""
+
 TowerDtype = Literal["float32", "bfloat16"]
 
 
@@ -67,8 +70,11 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and value <= 0:
-                raise PlanError(f"hardware {self.name!r}: {name} must be above 0, not {value}")
+            if isinstance(value, int | float) and not 0 < value < LARGEST_NUMBER:
+                raise PlanError(
+                    f"hardware {self.name!r}: {name} must be above 0 and below "
+                    f"{LARGEST_NUMBER:.0e}, not {value}"
+                )
         for name in ("tower_efficiency", *(f"{kind.value}_efficiency" for kind in CollectiveType)):
             if getattr(self, name) > 1:
                 raise PlanError(f"hardware {self.name!r}: {name} must be at most 1")
@@ -207,6 +213,7 @@ _A100 = (
 _H100 = "https://www.nvidia.com/en-us/data-center/h100/"
 _H200 = "https://www.nvidia.com/en-us/data-center/h200/"
 _B200 = "https://www.nvidia.com/en-us/data-center/hgx/"
+_B200_BUS = "https://github.com/pytorch/ao/pull/4002"
 _XEON = "https://www.intel.com/content/www/us/en/products/sku/231746.html"
 
 PRESETS: Mapping[str, Hardware] = {
@@ -277,7 +284,8 @@ PRESETS: Mapping[str, Hardware] = {
             float32_tflops=494,
             bfloat16_tflops=989,
             sources=(
-                f"H200 SXM: 141 GB HBM3e, NVLink 4 (900 GB/s both ways), PCIe 5: {_H200}",
+                f"H200 SXM: 141 GB HBM3e, NVLink 4 (900 GB/s both ways), PCIe 5: {_H200}; "
+                "nvidia-smi reports 143,771 MiB, which are 140 GiB",
                 f"network cards and host memory as DGX H100: {_DGX_H100}",
             ),
         ),
@@ -287,16 +295,19 @@ PRESETS: Mapping[str, Hardware] = {
             ranks_per_host=8,
             memory_gib=179,
             host_memory_gib=256,
-            memory_gb_s=8000,
+            memory_gb_s=7672,
             host_to_device_gb_s=64,
             intra_host_gb_s=900,
             inter_host_gb_s=50,
             float32_tflops=1100,
             bfloat16_tflops=2250,
             sources=(
-                f"HGX B200: HBM3e, NVLink 5 (1.8 TB/s both ways), dense TF32/BF16: {_B200}",
-                "DGX B200: 1 440 GB over 8 GPUs, 2 TB host memory, eight 400 Gb/s network cards, "
-                f"PCIe 5 hosts: {_DGX_B200}",
+                f"HGX B200: NVLink 5 (1.8 TB/s both ways), dense TF32/BF16: {_B200}",
+                "memory: nvidia-smi reports 183,359 MiB, which are 179 GiB; its bandwidth: the "
+                "driver reports a bus of 7680 bits at 3996 MHz, twice a cycle, 7.67 TB/s where the "
+                f"data sheet has 8: {_B200_BUS}",
+                "DGX B200: 2 TB host memory, eight 400 Gb/s network cards, PCIe 5 hosts: "
+                f"{_DGX_B200}",
             ),
         ),
         Hardware(
@@ -356,9 +367,9 @@ def read_hardware(path: Path | str) -> Hardware:
     if "sources" in values:
         values["sources"] = tuple(values["sources"])
     if base is not None:
-        if base not in PRESETS:
+        if not isinstance(base, str) or base.lower() not in PRESETS:
             raise PlanError(f"{path}: base {base!r} is none of {', '.join(PRESETS)}")
-        return replace(PRESETS[base], **{"name": Path(path).stem, "sources": (), **values})
+        return replace(PRESETS[base.lower()], **{"name": Path(path).stem, "sources": (), **values})
     missing = [
         name for name, each in known.items() if each.default is MISSING and name not in values
     ]

@@ -38,6 +38,12 @@ from esmm_torchrec.sharding.table_placement import COLUMN_MULTIPLE, DATA_TYPES
 
 Pooling = Literal["sum", "mean"]
 
+LARGEST_TABLE = 2**56
+"""Values, of which the optimiser's state is a multiple: what counts bytes in 64 bits holds them."""
+
+MOST_ALIKE = 10_000
+"""Tables, or features of a table, that one entry may stand for."""
+
 REQUIRED_FIELDS = ("name", "num_embeddings", "embedding_dim")
 OPTIONAL_FIELDS = (
     "features",
@@ -245,9 +251,19 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
     name = entry["name"]
     if not isinstance(name, str) or not name or "." in name:
         raise PlanError(f"{where}: name must be a text without dots, not {name!r}")
+    if module_name(name) != name:
+        raise PlanError(
+            f"{where}: TorchRec cannot hold a table of the name {name!r}, which is taken in its "
+            f"modules; call it {module_name(name)!r}"
+        )
     rows = _whole(entry["num_embeddings"], f"{where}: num_embeddings")
     dim = _whole(entry["embedding_dim"], f"{where}: embedding_dim")
     _check_dim(dim, f"{where}: embedding_dim {dim}")
+    if rows * dim > LARGEST_TABLE:
+        raise PlanError(
+            f"{where}: num_embeddings {rows} of embedding_dim {dim} are more than the "
+            f"{LARGEST_TABLE} values that a table may have"
+        )
     pooling = _choice(entry.get("pooling", "sum"), f"{where}: pooling", ("sum", "mean"))
     data_type = _choice(entry.get("data_type", "float32"), f"{where}: data_type", tuple(DATA_TYPES))
     weighted = entry.get("weighted", False)
@@ -257,7 +273,7 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
         raise PlanError(
             f"{where}: TorchRec has no weighted mean; use pooling: sum with normalised weights"
         )
-    count = _whole(entry.get("count", 1), f"{where}: count")
+    count = _whole(entry.get("count", 1), f"{where}: count", MOST_ALIKE)
     feature_names = _feature_names(entry.get("features", 1), name, where)
     factors = _factors(entry.get("pooling_factor", 1), len(feature_names), where)
     shared_by = _positive(entry.get("shared_by", 1), f"{where}: shared_by")
@@ -295,7 +311,7 @@ def _feature_names(value: Any, table: str, where: str) -> list[str]:
         if not value or not all(isinstance(name, str) and name for name in value):
             raise PlanError(f"{where}: features must be a list of names, not {value!r}")
         return value
-    number = _whole(value, f"{where}: features (a number or a list of names)")
+    number = _whole(value, f"{where}: features (a number or a list of names)", MOST_ALIKE)
     return [table] if number == 1 else [f"{table}_feature_{index}" for index in range(number)]
 
 
@@ -308,9 +324,11 @@ def _factors(value: Any, number: int, where: str) -> Sequence[float]:
     return [_positive(item, what) for item in value]
 
 
-def _whole(value: Any, what: str) -> int:
+def _whole(value: Any, what: str, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PlanError(f"{what} must be a whole number of at least 1, not {value!r}")
+    if most is not None and value > most:
+        raise PlanError(f"{what} must be at most {most}, not {value}")
     return value
 
 

@@ -96,6 +96,24 @@ def test_tables_of_a_prepared_data_set(tmp_path: Path) -> None:
     assert history.group().endswith(f"<td class=n>{4096 / 40:.4g}</td></tr>")
 
 
+def test_a_chunk_ends_with_the_impressions_of_its_user(tmp_path: Path) -> None:
+    write_data_set(tmp_path / "data")
+    shared_by: list[float] = []
+    for chunk in ("17", "1000000"):
+        out = tmp_path / f"out{chunk}"
+        options = ["--batch-size", "128", "--shuffle-chunk", chunk, "--strategies", "table_wise"]
+        common = ["--data", str(tmp_path / "data"), "--gpu", "h100", "--out", str(out)]
+        main(["plan", *common, *options])
+        history = re.search(
+            r"<td>history</td>.*?([0-9.]+)</td></tr>", (out / "report.html").read_text()
+        )
+        assert history is not None
+        shared_by.append(float(history.group(1)))
+    # 700 impressions of 40 users are 17.5 each.
+    distinct = [40 * (1 - (39 / 40) ** (128 / chunk)) for chunk in (17, 17.5)]
+    assert shared_by == [pytest.approx(128 / users, rel=1e-3) for users in distinct]
+
+
 def test_a_machine_from_a_file(tmp_path: Path, tables: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: h100\nmemory_gb_s: 33.5\n")
     steps: list[float] = []
@@ -135,6 +153,9 @@ def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--gpu", "h100", "--constraint", "shop=row_wise"], "'shop' matches no table"),
         (["--gpu", "h100", "--constraint", "item=row"], "there is no 'row'"),
         (["--gpu", "h100", "--data", "nowhere"], "give either --tables FILE or --data PREPARED"),
+        (["--gpu", "h100", "--constraint", "item=data_parallel,fused"], "kernel dense only"),
+        (["--gpu", "h100", "--constraint", "item=cache=0.1"], "needs the kernel fused_uvm_caching"),
+        (["--gpu", "h100", "--cache-load-factor", "0.1"], "needs the kernel fused_uvm_caching"),
         (["--gpu", "h100", "--reserve", "2"], "--reserve 2.0"),
         (["--hardware", "nowhere.yaml"], "cannot read or write nowhere.yaml"),
     ],

@@ -24,6 +24,10 @@ def test_every_preset_says_where_its_numbers_come_from() -> None:
     for hardware in PRESETS.values():
         assert any("https://" in source for source in hardware.sources)
     assert preset("H100") is PRESETS["h100"]
+    # What nvidia-smi reports, in MiB.
+    assert PRESETS["b200"].memory_gib == 183_359 // 1024
+    assert PRESETS["h200"].memory_gib == 143_771 // 1024
+    assert PRESETS["b200"].memory_gb_s == pytest.approx(7680 / 8 * 2 * 3.996, abs=0.5)
     with pytest.raises(OptionError, match="no GPU 'v100'; use a100-40"):
         preset("v100")
 
@@ -89,7 +93,7 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_file_may_change_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "half.yaml"
-    path.write_text("base: h100\nmemory_gib: 40\n")
+    path.write_text("base: H100\nmemory_gib: 40\n")
     half = read_hardware(path)
     assert (half.name, half.memory_gib, half.memory_gb_s) == ("half", 40, 3350)
     assert half.sources == ()
@@ -99,6 +103,11 @@ def test_a_file_may_change_a_preset(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("base: h101\n", "base 'h101' is none of"),
+        ("base: [h100]\n", "base .'h100'. is none of"),
+        ("base: 7\n", "base 7 is none of"),
+        ("base: h100\nmemory_gib: .nan\n", "memory_gib must be above 0 and below .* not nan"),
+        ("base: h100\nmemory_gib: .inf\n", "memory_gib must be above 0 and below .* not inf"),
+        ("base: h100\nmemory_gb_s: .nan\n", "memory_gb_s must be above 0 and below .* not nan"),
         ("base: h100\nmemory: 40\n", "no field 'memory'"),
         ("base: h100\nmemory_gib: much\n", "memory_gib must be a number, not 'much'"),
         ("base: h100\nmemory_gib: -1\n", "memory_gib must be above 0"),

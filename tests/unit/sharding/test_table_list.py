@@ -13,6 +13,7 @@ from torchrec.types import DataType
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.schema import IdFeature, Schema, Table
 from esmm_torchrec.sharding.table_list import (
+    LARGEST_TABLE,
     PlannedFeature,
     PlannedTable,
     TableList,
@@ -103,6 +104,14 @@ MISTAKES = [
     ("tables: [{name: item, num_embeddings: 1e6, embedding_dim: 16}]", "not '1e6'"),
     ("tables: [{name: item, num_embeddings: 10, embedding_dim: 18}]", "18 is not a positive mult"),
     ("tables: [{name: a.b, num_embeddings: 10, embedding_dim: 16}]", "without dots"),
+    ("tables: [{name: items, num_embeddings: 1, embedding_dim: 16}]", "call it 'items_table'"),
+    ("tables: [{name: keys, num_embeddings: 1, embedding_dim: 16}]", "call it 'keys_table'"),
+    ("tables: [{name: training, num_embeddings: 1, embedding_dim: 16}]", "name 'training'"),
+    ("tables: [{name: forward, num_embeddings: 1, embedding_dim: 16}]", "name 'forward'"),
+    ("tables: [{name: a, num_embeddings: 100000000000000000000, embedding_dim: 4}]", "more than"),
+    (f"tables: [{{name: a, num_embeddings: {2**62}, embedding_dim: 4}}]", "more than the"),
+    (f"tables: [{{{ITEM}, count: 1000000000}}]", "count must be at most 10000"),
+    (f"tables: [{{{ITEM}, features: 1000000000}}]", "must be at most 10000"),
     (f"tables: [{{{ITEM}, pooling: max}}]", "pooling must be sum or mean, not 'max'"),
     (f"tables: [{{{ITEM}, data_type: int4}}]", "data_type must be float32 or float16 or bfloat16"),
     (f"tables: [{{{ITEM}, weighted: 1}}]", "weighted must be true or false"),
@@ -126,6 +135,12 @@ def test_mistakes_are_named_with_file_and_entry(tmp_path: Path, text: str, expec
         read(tmp_path, text)
     assert str(raised.value).startswith(str(tmp_path / "tables.yaml"))
     assert "\n" not in str(raised.value)
+
+
+def test_the_largest_table_has_sizes_that_torch_can_count(tmp_path: Path) -> None:
+    text = f"tables: [{{name: a, num_embeddings: {LARGEST_TABLE // 4}, embedding_dim: 4}}]"
+    (parameter,) = read(tmp_path, text).to_module().parameters()
+    assert parameter.numel() * parameter.element_size() == 4 * LARGEST_TABLE
 
 
 def test_a_schema_is_a_list_of_tables() -> None:
