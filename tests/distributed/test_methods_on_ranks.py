@@ -26,13 +26,16 @@ from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import (
+    FOLDS,
     TrainingPart,
+    batch_of_equal_updates,
     fit,
     out_of_fold_pctr,
     part_of,
     training_part,
 )
 from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.run import train as train_run
 from tests.ranks import run_on_ranks
 
 ALL_METHODS: tuple[MethodOption, ...] = get_args(MethodOption)
@@ -105,6 +108,54 @@ def _write_tastes(path: Path) -> None:
         click, conversion = rng.random(12_000) < ctr[item], rng.random(12_000) < cvr[item]
         tables.append(_columns(click, conversion, item + 1))
     _write(path, *tables, items=ITEMS)
+
+
+def _write_related_tastes(path: Path) -> None:
+    """Items that are converted the more the more they are clicked."""
+    rng = np.random.default_rng(8)
+    ctr = rng.uniform(0.1, 0.9, ITEMS)
+    cvr = np.clip(ctr + rng.normal(0, 0.1, ITEMS), 0.05, 0.95)
+    tables = []
+    for _ in range(2):
+        item = rng.integers(0, ITEMS, 12_000)
+        click, conversion = rng.random(12_000) < ctr[item], rng.random(12_000) < cvr[item]
+        tables.append(_columns(click, conversion, item + 1))
+    _write(path, *tables, items=ITEMS)
+
+
+def _write_own_items(path: Path) -> None:
+    """Users with an item each that no one else sees, which they always click or never."""
+    rng = np.random.default_rng(9)
+    item = np.repeat(np.arange(60), 3)
+    click = (rng.random(60) < 0.5)[item]
+    table = _columns(click, rng.random(180) < 0.5, item + 1)
+    _write(path, table, table.slice(0, 90), items=60)
+
+
+def _out_of_fold(data: Path, ranks: Ranks) -> np.ndarray:
+    train = MappedSplit.open(PreparedDataSet.open(data), "train")
+    options = replace(OPTIONS, batch_size=GLOBAL_BATCH, epochs=5)
+    return out_of_fold_pctr(train, options, ranks, workload=WORKLOAD)
+
+
+def _updates(data: Path, ranks: Ranks) -> dict[str, int]:
+    """Steps that a pass over everything and one over clicks alone take."""
+    train = MappedSplit.open(PreparedDataSet.open(data), "train")
+    steps = {}
+    for method in ("esmm", "base"):
+        options = replace(OPTIONS, method=method, batch_size=GLOBAL_BATCH, epochs=1)
+        taken: list[int] = []
+        fit(
+            train,
+            options,
+            ranks,
+            part=training_part(train, options),
+            workload=WORKLOAD,
+            updates_per_pass=10,
+            on_rows=taken.append,
+        )
+        steps[method] = len(taken)
+    return steps
 
 
 def _train_all(data: Path, ranks: Ranks) -> dict[str, Any]:
@@ -211,7 +262,9 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
     return pcvr
 
 
-def _shuffled_labels(data: Path, ranks: Ranks) -> dict[str, tuple[ScoredImpressions, ...]]:
+def _shuffled_labels(
+    data: Path, ranks: Ranks, methods: tuple[MethodOption, ...]
+) -> dict[str, tuple[ScoredImpressions, ...]]:
     """Scores of models trained on true and on shuffled conversion labels, by method."""
     dataset = PreparedDataSet.open(data)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
@@ -220,7 +273,7 @@ def _shuffled_labels(data: Path, ranks: Ranks) -> dict[str, tuple[ScoredImpressi
     conversion[clicked] = np.random.default_rng(0).permutation(conversion[clicked])
     shuffled = replace(train, scalars=train.scalars | {"conversion": conversion})
     results = {}
-    for method in ("base", "oversampling", "shared-bottom", "aman"):
+    for method in methods:
         options = replace(
             OPTIONS, method=method, batch_size=200, rate=1.0 if method == "aman" else None
         )
@@ -239,7 +292,12 @@ def _known_answers(folder: Path) -> dict[str, Any]:
         return {
             "identities": _identities(folder / "sparse", ranks),
             "saturated": _saturated(folder / "cells", ranks),
-            "shuffled": _shuffled_labels(folder / "tastes", ranks),
+            "shuffled": _shuffled_labels(
+                folder / "tastes", ranks, ("base", "oversampling", "shared-bottom")
+            ),
+            "related": _shuffled_labels(folder / "related", ranks, ("aman", "ctr")),
+            "out of fold": _out_of_fold(folder / "own-items", ranks),
+            "updates": _updates(folder / "sparse", ranks),
         }
 
 
@@ -249,6 +307,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_sparse_clicks(path / "sparse")
     _write_cells(path / "cells")
     _write_tastes(path / "tastes")
+    _write_related_tastes(path / "related")
+    _write_own_items(path / "own-items")
     return path
 
 
@@ -326,9 +386,44 @@ def test_shuffled_conversions_leave_nothing_to_rank_clicks_by(known: dict[str, A
         learnt, shuffled = map(on_clicks, known["shuffled"][method])
         assert learnt > 0.65, method
         assert abs(shuffled - 0.5) < 0.06, method
-    # With every unclicked impression a negative, what is left to learn is the click.
-    _, shuffled = known["shuffled"]["aman"]
-    assert auc(shuffled.conversion_logit, shuffled.click) > 0.6  # pyright: ignore
+
+
+def test_shuffled_conversions_leave_aman_what_pctr_alone_gives(known: dict[str, Any]) -> None:
+    """With every unclicked impression a negative, what is left to learn is the click."""
+
+    def on_clicks(scored: ScoredImpressions, score: np.ndarray | None) -> float:
+        assert score is not None
+        value = auc(score[scored.clicked], scored.converted[scored.clicked])
+        assert value is not None
+        return value
+
+    learnt, shuffled = (on_clicks(of, of.conversion_logit) for of in known["related"]["aman"])
+    of_pctr = on_clicks(known["related"]["ctr"][0], known["related"]["ctr"][0].click_logit)
+    assert of_pctr > 0.6, "items that are clicked are converted"
+    # With the true labels AMAN knows more, or this would show nothing.
+    assert learnt > of_pctr
+    assert shuffled == pytest.approx(of_pctr, abs=0.03)
+
+
+def test_out_of_fold_pctr_knows_nothing_of_its_users(folder: Path, known: dict[str, Any]) -> None:
+    """A user's only item is always clicked, so that a network which saw the user would know; and
+    it is unknown to the other fold, all of whose users must look alike to it."""
+    click = MappedSplit.open(PreparedDataSet.open(folder / "own-items"), "train").scalars["click"]
+    pctr = known["out of fold"]
+    assert np.isnan(pctr[click == 0]).all()
+    of_clicked = pctr[click == 1]
+    assert 1 <= len(np.unique(of_clicked)) <= FOLDS
+    # All users clicked: it is the other users' rate, and not 1.
+    assert abs(of_clicked - click.mean()).max() < 0.25
+
+
+def test_a_pass_takes_as_many_updates_as_asked(known: dict[str, Any]) -> None:
+    # 200 rows by 20; some 20 clicks by 2 or 3.
+    assert known["updates"]["esmm"] == 10
+    assert 7 <= known["updates"]["base"] <= 10
+    assert batch_of_equal_updates(360_000, updates=176, world_size=1) == 2046
+    assert batch_of_equal_updates(31_000, updates=176, world_size=2) == 89
+    assert batch_of_equal_updates(50, updates=176, world_size=2) == 1
 
 
 def _trained_weights(folder: Path) -> list[dict[str, np.ndarray]]:
@@ -336,6 +431,8 @@ def _trained_weights(folder: Path) -> list[dict[str, np.ndarray]]:
     with process_group("cpu") as ranks:
         torch.set_num_threads(1)
         for name in ("plain", "other-test"):
+            options = replace(OPTIONS, batch_size=100, epochs=1)
+            train_run(folder / name, folder / f"run-{name}", options, ranks)
             train = MappedSplit.open(PreparedDataSet.open(folder / name), "train")
             options = replace(OPTIONS, batch_size=GLOBAL_BATCH)
             part: TrainingPart = training_part(train, options)
@@ -382,3 +479,11 @@ def test_the_test_half_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
     ((first, second),) = run_on_ranks(1, _trained_weights, tmp_path)
     for key, value in first.items():
         np.testing.assert_array_equal(second[key], value, err_msg=key)
+    runs = [tmp_path / f"run-{name}" for name in ("plain", "other-test")]
+    checkpoints = [sorted((run / "checkpoints").rglob("*.distcp")) for run in runs]
+    assert checkpoints[0]
+    for one, other_one in zip(*checkpoints, strict=True):
+        assert one.name == other_one.name
+        assert one.read_bytes() == other_one.read_bytes()
+    metrics = [(run / "metrics.json").read_text() for run in runs]
+    assert metrics[0] != metrics[1], "the test half is another"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -73,6 +74,7 @@ def _compare_all(folder: Path) -> dict[str, Any]:
             "removed": [path.name for path in removed],
             "worlds left": list((folder / "worlds" / "worlds").glob("*")),
             "fixed": run("fixed", FIXED, folder / "data"),
+            "other test half": run("other-test", FIXED, folder / "other-test-data"),
             "no truth": run("no-truth", replace(FIXED, seeds=1), folder / "no-truth-data"),
         }
 
@@ -90,6 +92,25 @@ def _without_truth(source: Path, out: Path) -> None:
     (out / "dataset.json").write_text(json.dumps(description))
 
 
+def _with_other_test_half(source: Path, out: Path) -> None:
+    """A copy of a data set with other labels and other ids in its test half."""
+    shutil.copytree(source, out)
+    description = json.loads((out / "dataset.json").read_text())
+    rng = np.random.default_rng(1)
+    for file in description["splits"]["test"]["impression_files"]:
+        table = pq.read_table(out / file)
+        click = rng.integers(0, 2, len(table)).astype(np.int8)
+        conversion = click * rng.integers(0, 2, len(table)).astype(np.int8)
+        for name, values in (("click", click), ("conversion", conversion)):
+            table = table.set_column(table.column_names.index(name), name, [values])
+        items = table["item"].to_numpy(zero_copy_only=False)
+        other = pa.array(rng.permutation(items), pa.int32(), from_pandas=True)
+        table = table.set_column(table.column_names.index("item"), "item", other)
+        pq.write_table(table, out / file)
+    description["checksums"] = {}
+    (out / "dataset.json").write_text(json.dumps(description))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("comparison")
@@ -99,6 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(folder: Path) -> dict[str, Any]:
     write_data_set(folder / "data", train=1500, test=900, users=150)
     _without_truth(folder / "data", folder / "no-truth-data")
+    _with_other_test_half(folder / "data", folder / "other-test-data")
     return run_on_ranks(1, _compare_all, folder)[0]
 
 
@@ -243,6 +265,27 @@ def test_oracle_and_references_stand_beside_the_methods(compared: dict[str, Any]
     oracle = references["true pCVR"]["cvr_auc_entire_space"]["mean"]
     for of_method in compared["worlds"]["methods"].values():
         assert of_method["1"]["cvr_auc_entire_space"]["mean"] < oracle
+
+
+def test_division_is_scored_by_its_own_pctr_and_by_the_common_one(
+    compared: dict[str, Any],
+) -> None:
+    of_division = compared["worlds"]["methods"]["DIVISION"]["1"]
+    own, common = (of_division[name]["runs"] for name in ("ctcvr_auc", "ctcvr_auc_common_ctr"))
+    assert None not in own
+    assert all(a != b for a, b in zip(own, common, strict=True))
+
+
+def test_the_test_half_chooses_no_setting(compared: dict[str, Any]) -> None:
+    plain, other = (
+        dict(_numbers(compared[name]["tuning"])) for name in ("fixed", "other test half")
+    )
+    assert plain == other
+    scores = [
+        compared[name]["methods"]["BASE"]["1"]["cvr_auc"]["mean"]
+        for name in ("fixed", "other test half")
+    ]
+    assert scores[0] != scores[1], "the test half is another"
 
 
 def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -> None:
