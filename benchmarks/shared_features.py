@@ -5,9 +5,10 @@
 
 Users have four histories, 613 weighted ids in all as in Ali-CCP, shared by 58 impressions. The
 model is trained end to end on one process with the histories pooled once and written out, over the
-same batches, for several `--shuffle-chunk` K: up to K impressions of a user stay together when
-rows are shuffled. U is the number of distinct users in a batch. Its share at K = 1 falls with the
-number of users; many impressions bring it near one user an impression.
+same batches, the latter also with fbgemm's gradient of the ids' weights, which TorchRec leaves on
+and this library turns off; for several `--shuffle-chunk` K: up to K impressions of a user stay
+together when rows are shuffled. U is the number of distinct users in a batch. Its share at K = 1
+falls with the number of users; many impressions bring it near one user an impression.
 
 What a look-up costs depends on the size of its table. `--tables ali-ccp` draws ids of tables as
 large as Ali-CCP's id ranges (400 000 shops); `--tables world` generates a world with Ali-CCP's
@@ -34,7 +35,11 @@ from esmm_torchrec.cli.main import settle_process
 settle_process()  # before torch is imported
 
 from alternate import Timings, alternate, describe, environment  # noqa: E402
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # noqa: E402
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from impressions import write_histories  # noqa: E402
+from torch import nn  # noqa: E402
 
 from esmm_torchrec.data.ali_ccp import prepare_ali_ccp  # noqa: E402
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
@@ -65,7 +70,7 @@ class Options:
     """How large the tables of the histories are."""
     chunks: tuple[int, ...] = (1, 4, 8, 16)
     """Values of K."""
-    turns: int = 3
+    turns: int = 5
     """Turns that every contender takes."""
     steps: int = 2
     """Steps in a turn."""
@@ -93,10 +98,14 @@ class Contender:
         return num_steps
 
 
-def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
-    """Both ways for every K, in turns."""
+ONCE, WRITTEN_OUT, AS_TORCHREC = "pooled once", "written out", "written out, as TorchRec does"
 
-    def contender(chunk: int, shared_features: SharedFeatures) -> Contender:
+
+def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
+    """Every way for every K, in turns."""
+
+    def contender(chunk: int, way: str) -> Contender:
+        shared_features: SharedFeatures = "once" if way == ONCE else "expanded"
         settings = TrainOptions(
             batch_size=options.batch_size, dtype=options.dtype, shared_features=shared_features
         )
@@ -107,6 +116,8 @@ def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
             part=training_part(train, settings),
             workload=Workload(options.batch_size),
         )
+        if way == AS_TORCHREC:
+            _differentiate_by_weights(trainer.model)
         reader = ImpressionReader(
             train,
             batch_size=options.batch_size,
@@ -115,9 +126,8 @@ def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
         )
         return Contender(trainer.steps(reader, reader.steps_left))
 
-    once = {f"K = {k}, pooled once": contender(k, "once") for k in options.chunks}
-    expanded = {f"K = {k}, written out": contender(k, "expanded") for k in options.chunks}
-    contenders = once | expanded
+    ways = (ONCE, WRITTEN_OUT, AS_TORCHREC)
+    contenders = {(k, way): contender(k, way) for k in options.chunks for way in ways}
     for each in contenders.values():
         each.take(1)
 
@@ -125,48 +135,55 @@ def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
         return lambda: each.take(options.steps) * options.batch_size
 
     timings = alternate(
-        {name: turn(each) for name, each in contenders.items()}, turns=options.turns
+        {f"K = {k}, {way}": turn(each) for (k, way), each in contenders.items()},
+        turns=options.turns,
     )
-    rows = [
-        _row(k, timings, once_name, expanded_name, contenders)
-        | {"distinct_users": _distinct_users(train, k, options)}
-        for k, once_name, expanded_name in zip(options.chunks, once, expanded, strict=True)
-    ]
     print(
-        f"{'K':>3}{'U':>7}{'pooled once':>14}{'written out':>14}{'ratio':>7}{'spread':>14}"
-        f"{'CPU ratio':>11}{'loss differs by':>17}"
+        f"{'K':>3}{'U':>7}{'impressions/s':>42}{'ratio':>6}{'CPU ratio':>24}{'loss differs by':>17}"
     )
-    for row in rows:
-        print(
-            f"{row['shuffle_chunk']:>3}{row['distinct_users']:>7,.0f}"
-            f"{row['once']:>12,.0f}/s{row['expanded']:>12,.0f}/s{row['ratio']:>7.2f}"
-            f"{row['spread']:>14}{row['cpu_ratio']:>11.2f}"
-            f"{row['loss_difference']:>17.1e}"
-        )
+    rows = []
+    for k in options.chunks:
+        users = _distinct_users(train, k, options)
+        for way in ways:
+            row = {"shuffle_chunk": k, "distinct_users": users, "way": way}
+            row |= _compared(timings, f"K = {k}, {ONCE}", f"K = {k}, {way}")
+            losses = zip(contenders[k, ONCE].losses, contenders[k, way].losses, strict=True)
+            row["loss_difference"] = max(abs(left - right) / right for left, right in losses)
+            rows.append(row)
+            print(
+                f"{k:>3}{users:>7,.0f}  {way:30}{row['rate']:>10,.0f}"
+                f"{row['ratio']:>6.2f} {row['spread']:>12}{row['cpu_ratio']:>11.2f}"
+                f"{row['loss_difference']:>17.1e}"
+            )
     print(
-        f"\n{options.dtype} towers; load {timings.load_average[0]:.1f} before, "
-        f"{timings.load_average[1]:.1f} after"
+        f"\nratio: pooled once / this; {options.dtype} towers; load "
+        f"{timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after"
     )
-    return {"rows": rows, "timings": timings.to_dict(next(iter(expanded)))}
+    return {"rows": rows, "timings": timings.to_dict(f"K = {options.chunks[0]}, {WRITTEN_OUT}")}
 
 
-def _row(
-    chunk: int, timings: Timings, once: str, expanded: str, contenders: dict[str, Contender]
-) -> dict[str, Any]:
-    ratios = timings.ratios(once, expanded)
-    losses = list(zip(contenders[once].losses, contenders[expanded].losses, strict=True))
+def _differentiate_by_weights(model: nn.Module) -> None:
+    """Undoes what `Trainer` does: fbgemm's kernels again find the gradient of every id's weight,
+    which nobody asks for and which TorchRec leaves on."""
+    for collection in model.modules():
+        for lookup in getattr(collection, "_lookups", ()):
+            for module in lookup.modules():
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    module._forward_pre_hooks.clear()
+
+
+def _compared(timings: Timings, once: str, other: str) -> dict[str, Any]:
+    """Speed of one way, and how much faster pooling once is."""
+    ratios = timings.ratios(once, other)
     cpu = [
         slow / fast
-        for slow, fast in zip(timings.cpu_seconds[expanded], timings.cpu_seconds[once], strict=True)
+        for slow, fast in zip(timings.cpu_seconds[other], timings.cpu_seconds[once], strict=True)
     ]
     return {
-        "shuffle_chunk": chunk,
-        "once": timings.rate(once),
-        "expanded": timings.rate(expanded),
+        "rate": timings.rate(other),
         "ratio": statistics.median(ratios),
-        "spread": f"{min(ratios):.2f} to {max(ratios):.2f}",
+        "spread": f"{min(ratios):.2f}-{max(ratios):.2f}",
         "cpu_ratio": statistics.median(cpu),
-        "loss_difference": max(abs(left - right) / right for left, right in losses),
     }
 
 
