@@ -204,14 +204,11 @@ def build_optimizer(
             parameters, lr=dense_lr, eps=EPSILON, weight_decay=weight_decay, fused=True
         )
 
-    def table_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        arguments = _arguments(optimizer, sparse_lr)
-        if optimizer == "adam":
-            arguments["fused"] = True
-        return _CLASSES[optimizer](parameters, **arguments)
+    def of_tables(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        return dense_table_optimizer(parameters, optimizer, lr=sparse_lr)
 
     if tables:
-        parts[_TABLES] = _DenseTables(tables, table_optimizer)
+        parts[_TABLES] = _DenseTables(tables, of_tables)
     parts[_TOWERS] = KeyedOptimizerWrapper(towers, adam)
     weights = {key: value for key, value in model.state_dict().items() if _is_table(key)}
     return ModelOptimizer(parts, weights=weights, optimizer=optimizer)
@@ -219,6 +216,16 @@ def build_optimizer(
 
 def _is_table(key: str) -> bool:
     return ".embedding_bags." in key
+
+
+def dense_table_optimizer(
+    parameters: Iterable[Any], optimizer: SparseOptimizerOption, *, lr: float
+) -> torch.optim.Optimizer:
+    """The optimiser of torch's for tables with the dense kernel."""
+    arguments = _arguments(optimizer, lr)
+    if optimizer == "adam":
+        arguments["fused"] = True
+    return _CLASSES[optimizer](parameters, **arguments)
 
 
 def _arguments(optimizer: SparseOptimizerOption, lr: float) -> dict[str, Any]:
