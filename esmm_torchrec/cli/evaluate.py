@@ -14,6 +14,7 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, is_finished
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 from esmm_torchrec.training.evaluation import score_split
@@ -39,7 +40,7 @@ class Options:
     device: DeviceOption = "auto"
     """auto: CUDA where there is a GPU for each rank."""
     json: Path | None = None
-    """Write the figures to this file, too."""
+    """Write the figures to this file, too: those of the labels below the name of the split."""
 
 
 def run(options: Options) -> None:
@@ -55,16 +56,23 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
     split = MappedSplit.open(
         dataset, options.split, history_weights=folder.config["options"]["history_weights"]
     )
+    step = ranks.from_first(lambda: chosen_step(folder, options.step))
     model = restore(
-        folder,
-        ranks,
-        batch_size=options.batch_size,
-        sharding=options.sharding,
-        step=options.step,
+        folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
     )
     scored = score_split(model, split, ranks, batch_size=options.batch_size)
-    if scored is not None:
-        metrics = measure(scored)
-        print(format_metrics(metrics).replace("test half", f"{options.split} half", 1))
-        if options.json is not None:
-            options.json.write_text(json.dumps(metrics, indent=2) + "\n")
+    if scored is None:
+        return
+    metrics = measure(scored)
+    print(format_metrics(metrics).replace("test half", f"{options.split} half", 1))
+    print(described(folder, step))
+    if options.json is not None:
+        figures = {
+            "run": str(options.run),
+            "step": step,
+            "finished": is_finished(folder),
+            "data": str(options.data),
+            "split": options.split,
+            options.split: metrics.pop("test"),
+        } | metrics
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +15,7 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError
+from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
 from esmm_torchrec.serving.scoring import encode_rows, refuse_existing, remove, score
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
@@ -56,31 +59,33 @@ def run(options: Options) -> None:
 def _score(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
     ranks.from_first(lambda: refuse_existing(options.out))
-    laid_out = options.out.with_name(f"{options.out.name}.rows")
-    try:
-        if options.data is not None:
-            dataset = PreparedDataSet.open(options.data)
-            folder.check_schema(dataset.schema, options.data)
-            split = MappedSplit.open(
-                dataset,
-                options.split,
-                history_weights=folder.config["options"]["history_weights"],
-            )
-        else:
-            rows = options.input
-            assert rows is not None
-            ranks.from_first(lambda: encode_rows(folder, rows, laid_out).impressions)
-            split = MappedSplit.map(laid_out, folder.schema)
+    step = ranks.from_first(lambda: chosen_step(folder, options.step))
+    with _split(options, folder, ranks) as split:
         model = restore(
-            folder,
-            ranks,
-            batch_size=options.batch_size,
-            sharding=options.sharding,
-            step=options.step,
+            folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
         )
         score(model, split, options.out, ranks, batch_size=options.batch_size)
+    if ranks.is_first:
+        print(described(folder, step))
+        print(f"{split.impressions:,} impressions scored: {options.out}")
+
+
+@contextmanager
+def _split(options: Options, run: RunFolder, ranks: Ranks) -> Iterator[MappedSplit]:
+    """What is to be scored; raw rows are laid out beside --out for as long as the block lasts."""
+    if options.data is not None:
+        dataset = PreparedDataSet.open(options.data)
+        run.check_schema(dataset.schema, options.data)
+        weights = run.config["options"]["history_weights"]
+        yield MappedSplit.open(dataset, options.split, history_weights=weights)
+        return
+    rows = options.input
+    assert rows is not None
+    laid_out = options.out.with_name(f"{options.out.name}.rows")
+    ranks.from_first(lambda: refuse_existing(laid_out))
+    try:
+        ranks.from_first(lambda: encode_rows(run, rows, laid_out).impressions)
+        yield MappedSplit.map(laid_out, run.schema)
     finally:
         if ranks.is_first:
             remove(laid_out)
-    if ranks.is_first:
-        print(f"{split.impressions:,} impressions scored: {options.out}")

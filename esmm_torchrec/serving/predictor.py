@@ -14,10 +14,10 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.raw_tables import Frame
 from esmm_torchrec.data.reader import ImpressionReader
-from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.esmm import Logits
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.schema import SAMPLE_ID
+from esmm_torchrec.serving.chosen_checkpoint import chosen_step
 from esmm_torchrec.serving.scoring import encode_rows, scores_of
 
 
@@ -46,11 +46,10 @@ class Predictor:
         device: torch.device | str = "cpu",
     ) -> None:
         self.run = run if isinstance(run, RunFolder) else RunFolder.open(Path(run))
-        checkpoint = find_checkpoint(self.run.checkpoints, step)
-        if checkpoint is None:
-            raise RunError(
-                f"{self.run.path} has no checkpoint yet; let its training come to an end"
-            )
+        self.step = chosen_step(self.run, step)
+        """Of the checkpoint that the model comes from."""
+        checkpoint = find_checkpoint(self.run.checkpoints, self.step)
+        assert checkpoint is not None
         self.device = torch.device(device)
         self.task = build_train_task(
             self.run.schema, self.run.model_options, embedding_device="cpu"

@@ -41,8 +41,8 @@ SCORE_COLUMNS = pa.schema(
 """What `score` writes."""
 
 
-def scores_of(logits: Logits) -> dict[str, np.ndarray]:
-    """pctr, pcvr and pctcvr of a model's logits, float32 (B,); NaN where the method has no such
+def probabilities_of(logits: Logits) -> dict[str, torch.Tensor | None]:
+    """pctr, pcvr and pctcvr of a model's logits, float32 (B,); None where the method has no such
     score. A quotient of probabilities (DIVISION's pcvr) is not cut at 1."""
     scores = read_scores(logits)
     pcvr = None
@@ -50,16 +50,34 @@ def scores_of(logits: Logits) -> dict[str, np.ndarray]:
         pcvr = torch.sigmoid(scores.conversion_logit)
     elif scores.log_pcvr is not None:
         pcvr = torch.exp(scores.log_pcvr)
-    columns = {
+    return {
         "pctr": None if scores.click_logit is None else torch.sigmoid(scores.click_logit),
         "pcvr": pcvr,
         "pctcvr": None if scores.ctcvr_score is None else torch.sigmoid(scores.ctcvr_score),
     }
+
+
+def scores_of(logits: Logits) -> dict[str, np.ndarray]:
+    """The same as NumPy arrays; NaN where the method has no such score."""
+    columns = probabilities_of(logits)
     size = next(len(column) for column in columns.values() if column is not None)
     return {
         name: np.full(size, np.nan, np.float32) if column is None else column.numpy()
         for name, column in columns.items()
     }
+
+
+def check_preprocessing(run: RunFolder) -> None:
+    """Makes sure that a run has what encodes raw rows.
+
+    Raises:
+        RunError: it has not.
+    """
+    if not run.preprocessing.is_dir():
+        raise RunError(
+            f"{run.path} has lost its {run.preprocessing.name}/, which encodes raw rows; copy it "
+            "from a run on the same data, or score a prepared data set"
+        )
 
 
 def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
@@ -74,11 +92,7 @@ def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
         DataError: a column is missing, a value cannot be used, or there is no row.
         RunError: the run folder lacks what encodes raw rows.
     """
-    if not run.preprocessing.is_dir():
-        raise RunError(
-            f"{run.path} has lost its {run.preprocessing.name}/, which encodes raw rows; copy it "
-            "from a run on the same data, or score a prepared data set"
-        )
+    check_preprocessing(run)
     encoder = RowEncoder.load(run.preprocessing)
     blocks = (
         batch

@@ -5,6 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from esmm_torchrec.serving.predictor import Predictor
 
 SCORES = ["sample_id", "pctr", "pcvr", "pctcvr"]
 TEST_ROWS = 150
+LAST_STEP = 14
 
 
 def _impressions(rows: int, seed: int) -> pd.DataFrame:
@@ -103,16 +109,24 @@ def test_the_test_split_measures_what_training_ended_with(
     main(["evaluate", run, "--data", data, "--json", str(tmp_path / "test.json")])
     shown = capsys.readouterr().out
     recorded = json.loads((folder / "run" / "metrics.json").read_text())["test"]
-    assert json.loads((tmp_path / "test.json").read_text())["test"] == recorded
+    written = json.loads((tmp_path / "test.json").read_text())
+    assert written.pop("test") == recorded
+    whence = {"run": run, "step": LAST_STEP, "finished": True, "data": data, "split": "test"}
+    assert written == whence
     assert shown.startswith("test half ")
     assert re.search(rf"^click, all impressions +{recorded['ctr_auc']:.4f} ", shown, flags=re.M)
     assert f"{TEST_ROWS} impressions, {recorded['clicks']} clicks, " in shown
 
 
 def test_the_training_split_is_another_one(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["evaluate", str(folder / "run"), "--data", str(folder / "data"), "--split", "train"])
+    given = ["--data", str(folder / "data"), "--split", "train", "--step", "3"]
+    main(["evaluate", str(folder / "run"), *given, "--json", str(tmp_path / "train.json")])
+    written = json.loads((tmp_path / "train.json").read_text())
+    assert (written["split"], written["step"]) == ("train", 3)
+    assert written["train"]["impressions"] == 400
+    assert "test" not in written
     shown = capsys.readouterr().out
     assert shown.startswith("train half ")
     assert "400 impressions, " in shown
@@ -122,6 +136,64 @@ def test_an_earlier_checkpoint_is_another_model(folder: Path, scores: pd.DataFra
     earlier = _score(folder, "earlier.parquet", "--data", str(folder / "data"), "--step", "3")
     assert earlier["sample_id"].tolist() == scores["sample_id"].tolist()
     assert (earlier["pcvr"] != scores["pcvr"]).all()
+
+
+def test_the_checkpoint_is_told_and_whether_the_training_ended(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(folder / "data")]
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run, ignore=shutil.ignore_patterns("metrics.json"))
+    shutil.rmtree(run / "checkpoints" / f"step-{LAST_STEP:08d}")
+    main(["score", str(folder / "run"), *data, "--out", str(tmp_path / "whole.parquet")])
+    assert f"model: {folder / 'run'}, step {LAST_STEP}\n" in capsys.readouterr().out
+    unfinished = f"model: {run}, step 12, of a training that is not finished\n"
+    main(["score", str(run), *data, "--out", str(tmp_path / "part.parquet")])
+    assert unfinished in capsys.readouterr().out
+    main(["evaluate", str(run), *data, "--json", str(tmp_path / "part.json")])
+    assert unfinished in capsys.readouterr().out
+    assert json.loads((tmp_path / "part.json").read_text())["finished"] is False
+
+
+def test_a_folder_that_is_there_is_left_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Raw rows are laid out in OUT.rows for a while; that name may be somebody else's."""
+    own = tmp_path / "x.parquet.rows"
+    (own / "deeper").mkdir(parents=True)
+    out = ["--out", str(tmp_path / "x.parquet")]
+    raw = ["--input", str(folder / "new.parquet")]
+    assert _refused(["score", str(folder / "run"), *raw, *out], capsys) == (
+        f"{own} exists already; remove it or choose another --out"
+    )
+    assert (own / "deeper").is_dir()
+    main(["score", str(folder / "run"), "--data", str(folder / "data"), *out])
+    assert (own / "deeper").is_dir()
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_score_that_is_ended_leaves_nothing(
+    signal_name: str, folder: Path, tmp_path: Path
+) -> None:
+    """As a batch system ends it. The rows are many enough for it to be at work."""
+    frame = pd.read_parquet(folder / "new.parquet")
+    pd.concat([frame] * 4000, ignore_index=True).to_parquet(tmp_path / "many.parquet")
+    given = ["--input", "many.parquet", "--out", "x.parquet", "--batch-size", "16"]
+    command = [sys.executable, "-m", "esmm_torchrec", "score", str(folder / "run"), *given]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if (tmp_path / "x.parquet.partial").exists():
+                break
+            time.sleep(0.1)
+        assert (tmp_path / "x.parquet.rows").exists()
+        process.send_signal(getattr(signal, signal_name))
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in (130, 143)
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["many.parquet"]
 
 
 def test_scores_come_in_the_order_of_the_data(scores: pd.DataFrame) -> None:
@@ -250,12 +322,15 @@ def test_a_run_without_a_checkpoint_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_bytes((folder / "run" / "config.json").read_bytes())
-    assert _refused(["evaluate", str(tmp_path), "--data", str(folder / "data")], capsys) == (
-        f"{tmp_path} has no checkpoint yet; let its training come to an end"
-    )
-    assert _refused(
-        ["score", str(tmp_path), "--input", str(folder / "new.parquet"), "--out", "x"], capsys
-    ) == (
+    shutil.copytree(folder / "run" / "preprocessing", tmp_path / "preprocessing")
+    raw = ["score", str(tmp_path), "--input", str(folder / "new.parquet"), "--out", "x"]
+    for command in (["evaluate", str(tmp_path), "--data", str(folder / "data")], raw):
+        assert _refused(command, capsys) == (
+            f"{tmp_path} has no checkpoint yet; let its training come to an end"
+        )
+    (tmp_path / "checkpoints").symlink_to(folder / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "preprocessing")
+    assert _refused(raw, capsys) == (
         f"{tmp_path} has lost its preprocessing/, which encodes raw rows; copy it from a run on "
         "the same data, or score a prepared data set"
     )

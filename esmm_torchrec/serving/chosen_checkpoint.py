@@ -1,0 +1,33 @@
+"""Which checkpoint of a run is used, in numbers and in words.
+
+Without a step it is the last one, and a run may still be training: what it scores should not be
+taken for what the finished run would.
+"""
+
+from __future__ import annotations
+
+from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
+from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.errors import RunError
+
+
+def chosen_step(run: RunFolder, step: int | None = None) -> int:
+    """The step of the checkpoint asked for, or of the last one.
+
+    Raises:
+        RunError: there is no such checkpoint.
+    """
+    if find_checkpoint(run.checkpoints, step) is None:
+        raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
+    return max(checkpoint_folders(run.checkpoints)) if step is None else step
+
+
+def is_finished(run: RunFolder) -> bool:
+    """Whether the training came to its end, which metrics.json marks."""
+    return (run.path / "metrics.json").exists()
+
+
+def described(run: RunFolder, step: int) -> str:
+    """A line for a person."""
+    line = f"model: {run.path}, step {step}"
+    return line if is_finished(run) else f"{line}, of a training that is not finished"
