@@ -11,6 +11,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("compare", "compare conversion methods: a table, a figure and a report"),
     "evaluate": ("evaluate", "measure a trained model on a split"),
     "score": ("score", "write pCTR, pCVR and pCTCVR of every impression to Parquet"),
+    "export": ("export", "write a trained model for a process that has torch alone"),
     "plan": ("plan", "estimate sharding plans for GPUs that need not be there"),
 }
 """Command → module of this package, one line of help."""
@@ -38,6 +40,7 @@ EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+EXIT_TERMINATED = 143
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")
@@ -103,6 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; `arguments` default to those of the process."""
     settle_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and "RANK" not in os.environ:
+        # What a command laid out for a while is cleared away. A rank may be waiting for another
+        # where no Python runs, so torchrun's signal is left to end it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     with errors_in_words():
         _run(given)
 
