@@ -5,8 +5,9 @@
 
 For each strategy the tables are planned as `esmm-torchrec plan` does, sharded, and trained on
 random ids, and the parts of a step are timed one by one with a barrier before each: ids to the
-rows, look-ups, embeddings to their impressions, towers, gradients to the rows, and the update. On
-a GPU the clock is CUDA's events and the memory is the allocator's peak.
+rows, look-ups, embeddings to their impressions, towers, gradients to the rows, the look-ups'
+backward pass, in which fused kernels update, and the update of dense ones. On a GPU the clock is
+CUDA's events and the memory is the allocator's peak.
 
 DIR/sharding.json holds measured beside estimated. DIR/hardware.yaml is the machine with what was
 measured: `esmm-torchrec plan --hardware DIR/hardware.yaml` estimates with it.
@@ -35,6 +36,7 @@ import tyro
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.planner.types import CollectiveType
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -45,8 +47,10 @@ from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.sharding.apply import shard
 from esmm_torchrec.sharding.estimates import Estimate, StepParts, estimate
 from esmm_torchrec.sharding.hardware import (
+    BYTES_PER_MS,
     GIB,
     Hardware,
+    RankBandwidths,
     TowerDtype,
     preset,
     read_hardware,
@@ -63,15 +67,12 @@ from esmm_torchrec.sharding.table_list import (
     read_tables,
 )
 from esmm_torchrec.sharding.table_placement import DATA_TYPES
-from esmm_torchrec.training.optimizers import fuse_optimizer
+from esmm_torchrec.training.optimizers import dense_table_optimizer, fuse_optimizer
 
 BATCHES = 4
 """Different batches that the steps go through in turn."""
 
 WARM_UP_STEPS = 3
-
-NOISE = 0.1
-"""Measured steps that differ by less are taken as equal."""
 
 PARTS = (
     "input_comms",
@@ -80,9 +81,11 @@ PARTS = (
     "towers",
     "backward_comms",
     "backward",
+    "update",
 )
 """Parts of a step as they are timed, named as in StepParts; `towers` includes their all-reduce,
-`backward` the update."""
+`backward` the update of fused kernels and the all-reduce of data_parallel's gradients, `update` is
+that of dense kernels."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ class Measurement:
     towers: float
     backward_comms: float
     backward: float
+    update: float
+    step_of_rounds: tuple[float, ...]
+    """The step in each round; how far they are apart is what can be told from noise."""
     weights_bytes: tuple[int, ...]
     """Of each rank's parts of the tables."""
     peak_bytes: tuple[int, ...]
@@ -144,8 +150,8 @@ class Measurement:
 
     @property
     def step(self) -> float:
-        """All but the ids' way, which TorchRec's pipeline hides on a GPU: what is estimated."""
-        return sum(getattr(self, name) for name in PARTS if name != "input_comms")
+        """Its parts in sum; see `_step`."""
+        return _step({name: getattr(self, name) for name in PARTS})
 
 
 def default_tables() -> TableList:
@@ -226,12 +232,11 @@ class Benchmark:
         towers = nn.ModuleList(Tower(width, scenario.towers, dtype=dtype) for _ in range(2))
         self._towers = DistributedDataParallel(_Both(towers).to(ranks.device))
         dense = dict(in_backward_optimizer_filter(self.model.named_parameters())).values()
-        optimizer = (
-            torch.optim.Adagrad if scenario.sparse_optimizer == "adagrad" else torch.optim.SGD
-        )
         tables = [parameter for parameter in dense if parameter.numel()]
         self._tower_optimizer = torch.optim.Adam(self._towers.parameters(), lr=0.001, fused=True)
-        self._table_optimizer = optimizer(tables, lr=0.01) if tables else None
+        self.table_optimizer = (
+            dense_table_optimizer(tables, scenario.sparse_optimizer, lr=0.01) if tables else None
+        )
         generator = torch.Generator().manual_seed(ranks.rank)
         self._batches = [self._random_batch(generator) for _ in range(BATCHES)]
 
@@ -301,9 +306,10 @@ class Benchmark:
                 (o, leaf.grad) for o, leaf in zip(looked_up, cut, strict=True) if o.requires_grad
             ]
             torch.autograd.backward([o for o, _ in graph], [grad for _, grad in graph])
-            if self._table_optimizer is not None:
-                self._table_optimizer.step()
-                self._table_optimizer.zero_grad()
+        with clock("update"):
+            if self.table_optimizer is not None:
+                self.table_optimizer.step()
+                self.table_optimizer.zero_grad()
 
 
 class _Both(nn.Module):
@@ -328,7 +334,7 @@ class Samples:
     """What one rank saw of a case so far."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
+        self.rounds: list[dict[str, list[float]]] = []
         self.peak_bytes = 0
 
     def add_round(self, scenario: Scenario, plan: PlanFile, ranks: Ranks, options: Options) -> None:
@@ -346,8 +352,7 @@ class Samples:
         for number in range(max(1, min(options.steps, int(options.round_seconds / each.item())))):
             benchmark.step(number, clock)
             clock.next_step()
-        for part, values in clock.steps().items():
-            self.parts[part] += values
+        self.rounds.append(clock.steps())
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(ranks.device)
         else:
@@ -365,14 +370,35 @@ class Samples:
             for shard in table.shards
             if shard.rank == ranks.rank
         )
-        medians = {part: statistics.median(values) for part, values in self.parts.items()}
         every: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(every, (medians, held, self.peak_bytes))
+        dist.all_gather_object(every, (self.rounds, held, self.peak_bytes))
+        rounds_of_ranks = [rounds for rounds, _, _ in every]
+        parts = _slowest(rounds_of_ranks)
         return Measurement(
-            **{part: max(of_rank[part] for of_rank, _, _ in every) for part in PARTS},
+            **parts,
+            step_of_rounds=tuple(
+                _step(_slowest([[rounds[number]] for rounds in rounds_of_ranks]))
+                for number in range(len(self.rounds))
+            ),
             weights_bytes=tuple(held for _, held, _ in every),
             peak_bytes=tuple(peak for _, _, peak in every),
         )
+
+
+def _slowest(rounds_of_ranks: Sequence[Sequence[Mapping[str, list[float]]]]) -> dict[str, float]:
+    """Part → of each rank the median over all steps of its rounds, of those the largest."""
+    return {
+        part: max(
+            statistics.median(value for steps in rounds for value in steps[part])
+            for rounds in rounds_of_ranks
+        )
+        for part in PARTS
+    }
+
+
+def _step(parts: Mapping[str, float]) -> float:
+    """All but the ids' way, which TorchRec's pipeline hides on a GPU: what is estimated."""
+    return sum(value for name, value in parts.items() if name != "input_comms")
 
 
 @dataclass(frozen=True)
@@ -402,71 +428,157 @@ def calibrate(base: Hardware, cases: Sequence[Case], scenario: Scenario, ranks: 
     A part that no case measured keeps its number. Bandwidths are those at which TorchRec's
     formulas give the measured times in sum over the cases.
     """
-    placed = [case for case in cases if case.kernel == "fused" and case.strategy != "data_parallel"]
-    changes: dict[str, Any] = {"name": f"{base.name}, measured"}
-
-    def ratio(
-        chosen: Sequence[Case],
-        estimated: Callable[[StepParts], float],
-        measured: Callable[[Measurement], float],
-    ) -> float | None:
-        """Estimated over measured: by how much a bandwidth was taken too low (or too high)."""
-        told = sum(estimated(case.parts) for case in chosen)
-        took = sum(measured(case.measured) for case in chosen)
-        return told / took if told > 0 and took > 0 else None
-
-    memory = ratio(placed, lambda parts: parts.forward, lambda m: m.forward) or 1.0
-    changes["memory_gb_s"] = base.memory_gb_s * memory
-    backward = ratio(placed, lambda parts: parts.backward / memory, lambda m: m.backward)
+    fused = [case for case in cases if case.kernel == "fused" and case.strategy != "data_parallel"]
+    memory = _ratio(fused, lambda parts: parts.forward, lambda m: m.forward) or 1.0
+    changes: dict[str, Any] = {
+        "name": f"{base.name}, measured",
+        "ranks_per_host": ranks.local_world_size,
+        "memory_gb_s": base.memory_gb_s * memory,
+    }
+    backward = _ratio(fused, lambda parts: parts.backward / memory, lambda m: m.backward)
     if backward is not None:
         changes["backward_multiplier"] = base.backward_multiplier / backward
-    by_table = [case for case in placed if case.strategy in ("table_wise", "column_wise")]
-    by_row = [case for case in placed if case.strategy in ("row_wise", "table_row_wise")]
-    links: dict[str, float | None] = {
-        "all_to_all": ratio(
-            by_table,
-            lambda parts: parts.forward_comms + parts.backward_comms,
-            lambda m: m.forward_comms + m.backward_comms,
-        ),
-        "reduce_scatter": ratio(
-            by_row, lambda parts: parts.forward_comms, lambda m: m.forward_comms
-        ),
-        # Backward, TorchRec adds a copy at the memory's bandwidth to the all-gather, which takes as
-        # long as the reduce-scatter forward.
-        "all_gather": ratio(
-            by_row,
-            lambda parts: parts.forward_comms,
-            lambda m: m.backward_comms,
-        ),
-    }
-    copies = sum(case.parts.backward_comms - case.parts.forward_comms for case in by_row) / memory
-    gathered = sum(case.measured.backward_comms for case in by_row) - copies
-    if by_row and gathered > 0:
-        links["all_gather"] = sum(case.parts.forward_comms for case in by_row) / gathered
-    replicated = [case for case in cases if case.strategy == "data_parallel"]
-    for case in replicated:
-        ring = base.all_reduce_ms(scenario.tables.nbytes, ranks.world_size)
-        update = (case.parts.backward_comms - ring) / memory
-        took = case.measured.backward - case.parts.backward / memory - update
-        links["all_reduce"] = ring / max(took, 0.1 * case.measured.backward)
-    known = {name: base.intra_host_gb_s * value for name, value in links.items() if value}
-    if known and ranks.world_size > 1:
-        fastest = max(known.values())
-        on_one_host = ranks.world_size == ranks.local_world_size
-        changes["intra_host_gb_s" if on_one_host else "inter_host_gb_s"] = fastest
-        changes |= {f"{name}_efficiency": value / fastest for name, value in known.items()}
-    towers = ratio(cases, lambda parts: parts.towers + parts.towers_all_reduce, lambda m: m.towers)
-    if towers is not None:
-        reached = base.tower_efficiency * towers
-        changes["tower_efficiency"] = min(reached, 1.0)
-        if reached > 1:
-            changes["float32_tflops"] = base.float32_tflops * reached
-            changes["bfloat16_tflops"] = base.bfloat16_tflops * reached
+    changes |= _host_link(base, cases, memory)
+    machine = replace(base, **changes)
+    reached = _reached_bandwidths(base, machine, cases, scenario, ranks)
+    machine = replace(machine, **_links(machine, reached, ranks))
+
+    # What the links take of the towers' time is known by now.
+    towers = [case.estimated.towers for case in cases]
+    measured = sum(case.measured.towers for case in cases)
+    all_reduces = sum(
+        machine.all_reduce_ms(4 * tower.parameters, ranks.world_size) for tower in towers
+    )
+    share = base.tower_efficiency * sum(tower.compute_ms for tower in towers)
+    share /= max(measured - all_reduces, 0.1 * measured)
+    changes = {"tower_efficiency": min(share, 1.0)}
+    if share > 1:
+        changes["float32_tflops"] = base.float32_tflops * share
+        changes["bfloat16_tflops"] = base.bfloat16_tflops * share
     changes["sources"] = (
         f"measured by benchmarks/sharding.py on {ranks.world_size} {ranks.device.type} ranks: "
         f"{', '.join(case.name for case in cases)}; other numbers as {base.name}",
     )
-    return replace(base, **changes)
+    return replace(machine, **changes)
+
+
+def _ratio(
+    cases: Sequence[Case],
+    estimated: Callable[[StepParts], float],
+    measured: Callable[[Measurement], float],
+) -> float | None:
+    """Estimated over measured: by how much a bandwidth was taken too low (or too high)."""
+    told = sum(estimated(case.parts) for case in cases)
+    took = sum(measured(case.measured) for case in cases)
+    return told / took if told > 0 and took > 0 else None
+
+
+def _host_link(base: Hardware, cases: Sequence[Case], memory: float) -> dict[str, float]:
+    """Between a GPU and its host's memory, by the kernels that keep rows there."""
+    uvm = [case for case in cases if case.kernel == "fused_uvm"]
+    link = _ratio(uvm, lambda parts: parts.forward, lambda m: m.forward)
+    if link is None:
+        caching = [case for case in cases if case.kernel == "fused_uvm_caching"]
+        # Filling the cache is part of the forward pass that is timed.
+        looked_up = sum(case.parts.forward for case in caching) / memory
+        fetching = sum(case.measured.forward for case in caching) - looked_up
+        if caching and fetching > 0:
+            link = sum(case.parts.prefetch for case in caching) / fetching
+    return {} if link is None else {"host_to_device_gb_s": base.host_to_device_gb_s * link}
+
+
+def _reached_bandwidths(
+    base: Hardware, machine: Hardware, cases: Sequence[Case], scenario: Scenario, ranks: Ranks
+) -> dict[CollectiveType, float]:
+    """Bytes of a rank's output per ms, for each collective that a case used alone.
+
+    Args:
+        base: with which the cases were estimated.
+        machine: the same with what was measured of its memory.
+    """
+    memory = machine.memory_gb_s / base.memory_gb_s
+    backward = machine.backward_multiplier / base.backward_multiplier / memory
+    by_table = [case for case in cases if case.strategy in ("table_wise", "column_wise")]
+    alone = ["row_wise"]
+    if ranks.world_size == ranks.local_world_size:
+        alone.append("table_row_wise")
+    by_row = [case for case in cases if case.strategy in alone]
+    ratios = {
+        CollectiveType.ALL_TO_ALL: _ratio(
+            by_table,
+            lambda parts: parts.forward_comms + parts.backward_comms,
+            lambda m: m.forward_comms + m.backward_comms,
+        ),
+        CollectiveType.REDUCE_SCATTER: _ratio(
+            by_row, lambda parts: parts.forward_comms, lambda m: m.forward_comms
+        ),
+    }
+
+    def before(kind: CollectiveType) -> float:
+        return base.bandwidths.get_bw(ranks.local_world_size, ranks.world_size, kind)
+
+    # Backward, TorchRec adds a copy at the memory's bandwidth to the all-gather.
+    scatter_to_gather = before(CollectiveType.REDUCE_SCATTER) / before(CollectiveType.ALL_GATHER)
+    gathers = sum(case.parts.forward_comms for case in by_row) * scatter_to_gather
+    copies = (sum(case.parts.backward_comms for case in by_row) - gathers) / memory
+    took = sum(case.measured.backward_comms for case in by_row)
+    if by_row and gathers > 0:
+        ratios[CollectiveType.ALL_GATHER] = gathers / max(took - copies, 0.1 * took)
+    replicated = [case for case in cases if case.strategy == "data_parallel"]
+    rings, took, others = 0.0, 0.0, 0.0
+    for case in replicated:
+        ring = base.all_reduce_ms(scenario.tables.nbytes, ranks.world_size)
+        rings += ring
+        took += case.measured.backward + case.measured.update
+        others += case.parts.backward * backward + (case.parts.backward_comms - ring) / memory
+    if rings > 0:
+        ratios[CollectiveType.ALL_REDUCE] = rings / max(took - others, 0.1 * took)
+    return {kind: before(kind) * ratio for kind, ratio in ratios.items() if ratio is not None}
+
+
+def _links(
+    machine: Hardware, reached: Mapping[CollectiveType, float], ranks: Ranks
+) -> dict[str, float]:
+    """Links as fast as the fastest collective on them, and the share that each one reaches."""
+    world, local = ranks.world_size, ranks.local_world_size
+    if world == 1 or not reached:
+        return {}
+    intra, inter = machine.intra_host_gb_s * BYTES_PER_MS, machine.inter_host_gb_s * BYTES_PER_MS
+    # What of a ring's output passes each link, whatever the collective.
+    rings = {
+        kind: speed * (world - 1) / world
+        for kind, speed in reached.items()
+        if kind != CollectiveType.ALL_TO_ALL
+    }
+    if CollectiveType.ALL_REDUCE in rings:
+        once = RankBandwidths(1.0, 1.0)
+        rings[CollectiveType.ALL_REDUCE] *= once.of_links(
+            local, world, CollectiveType.REDUCE_SCATTER
+        ) / once.of_links(local, world, CollectiveType.ALL_REDUCE)
+    to_all = reached.get(CollectiveType.ALL_TO_ALL)
+    if world == local:
+        own = [] if to_all is None else [to_all * (world - 1) / world]
+        intra = max([*rings.values(), *own])
+    else:
+        # The link between hosts is the one in question; that within a host keeps its number
+        # unless something was faster.
+        intra = max(intra, *rings.values())
+        needed = [speed / local for speed in rings.values()]
+        if to_all is not None:
+            elsewhere = (world - local) / world
+            here = 1 - elsewhere - 1 / world
+            intra = max(intra, to_all * (elsewhere + here))
+            needed.append(elsewhere / (1 / to_all - here / intra))
+        inter = max(needed)
+    links = RankBandwidths(intra, inter)
+    return {
+        "intra_host_gb_s": intra / BYTES_PER_MS,
+        "inter_host_gb_s": inter / BYTES_PER_MS,
+        **{
+            f"{kind.value}_efficiency": min(speed / links.of_links(local, world, kind), 1.0)
+            for kind, speed in reached.items()
+        },
+    }
 
 
 def machine_at_hand(options: Options, ranks: Ranks) -> Hardware:
@@ -498,18 +610,36 @@ def machine_at_hand(options: Options, ranks: Ranks) -> Hardware:
     )
 
 
-def pairs_in_order(
-    measured: Mapping[str, float], estimated: Mapping[str, float]
-) -> tuple[int, int]:
-    """Of the pairs of cases whose measured steps differ by more than noise: how many are
-    estimated in the measured order, and how many there are."""
-    apart = [
-        (a, b)
-        for a, b in combinations(measured, 2)
-        if abs(measured[a] - measured[b]) > NOISE * max(measured[a], measured[b])
-    ]
-    right = sum((measured[a] < measured[b]) == (estimated[a] < estimated[b]) for a, b in apart)
-    return right, len(apart)
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of cases, compared by their steps."""
+
+    in_order: int
+    """Estimated in the measured order."""
+    wrong: tuple[str, ...]
+    ties: tuple[str, ...]
+    """Pairs whose rounds overlap: the measurement itself does not order them."""
+
+
+def pairs(rounds: Mapping[str, Sequence[float]], estimated: Mapping[str, float]) -> Pairs:
+    """Whether the estimates rank the cases as they were measured.
+
+    Args:
+        rounds: case → its measured step in each round.
+        estimated: case → its estimated step.
+    """
+    in_order = 0
+    wrong: list[str] = []
+    ties: list[str] = []
+    for a, b in combinations(rounds, 2):
+        fast, slow = sorted((a, b), key=lambda name: statistics.median(rounds[name]))
+        if max(rounds[fast]) >= min(rounds[slow]):
+            ties.append(f"{fast} and {slow}")
+        elif estimated[fast] < estimated[slow]:
+            in_order += 1
+        else:
+            wrong.append(f"{fast} before {slow}")
+    return Pairs(in_order, tuple(wrong), tuple(ties))
 
 
 def run(options: Options) -> None:
@@ -592,6 +722,7 @@ def _write(
     ranks: Ranks,
 ) -> None:
     measured = {case.name: case.measured.step for case in cases}
+    rounds = {case.name: case.measured.step_of_rounds for case in cases}
     before = {case.name: case.estimated.step_ms for case in cases}
     after = {name: estimate.step_ms for name, estimate in again.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -610,6 +741,7 @@ def _write(
                 "measured_ms": {
                     "step": case.measured.step,
                     **{part: getattr(case.measured, part) for part in PARTS},
+                    "step_of_rounds": list(case.measured.step_of_rounds),
                 },
                 "estimated_ms": {"step": case.estimated.step_ms, **asdict(case.parts)},
                 "estimated_ms_calibrated": _parts(again[case.name]),
@@ -620,20 +752,26 @@ def _write(
             for case in cases
         ],
         "pairs_in_measured_order": {
-            "before": pairs_in_order(measured, before),
-            "calibrated": pairs_in_order(measured, after),
+            "before": asdict(pairs(rounds, before)),
+            "calibrated": asdict(pairs(rounds, after)),
         },
         "hardware": calibrated.to_dict(),
     }
     (out / "sharding.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"\n{'strategy, kernel':<24}{'measured':>12}{'estimated':>12}{'calibrated':>12}   ms a step"
-    )
+    print(f"\n{'ms a step':<26}{'measured':>10}{'in rounds':>18}{'estimated':>12}{'fitted':>10}")
     for name in sorted(measured, key=lambda name: measured[name]):
-        print(f"{name:<24}{measured[name]:>12.2f}{before[name]:>12.2f}{after[name]:>12.2f}")
-    for what, estimated in (("preset", before), ("calibrated", after)):
-        right, number = pairs_in_order(measured, estimated)
-        print(f"{what}: {right} of {number} pairs in the measured order")
+        spread = f"{min(rounds[name]):.1f} to {max(rounds[name]):.1f}"
+        print(
+            f"{name:<26}{measured[name]:>10.1f}{spread:>18}{before[name]:>12.1f}{after[name]:>10.1f}"
+        )
+    for what, estimated in ((scenario.hardware.name, before), (calibrated.name, after)):
+        found = pairs(rounds, estimated)
+        text = f"{what}: {found.in_order} pairs estimated in the measured order"
+        if found.wrong:
+            text += f", {len(found.wrong)} not ({'; '.join(found.wrong)})"
+        if found.ties:
+            text += f"; measured as ties: {'; '.join(found.ties)}"
+        print(text)
     print(f"wrote {out / 'sharding.json'} and {out / 'hardware.yaml'}")
 
 

@@ -18,7 +18,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.sharding import Options, pairs_in_order, run
+from benchmarks.sharding import Options, run
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.apply import shard
@@ -223,9 +223,3 @@ def test_the_benchmark_measures_beside_the_estimate(tmp_path: Path) -> None:
     machine = read_hardware(tmp_path / "out" / "hardware.yaml")
     assert machine.to_dict() == found["hardware"]
     assert machine.ranks_per_host == 2
-
-
-def test_pairs_within_the_noise_have_no_order() -> None:
-    measured = {"a": 10.0, "b": 10.5, "c": 20.0}
-    assert pairs_in_order(measured, {"a": 2.0, "b": 1.0, "c": 3.0}) == (2, 2)
-    assert pairs_in_order(measured, {"a": 4.0, "b": 1.0, "c": 3.0}) == (1, 2)
