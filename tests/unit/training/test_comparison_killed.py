@@ -49,11 +49,12 @@ def _start(out: Path) -> subprocess.Popen[str]:
     )
 
 
-def _finished(out: Path) -> dict[str, Any]:
+def _finished(out: Path) -> tuple[dict[str, Any], str]:
+    """The results, and what it said."""
     process = _start(out)
     said, _ = process.communicate(timeout=ENDS_WITHIN_SECONDS)
     assert process.returncode == 0, said
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out / "results.json").read_text()), said
 
 
 def _records(out: Path) -> set[Path]:
@@ -103,7 +104,12 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     assert RECORDS_BEFORE_THE_END <= len(before) < len(_records(uninterrupted))
     assert not (out / "results.json").exists()
 
-    resumed = _finished(out)
+    other_code = out / "trials" / ("0" * 12)
+    other_code.mkdir()
+    for name in ("tune-base-1.json", "seed-0-base-2.json"):
+        (other_code / name).write_text("{}")
+    resumed, said = _finished(out)
+    assert "2 trainings of other code or libraries are left aside" in said
     first = json.loads((uninterrupted / "results.json").read_text())
     assert _without_times(resumed) == _without_times(first)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
