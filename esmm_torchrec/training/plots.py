@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,8 +25,13 @@ CALIBRATION_BINS = 15
 
 
 def plot_history(history: Path, out: Path) -> None:
-    """Loss and TorchRec's windowed AUCs over the steps of history.jsonl, as a PNG."""
+    """Loss and TorchRec's windowed AUCs over the steps of history.jsonl, as a PNG.
+
+    The AUCs are of scores given just before a step trains on the impressions: up to the end of the
+    first epoch these were never seen, behind it they were. Dashed lines part the epochs.
+    """
     lines = [json.loads(line) for line in history.read_text().splitlines()]
+    borders = epoch_borders(lines)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, auc = figure.subplots(1, 2)
     steps = [line["step"] for line in lines]
@@ -33,11 +41,33 @@ def plot_history(history: Path, out: Path) -> None:
         known = [(line["step"], line[f"{task}_auc"]) for line in lines if f"{task}_auc" in line]
         if known:
             auc.plot(*zip(*known, strict=True), label=label, color=colour)
-    auc.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
-    auc.set(xlabel="step", title="AUC on impressions before they are trained on")
-    if auc.lines[1:]:
+    for number, border in enumerate(borders):
+        loss.axvline(border, color="tab:gray", linewidth=0.8, linestyle="--")
+        auc.axvline(
+            border,
+            color="tab:gray",
+            linewidth=0.8,
+            linestyle="--",
+            label=None if number else "from here on seen before",
+        )
+    first_epoch = "AUC on impressions before they are trained on"
+    auc.set(xlabel="step", title="AUC just before each step" if borders else first_epoch)
+    if auc.lines:
         auc.legend(frameon=False)
+    auc.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
     _save(figure, out)
+
+
+def epoch_borders(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The steps at which epochs after the first begin, as far as lines of a history tell: half way
+    between the last line of one and the first of the next. A line's "epoch" is that of the step
+    to come, so a change in the last line begins nothing."""
+    pairs = pairwise(lines[:-1])
+    return [
+        (before["step"] + after["step"]) / 2
+        for before, after in pairs
+        if after["epoch"] != before["epoch"]
+    ]
 
 
 def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
