@@ -1,20 +1,26 @@
 """ESMM's towers and loss behind a deep & cross network: they do not care what pooled the features.
 
 python examples/dcn_towers.py
+torchrun --nproc-per-node 8 examples/dcn_towers.py        # raw ids over eight GPUs
 
 The model is TorchRec's LowRankCrossNet between pooled embeddings and the two towers. One table
 serves two features, and a batch may have its keys in any order. With `managed=True` raw 64-bit ids
-go in, and TorchRec's managed collision finds each a row of the table as it comes.
+go in, and TorchRec's managed collision finds each a row of the table as it comes; over several
+ranks TorchRec shards that on GPUs only, by rows, with a plan made by hand and a sharder of its own.
 
 Shapes: B impressions, F pooled features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -24,10 +30,25 @@ from torchrec.modules.mc_modules import (
     ManagedCollisionCollection,
     MCHManagedCollisionModule,
 )
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from esmm_torchrec import EsmmTowers, EsmmTrainTask, ImpressionBatch, PooledFeatures, auc
+from esmm_torchrec import (
+    EsmmTowers,
+    EsmmTrainTask,
+    ImpressionBatch,
+    PooledFeatures,
+    auc,
+    process_group,
+)
+from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.esmm import Logits
+from esmm_torchrec.sharding.process_group import Ranks
+
+CPU = torch.device("cpu")
+MANAGED_SHARDER = cast(ModuleSharder[nn.Module], ManagedCollisionEmbeddingBagCollectionSharder())
 
 USERS, ITEMS, SEEN = 60, 40, 4
 EMBEDDING_DIM = 8
@@ -42,19 +63,25 @@ TEST_ROWS = 20_000
 class ManagedFeatures(nn.Module):
     """Pooled embeddings of raw ids, float32 (B, F): what PooledFeatures is for rows of tables."""
 
-    def __init__(self, tables: list[EmbeddingBagConfig]) -> None:
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        *,
+        device: torch.device,
+        table_device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         modules = {
             table.name: MCHManagedCollisionModule(
                 zch_size=table.num_embeddings,
-                device=torch.device("cpu"),
+                device=device,
                 eviction_policy=DistanceLFU_EvictionPolicy(),
                 eviction_interval=2,
             )
             for table in tables
         }
         self.collection = ManagedCollisionEmbeddingBagCollection(
-            EmbeddingBagCollection(tables=tables),
+            EmbeddingBagCollection(tables=tables, device=table_device or device),
             ManagedCollisionCollection(modules, tables),  # pyright: ignore[reportArgumentType]
         )
 
@@ -83,8 +110,19 @@ class CrossedEsmm(nn.Module):
         return self.towers(self.cross(self.features(**inputs)))
 
 
-def crossed_esmm(*, managed: bool = False) -> CrossedEsmm:
-    """The model over two tables, of which one serves two features."""
+def crossed_esmm(
+    *,
+    managed: bool = False,
+    device: torch.device = CPU,
+    table_device: torch.device | None = None,
+) -> CrossedEsmm:
+    """The model over two tables, of which one serves two features.
+
+    Args:
+        managed: for raw ids.
+        device: of everything.
+        table_device: of the tables alone, where another: "meta" before they are sharded.
+    """
     tables = [
         EmbeddingBagConfig(
             name="t_item",
@@ -100,10 +138,87 @@ def crossed_esmm(*, managed: bool = False) -> CrossedEsmm:
         ),
     ]
     if managed:
-        features = ManagedFeatures(tables)
+        features = ManagedFeatures(tables, device=device, table_device=table_device)
     else:
-        features = PooledFeatures(EmbeddingBagCollection(tables=tables))
-    return CrossedEsmm(features, len(KEYS) * EMBEDDING_DIM)
+        features = PooledFeatures(
+            EmbeddingBagCollection(tables=tables, device=table_device or device)
+        )
+    model = CrossedEsmm(features, len(KEYS) * EMBEDDING_DIM)
+    model.cross.to(device)
+    model.towers.to(device)
+    return model
+
+
+def managed_plan(
+    module: nn.Module, *, world_size: int, local_world_size: int, device_type: str
+) -> ShardingPlan:
+    """Rows of every table of raw ids over all ranks, the only way that TorchRec has: a rank finds
+    rows for the ids that hash to its part. TorchRec's planner does not count such tables."""
+    return ShardingPlan(
+        {
+            path: construct_module_sharding_plan(
+                child,
+                {
+                    table.name: row_wise(compute_kernel="fused")
+                    for tables in child.modules()
+                    if isinstance(tables, EmbeddingBagCollection)
+                    for table in tables.embedding_bag_configs()
+                },
+                sharder=MANAGED_SHARDER,
+                local_size=local_world_size,
+                world_size=world_size,
+                device_type=device_type,
+            )
+            for path, child in module.named_modules()
+            if isinstance(child, ManagedCollisionEmbeddingBagCollection)
+        }
+    )
+
+
+def sharded_on_raw_ids(ranks: Ranks) -> DistributedModelParallel:
+    """The train task over raw ids, its tables divided over GPUs and updated by row-wise Adagrad in
+    their backward pass.
+
+    Raises:
+        OptionError: the ranks are on a CPU, for which TorchRec has no sharded managed collision.
+    """
+    if ranks.device.type != "cuda":
+        raise OptionError(
+            "TorchRec shards raw ids on GPUs only; on CPU ranks give ids rows of a table before "
+            "the batch, as esmm-torchrec prepare does"
+        )
+    meta = torch.device("meta")
+    task = EsmmTrainTask(crossed_esmm(managed=True, device=ranks.device, table_device=meta))
+    tables = [value for name, value in task.named_parameters() if ".embedding_bags." in name]
+    for table in tables:
+        apply_optimizer_in_backward(RowWiseAdagrad, [table], {"lr": 0.1})
+    plan = managed_plan(
+        task,
+        world_size=ranks.world_size,
+        local_world_size=ranks.local_world_size,
+        device_type=ranks.device.type,
+    )
+    return DistributedModelParallel(
+        task,
+        device=ranks.device,
+        plan=plan,
+        sharders=[MANAGED_SHARDER],
+    )
+
+
+def train_sharded(ranks: Ranks) -> float:
+    """Trains on raw ids, every rank on batches of its own, and gives the last loss."""
+    model = sharded_on_raw_ids(ranks)
+    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+    optimizer = torch.optim.Adam(dense.values(), lr=0.01)
+    loss = torch.zeros(())
+    for step in range(STEPS):
+        batch = made_up_batch(step * ranks.world_size + ranks.rank, raw_ids=True)
+        optimizer.zero_grad()
+        loss, _ = model(batch.to(ranks.device))
+        loss.backward()
+        optimizer.step()
+    return loss.item()
 
 
 def made_up_batch(seed: int, rows: int = BATCH_SIZE, *, raw_ids: bool = False) -> ImpressionBatch:
@@ -131,12 +246,14 @@ def made_up_batch(seed: int, rows: int = BATCH_SIZE, *, raw_ids: bool = False) -
     )
 
 
-def train(model: CrossedEsmm, *, raw_ids: bool = False) -> dict[str, float | None]:
+def train(
+    model: CrossedEsmm, *, raw_ids: bool = False, device: torch.device = CPU
+) -> dict[str, float | None]:
     """Trains, and gives the AUCs of rows it has not seen."""
     task = EsmmTrainTask(model)
     optimizer = torch.optim.Adam(task.parameters(), lr=0.01)
     for step in range(STEPS):
-        loss, _ = task(made_up_batch(step, raw_ids=raw_ids))
+        loss, _ = task(made_up_batch(step, raw_ids=raw_ids).to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,18 +261,29 @@ def train(model: CrossedEsmm, *, raw_ids: bool = False) -> dict[str, float | Non
     task.eval()
     batch = made_up_batch(STEPS, TEST_ROWS, raw_ids=raw_ids)
     with torch.no_grad():
-        _, output = task(batch)
+        _, output = task(batch.to(device))
     clicked = batch.click == 1
     assert output.logits.click is not None
     assert output.logits.conversion is not None
     return {
-        "ctr_auc": auc(output.logits.click.numpy(), batch.click.numpy()),
+        "ctr_auc": auc(output.logits.click.cpu().numpy(), batch.click.numpy()),
         "cvr_auc": auc(
-            output.logits.conversion[clicked].numpy(), batch.conversion[clicked].numpy()
+            output.logits.conversion.cpu()[clicked].numpy(), batch.conversion[clicked].numpy()
         ),
     }
 
 
+def main() -> None:
+    """Both kinds of ids alone; under torchrun, raw ids over all ranks."""
+    with process_group("auto") as ranks:
+        if ranks.world_size > 1:
+            print(f"rank {ranks.rank}, raw ids: loss {train_sharded(ranks):.4f}")
+            return
+        for managed in (False, True):
+            model = crossed_esmm(managed=managed, device=ranks.device)
+            aucs = train(model, raw_ids=managed, device=ranks.device)
+            print("raw ids:" if managed else "rows of tables:", aucs)
+
+
 if __name__ == "__main__":
-    print("rows of tables:", train(crossed_esmm()))
-    print("raw ids:", train(crossed_esmm(managed=True), raw_ids=True))
+    main()

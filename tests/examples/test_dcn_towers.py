@@ -10,14 +10,18 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torchrec.distributed import TrainPipelineSparseDist
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
+from torchrec.distributed.types import EmbeddingModuleShardingPlan
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from esmm_torchrec import EsmmTrainTask, make_plan, process_group, shard
+from esmm_torchrec.errors import OptionError
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.training.optimizers import build_optimizer, fuse_optimizer
 from examples.dcn_towers import (
     BATCH_SIZE,
     EMBEDDING_DIM,
+    ITEMS,
     KEYS,
     RAW_ID,
     SEEN,
@@ -26,6 +30,8 @@ from examples.dcn_towers import (
     USERS,
     crossed_esmm,
     made_up_batch,
+    managed_plan,
+    sharded_on_raw_ids,
     train,
 )
 
@@ -64,6 +70,30 @@ def test_it_learns_what_a_product_of_embeddings_says(managed: bool) -> None:
         pooled = model.features(sparse_features=kjt)
         assert pooled.shape == (USERS, len(KEYS) * EMBEDDING_DIM)
         assert len(pooled[:, :EMBEDDING_DIM].unique(dim=0)) == USERS
+
+
+def test_raw_ids_are_planned_for_gpus_by_rows() -> None:
+    """As far as sharded managed collision goes without one: on the meta device, planned."""
+    meta = torch.device("meta")
+    task = EsmmTrainTask(crossed_esmm(managed=True, device=meta))
+    assert {value.device for value in task.parameters()} == {meta}
+    plan = managed_plan(task, world_size=8, local_world_size=8, device_type="cuda")
+    (tables,) = plan.plan.values()
+    assert isinstance(tables, EmbeddingModuleShardingPlan)
+    assert sorted(tables) == ["t_item", "t_user"]
+    for name, rows in (("t_item", ITEMS + 1), ("t_user", USERS + 1)):
+        table = tables[name]
+        assert (table.sharding_type, table.compute_kernel) == ("row_wise", "fused")
+        shards = table.sharding_spec.shards  # pyright: ignore
+        assert sum(shard.shard_sizes[0] for shard in shards) == rows
+        assert [str(shard.placement) for shard in shards] == [
+            f"rank:{rank}/cuda:{rank}" for rank in range(8)
+        ]
+    # And what shards it offers the kernel on a GPU only.
+    sharder = ManagedCollisionEmbeddingBagCollectionSharder()
+    assert sharder.sharding_types("cuda") == ["row_wise"]
+    with process_group("cpu") as ranks, pytest.raises(OptionError, match="raw ids on GPUs only"):
+        sharded_on_raw_ids(ranks)
 
 
 def test_keys_in_any_order_and_one_table_for_two_features() -> None:
