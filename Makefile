@@ -2,8 +2,9 @@
 # make test      everything the README promises, checked
 # make check     format, lint, types, layers
 # make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
-# make paper     the methods compared: table, figure, report; make paper-full: more seeds, fractions
-# make bench     the figures of speed
+# make paper     the methods compared: table, figure, report; make paper-full: more seeds, fractions;
+#                make paper-small: a minute of it; make paper-grid: over correlation, volume, confounding
+# make bench     the figures of speed, the short form; make bench-full: all of them
 # DEVICE=cuda    CUDA builds and NCCL instead of the CPU and gloo
 
 DEVICE ?= cpu
@@ -18,7 +19,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test ground-truth paper paper-full paper-small paper-grid bench check format clean
+.PHONY: install train test ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
 
 install: $(INSTALLED)
 
@@ -55,12 +56,22 @@ paper-grid: paper
 
 bench: install
 	mkdir -p bench
-	$(BIN)/python benchmarks/training_speed.py --turns 5 --out bench/training_speed.json
+	$(BIN)/python benchmarks/training_speed.py --out bench/training_speed.json
 	$(BIN)/python benchmarks/reading.py --turns 5 --out bench/reading.json
-	$(BIN)/python benchmarks/two_ranks.py --out bench/two_ranks.json
+	$(BIN)/python benchmarks/evaluation.py --out bench/evaluation.json
+	$(BIN)/python benchmarks/two_ranks.py --turns 5 --out bench/two_ranks.json
 	$(BIN)/python benchmarks/shared_features.py --out bench/shared_features.json
+	$(BIN)/python benchmarks/encodings.py --impressions 200000 --out bench/encodings.json
 	$(BIN)/python benchmarks/generate.py --impressions 1000000 --out bench/generate.json
 	$(BIN)/python benchmarks/prepare_ali_ccp.py --megabytes 500 --out bench/prepare_ali_ccp.json
+
+bench-full: bench
+	$(BIN)/python benchmarks/other_libraries.py --out bench/other_libraries.json
+	$(BIN)/python benchmarks/shared_features.py --dtype float32 --out bench/shared_features-float32.json
+	$(BIN)/python benchmarks/shared_features.py --accuracy --impressions 1000000 --out bench/shuffle_chunk.json
+	$(BIN)/python benchmarks/memory.py --out bench/memory.json
+	$(BIN)/python benchmarks/auc.py --out bench/auc.json
+	$(BIN)/python benchmarks/prepare_ali_ccp.py --megabytes 5200 --out bench/prepare_ali_ccp-5gb.json
 
 check: install
 	$(BIN)/ruff format --check .
