@@ -79,7 +79,7 @@ class Options:
     """What the towers compute in."""
     embedding_dim: int = 16
     """Columns of every table, with --data."""
-    shuffle_chunk: int = 1
+    shuffle_chunk: int = 8
     """As in train, with --data: up to this many impressions of one user stay together, which
     decides how often a shared feature is pooled."""
 

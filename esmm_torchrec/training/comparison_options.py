@@ -146,4 +146,6 @@ class ComparisonOptions:
         }
         common: dict[str, Any] = {name: getattr(self, name) for name in shared}
         own: dict[str, Any] = {"method": method, "rate": trial.rate, "seed": seed, "epochs": epochs}
+        # A method with few rows has few of each user, which would then all be in one batch.
+        own["shuffle_chunk"] = 1
         return TrainOptions(**common | own | asdict(trial.setting))

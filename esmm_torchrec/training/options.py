@@ -53,8 +53,9 @@ class TrainOptions:
     shared_features: SharedFeatures = "once"
     """Pool features that impressions share once per distinct row of a batch, or write them out for
     every impression; the results are the same."""
-    shuffle_chunk: int = 1
-    """Up to this many impressions of one user stay together when rows are shuffled."""
+    shuffle_chunk: int = 8
+    """Up to this many consecutive impressions of one user stay together when rows are shuffled, so
+    that a batch pools fewer users; 1 shuffles row by row."""
     sharding: ShardingOption = "auto"
     """How tables are placed on ranks; auto leaves it to TorchRec's planner."""
     plan: Path | None = None
