@@ -27,7 +27,8 @@ from esmm_torchrec.sharding.placement import gib
 from esmm_torchrec.sharding.scenario import STRATEGIES, Scenario, Strategy
 
 TABLES_NAMED = 8
-"""Tables with a colour of their own in a plot; the others share one."""
+"""Tables, or families of tables alike, with a colour of their own in a panel of a plot; the others
+share one."""
 
 DOTS_PER_INCH = 110
 
@@ -64,7 +65,9 @@ PARTS = (
 )
 
 STRATEGY_TEXT = {
-    "auto": "TorchRec's planner chooses for each table among those below that train alike.",
+    "auto": "TorchRec's planner chooses for each table: table_wise, row_wise, on several hosts "
+    "table_row_wise, and where the optimiser is not row-wise Adagrad also column_wise and on "
+    "several hosts of GPUs grid_shard. Never data_parallel; no table with mean pooling grid_shard.",
     "table_wise": "Each table whole on one {rank}. Least traffic; a large table must fit one "
     "{rank}, and a busy one makes its {rank} the slowest.",
     "row_wise": "Each table's rows spread over all {ranks}. Even memory; every {rank} sends "
@@ -372,12 +375,9 @@ def _ranks_plot(estimate: Estimate, experiment: Experiment) -> Figure:
     panels = 3 if in_host else 2
     figure = Figure(figsize=(9, 2.7 * panels + 0.6))
     rows = list(figure.subplots(panels, 1, sharex=True))
-    share = placed.table_bytes.sum(axis=1) / max(placed.table_bytes.sum(), 1)
-    share = share + placed.table_host_bytes.sum(axis=1) / max(placed.table_host_bytes.sum(), 1)
-    share = share + placed.table_ms.sum(axis=1) / max(placed.table_ms.sum(), 1e-12)
-    named = [int(row) for row in np.argsort(-share)[:TABLES_NAMED]]
+    families = _families(experiment, placed)
     noun = experiment.noun
-    _stack(rows[0], placed, placed.table_bytes / GIB, named, start=capacity.towers / GIB)
+    _stack(rows[0], families, placed.table_bytes / GIB, start=capacity.towers / GIB)
     _limit(rows[0], capacity.for_tables + capacity.towers, f"left after {_percent(experiment)}")
     _limit(rows[0], capacity.total, f"memory of a {noun}")
     rows[0].set_ylabel("GiB")
@@ -388,11 +388,11 @@ def _ranks_plot(estimate: Estimate, experiment: Experiment) -> Figure:
         fontsize=11,
     )
     if in_host:
-        _stack(rows[1], placed, placed.table_host_bytes / GIB, named)
+        _stack(rows[1], families, placed.table_host_bytes / GIB)
         _limit(rows[1], capacity.host_for_tables, f"left after {_percent(experiment)}")
         rows[1].set_ylabel("GiB")
         rows[1].set_title(f"Estimated host memory for each {noun}", loc="left", fontsize=11)
-    _stack(rows[-1], placed, placed.table_ms, named)
+    _stack(rows[-1], families, placed.table_ms)
     rows[-1].set_ylabel("ms a step")
     rows[-1].set_title(
         "Estimated time for the tables (the step waits for the highest)", loc="left", fontsize=11
@@ -401,10 +401,17 @@ def _ranks_plot(estimate: Estimate, experiment: Experiment) -> Figure:
     rows[-1].set_xlim(-0.6, estimate.world_size - 0.4)
     if estimate.world_size <= 16:
         rows[-1].set_xticks(range(estimate.world_size))
-    handles, labels = rows[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=8, frameon=False
-    )
+    for axes in rows:
+        # From the top of the stack down, as the bars are read.
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(
+            handles[::-1],
+            labels[::-1],
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.02),
+            fontsize=8,
+            frameon=False,
+        )
     for axes in rows:
         _bare(axes)
     return figure
@@ -414,22 +421,67 @@ def _percent(experiment: Experiment) -> str:
     return f"the reserve of {experiment.scenario.reserve:.0%}"
 
 
+@dataclass(frozen=True)
+class _Family:
+    """Tables of one entry of the list, drawn as one."""
+
+    label: str
+    rows: list[int]
+    colour: str
+
+
+def _families(experiment: Experiment, placed: Placed) -> list[_Family]:
+    """The families of the placed tables, each with the same colour in all panels."""
+    named = {table.name: table.family or table.name for table in experiment.scenario.tables.tables}
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(placed.names):
+        rows.setdefault(named[name], []).append(row)
+    measures = (placed.table_bytes, placed.table_host_bytes, placed.table_ms)
+
+    def share(family: str) -> float:
+        return max(v[rows[family]].sum() / v.sum() if v.any() else 0.0 for v in measures)
+
+    # Beyond the colours that can be told apart, the small ones take turns with them, paler.
+    ordered = sorted(rows, key=share, reverse=True)
+    colours = (*TABLE_COLOURS, *(_paler(colour) for colour in TABLE_COLOURS))
+    return [
+        _Family(
+            f"{family} ({len(rows[family])} tables)" if len(rows[family]) > 1 else family,
+            rows[family],
+            colours[number % len(colours)],
+        )
+        for number, family in enumerate(ordered)
+    ]
+
+
+def _paler(colour: str) -> str:
+    """A colour half way to white."""
+    channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{(channel + 255) // 2:02x}" for channel in channels)
+
+
 def _stack(
-    axes: Axes, placed: Placed, values: np.ndarray, named: Sequence[int], *, start: float = 0.0
+    axes: Axes, families: Sequence[_Family], values: np.ndarray, *, start: float = 0.0
 ) -> None:
+    """Bars of every rank, stacked by family: those with the most of these values by name."""
     x = np.arange(values.shape[1])
     width = 0.8 if len(x) <= 32 else 1.0
     base = np.zeros(len(x))
     if start:
         axes.bar(x, start, width, color=TOWERS_COLOUR, label="towers")
         base += start
-    for colour, row in zip(TABLE_COLOURS, named, strict=False):
-        axes.bar(x, values[row], width, bottom=base, color=colour, label=placed.names[row])
-        base += values[row]
-    others = [row for row in range(values.shape[0]) if row not in named]
+    of_family = {family.label: values[family.rows].sum(axis=0) for family in families}
+    held = [family for family in families if of_family[family.label].any()]
+    held.sort(key=lambda family: -of_family[family.label].sum())
+    named = held if len(held) <= TABLES_NAMED + 1 else held[:TABLES_NAMED]
+    for family in named:
+        amount = of_family[family.label]
+        axes.bar(x, amount, width, bottom=base, color=family.colour, label=family.label)
+        base += amount
+    others = held[len(named) :]
     if others:
-        rest = values[others].sum(axis=0)
-        label = f"{len(others)} other tables" if len(others) > 1 else placed.names[others[0]]
+        rest = np.sum([of_family[family.label] for family in others], axis=0)
+        label = f"{sum(len(family.rows) for family in others)} other tables"
         axes.bar(x, rest, width, bottom=base, color=OTHERS_COLOUR, label=label)
 
 
@@ -505,8 +557,9 @@ def _page(experiment: Experiment, images: Mapping[str, bytes]) -> str:
         )
     sections += [
         f"<h2>{noun} by {noun}</h2>",
-        f"<p>Memory and time of each {noun}, stacked by table; the {TABLES_NAMED} largest have "
-        "their own colour. Even bars are good; the step takes as long as the highest.</p>",
+        f"<p>Memory and time of each {noun}, stacked by table, those of one <code>count</code> as "
+        f"one; the {TABLES_NAMED} largest of each panel have their own colour. Even bars are good; "
+        "the step takes as long as the highest.</p>",
     ]
     for count in experiment.counts:
         fastest = experiment.fastest(count)

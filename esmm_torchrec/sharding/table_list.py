@@ -78,6 +78,8 @@ class PlannedTable:
     data_type: str = "float32"
     shared_by: float = 1.0
     """Impressions of a batch that share a stored row; its bags are pooled once for them."""
+    family: str = ""
+    """Name of the entry with a `count` that the table is of; none: the table's own."""
 
     @property
     def nbytes(self) -> int:
@@ -293,6 +295,7 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
             weighted=weighted,
             data_type=data_type,
             shared_by=shared_by,
+            family=name if count > 1 else "",
         )
         for suffix in suffixes
     ]

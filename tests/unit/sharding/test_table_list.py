@@ -65,6 +65,7 @@ tables:
         shared_by=58,
     )
     assert [table.name for table in crosses] == ["cross_0", "cross_1"]
+    assert {table.family for table in crosses} == {"cross"}
     assert [f.name for f in crosses[1].features] == ["cross_feature_0_1", "cross_feature_1_1"]
     assert all(table.weighted for table in crosses)
     assert tables.num_embeddings == 1000 + 2 * 5
@@ -177,6 +178,7 @@ def test_a_schema_is_a_list_of_tables() -> None:
     [
         ("ali_ccp", 23, 2_175_092, 0.000139),
         ("product", 22, 115_030_300, 0.0092),
+        ("two_hundred_tables", 200, 1_800_000_000, 0.4864),
         ("ten_terabyte", 363, 22_320_000_000, 10.0),
     ],
 )
