@@ -64,6 +64,8 @@ class ImpressionReader:
         selection: rows to read; None reads all.
         shared_features: how a batch carries shared features.
         optional_columns: whether batches carry group_id, true_ctr and true_cvr.
+        pin_memory: whether batches lie in page-locked memory, which a GPU copies from without
+            anybody waiting.
 
     Raises:
         OptionError: an argument is not positive, or there is no row to read.
@@ -82,6 +84,7 @@ class ImpressionReader:
         selection: Selection | None = None,
         shared_features: SharedFeatures = "once",
         optional_columns: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         for name, value in (("--batch-size", batch_size), ("--shuffle-chunk", shuffle_chunk)):
             if value < 1:
@@ -95,6 +98,7 @@ class ImpressionReader:
         self.shuffle_chunk = shuffle_chunk
         self.selection = selection
         self.optional_columns = optional_columns
+        self.pin_memory = pin_memory
         self.num_rows = split.impressions if selection is None else len(selection.rows)
         if self.num_rows == 0:
             raise OptionError("there is no impression to read; select at least one")
@@ -192,7 +196,7 @@ class ImpressionReader:
                 if name in columns
             }
         dense = self.split.dense
-        return ImpressionBatch(
+        batch = ImpressionBatch(
             click=column(CLICK, np.float32),
             conversion=column(CONVERSION, np.float32),
             **self._sparse(rows, own_rows),
@@ -205,6 +209,7 @@ class ImpressionReader:
             sample_id=column(SAMPLE_ID, np.int64),
             **optional,
         )
+        return batch.pin_memory() if self.pin_memory else batch
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         """`values` with zeros up to B rows."""

@@ -133,7 +133,12 @@ def score(
     """
     ranks.from_first(lambda: refuse_existing(out))
     reader = ImpressionReader(
-        split, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size, shuffle=False
+        split,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        shuffle=False,
+        pin_memory=ranks.device.type == "cuda",
     )
     steps = predict(model, reader, ranks)
     if not ranks.is_first:

@@ -51,6 +51,7 @@ def score_split(
         shuffle=False,
         shared_features=shared_features,
         selection=None if rows is None else Selection(rows),
+        pin_memory=ranks.device.type == "cuda",
     )
     scores = _Columns(reader.num_rows)
     with progress_bar(

@@ -192,6 +192,7 @@ def fit(
         shuffle_chunk=options.shuffle_chunk,
         selection=part.selection,
         shared_features=options.shared_features,
+        pin_memory=ranks.device.type == "cuda",
     )
     while reader.epoch < options.epochs:
         for _ in trainer.steps(reader, reader.steps_left):
