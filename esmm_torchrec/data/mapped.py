@@ -16,17 +16,18 @@ Shapes in this file: N rows stored, B rows asked for, F features.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -49,7 +50,6 @@ from esmm_torchrec.schema import (
 
 LAYOUT_VERSION = 3
 CACHE_FOLDER = ".mapped"
-ROWS_PER_BLOCK = 1 << 16
 LONGEST_BAG = np.iinfo(np.uint16).max
 
 HistoryWeights = Literal["normalised", "raw"]
@@ -133,21 +133,26 @@ class MappedSplit:
         *,
         history_weights: HistoryWeights = "normalised",
     ) -> MappedSplit:
-        """Maps a split; writes the mapped copy first where there is none or a stale one.
+        """Maps a split; writes the mapped copy first where there is none or a stale one, which
+        reads and checks every file of the split. A current copy is mapped as it is, also from
+        where nothing can be written.
+
+        Args:
+            dataset: whose split it is.
+            split: which one.
+            history_weights: what becomes of the weights of multi-valued features.
 
         Raises:
-            DataError: an id is out of range, or the data set's folder cannot be written.
+            DataError: a file was changed, a value is not what the form allows, or the data set's
+                folder cannot be written.
         """
         cache = dataset.path / CACHE_FOLDER
         folder = cache / f"{split}-{history_weights}"
-        try:
+        if _is_current(folder, dataset.fingerprint):
+            return cls.map(folder, dataset.schema)
+        with _writing(cache):
             cache.mkdir(exist_ok=True)
             lock = (cache / f"{folder.name}.lock").open("w")
-        except OSError as error:
-            raise DataError(
-                f"cannot write {cache} ({error.strerror}), where an uncompressed copy for random "
-                "access goes; make it writable or copy the data set to where it is"
-            ) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_current(folder, dataset.fingerprint):
@@ -158,8 +163,8 @@ class MappedSplit:
                     cls.write(
                         folder,
                         schema=dataset.schema,
-                        impressions=_blocks(dataset.impression_files(split), bar),
-                        shared=_blocks(dataset.shared_files(split), bar),
+                        impressions=_shown(dataset.checked_rows(split, "impressions"), bar),
+                        shared=_shown(dataset.checked_rows(split, "shared"), bar),
                         history_weights=history_weights,
                         fingerprint=dataset.fingerprint,
                     )
@@ -187,27 +192,36 @@ class MappedSplit:
             written_out: impressions hold the shared features, too; there are no shared rows.
             history_weights: what becomes of the weights of multi-valued features.
             fingerprint: of what the impressions come from.
+
+        Raises:
+            DataError: an id is out of range, a bag is too long, or the folder cannot be written,
+                of which nothing is left then.
         """
         partial = folder.with_name(folder.name + ".partial")
         for stale in (partial, folder):
             shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir()
-        layout = _Layout(
-            partial,
-            schema,
-            _stores(schema, written_out=written_out),
-            normalised=history_weights == "normalised",
-        )
-        layout.append("impressions", impressions)
-        layout.append("shared", shared)
-        description = {
-            "version": LAYOUT_VERSION,
-            "fingerprint": fingerprint,
-            "written_out": written_out,
-            "arrays": layout.arrays,
-        }
-        (partial / "layout.json").write_text(json.dumps(description))
-        partial.rename(folder)
+        try:
+            with _writing(folder):
+                partial.mkdir()
+            layout = _Layout(
+                partial,
+                schema,
+                _stores(schema, written_out=written_out),
+                normalised=history_weights == "normalised",
+            )
+            layout.append("impressions", impressions)
+            layout.append("shared", shared)
+            description = {
+                "version": LAYOUT_VERSION,
+                "fingerprint": fingerprint,
+                "written_out": written_out,
+                "arrays": layout.arrays,
+            }
+            with _writing(folder):
+                (partial / "layout.json").write_text(json.dumps(description))
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return cls.map(folder, schema)
 
     @classmethod
@@ -279,12 +293,25 @@ def _is_current(folder: Path, fingerprint: str) -> bool:
     return layout["version"] == LAYOUT_VERSION and layout["fingerprint"] == fingerprint
 
 
-def _blocks(files: Sequence[Path], bar: tqdm) -> Iterator[pa.RecordBatch]:
-    for name in files:
-        with pq.ParquetFile(name) as file:
-            for block in file.iter_batches(batch_size=ROWS_PER_BLOCK):
-                yield block
-                bar.update(block.num_rows)
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Names the folder of a mapped copy where the system does not let it be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        mend = "make it writable or copy the data set to where it is"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            mend = "make room or copy the data set to where there is more"
+        raise DataError(
+            f"cannot write {folder} ({reason}), an uncompressed copy for random access; {mend}"
+        ) from error
+
+
+def _shown(blocks: Iterable[pa.RecordBatch], bar: tqdm) -> Iterator[pa.RecordBatch]:
+    for block in blocks:
+        yield block
+        bar.update(block.num_rows)
 
 
 class _Layout:
@@ -302,7 +329,7 @@ class _Layout:
     def _extend(self, name: str, values: np.ndarray) -> None:
         dtype, shape = self.arrays.setdefault(name, (str(values.dtype), [0, *values.shape[1:]]))
         assert str(values.dtype) == dtype
-        with (self.folder / name).open("ab") as file:
+        with _writing(self.folder.with_suffix("")), (self.folder / name).open("ab") as file:
             file.write(np.ascontiguousarray(values).data)
         shape[0] += len(values)
 

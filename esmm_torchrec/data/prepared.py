@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,7 +48,6 @@ from esmm_torchrec.data.prepared_form import (
 )
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
     SHARED_ROW,
     Schema,
@@ -79,7 +79,7 @@ class PreparedDataSet:
     @classmethod
     def open(cls, path: Path | str, *, data_files: bool = True) -> PreparedDataSet:
         """Opens a data set after cheap checks: the description, and the presence, columns and
-        number of rows of every file. `verify` reads the values.
+        number of rows of every file. `checked_rows` and `verify` look at the values.
 
         Args:
             path: the folder.
@@ -199,62 +199,64 @@ class PreparedDataSet:
                         f"{DESCRIPTION} says {expected_rows}; {PREPARE_AGAIN}"
                     )
 
-    def verify(self, *, progress: bool = False) -> None:
-        """Reads every file: checksums, every id in its table's range, labels 0 or 1, no conversion
-        without a click, `shared_row` in range, every weight and dense value finite.
-
-        Args:
-            progress: show a bar.
+    def checked_rows(
+        self, split: SplitName, kind: Literal["impressions", "shared"]
+    ) -> Iterator[pa.RecordBatch]:
+        """All rows of one kind of a split, block by block, each checked before it is given: the
+        checksums of the files, every id in its table's range, labels 0 or 1, no conversion without
+        a click, `shared_row` in range, every weight and dense value finite.
 
         Raises:
             DataError: names the file, the column and the row of the first thing that is wrong.
         """
-        sizes = {name: (self.path / name).stat().st_size for name in self._checked_files()}
-        with progress_bar("verify", sum(sizes.values()), "B", disable=not progress) as bar:
-            for name, size in sizes.items():
-                if sha256_of(self.path / name) != self.checksums[name]:
-                    raise DataError(
-                        f"{self.path / name} was changed after it was written (its checksum "
-                        f"differs); {PREPARE_AGAIN}"
-                    )
-                kind, expected = Path(name).name.partition("-")[0], None
-                if kind == "impressions":
-                    expected = self.impression_columns
-                elif kind == "shared":
-                    expected = self.shared_columns
-                if expected is not None:
-                    self._verify_values(name, expected)
-                bar.update(size)
+        expected = self.impression_columns if kind == "impressions" else self.shared_columns
+        of_split = self.splits[split]
+        names = of_split.impression_files if kind == "impressions" else of_split.shared_files
+        for name in names:
+            self._check_checksum(name)
+            with pq.ParquetFile(self.path / name) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group)
+                    where = f"{self.path / name}, row group {group}"
+                    check_values(table, self.schema, expected, where=where)
+                    if SHARED_ROW in expected.names:
+                        _check_shared_row(table, of_split.shared_rows, where=where)
+                    yield from table.to_batches()
+
+    def verify(self) -> None:
+        """Reads every file as `checked_rows` does, the vocabularies, too. Training does it once,
+        when it lays the splits out for random access; this is for a data set that was copied.
+
+        Raises:
+            DataError: names the file, the column and the row of the first thing that is wrong.
+        """
+        for split in SPLITS:
+            for _ in chain(
+                self.checked_rows(split, "impressions"), self.checked_rows(split, "shared")
+            ):
+                pass
         for table in self.schema.tables:
+            self._check_checksum(vocabulary_file(table.name))
             self.vocabulary(table.name)
 
-    def _checked_files(self) -> list[str]:
-        names = [vocabulary_file(table.name) for table in self.schema.tables]
-        for split in self.splits.values():
-            names += [*split.impression_files, *split.shared_files]
-        for name in names:
-            if name not in self.checksums:
-                raise DataError(f"{self.path / DESCRIPTION} has no checksum of {name}")
-        return names
+    def _check_checksum(self, name: str) -> None:
+        if name not in self.checksums:
+            raise DataError(f"{self.path / DESCRIPTION} has no checksum of {name}; {PREPARE_AGAIN}")
+        if sha256_of(self.path / name) != self.checksums[name]:
+            raise DataError(
+                f"{self.path / name} was changed after it was written (its checksum differs); "
+                f"{PREPARE_AGAIN}"
+            )
 
-    def _verify_values(self, name: str, expected: pa.Schema) -> None:
-        shared_rows = sum(
-            split.shared_rows for split in self.splits.values() if name in split.impression_files
+
+def _check_shared_row(table: pa.Table, shared_rows: int, *, where: str) -> None:
+    rows = table.column(SHARED_ROW).to_numpy()
+    bad = first_true((rows < 0) | (rows >= shared_rows))
+    if bad is not None:
+        raise DataError(
+            f"{where}, column {SHARED_ROW!r}, row {bad}: {rows[bad]} is outside the {shared_rows} "
+            "shared rows of the split"
         )
-        with pq.ParquetFile(self.path / name) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                where = f"{self.path / name}, row group {group}"
-                check_values(table, self.schema, expected, where=where)
-                if SHARED_ROW not in expected.names:
-                    continue
-                rows = table.column(SHARED_ROW).to_numpy()
-                bad = first_true((rows < 0) | (rows >= shared_rows))
-                if bad is not None:
-                    raise DataError(
-                        f"{where}, column {SHARED_ROW!r}, row {bad}: {rows[bad]} is outside the "
-                        f"{shared_rows} shared rows of the split"
-                    )
 
 
 def _split_from_dict(values: Mapping[str, Any]) -> Split:
