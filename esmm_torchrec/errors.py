@@ -8,6 +8,9 @@
 
 Each message is one sentence that names the file, row, column or option and says what to do. The
 command line prints it and exits with code 2. Faults of our own stay assertions.
+
+    KeyboardInterrupt
+    └── Interrupted    a training that was interrupted; the message says what is saved
 """
 
 
@@ -29,3 +32,7 @@ class PlanError(EsmmTorchrecError):
 
 class RunError(EsmmTorchrecError):
     """A run folder cannot be written, read or continued as asked."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A training was interrupted; one sentence on what is saved and how to go on."""

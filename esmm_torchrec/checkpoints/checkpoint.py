@@ -15,8 +15,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -195,9 +197,9 @@ def _check_forms(state: dict[str, Any], path: Path) -> None:
                 continue
             if not isinstance(weight, TensorStorageMetadata):
                 continue
-            same_model = key in state["model"] and weight.size == state["model"][key].size()
-            if same_model and entry.size != tensor.size():
-                wrong.append((key, name, tuple(entry.size), tuple(tensor.size())))
+            same_model = key in state["model"] and weight.size == _size(state["model"][key])
+            if same_model and entry.size != _size(tensor):
+                wrong.append((key, name, tuple(entry.size), tuple(_size(tensor))))
     if dist.is_initialized():
         of_ranks: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(of_ranks, wrong)
@@ -210,6 +212,11 @@ def _check_forms(state: dict[str, Any], path: Path) -> None:
             f"{' x '.join(map(str, here))}: row-wise Adagrad keeps one for each row and column "
             "shard; go on with as many column shards, such as by the run's plan.json as --plan"
         )
+
+
+def _size(tensor: torch.Tensor) -> torch.Size:
+    """Of the whole tensor."""
+    return tensor.metadata().size if isinstance(tensor, ShardedTensor) else tensor.size()
 
 
 def _load(state: dict[str, Any], path: Path) -> None:

@@ -21,10 +21,21 @@ def restore(
     sharding: ShardingOption = "auto",
     step: int | None = None,
 ) -> DistributedModelParallel:
-    """The train task of a run with its trained weights, placed anew for these ranks.
+    """The train task of a run with its trained weights, placed anew for these ranks; every rank
+    must call it.
+
+    Args:
+        run: the folder of the run.
+        ranks: this process among the others; they need not be as many as in training.
+        batch_size: impressions per rank and step, which the planner counts with.
+        sharding: how tables are placed; "auto" leaves it to TorchRec's planner.
+        step: of the checkpoint; None is the last one.
+
+    Returns:
+        the sharded task, ready for `predict` or `score_split`.
 
     Raises:
-        RunError: the run has no checkpoint, or not the one asked for.
+        RunError: the run has no checkpoint, or not the one asked for, or it is broken.
         PlanError: the tables do not fit.
     """
     checkpoint = find_checkpoint(run.checkpoints, step)
@@ -35,7 +46,7 @@ def restore(
         task,
         ranks=ranks,
         sharding=sharding,
-        kernel="fused",
+        kernel="dense" if sharding == "data_parallel" else "fused",
         workload=Workload(batch_size, run.config["mean_values_per_bag"]),
     )
     model = shard(task, plan=plan, ranks=ranks)

@@ -1,9 +1,11 @@
 """The folder of one run.
 
-config.json        options, data, tables, plan, versions: everything that was resolved
+config.json        options, data, tables, versions: everything that was resolved; below "resumed",
+                   for each time that training went on, the step, ranks, device and placement
 history.jsonl      one line now and then while training
 metrics.json       what the trained model measures on the test half
 preprocessing/     the data set's description and vocabularies, to score new rows
+pctr.npy           what a method that needs other networks' pCTR of the clicks chose its rows by
 plan.json          where each table was
 checkpoints/       see `checkpoint`
 tensorboard/  plots/
@@ -17,12 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, remove_later
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.models.methods import METHODS, ModelOptions
 from esmm_torchrec.schema import Schema
 
 _CONFIG = "config.json"
+_METRICS = "metrics.json"
+_DESCRIPTION = "dataset.json"
+"""Of a prepared data set."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,13 @@ class RunFolder:
     config: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path | str) -> RunFolder:
         """Opens the folder of a run.
 
         Raises:
             RunError: it is no run folder.
         """
+        path = Path(path)
         try:
             config = json.loads((path / _CONFIG).read_text())
             run = cls(path, config)
@@ -56,7 +65,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def find(cls, path: Path, config: Mapping[str, Any], *, resume: str) -> RunFolder | None:
+    def find(cls, path: Path | str, config: Mapping[str, Any], *, resume: str) -> RunFolder | None:
         """The run to go on with in a folder, or None where one may begin.
 
         Args:
@@ -68,6 +77,7 @@ class RunFolder:
         Raises:
             RunError: the folder holds something else.
         """
+        path = Path(path)
         if (path / _CONFIG).exists():
             if resume == "never":
                 raise RunError(
@@ -88,8 +98,9 @@ class RunFolder:
         return None
 
     @classmethod
-    def start(cls, path: Path, config: Mapping[str, Any], *, resume: str) -> RunFolder:
+    def start(cls, path: Path | str, config: Mapping[str, Any], *, resume: str) -> RunFolder:
         """Makes the folder of a run, or takes up the one that is there; see `find`."""
+        path = Path(path)
         run = cls.find(path, config, resume=resume)
         if run is None:
             path.mkdir(parents=True, exist_ok=True)
@@ -123,17 +134,30 @@ class RunFolder:
         options["tower"] = tuple(options["tower"])
         return ModelOptions(**options)
 
-    def check_schema(self, schema: Schema, data: Path) -> None:
-        """Makes sure that the ids of a data set mean the same rows as in training.
+    def check_schema(self, schema: Schema, data: Path | str) -> None:
+        """Makes sure that ids and dense values of a data set mean what they meant in training:
+        the features, the vocabularies and what dense columns were standardised with are the same.
+
+        Args:
+            schema: of the data set.
+            data: its folder.
 
         Raises:
-            RunError: they do not.
+            RunError: they do not, or the run's own description of its data is broken.
         """
         if schema != self.schema:
-            raise RunError(
-                f"{data} has other features or vocabularies than the data of {self.path}; give the "
-                "data set that the run was trained on"
-            )
+            raise self._other_data(data, "has other features or vocabularies than")
+        own, other = _encoding(self.preprocessing), _encoding(Path(data))
+        if other["vocabularies"] != own["vocabularies"]:
+            raise self._other_data(data, "gives ids other rows of their tables than")
+        if other["dense"] != own["dense"]:
+            raise self._other_data(data, "standardised its dense features otherwise than")
+
+    def _other_data(self, data: Path | str, differs: str) -> RunError:
+        return RunError(
+            f"{data} {differs} the data of {self.path}; give the data set that the run was "
+            "trained on, or the raw rows to 'score --input'"
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -149,6 +173,55 @@ class RunFolder:
     def preprocessing(self) -> Path:
         """Folder with what encodes new rows."""
         return self.path / "preprocessing"
+
+    @property
+    def pctr(self) -> Path:
+        """File of the pCTR that a method chose its rows by; only such methods have it."""
+        return self.path / "pctr.npy"
+
+    def go_on_from(self, step: int, placement: Mapping[str, Any]) -> RunFolder:
+        """Forgets everything behind a step, which is done again, and notes how; on rank 0, and
+        only once the checkpoint of that step has been loaded.
+
+        Args:
+            step: that training goes on from.
+            placement: what is noted in config.json: "ranks", "device" and the like.
+
+        Returns:
+            the same folder with the new config.
+        """
+        remove_later(self.checkpoints, step)
+        self.drop_history(step)
+        (self.path / _METRICS).unlink(missing_ok=True)
+        resumed = [*self.config.get("resumed", ()), {"step": step} | dict(placement)]
+        run = RunFolder(self.path, dict(self.config) | {"resumed": resumed})
+        run.write_json(_CONFIG, run.config)
+        return run
+
+    def write_pctr(self, pctr: NDArray[np.floating]) -> None:
+        """Keeps the pCTR of the clicked impressions, float64 (clicks,), whole or not at all."""
+        with _partial(self.pctr).open("wb") as file:
+            np.save(file, pctr)
+        _partial(self.pctr).rename(self.pctr)
+
+    def read_pctr(self, clicks: int) -> NDArray[np.floating] | None:
+        """What `write_pctr` kept; None where it never did.
+
+        Args:
+            clicks: clicked impressions to train on.
+
+        Raises:
+            RunError: the file is broken.
+        """
+        try:
+            pctr = np.load(self.pctr)
+            if pctr.shape != (clicks,):
+                raise ValueError(f"{pctr.shape} values for {clicks} clicks")
+        except FileNotFoundError:
+            return None
+        except (ValueError, EOFError, AttributeError) as error:
+            raise RunError(f"{self.pctr} is broken ({error}); train again") from None
+        return pctr
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one of the folder's JSON files, whole or not at all."""
@@ -170,6 +243,19 @@ class RunFolder:
     def _write(path: Path, text: str) -> None:
         _partial(path).write_text(text)
         _partial(path).rename(path)
+
+
+def _encoding(folder: Path) -> dict[str, Any]:
+    """What turned raw values into those of a prepared data set."""
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_text())
+        checksums = description["checksums"].items()
+        return {
+            "vocabularies": {k: v for k, v in checksums if k.startswith("vocabulary/")},
+            "dense": description["statistics"]["dense"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); make it again") from None
 
 
 def _said(value: Any) -> str:

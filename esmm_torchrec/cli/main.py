@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 from esmm_torchrec.cli.arguments import read_options
-from esmm_torchrec.errors import EsmmTorchrecError, OptionError
+from esmm_torchrec.errors import EsmmTorchrecError, Interrupted, OptionError
 
 T = TypeVar("T")
 
@@ -157,9 +157,10 @@ def errors_in_words(out: object = None) -> Iterator[None]:
     except EsmmTorchrecError as error:
         print_error(str(error))
         _end(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if _is_first_rank():  # torchrun passes the signal on to every rank
-            print_error("interrupted; give the same command again to go on")
+            known = str(error) if isinstance(error, Interrupted) else ""
+            print_error(known or "interrupted; give the same command again to go on")
         _end(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Nobody reads on, as in '… | head'; nor will the flush at the end of the process.

@@ -36,7 +36,7 @@ def predict(
                 with torch.no_grad():
                     output = pipeline.progress(stream)
             except StopIteration:
-                return
+                break
             own = {
                 name: logit for name, logit in output.logits._asdict().items() if logit is not None
             }
@@ -45,6 +45,7 @@ def predict(
             dist.gather(stacked, parts if ranks.is_first else None, dst=0)
             gathered = dict(zip(own, torch.cat(parts, dim=1), strict=True))
             yield Logits(**gathered) if ranks.is_first else None
-    finally:
+        # Not after an error: within a step it fails, and hides what went wrong.
         pipeline.detach()
+    finally:
         model.train(was_training)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import Shard
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -49,8 +49,8 @@ class ModelOptimizer(CombinedOptimizer):
     TorchRec gives the state of a fused table as a ShardedTensor under a name of its own, and that
     of a dense one as the bare part of this rank, so that ranks write over each other's. Here
     `state_dict` is, for both, {"state": {key of the weight: {torch's name of the state: tensor}}}:
-    a ShardedTensor cut like the weight where the weight is one. Number of steps of the tables is no
-    part of it; `set_optimizer_step` restores it.
+    a ShardedTensor cut like the weight where the weight is one. The tables' number of steps is
+    no part of it; `set_optimizer_step` restores it.
 
     Args:
         parts: name → optimiser, the fused ones under the empty name.
@@ -67,7 +67,7 @@ class ModelOptimizer(CombinedOptimizer):
     ) -> None:
         super().__init__(list(parts.items()))
         self._weights = weights
-        self._optimizer = optimizer
+        self._table_optimizer: SparseOptimizerOption = optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """The state, whose tensors share their memory with the optimisers'."""
@@ -106,7 +106,7 @@ class ModelOptimizer(CombinedOptimizer):
     def _name_of_fused(self, name: str) -> str:
         """torch's name of a state like "item.momentum1"."""
         own = name.rpartition(".")[2]
-        return _FIRST_STATE[self._optimizer] if own == "momentum1" else own
+        return _FIRST_STATE[self._table_optimizer] if own == "momentum1" else own
 
 
 class _DenseTables(KeyedOptimizerWrapper):

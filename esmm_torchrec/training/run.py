@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
+import signal
+import threading
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from esmm_torchrec.checkpoints.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.errors import Interrupted
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.schema import CLICK
 from esmm_torchrec.sharding.plan_file import write_plan
 from esmm_torchrec.sharding.plan_text import format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
@@ -48,25 +61,39 @@ _NOT_IDENTITY = ("resume", "device", "checkpoint_every", "sharding", "plan", "sh
 """Options that two runs of the same model may differ in."""
 
 
-def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
+def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     """Trains on a prepared data set and measures the result on its test half.
 
-    Every rank calls it; rank 0 writes `out` and prints.
+    Every rank calls it; rank 0 writes `out` and prints. A run that is in `out` already is gone on
+    with, as `options.resume` says.
+
+    Args:
+        data: the prepared data set.
+        out: the run folder to make or to go on with.
+        options: of the run.
+        ranks: this process among the others, from `process_group`.
 
     Returns:
-        the content of metrics.json.
+        the content of metrics.json: "test" and "truth" as `metrics.report` describes them, and
+        "throughput".
 
     Raises:
-        DataError: the data set cannot be read.
+        DataError: the data set cannot be read, or leaves the method nothing to train on.
+        Interrupted: by Ctrl-C, or by SIGTERM where torchrun did not start this process; says what
+            is saved.
         PlanError: the options ask for a sharding that does not exist or does not fit.
-        RunError: `out` holds something else.
+        RunError: `out` holds something else, or a checkpoint cannot be read or written.
     """
+    data, out = Path(data), Path(out)
+    with _interrupts_in_words(out, options.resume):
+        return _train(data, out, options, ranks)
+
+
+def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     dataset = PreparedDataSet.open(data)
     config = _config(dataset, options, ranks)
     # Looked at now, so that a refusal costs no time, and made when all else is known to work.
-    ranks.from_first(lambda: RunFolder.find(out, config, resume=options.resume))
-    counts = dataset.splits["train"]
-    test = dataset.splits["test"]
+    found = ranks.from_first(lambda: RunFolder.find(out, config, resume=options.resume))
     splits = {
         name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
         for name in ("train", "test")
@@ -74,10 +101,17 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
     workload = Workload(options.batch_size, dataset.statistics.mean_values_per_bag)
     pctr = None
     if METHODS[options.method].needs_pctr:
-        pctr = out_of_fold_pctr(splits["train"], options, ranks, workload=workload)
+        pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
     part = training_part(splits["train"], options, pctr=pctr)
     trainer = build_trainer(splits["train"], options, ranks, part=part, workload=workload)
-    run = ranks.from_first(lambda: RunFolder.start(out, config, resume=options.resume))
+
+    def start() -> RunFolder:
+        run = RunFolder.start(out, config, resume=options.resume)
+        if pctr is not None and not run.pctr.exists():
+            run.write_pctr(pctr[splits["train"].scalars[CLICK] == 1])
+        return run
+
+    run = ranks.from_first(start)
     reader = ImpressionReader(
         splits["train"],
         batch_size=options.batch_size,
@@ -88,24 +122,17 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
         selection=part.selection,
         shared_features=options.shared_features,
     )
+    position = _go_on(trainer, reader, run, options, ranks)
     if ranks.is_first:
         copy_preprocessing(dataset.path, run.preprocessing)
         write_plan(trainer.plan, run.path / "plan.json")
-        print(format_plan(trainer.plan))
-        for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
-            print(f"warning: {warning}")
-        print(
-            f"{options.method} on {ranks.world_size} {ranks.device.type} "
-            f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
-            f"{counts.impressions:,} impressions, {counts.clicks:,} clicks, "
-            f"{counts.conversions:,} conversions to train on, {test.impressions:,} to test on; "
-            f"{options.sparse_optimizer} for tables, adam for towers",
-            flush=True,
-        )
+        _announce(dataset, trainer, options, ranks)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
             print(f"{options.method} trains on {reader.num_rows:,} rows of them{notes}", flush=True)
-    throughput = _fit(trainer, reader, run, options, ranks)
+        if position.checkpoint is not None:
+            print(f"going on from step {position.step} ({position.checkpoint})", flush=True)
+    throughput = _fit(trainer, reader, run, options, ranks, position)
     scored = score_split(
         trainer.model,
         splits["test"],
@@ -117,16 +144,90 @@ def train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[st
     def report() -> dict[str, Any]:
         assert scored is not None
         metrics = measure(scored) | {"throughput": throughput}
-        run.write_json("metrics.json", metrics)
         plot_history(run.history, run.path / "plots" / "history.png")
         plot_calibration(scored, run.path / "plots" / "calibration.png")
+        run.write_json("metrics.json", metrics)
         return metrics
 
     return ranks.from_first(report)
 
 
+@contextmanager
+def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
+    """Says of an interrupt what there is to go on from. SIGTERM counts as one, where nothing else
+    deals with it: torchrun sends it to the ranks that are left when one has died."""
+
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    alone = alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if alone:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        same = "give the same command again" if resume == "auto" else "give --resume auto"
+        last = find_checkpoint(out / "checkpoints")
+        if last is None:
+            raise Interrupted(
+                f"interrupted before a checkpoint was written to {out}; {same} to begin anew, and "
+                "--checkpoint-every to save on the way"
+            ) from interrupt
+        raise Interrupted(
+            f"interrupted; {same} to go on with {out} from step {step_of(last)}"
+        ) from interrupt
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _pctr(
+    run: RunFolder | None,
+    split: MappedSplit,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    workload: Workload,
+) -> np.ndarray:
+    """Out-of-fold pCTR, float64 (N,), that of the run where it has gone so far: training the
+    networks again on other ranks would choose other rows."""
+    if run is not None:
+        clicked = split.scalars[CLICK] == 1
+        kept = ranks.from_first(lambda: run.read_pctr(int(clicked.sum())))
+        if kept is not None:
+            pctr = np.full(split.impressions, np.nan)
+            pctr[clicked] = kept
+            return pctr
+    return out_of_fold_pctr(split, options, ranks, workload=workload)
+
+
+def _announce(
+    dataset: PreparedDataSet, trainer: Trainer, options: TrainOptions, ranks: Ranks
+) -> None:
+    """What is about to be trained, and where."""
+    counts, test = dataset.splits["train"], dataset.splits["test"]
+    print(format_plan(trainer.plan))
+    if options.plan is not None:
+        unused = ""
+        if options.sharding != "auto":
+            unused = f"; --sharding {options.sharding} is not used beside it"
+        print(f"placed as {options.plan} says{unused}")
+    for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
+        print(f"warning: {warning}")
+    print(
+        f"{options.method} on {ranks.world_size} {ranks.device.type} "
+        f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
+        f"{counts.impressions:,} impressions, {counts.clicks:,} clicks, "
+        f"{counts.conversions:,} conversions to train on, {test.impressions:,} to test on; "
+        f"{options.sparse_optimizer} for tables, adam for towers",
+        flush=True,
+    )
+
+
 def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
-    values = asdict(options) | {"plan": None if options.plan is None else str(options.plan)}
+    placement = _placement(options, ranks)
+    values = asdict(options) | {name: placement[name] for name in ("sharding", "plan")}
     return {
         "identity": {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
         | {"data": dataset.fingerprint},
@@ -135,8 +236,19 @@ def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> di
         "model": asdict(options.model),
         "schema": dataset.schema.to_dict(),
         "mean_values_per_bag": dict(dataset.statistics.mean_values_per_bag),
+        "ranks": placement["ranks"],
+        "device": placement["device"],
+        "environment": placement["environment"],
+    }
+
+
+def _placement(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
+    """On what a run is trained; may be other when it goes on."""
+    return {
         "ranks": ranks.world_size,
         "device": ranks.device.type,
+        "sharding": options.sharding if options.plan is None else None,
+        "plan": None if options.plan is None else str(options.plan),
         "environment": {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -146,25 +258,59 @@ def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> di
     }
 
 
+@dataclass(frozen=True)
+class _Position:
+    """Where training begins."""
+
+    step: int = 0
+    seconds: float = 0.0
+    checkpoint: Path | None = None
+    """What it goes on from."""
+
+
+def _go_on(
+    trainer: Trainer,
+    reader: ImpressionReader,
+    run: RunFolder,
+    options: TrainOptions,
+    ranks: Ranks,
+) -> _Position:
+    """Loads the checkpoint asked for where there is one, and forgets what came after it."""
+    if options.resume == "never":
+        return _Position()
+    wanted = int(options.resume) if options.resume.isdigit() else None
+    checkpoint = ranks.from_first(lambda: find_checkpoint(run.checkpoints, wanted))
+    if checkpoint is None:
+        return _Position()
+    progress = load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
+    reader.load_state_dict(progress["reader"])
+    step = progress["step"]
+    if wanted is not None or step < _last_step(reader, options, step=step):
+        ranks.from_first(lambda: run.go_on_from(step, _placement(options, ranks)))
+    return _Position(step, progress["seconds"], checkpoint)
+
+
+def _last_step(reader: ImpressionReader, options: TrainOptions, *, step: int) -> int:
+    """The step that training ends with. Steps done on another number of ranks were of another
+    size, so that only those to come can be counted in rows."""
+    to_come = 0
+    if reader.epoch < options.epochs:
+        later_epochs = options.epochs - reader.epoch - 1
+        to_come = reader.steps_left + later_epochs * reader.steps_per_epoch
+    last = step + to_come
+    return last if options.max_steps is None else max(step, min(last, options.max_steps))
+
+
 def _fit(
     trainer: Trainer,
     reader: ImpressionReader,
     run: RunFolder,
     options: TrainOptions,
     ranks: Ranks,
+    position: _Position,
 ) -> dict[str, Any]:
-    """Trains to the end, from the checkpoint asked for where there is one."""
-    step, seconds, rows = 0, 0.0, 0
-    checkpoint = None
-    if options.resume != "never":
-        wanted = int(options.resume) if options.resume.isdigit() else None
-        checkpoint = find_checkpoint(run.checkpoints, wanted)
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
-        reader.load_state_dict(progress["reader"])
-        step, seconds, rows = progress["step"], progress["seconds"], reader.rows_done
-        if ranks.is_first:
-            print(f"going on from step {step} ({checkpoint})", flush=True)
+    """Trains from a position to the end."""
+    step, seconds, rows = position.step, position.seconds, reader.rows_done
     last_saved = step
 
     def save() -> None:
@@ -184,25 +330,30 @@ def _fit(
         device=ranks.device,
         window_size=max(WINDOW_SIZE, reader.global_batch_size),
     )
-    log = _Log(run, after=step) if ranks.is_first else None
-    total = options.epochs * reader.steps_per_epoch
-    total = total if options.max_steps is None else min(total, options.max_steps)
+    total = _last_step(reader, options, step=step)
     every = max(1, min(LOG_EVERY, total // LOGGED_AT_LEAST))
     losses: list[torch.Tensor] = []
-    to_train = min(total * reader.global_batch_size, options.epochs * reader.num_rows)
-    with progress_bar(
-        "Training", to_train, "rows", initial=rows, disable=not ranks.is_first
-    ) as bar:
-        while step < total and reader.epoch < options.epochs:
+    to_train = min(
+        rows + (total - step) * reader.global_batch_size, options.epochs * reader.num_rows
+    )
+    with (
+        _Log(run, after=step) if ranks.is_first else nullcontext() as log,
+        progress_bar("Training", to_train, "rows", initial=rows, disable=not ranks.is_first) as bar,
+    ):
+        while step < total:
             started = time.perf_counter()
             for output in trainer.steps(reader, min(reader.steps_left, total - step)):
                 step += 1
                 rows, taken = reader.rows_done, reader.rows_done - rows
                 losses.append(output.loss)
                 window.update(windowed_output(output))
+                told = step % every == 0 or step == total
+                saved = options.checkpoint_every > 0 and step % options.checkpoint_every == 0
+                if (told or saved) and ranks.device.type == "cuda":
+                    torch.cuda.synchronize(ranks.device)  # else launches are timed, not steps
                 seconds += time.perf_counter() - started
                 bar.update(taken)
-                if step % every == 0 or step == total:
+                if told:
                     known = known_tasks(output.logits)
                     figures = {
                         name: value
@@ -219,15 +370,13 @@ def _fit(
                             "samples_per_second": rows / seconds,
                         } | figures
                         log.write(step, figures)
-                        bar.set_postfix(_short(figures), refresh=False)
-                if options.checkpoint_every and step % options.checkpoint_every == 0:
+                        bar.set_postfix_str(_short(figures), refresh=False)
+                if saved:
                     save()
                     last_saved = step
                 started = time.perf_counter()
     if last_saved < step:
         save()
-    if log is not None:
-        log.close()
     peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return {
@@ -257,12 +406,20 @@ class _Log:
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._history.close()
         self._board.close()
 
 
-def _short(figures: dict[str, float]) -> dict[str, str]:
+def _short(figures: dict[str, float]) -> str:
     """What of the figures goes beside the progress bar."""
-    names = ("loss", "ctr_auc", "cvr_auc", "ctcvr_auc")
-    return {name: f"{figures[name]:.4f}" for name in names if name in figures}
+    tasks = [
+        f"{task} {figures[f'{task}_auc']:.3f}/{figures[f'{task}_ne']:.3f}"
+        for task in ("ctr", "cvr", "ctcvr")
+        if f"{task}_auc" in figures and f"{task}_ne" in figures
+    ]
+    measured = f", AUC/NE {' '.join(tasks)}" if tasks else ""
+    return f"loss {figures['loss']:.4f}{measured}"

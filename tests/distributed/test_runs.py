@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
+from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
 from esmm_torchrec.checkpoints.restore import restore
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.scoring import encode_rows, score
@@ -136,6 +138,51 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run: Path, data: Pat
     for key, value in whole["test"].items():
         if isinstance(value, float):
             assert resumed["test"][key] == pytest.approx(value, abs=2e-5), key
+
+
+@pytest.mark.parametrize(("before", "after", "last_step"), [(1, 2, 17), (2, 1, 27)])
+def test_a_run_that_goes_on_with_other_ranks_reads_every_row(
+    before: int, after: int, last_step: int, data: Path, tmp_path: Path
+) -> None:
+    """900 rows, 64 a rank and step: behind 3 steps 708 are left of the epoch, in 6 steps of two
+    ranks, or 516 in 9 of one; then 8 or 15 more."""
+    options = replace(OPTIONS, checkpoint_every=3)
+    run_on_ranks(before, _train, data, tmp_path, options)
+    run_on_ranks(after, _train, data, tmp_path, replace(options, resume="3"))
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert (lines[-1]["step"], lines[-1]["epoch"]) == (last_step, 2)
+    assert max(checkpoint_folders(tmp_path / "checkpoints")) == last_step
+    throughput = json.loads((tmp_path / "metrics.json").read_text())["throughput"]
+    assert throughput["train_samples_per_second"] * throughput["train_seconds"] == pytest.approx(
+        2 * 900
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["ranks"] == before
+    assert [(entry["step"], entry["ranks"]) for entry in config["resumed"]] == [(3, after)]
+
+
+def test_scores_are_the_same_with_whole_tables_on_every_rank(
+    run: Path, data: Path, scores: pd.DataFrame
+) -> None:
+    out = data.parent / "data_parallel.parquet"
+    run_on_ranks(2, _score, run, data, out, "data_parallel", 4096)
+    for column in ("pctr", "pcvr", "pctcvr"):
+        np.testing.assert_allclose(pd.read_parquet(out)[column], scores[column], atol=1e-5)
+
+
+def test_data_of_the_same_form_and_other_meaning_is_refused(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
+    """Dense features that were standardised otherwise; tables are of the same sizes."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    description = json.loads((other / "dataset.json").read_text())
+    description["statistics"]["dense"]["price"]["mean"] += 1
+    (other / "dataset.json").write_text(json.dumps(description))
+    schema = PreparedDataSet.open(other).schema
+    RunFolder.open(run).check_schema(schema, data)
+    with pytest.raises(RunError, match="standardised its dense features otherwise than"):
+        RunFolder.open(run).check_schema(schema, other)
 
 
 def test_predictor_scores_raw_rows_like_the_prepared_ones(

@@ -229,7 +229,7 @@ def _fused_counts(trainer: Trainer) -> list[int]:
         m for m in trainer.model.modules() if isinstance(m, ShardedEmbeddingBagCollection)
     ]
     return [
-        int(module.iter)
+        int(module.get_buffer("iter"))
         for collection in collections
         for lookup in collection._lookups
         for module in lookup.modules()

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
@@ -154,14 +155,90 @@ def test_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
         RunFolder.open(tmp_path)
 
 
-def test_ids_must_mean_what_they_meant_in_training(run: RunFolder, tmp_path: Path) -> None:
-    run.check_schema(SCHEMA, tmp_path)
-    other = replace(SCHEMA, tables=(Table("item", 10),))
+def _write_description(folder: Path, **changed: Any) -> None:
+    """What check_schema looks at in a dataset.json."""
+    description = {
+        "checksums": {"vocabulary/item.parquet": "1a", "train/impressions-00000.parquet": "2b"},
+        "dense": {"price": {"mean": 2.0, "std": 4.0}},
+    } | changed
+    folder.mkdir(exist_ok=True)
+    statistics = {"dense": description.pop("dense"), "mean_values_per_bag": {}}
+    text = json.dumps(description | {"statistics": statistics})
+    (folder / "dataset.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "changed", "differs"),
+    [
+        (
+            replace(SCHEMA, tables=(Table("item", 10),)),
+            {},
+            "has other features or vocabularies than",
+        ),
+        (
+            SCHEMA,
+            {"checksums": {"vocabulary/item.parquet": "3c"}},
+            "gives ids other rows of their tables than",
+        ),
+        (
+            SCHEMA,
+            {"dense": {"price": {"mean": 2.5, "std": 4.0}}},
+            "standardised its dense features otherwise than",
+        ),
+    ],
+)
+def test_data_that_means_something_else_than_in_training_is_refused(
+    schema: Schema, changed: dict[str, Any], differs: str, run: RunFolder, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    _write_description(run.preprocessing)
+    _write_description(data, **changed)
     with _refused(
-        f"{tmp_path} has other features or vocabularies than the data of {run.path}; give the "
-        "data set that the run was trained on"
+        f"{data} {differs} the data of {run.path}; give the data set that the run was trained on, "
+        "or the raw rows to 'score --input'"
     ):
-        run.check_schema(other, tmp_path)
+        run.check_schema(schema, data)
+
+
+def test_other_rows_in_the_same_form_are_taken(run: RunFolder, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    _write_description(run.preprocessing)
+    checksums = {"vocabulary/item.parquet": "1a", "train/impressions-00000.parquet": "9z"}
+    _write_description(data, checksums=checksums)
+    run.check_schema(SCHEMA, str(data))
+    (run.preprocessing / "dataset.json").write_text("{}")
+    with _refused(f"{run.preprocessing / 'dataset.json'} is broken ('checksums'); make it again"):
+        run.check_schema(SCHEMA, data)
+
+
+def test_what_comes_after_the_step_to_go_on_from_is_forgotten(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    run.history.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)))
+    (run.path / "metrics.json").write_text("{}")
+    run.go_on_from(20, {"ranks": 2, "device": "cpu"}).go_on_from(10, {"ranks": 4, "device": "cpu"})
+    assert list(checkpoint_folders(run.checkpoints)) == [10]
+    assert run.history.read_text() == '{"step": 10}\n'
+    assert not (run.path / "metrics.json").exists()
+    assert RunFolder.open(str(run.path)).config == json.loads(json.dumps(_config())) | {
+        "resumed": [
+            {"step": 20, "ranks": 2, "device": "cpu"},
+            {"step": 10, "ranks": 4, "device": "cpu"},
+        ]
+    }
+
+
+def test_a_kept_pctr_is_read_back_and_must_be_whole(run: RunFolder) -> None:
+    assert run.read_pctr(3) is None
+    run.write_pctr(np.array([0.25, 0.5, 0.75]))
+    kept = run.read_pctr(3)
+    assert kept is not None
+    assert kept.tolist() == [0.25, 0.5, 0.75]
+    with _refused(f"{run.pctr} is broken ((3,) values for 4 clicks); train again"):
+        run.read_pctr(4)
+    run.pctr.write_bytes(run.pctr.read_bytes()[:-4])
+    with pytest.raises(RunError, match=re.escape(f"{run.pctr} is broken (")):
+        run.read_pctr(3)
 
 
 def test_history_forgets_what_is_done_again(run: RunFolder) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
 from esmm_torchrec.cli.main import main
 from tests.prepared_data import write_data_set
 
@@ -358,7 +359,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert _sentence(err) == "interrupted; give the same command again to go on"
+    last = max(checkpoint_folders(out / "checkpoints"))
+    assert _sentence(err) == (
+        f"interrupted; give the same command again to go on with {out} from step {last}"
+    )
     assert not (out / "metrics.json").exists()
     _train(data, out, *long)
     assert "going on from step " in capsys.readouterr().out

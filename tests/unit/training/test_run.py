@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import RunError
+from esmm_torchrec.errors import Interrupted, RunError
 from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training import run as run_module
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import train
+from esmm_torchrec.training.run import _short, train
+from esmm_torchrec.training.trainer import Trainer
 from tests.plain_esmm import read_frame
 from tests.prepared_data import write_data_set
 
@@ -35,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
+def _train(data: Path | str, out: Path | str, options: TrainOptions) -> dict[str, Any]:
     with process_group("cpu") as ranks:
         metrics = train(data, out, options, ranks)
     return metrics
@@ -92,6 +96,8 @@ def test_history_and_tensorboard_say_the_same(trained: tuple[Path, dict[str, Any
     ]
     for line in history:
         assert np.isfinite(list(line.values())).all()
+        for task in ("ctr", "cvr", "ctcvr"):
+            assert {f"{task}_auc", f"{task}_ne", f"{task}_calibration"} <= line.keys()
         assert line["samples_per_second"] > 0
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     for name in ("loss", "ctr_auc"):
@@ -168,6 +174,112 @@ def test_a_run_of_other_options_is_left_alone(
 
     refused()
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_going_on_from_an_earlier_step_forgets_the_later_ones(
+    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    """Paths may be strings, and other options than at first are noted."""
+    out, metrics = trained
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    options = replace(OPTIONS, resume="15", checkpoint_every=20, sharding="row_wise")
+    assert _train(str(data), str(again), options)["test"] == metrics["test"]
+    assert list(checkpoint_folders(again / "checkpoints")) == [15, 20, 40, 42]
+    assert [line["step"] for line in _history(again)] == [line["step"] for line in _history(out)]
+    config = json.loads((again / "config.json").read_text())
+    (resumed,) = config.pop("resumed")
+    assert config == json.loads((out / "config.json").read_text())
+    noted = {key: resumed[key] for key in ("step", "ranks", "device", "sharding", "plan")}
+    assert noted == {"step": 15, "ranks": 1, "device": "cpu", "sharding": "row_wise", "plan": None}
+    assert resumed["environment"] == config["environment"]
+
+
+def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
+    trained: tuple[Path, dict[str, Any]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(trained[0], again)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "steps", interrupted)
+    with pytest.raises(Interrupted) as interrupt:
+        _train(data, again, replace(OPTIONS, resume="15"))
+    assert str(interrupt.value) == (
+        f"interrupted; give --resume auto to go on with {again} from step 15"
+    )
+    assert list(checkpoint_folders(again / "checkpoints")) == [15]
+    assert not (again / "metrics.json").exists()
+    assert _history(again)[-1]["step"] <= 15
+    with pytest.raises(Interrupted) as interrupt:
+        _train(data, again, OPTIONS)
+    assert str(interrupt.value) == (
+        f"interrupted; give the same command again to go on with {again} from step 15"
+    )
+    with pytest.raises(Interrupted) as interrupt:
+        _train(data, tmp_path / "new", OPTIONS)
+    assert str(interrupt.value) == (
+        f"interrupted before a checkpoint was written to {tmp_path / 'new'}; give the same command "
+        "again to begin anew, and --checkpoint-every to save on the way"
+    )
+
+
+def test_sigterm_is_an_interrupt_and_stays_what_it_was_after(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "steps", terminated)
+    with pytest.raises(Interrupted):
+        _train(data, tmp_path, OPTIONS)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_plan_is_said_to_decide_alone(
+    trained: tuple[Path, dict[str, Any]],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = trained[0] / "plan.json"
+    _train(data, tmp_path, replace(OPTIONS, max_steps=1, plan=plan, sharding="row_wise"))
+    said = f"placed as {plan} says; --sharding row_wise is not used beside it\n"
+    assert said in capsys.readouterr().out
+    options = json.loads((tmp_path / "config.json").read_text())["options"]
+    assert (options["sharding"], options["plan"]) == (None, str(plan))
+
+
+def test_the_rows_of_a_method_that_needs_a_pctr_are_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks would train other networks, which would choose other rows."""
+    options = replace(OPTIONS, method="unbias", max_steps=6, checkpoint_every=3)
+    metrics = _train(data, tmp_path / "run", options)
+    frame = read_frame(PreparedDataSet.open(data), "train")
+    assert np.load(tmp_path / "run" / "pctr.npy").shape == (frame["click"].sum(),)
+
+    def not_again(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(run_module, "out_of_fold_pctr", not_again)
+    resumed = _train(data, tmp_path / "run", replace(options, resume="3"))
+    assert resumed["test"] == metrics["test"]
+
+
+def test_what_stands_beside_the_bar_is_short() -> None:
+    figures = {"loss": 0.123456, "epoch": 1, "samples_per_second": 1e5}
+    assert _short(figures) == "loss 0.1235"
+    for task in ("ctr", "cvr", "ctcvr"):
+        figures |= {f"{task}_auc": 0.61234, f"{task}_ne": 0.98765, f"{task}_calibration": 1.0}
+    assert _short(figures) == (
+        "loss 0.1235, AUC/NE ctr 0.612/0.988 cvr 0.612/0.988 ctcvr 0.612/0.988"
+    )
 
 
 @pytest.mark.parametrize("option", ["sharding", "checkpoint_every", "device"])
