@@ -8,6 +8,9 @@ only data with known probabilities allows.
 
     impressions, clicks, conversions   rows; conversions count clicked impressions only
     <task>_auc                         exact, tie-aware AUC
+    <task>_auc_torchrec                TorchRec's own, to compare with: it orders ties by chance and
+                                       sums in one piece, so that it is given only for as many
+                                       impressions as a window of `metrics.windowed` holds
     ctcvr_auc_common_ctr               AUC of pCTR · pCVR, pCTR from one CTR network common to all
                                        methods: the paper's protocol. With `common_ctr_logit`
     cvr_auc_by_pctr                    reference: pCTR used as the conversion score, on clicks
@@ -58,7 +61,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torchrec.metrics.auc import compute_auc
 
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.metrics.probability import (
@@ -70,6 +75,7 @@ from esmm_torchrec.metrics.probability import (
     reliability_curve,
 )
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, grouped_auc, soft_auc
+from esmm_torchrec.metrics.windowed import WINDOW_SIZE
 
 Scores = NDArray[np.floating]
 _BLOCK = 1 << 18
@@ -249,6 +255,7 @@ def _put_task(
     groups: NDArray[np.integer] | None,
 ) -> None:
     _put_auc(part, f"{task}_auc", prediction, label, score_of=task, label_of=task)
+    _put_torchrec_auc(part, task, prediction, label)
     flaw = _flaw(task, prediction)
     one_class = _one_class(task, label)
     sums = None if prediction is None or flaw else fit(prediction, label)
@@ -286,6 +293,20 @@ def _put_auc(
     flaw = _flaw(score_of, prediction)
     value = None if prediction is None or flaw else auc(prediction.values, label)
     part.put(key, value, flaw or _one_class(label_of, label))
+
+
+def _put_torchrec_auc(
+    part: _Part, task: str, prediction: Prediction | None, label: NDArray[np.integer]
+) -> None:
+    if label.size > WINDOW_SIZE:
+        return
+    flaw = _flaw(task, prediction) or _one_class(task, label)
+    value = None
+    if prediction is not None and not flaw:
+        scores = torch.from_numpy(prediction.values.astype(np.float64))[None]
+        labels = torch.from_numpy(label.astype(np.float64))[None]
+        value = float(compute_auc(1, [scores], [labels], [torch.ones_like(labels)]))
+    part.put(f"{task}_auc_torchrec", value, flaw)
 
 
 _SCORE = {"ctr": "click", "cvr": "conversion", "ctcvr": "click-and-conversion"}
