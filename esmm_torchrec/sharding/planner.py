@@ -83,12 +83,19 @@ def choose_kernel(
     return "dense" if optimizer == "adam" and device.type == "cpu" else "fused"
 
 
-def _sharding_types(sharding: ShardingOption, *, world_size: int) -> tuple[ShardingOption, ...]:
+def _alternatives(sharding: ShardingOption, ranks: Ranks) -> list[tuple[ShardingOption, ...]]:
+    """What every table may be; later ones where the tables do not fit as the earlier ones say."""
     if sharding != "auto":
-        return (sharding,)
+        return [(sharding,)]
     # data_parallel has no fused optimiser; column_wise keeps a row's Adagrad momentum once per
     # column shard. Neither is chosen unasked.
-    return ("table_wise",) if world_size == 1 else ("table_wise", "row_wise")
+    whole: tuple[ShardingOption, ...] = ("table_wise",)
+    if ranks.world_size == 1:
+        return [whole]
+    # Ranks on a CPU train a tenth faster with whole tables (benchmarks/two_ranks.py); the planner
+    # does not see it, as it assumes the links of GPUs.
+    either: tuple[ShardingOption, ...] = ("table_wise", "row_wise")
+    return [whole, either] if ranks.device.type == "cpu" else [either]
 
 
 def _gives_each_rank_a_row(sharding: ShardingOption, rows: int, ranks: Ranks) -> bool:
@@ -111,10 +118,47 @@ def make_plan(
     Raises:
         PlanError: the tables do not fit.
     """
-    types = _sharding_types(sharding, world_size=ranks.world_size)
     # The planner knows the dense kernel with data_parallel only, though it is right with all.
     dense_after = kernel == "dense" and sharding != "data_parallel"
     kernels = [EmbeddingComputeKernel("fused" if dense_after else kernel).value]
+
+    def plan_on_first_rank() -> ShardingPlan:
+        reason = ""
+        for types in _alternatives(sharding, ranks):
+            planner = EmbeddingShardingPlanner(
+                topology=_topology(ranks),
+                batch_size=workload.batch_size,
+                constraints=_constraints(module, types, kernels, ranks, workload),
+                storage_reservation=FixedPercentageStorageReservation(STORAGE_MARGIN),
+                debug=False,
+            )
+            try:
+                return planner.plan(module, sharders())
+            except PlannerError as error:
+                reason = " ".join(str(error).split())
+        raise PlanError(
+            f"TorchRec finds no plan for --sharding {sharding} on {ranks.world_size} ranks; where "
+            "memory is short, use more ranks or a smaller --embedding-dim, else another sharding "
+            f"({reason[:300]})"
+        )
+
+    plan = ranks.from_first(plan_on_first_rank)
+    if dense_after:
+        for module_plan in plan.plan.values():
+            assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+            for parameter in module_plan.values():
+                parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
+    return plan
+
+
+def _constraints(
+    module: nn.Module,
+    types: tuple[ShardingOption, ...],
+    kernels: list[str],
+    ranks: Ranks,
+    workload: Workload,
+) -> dict[str, ParameterConstraints]:
+    """What the planner may do with each table."""
     constraints: dict[str, ParameterConstraints] = {}
     for collection in embedding_bag_collections_of(module).values():
         for config in collection.embedding_bag_configs():
@@ -132,28 +176,7 @@ def make_plan(
                 ],
                 is_weighted=collection.is_weighted(),
             )
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(ranks),
-        batch_size=workload.batch_size,
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(STORAGE_MARGIN),
-        debug=False,
-    )
-    try:
-        plan = planner.collective_plan(module, sharders(), torch.distributed.GroupMember.WORLD)
-    except PlannerError as error:
-        reason = " ".join(str(error).split())
-        raise PlanError(
-            f"TorchRec finds no plan for --sharding {sharding} on {ranks.world_size} ranks; where "
-            "memory is short, use more ranks or a smaller --embedding-dim, else another sharding "
-            f"({reason[:300]})"
-        ) from error
-    if dense_after:
-        for module_plan in plan.plan.values():
-            assert isinstance(module_plan, EmbeddingModuleShardingPlan)
-            for parameter in module_plan.values():
-                parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
-    return plan
+    return constraints
 
 
 def _topology(ranks: Ranks) -> Topology:

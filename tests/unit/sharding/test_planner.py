@@ -14,6 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding import planner
 from esmm_torchrec.sharding.planner import (
     KernelOption,
     ShardingOption,
@@ -116,6 +117,23 @@ def test_auto_never_chooses_what_was_not_asked_for(kernel: KernelOption, two: Ra
     no column_wise, which keeps several Adagrad momenta for a row."""
     kinds = {table.sharding_type for table in _plan(two, "auto", kernel=kernel).values()}
     assert kinds <= {"table_wise", "row_wise"}
+
+
+def test_auto_on_a_cpu_divides_only_what_does_not_fit_whole(
+    two: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_table = nn.ModuleList([_collection({"item": 200_000}, 16, weighted=False)])
+    (table,) = _plan(two, "auto", model=one_table).values()
+    assert table.sharding_type == "table_wise"
+
+    topology = planner._topology(two)
+    for device in topology.devices:
+        device.storage.ddr = 12_000_000  # the table takes 12.8 MB, half of it on each rank 6.4
+    monkeypatch.setattr(planner, "_topology", lambda _: topology)
+    with pytest.raises(PlanError, match="--sharding table_wise on 2 ranks"):
+        _plan(two, "table_wise", model=one_table)
+    (table,) = _plan(two, "auto", model=one_table).values()
+    assert table.sharding_type == "row_wise"
 
 
 def test_auto_on_one_rank_divides_nothing(one: Ranks) -> None:
