@@ -42,6 +42,8 @@ SparseOptimizerOption = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 """Optimisers of the embedding tables."""
 
 KERNEL_DIM_MULTIPLE = 4
+MOST_IMBALANCE = 1.25
+"""Of whole tables where `auto` may cut them."""
 STORAGE_MARGIN = 0.15
 """Share of memory left to everything the planner does not count."""
 
@@ -84,7 +86,8 @@ def choose_kernel(
 
 
 def _alternatives(sharding: ShardingOption, ranks: Ranks) -> list[tuple[ShardingOption, ...]]:
-    """What every table may be; later ones where the tables do not fit as the earlier ones say."""
+    """What every table may be; later ones where the tables do not fit as the earlier ones say, or
+    leave one rank with most of the work."""
     if sharding != "auto":
         return [(sharding,)]
     # data_parallel has no fused optimiser; column_wise keeps a row's Adagrad momentum once per
@@ -92,8 +95,8 @@ def _alternatives(sharding: ShardingOption, ranks: Ranks) -> list[tuple[Sharding
     whole: tuple[ShardingOption, ...] = ("table_wise",)
     if ranks.world_size == 1:
         return [whole]
-    # Ranks on a CPU train a tenth faster with whole tables (benchmarks/two_ranks.py); the planner
-    # does not see it, as it assumes the links of GPUs.
+    # Ranks on a CPU that have as much to do train a tenth faster with whole tables
+    # (benchmarks/two_ranks.py); the planner does not see it, as it assumes the links of GPUs.
     either: tuple[ShardingOption, ...] = ("table_wise", "row_wise")
     return [whole, either] if ranks.device.type == "cpu" else [either]
 
@@ -123,8 +126,8 @@ def make_plan(
     kernels = [EmbeddingComputeKernel("fused" if dense_after else kernel).value]
 
     def plan_on_first_rank() -> ShardingPlan:
-        reason = ""
-        for types in _alternatives(sharding, ranks):
+        reason, alternatives = "", _alternatives(sharding, ranks)
+        for types in alternatives:
             planner = EmbeddingShardingPlanner(
                 topology=_topology(ranks),
                 batch_size=workload.batch_size,
@@ -133,9 +136,12 @@ def make_plan(
                 debug=False,
             )
             try:
-                return planner.plan(module, sharders())
+                plan = planner.plan(module, sharders())
             except PlannerError as error:
                 reason = " ".join(str(error).split())
+            else:
+                if types is alternatives[-1] or _imbalance(planner, ranks) <= MOST_IMBALANCE:
+                    return plan
         raise PlanError(
             f"TorchRec finds no plan for --sharding {sharding} on {ranks.world_size} ranks; where "
             "memory is short, use more ranks or a smaller --embedding-dim, else another sharding "
@@ -177,6 +183,17 @@ def _constraints(
                 is_weighted=collection.is_weighted(),
             )
     return constraints
+
+
+def _imbalance(planner: EmbeddingShardingPlanner, ranks: Ranks) -> float:
+    """Estimated time of the busiest rank over the mean, in the plan that was just made."""
+    times = [0.0] * ranks.world_size
+    for option in planner._best_plan or []:
+        for shard in option.shards:
+            assert shard.perf is not None
+            assert shard.rank is not None
+            times[shard.rank] += shard.perf.total
+    return max(times) * ranks.world_size / sum(times)
 
 
 def _topology(ranks: Ranks) -> Topology:
