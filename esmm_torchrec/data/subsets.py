@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from esmm_torchrec.data.mapped import Bags, MappedBags, MappedSplit
-from esmm_torchrec.schema import CLICK, GROUP_ID, SAMPLE_ID, SHARED_ROW, UNKNOWN_ROW
+from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, UNKNOWN_ROW
 
 Purpose = Literal["validation", "volume", "fold", "sample"]
 """What a hash is for; each has one of its own, so that folds of a volume are not lopsided."""
@@ -154,8 +154,3 @@ def sample_rows(split: MappedSplit, most: int) -> np.ndarray | None:
     if split.impressions <= most:
         return None
     return rows_between(split, 0.0, most / split.impressions, purpose="sample")
-
-
-def clicked_rows(split: MappedSplit) -> np.ndarray:
-    """Rows with a click, ascending, int64 (M,)."""
-    return np.flatnonzero(split.scalars[CLICK])

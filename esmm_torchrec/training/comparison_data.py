@@ -44,11 +44,6 @@ class ComparisonData:
     """int (M,), test impressions to score; None: all."""
 
     @property
-    def has_truth(self) -> bool:
-        """Whether the true probabilities are known."""
-        return "true_cvr" in self.test.scalars
-
-    @property
     def user_column(self) -> str:
         """The column that says whose an impression is."""
         return user_column(self.train)
