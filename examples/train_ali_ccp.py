@@ -50,8 +50,9 @@ def prepared_data(options: Options) -> Path:
     """The prepared data set of the options, made first where it is not there yet."""
     if options.data is not None:
         return options.data
-    raw = options.raw
-    if raw is None:
+    if options.raw is not None:
+        raw = options.raw.resolve()  # "." has no name to put "-prepared" behind
+    else:
         raw = Path(f"generated/ali-ccp-{options.impressions}")
         if not raw.exists():
             generate(World(impressions=options.impressions), raw)

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from esmm_torchrec.data.synthetic import GeneratedWorld, World, generate
+from esmm_torchrec.training.table import percentage
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ def report(generated: GeneratedWorld, out: Path, seconds: float) -> str:
     rows = [
         ("impressions", f"{train.impressions:,}", f"{test.impressions:,}"),
         ("clicks", f"{train.clicks:,}", f"{test.clicks:,}"),
-        ("CTR", f"{train.clicks / train.impressions:.3%}", f"{test.clicks / test.impressions:.3%}"),
+        (
+            "CTR",
+            percentage(train.clicks, train.impressions),
+            percentage(test.clicks, test.impressions),
+        ),
         ("conversions", f"{train.conversions:,}", f"{test.conversions:,}"),
         (
             "CVR of clicks",
-            _rate(train.conversions, train.clicks),
-            _rate(test.conversions, test.clicks),
+            percentage(train.conversions, train.clicks),
+            percentage(test.conversions, test.clicks),
         ),
         ("common rows", f"{train.common_rows:,}", f"{test.common_rows:,}"),
         ("AUC of the truth: clicks", _figure(train.ctr_auc), _figure(test.ctr_auc)),
@@ -97,10 +102,6 @@ def run(options: Options) -> None:
     start = time.perf_counter()
     generated = generate(world, options.out)
     print(report(generated, options.out, time.perf_counter() - start))
-
-
-def _rate(part: int, whole: int) -> str:
-    return f"{part / whole:.3%}" if whole else "-"
 
 
 def _figure(value: float | None) -> str:

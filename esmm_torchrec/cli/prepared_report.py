@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, Split, SplitName
 from esmm_torchrec.schema import IdFeature
+from esmm_torchrec.training.table import aligned, percentage
 
 
 def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
@@ -28,9 +29,9 @@ def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
         ["", *SPLITS],
         row("impressions", lambda _, split: f"{split.impressions:,}"),
         row("clicks", lambda _, split: f"{split.clicks:,}"),
-        row("CTR", lambda _, split: _rate(split.clicks, split.impressions)),
+        row("CTR", lambda _, split: percentage(split.clicks, split.impressions)),
         row("conversions", lambda _, split: f"{split.conversions:,}"),
-        row("CVR of clicks", lambda _, split: _rate(split.conversions, split.clicks)),
+        row("CVR of clicks", lambda _, split: percentage(split.conversions, split.clicks)),
     ]
     if schema.has_shared_features:
         counts.append(row("shared rows", lambda _, split: f"{split.shared_rows:,}"))
@@ -50,12 +51,12 @@ def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
         tables.append(
             [table.name, f"{table.num_embeddings:,}", ", ".join(map(_described, features))]
         )
-    sections = [_aligned(counts), _aligned(tables)]
+    sections = [aligned(counts), aligned(tables)]
     if schema.dense_features:
         dense = [["dense feature", "mean", "std"]]
         for name, of in data_set.statistics.dense.items():
             dense.append([name, f"{of.mean:.6g}", f"{of.std:.6g}"])
-        sections.append(_aligned(dense))
+        sections.append(aligned(dense))
     examples = [sentence for name in SPLITS for sentence in data_set.dropped_rows[name]]
     if examples:
         sections.append(["skipped, the first of them:", *(f"  {text}" for text in examples)])
@@ -76,17 +77,3 @@ def _described(feature: IdFeature) -> str:
         if holds
     ]
     return f"{feature.name} ({', '.join(notes)})" if notes else feature.name
-
-
-def _rate(part: int, whole: int) -> str:
-    return f"{part / whole:.3%}" if whole else "-"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width: the first and any of words to the left, numbers to the right."""
-    columns = []
-    for column in zip(*rows, strict=True):
-        width = max(map(len, column))
-        to_left = not columns or not any(cell[:1].isdigit() or cell[:1] == "-" for cell in column)
-        columns.append([f"{cell:<{width}}" if to_left else f"{cell:>{width}}" for cell in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]

@@ -164,23 +164,6 @@ def open_raw_tables(given: Frame | Sequence[Frame], *, what: str) -> list[RawTab
     return [_open(frame, what) for frame in frames]
 
 
-def iter_tables(path: Path | str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Blocks of a CSV or Parquet file, in memory bounded by a block.
-
-    Args:
-        path: the suffix says which kind it is: .csv, .csv.gz, .parquet, .pq.
-        columns: those to read; None reads all. Columns of a CSV are strings, null where a field
-            is one of CSV_NULLS.
-
-    Raises:
-        DataError: the file cannot be read, or lacks a column.
-    """
-    (table,) = open_raw_tables(path, what="input")
-    names = list(table.column_names if columns is None else columns)
-    table.check_columns(("asked for", name) for name in names)
-    yield from table.blocks(names)
-
-
 def _open(frame: Frame, what: str) -> RawTable:
     if isinstance(frame, pd.DataFrame):
         return _DataFrame(frame, f"the {what} DataFrame")

@@ -1,8 +1,8 @@
-"""The figures of a run as a small table for a terminal."""
+"""Tables for a terminal, and the figures of a run as one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROWS = (
@@ -11,6 +11,7 @@ ROWS = (
     ("click and conversion, all impressions", "ctcvr", "ctcvr_auc"),
 )
 _ENTIRE = "conversion, entire space"
+_SIGNS = frozenset("+-−–")
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
@@ -27,18 +28,31 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         rows.append(
             [_ENTIRE, truth[auc], None, truth["cvr_pcoc_entire_space"], truth["oracle"][auc]]
         )
-    text = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[column]) for row in text) for column in range(len(heading))]
-    lines = []
-    for label, *figures in text:
-        cells = [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *cells]))
+    lines = aligned([[_cell(value) for value in row] for row in rows])
     counts = (
         f"{test['impressions']:,} impressions, {test['clicks']:,} clicks, "
         f"{test['conversions']:,} conversions"
     )
     # Many figures share a reason.
     return "\n".join([*lines, counts, *dict.fromkeys(test["reasons"].values())])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns of equal width: the first and any of words to the left, numbers to the
+    right. A column is of numbers where a cell begins like one."""
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(len, column))
+        to_left = not columns or not any(
+            cell[:1].isdigit() or cell[:1] in _SIGNS for cell in column
+        )
+        columns.append([f"{cell:<{width}}" if to_left else f"{cell:>{width}}" for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+
+
+def percentage(part: int, whole: int) -> str:
+    """A share with three decimals; "-" of nothing."""
+    return f"{part / whole:.3%}" if whole else "-"
 
 
 def _cell(value: str | float | None) -> str:

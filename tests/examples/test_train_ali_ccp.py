@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -118,3 +119,14 @@ def test_raw_and_data_together_are_refused(tmp_path: Path) -> None:
     assert "esmm-torchrec: give --raw or --data, not both\n" in failed.stderr
     assert "exitcode  : 2 " in failed.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_stands_in_may_hold_the_raw_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, prepared = tmp_path / "raw", tmp_path / "raw-prepared"
+    for folder in (raw, prepared):
+        folder.mkdir()
+    monkeypatch.chdir(raw)
+    program = runpy.run_path(str(PROGRAM))
+    assert program["prepared_data"](program["Options"](raw=Path())) == prepared

@@ -18,7 +18,7 @@ from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.raw_tables import iter_tables
+from esmm_torchrec.data.raw_tables import open_raw_tables
 from esmm_torchrec.data.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
@@ -287,7 +287,7 @@ def test_another_version_or_a_changed_vocabulary_is_refused(data_set: PreparedDa
         RowEncoder.load(data_set.path)
 
 
-def test_iter_tables_reads_what_pandas_reads(
+def test_files_are_read_as_pandas_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(raw_tables, "CSV_BYTES_PER_BLOCK", 2000)
@@ -295,12 +295,14 @@ def test_iter_tables_reads_what_pandas_reads(
     frame = impressions()[["user", "city", "age"]].assign(**{"a.b": 1, "a": "x\ny"})
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_parquet(tmp_path / "a.parquet")
-    blocks = list(iter_tables(tmp_path / "a.csv"))
+    (table,) = open_raw_tables(tmp_path / "a.csv", what="input")
+    blocks = list(table.blocks(list(table.column_names)))
     assert len(blocks) > 1
     texts = pa.concat_tables(blocks).to_pandas()
     expected = pd.read_csv(tmp_path / "a.csv", dtype=str)
     pd.testing.assert_frame_equal(texts.fillna("-"), expected.fillna("-"), check_dtype=False)
-    blocks = list(iter_tables(tmp_path / "a.parquet", ["a", "city"]))
+    (table,) = open_raw_tables(tmp_path / "a.parquet", what="input")
+    blocks = list(table.blocks(["a", "city"]))
     assert len(blocks) == 4
     found = pa.concat_tables(blocks)
     assert found.column_names == ["a", "city"]
@@ -308,4 +310,4 @@ def test_iter_tables_reads_what_pandas_reads(
         None if pd.isna(city) else city for city in frame["city"].tolist()
     ]
     with pytest.raises(DataError, match=r"has no column 'town' \(asked for\)"):
-        list(iter_tables(tmp_path / "a.csv", ["town"]))
+        table.check_columns([("asked for", "town")])
