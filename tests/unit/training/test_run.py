@@ -236,9 +236,13 @@ def test_sigterm_is_an_interrupt_and_stays_what_it_was_after(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "steps", terminated)
-    with pytest.raises(Interrupted):
-        _train(data, tmp_path, OPTIONS)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, after other tests
+    try:
+        with pytest.raises(Interrupted):
+            _train(data, tmp_path, OPTIONS)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_plan_is_said_to_decide_alone(
