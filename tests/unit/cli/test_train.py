@@ -248,7 +248,8 @@ def _an_id_beyond_its_table(path: Path) -> str:
     beyond = pc.add(table["item"], pa.scalar(1000, pa.int32()))
     pq.write_table(table.set_column(place, table.schema.field(place), beyond), file)
     return (
-        "column 'item' holds an id outside 0..60, the rows of its table; prepare the data set again"
+        f"{file} was changed after it was written (its checksum differs); prepare the data set "
+        "again"
     )
 
 
