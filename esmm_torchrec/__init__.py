@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from esmm_torchrec.schema import IdFeature, Schema, Table
     from esmm_torchrec.serving.predictor import Predictor
     from esmm_torchrec.sharding.apply import shard
-    from esmm_torchrec.sharding.planner import make_plan
-    from esmm_torchrec.sharding.process_group import process_group
+    from esmm_torchrec.sharding.planner import Workload, make_plan
+    from esmm_torchrec.sharding.process_group import Ranks, process_group
     from esmm_torchrec.training.options import TrainOptions
     from esmm_torchrec.training.run import train
 
@@ -58,11 +58,13 @@ _ROOMS = {
     "PooledFeatures": "models.embeddings",
     "Predictor": "serving.predictor",
     "PreparedDataSet": "data.prepared",
+    "Ranks": "sharding.process_group",
     "RunError": "errors",
     "RunFolder": "checkpoints.run_folder",
     "Schema": "schema",
     "Table": "schema",
     "TrainOptions": "training.options",
+    "Workload": "sharding.planner",
     "World": "data.synthetic",
     "auc": "metrics.ranking",
     "ctcvr_logit": "models.losses",
@@ -98,11 +100,13 @@ __all__ = [
     "PooledFeatures",
     "Predictor",
     "PreparedDataSet",
+    "Ranks",
     "RunError",
     "RunFolder",
     "Schema",
     "Table",
     "TrainOptions",
+    "Workload",
     "World",
     "auc",
     "ctcvr_logit",

@@ -37,6 +37,9 @@ def auc(
         labels: (n,), each 0 or 1; int8 is the lean choice.
         weights: (n,), not negative; None: all 1. A pair counts the product of its weights.
 
+    Returns:
+        from 0 to 1; None where the rows are all of one class, or one class has no weight.
+
     Raises:
         OptionError: the lengths differ, a score is NaN, a label is neither 0 nor 1, or a weight
             is negative or not finite.

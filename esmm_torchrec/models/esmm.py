@@ -85,13 +85,23 @@ class EsmmTowers(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> Logits:
-        """float32 (B, F) → logits."""
+        """Logits of B impressions.
+
+        Args:
+            features: float32 (B, F), as `PooledFeatures` gives them.
+
+        Returns:
+            click and conversion, each float32 (B,).
+        """
         features = features.to(self.click.dtype)
         return Logits(click=self.click(features), conversion=self.conversion(features))
 
 
 class ESMM(nn.Module):
-    """Shared embeddings, a click tower and a conversion tower.
+    """Shared embeddings, a click tower and a conversion tower (Ma et al., SIGIR 2018, figure 2).
+
+    B impressions in, `Logits` with click and conversion out, each float32 (B,). At least one
+    collection is needed.
 
     Args:
         embedding_bag_collection: unweighted id features, as in `torchrec.models.dlrm.DLRM`.
@@ -100,6 +110,10 @@ class ESMM(nn.Module):
         shared_weighted_embedding_bag_collection: weighted features that impressions share.
         dense_in_features: D, number of dense features.
         towers: as `EsmmTowers` for `PooledFeatures.out_features` inputs; None builds the paper's.
+
+    Raises:
+        OptionError: there is no collection, one is weighted where it must not be or the other way
+            round, or two have a feature of the same name.
 
     Example::
 
@@ -148,8 +162,12 @@ class ESMM(nn.Module):
         shared_index: torch.Tensor | None = None,
         dense_features: torch.Tensor | None = None,
     ) -> Logits:
-        """Logits of B impressions; see `ImpressionBatch` for the arguments. A model takes what
-        its collections need, and the rest is left out."""
+        """Logits of B impressions, each float32 (B,).
+
+        A model takes what its collections need, and the rest is left out. `ImpressionBatch`
+        describes the arguments: B bags a key in the first two, U shared bags a key in the next
+        two, int64 (B,) with the shared bag of each impression, and float32 (B, D).
+        """
         return self.towers(
             self.features(
                 sparse_features,
@@ -233,13 +251,24 @@ class EsmmObjective:
 
 
 class EsmmTrainTask(TrainTask):
-    """ESMM's loss around a model.
+    """ESMM's loss around a model (Ma et al., SIGIR 2018, equation 2, as a mean):
+
+        w₁ · mean BCE(y, pCTR) + w₂ · mean BCE(y·z, pCTR · pCVR)        y click, z conversion
+
+    both over all impressions, weighted by `ImpressionBatch.weight`, computed from the logits in
+    float32. `forward` takes an `ImpressionBatch` of B impressions and returns the loss, float32
+    (), and a `TrainOutput` whose logits and labels are float32 (B,): what TorchRec's pipelines
+    expect of a model.
 
     Args:
         model: as in `TrainTask`; gives a click and a conversion logit.
-        click_loss_weight: see `EsmmObjective`.
-        ctcvr_loss_weight: see `EsmmObjective`.
-        detach_click: see `EsmmObjective`.
+        click_loss_weight: w₁.
+        ctcvr_loss_weight: w₂.
+        detach_click: keeps the second term from training the click tower.
+
+    Example::
+
+        task = EsmmTrainTask(ESMM(*embedding_bag_collections(schema, 16)))
     """
 
     def __init__(

@@ -38,6 +38,13 @@ def shard(
         plan: as `make_plan` or a plan file gives it.
         ranks: this process and its device.
         seed: of the weights of collections on the meta device.
+
+    Returns:
+        the module on the device of `ranks`, its collections sharded, its weights those that went
+        in. It must be gone before `process_group` ends.
+
+    Raises:
+        KeyError, ValueError: as TorchRec raises them, for a plan of other tables.
     """
     sources: dict[str, torch.Tensor | EmbeddingBagConfig] = {}
     for path, collection in embedding_bag_collections_of(module).items():

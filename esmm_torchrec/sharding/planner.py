@@ -118,6 +118,16 @@ def make_plan(
 
     A table of too few rows for each rank to get one is placed whole, whatever the sharding.
 
+    Args:
+        module: with collections that are not sharded yet, on any device, "meta" included.
+        ranks: this process among the others, in a process group.
+        sharding: one for all tables; "auto" leaves it to TorchRec, between table_wise and row_wise.
+        kernel: "fused", or "dense" where the optimiser of the tables is none of the fused ones.
+        workload: batch size and bag lengths to reckon with.
+
+    Returns:
+        the plan that `shard` takes.
+
     Raises:
         PlanError: the tables do not fit.
     """

@@ -87,7 +87,12 @@ def generate(
     `out` + ".partial", which a later call replaces.
 
     Args:
+        world: its settings; the same ones give the same bytes.
+        out: the folder to make.
         visits_per_block: visits that a thread draws at a time; changes nothing but memory.
+
+    Returns:
+        counts of each half, and how well the true probabilities rank it.
 
     Raises:
         DataError: `out` is there already.
