@@ -29,9 +29,9 @@ from matplotlib.figure import Figure
 from esmm_torchrec.cli.main import settle_process
 from esmm_torchrec.data.synthetic import World
 from esmm_torchrec.sharding.process_group import Ranks, process_group
-from esmm_torchrec.training.comparison import compare
-from esmm_torchrec.training.comparison_data import DEFAULT_WORLD
-from esmm_torchrec.training.comparison_options import ComparisonOptions
+from esmm_torchrec.training.comparison.data import DEFAULT_WORLD
+from esmm_torchrec.training.comparison.options import ComparisonOptions
+from esmm_torchrec.training.comparison.study import compare
 
 METRICS = {
     "cvr_auc": "CVR AUC, clicks",

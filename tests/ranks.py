@@ -26,6 +26,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) 
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         start_method="spawn",
+        max_restarts=0,
         monitor_interval=0.1,
     )
     results = elastic_launch(config, entrypoint=_enter)(function, arguments)

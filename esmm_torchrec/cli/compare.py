@@ -10,10 +10,10 @@ from pathlib import Path
 from esmm_torchrec.data.synthetic import World
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.sharding.process_group import process_group
-from esmm_torchrec.training.comparison import compare
-from esmm_torchrec.training.comparison_data import DEFAULT_WORLD
-from esmm_torchrec.training.comparison_options import ComparisonOptions
-from esmm_torchrec.training.comparison_report import format_table, write_report
+from esmm_torchrec.training.comparison.data import DEFAULT_WORLD
+from esmm_torchrec.training.comparison.options import ComparisonOptions
+from esmm_torchrec.training.comparison.report import format_table, write_report
+from esmm_torchrec.training.comparison.study import compare
 
 
 @dataclass(frozen=True, kw_only=True)

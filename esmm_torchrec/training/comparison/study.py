@@ -6,7 +6,7 @@
                  of them, for every seed; the test half is scored by chosen models alone
 
 One click network, tuned and trained by itself, supplies pCTR to every method, as in the paper.
-Every finished training is remembered (`comparison_store`): a stopped comparison goes on where it
+Every finished training is remembered (`store`): a stopped comparison goes on where it
 was and ends with the same numbers.
 """
 
@@ -34,22 +34,22 @@ from esmm_torchrec.models.methods import METHODS, MethodOption
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.training.comparison_data import (
+from esmm_torchrec.training.comparison.data import (
     Source,
     prepared_source,
     tuning_world,
     world_of_seed,
     world_source,
 )
-from esmm_torchrec.training.comparison_options import (
+from esmm_torchrec.training.comparison.options import (
     CLICK_NETWORK,
     ComparisonOptions,
     Trial,
 )
-from esmm_torchrec.training.comparison_results import assemble
-from esmm_torchrec.training.comparison_statistics import UserBootstrap
-from esmm_torchrec.training.comparison_store import Network, TrialStore
-from esmm_torchrec.training.comparison_trial import (
+from esmm_torchrec.training.comparison.results import assemble
+from esmm_torchrec.training.comparison.statistics import UserBootstrap
+from esmm_torchrec.training.comparison.store import Network, TrialStore
+from esmm_torchrec.training.comparison.trial import (
     Stage,
     Training,
     test_record,

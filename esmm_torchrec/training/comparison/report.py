@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from esmm_torchrec.models.methods import METHODS
-from esmm_torchrec.training.comparison_plots import draw_plots
-from esmm_torchrec.training.comparison_results import BASELINES, DIFFERENCES, fraction_key
+from esmm_torchrec.training.comparison.plots import draw_plots
+from esmm_torchrec.training.comparison.results import BASELINES, DIFFERENCES, fraction_key
 
 PAPER = {
     "BASE": ((66.00, 0.37), (62.07, 0.45)),

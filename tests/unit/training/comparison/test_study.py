@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from esmm_torchrec.data.prepared_form import sha256_of
 from esmm_torchrec.data.synthetic import World
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.sharding.process_group import process_group
-from esmm_torchrec.training.comparison import Chosen, at_edge, compare, selection_score
-from esmm_torchrec.training.comparison_data import Source
-from esmm_torchrec.training.comparison_options import (
+from esmm_torchrec.training.comparison.data import Source
+from esmm_torchrec.training.comparison.options import (
     COMPARED,
     SETTINGS,
     ComparisonOptions,
     Trial,
 )
-from esmm_torchrec.training.comparison_report import (
+from esmm_torchrec.training.comparison.report import (
     difference_rows,
     findings,
     format_table,
@@ -35,9 +35,10 @@ from esmm_torchrec.training.comparison_report import (
     time_rows,
     write_report,
 )
-from esmm_torchrec.training.comparison_results import DIFFERENCES
-from esmm_torchrec.training.comparison_statistics import paired_difference
-from esmm_torchrec.training.comparison_store import code_identity
+from esmm_torchrec.training.comparison.results import DIFFERENCES
+from esmm_torchrec.training.comparison.statistics import paired_difference
+from esmm_torchrec.training.comparison.store import code_identity
+from esmm_torchrec.training.comparison.study import Chosen, at_edge, compare, selection_score
 from tests.prepared_data import write_data_set
 from tests.ranks import run_on_ranks
 
@@ -89,6 +90,7 @@ def _without_truth(source: Path, out: Path) -> None:
         for file in split["impression_files"]:
             table = pq.read_table(out / file).drop_columns(["true_ctr", "true_cvr"])
             pq.write_table(table, out / file)
+            description["checksums"][file] = sha256_of(out / file)
     (out / "dataset.json").write_text(json.dumps(description))
 
 
@@ -107,7 +109,7 @@ def _with_other_test_half(source: Path, out: Path) -> None:
         other = pa.array(rng.permutation(items), pa.int32(), from_pandas=True)
         table = table.set_column(table.column_names.index("item"), "item", other)
         pq.write_table(table, out / file)
-    description["checksums"] = {}
+        description["checksums"][file] = sha256_of(out / file)
     (out / "dataset.json").write_text(json.dumps(description))
 
 
@@ -242,12 +244,12 @@ def test_what_is_chosen_at_the_end_of_the_search_is_marked() -> None:
 
 def test_records_of_other_code_are_left_aside(tmp_path: Path) -> None:
     package = tmp_path / "package"
-    for name in ("models/esmm.py", "training/comparison_report.py", "cli/main.py"):
+    for name in ("models/esmm.py", "training/comparison/report.py", "cli/main.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("first\n")
     before = code_identity(package)
     (package / "cli" / "main.py").write_text("second\n")
-    (package / "training" / "comparison_report.py").write_text("second\n")
+    (package / "training" / "comparison" / "report.py").write_text("second\n")
     assert code_identity(package) == before
     (package / "models" / "esmm.py").write_text("second\n")
     assert code_identity(package) != before

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
-from esmm_torchrec.training.comparison_statistics import (
+from esmm_torchrec.training.comparison.statistics import (
     UserBootstrap,
     bootstrap_interval,
     bootstrap_p_value,

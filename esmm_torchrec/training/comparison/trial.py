@@ -20,8 +20,8 @@ from esmm_torchrec.metrics.report import ScoredImpressions, measure
 from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.training.comparison_data import ComparisonData
-from esmm_torchrec.training.comparison_statistics import UserBootstrap
+from esmm_torchrec.training.comparison.data import ComparisonData
+from esmm_torchrec.training.comparison.statistics import UserBootstrap
 from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import (
     TrainingPart,

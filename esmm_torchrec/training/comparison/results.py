@@ -31,8 +31,8 @@ from statistics import fmean
 from typing import Any
 
 from esmm_torchrec.models.methods import METHODS
-from esmm_torchrec.training.comparison_options import ComparisonOptions
-from esmm_torchrec.training.comparison_statistics import (
+from esmm_torchrec.training.comparison.options import ComparisonOptions
+from esmm_torchrec.training.comparison.statistics import (
     CONFIDENCE,
     bootstrap_interval,
     bootstrap_p_value,

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from esmm_torchrec.training.comparison_results import fraction_key
+from esmm_torchrec.training.comparison.results import fraction_key
 
 DPI = 130
 COLOURS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-DOCUMENTATION = Path(__file__).parents[3] / "docs" / "methods.md"
+DOCUMENTATION = Path(__file__).parents[4] / "docs" / "methods.md"
 ARGUMENTS = ["compare", "--methods", "base", "recent", "--seeds", "2", "--trials", "2"]
 ARGUMENTS += ["--epochs", "1", "--batch-size", "256", "--tower", "8", "--test-impressions", "2000"]
 ARGUMENTS += ["--world.impressions", "6000", "--world.ctr", "0.2", "--world.cvr", "0.4"]

@@ -8,8 +8,8 @@ import pytest
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.subsets import count_ids
-from esmm_torchrec.training.comparison_data import ComparisonData
-from esmm_torchrec.training.comparison_trial import Stage
+from esmm_torchrec.training.comparison.data import ComparisonData
+from esmm_torchrec.training.comparison.trial import Stage
 from tests.prepared_data import write_data_set
 
 USERS = 150
