@@ -6,7 +6,7 @@ taken for what the finished run would.
 
 from __future__ import annotations
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, step_of
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.errors import RunError
 
@@ -17,9 +17,10 @@ def chosen_step(run: RunFolder, step: int | None = None) -> int:
     Raises:
         RunError: there is no such checkpoint.
     """
-    if find_checkpoint(run.checkpoints, step) is None:
+    checkpoint = find_checkpoint(run.checkpoints, step)
+    if checkpoint is None:
         raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
-    return max(checkpoint_folders(run.checkpoints)) if step is None else step
+    return step_of(checkpoint)
 
 
 def is_finished(run: RunFolder) -> bool:
