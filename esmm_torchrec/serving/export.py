@@ -246,7 +246,7 @@ def _description(predictor: Predictor, outputs: list[str]) -> dict[str, Any]:
 
 
 _README = """\
-A {method} model, step {step} of its training, as a program of torch {torch}.
+A model of the method {method}, step {step} of its training, as a program of torch {torch}.
 
     import torch
 
@@ -260,8 +260,7 @@ It takes B impressions, any number of them, and every feature of {description} b
 {takes}
 
 An id is the row of its raw id in the feature's vocabulary, a Parquet file with the columns raw_id
-and row; one that is not there is row {unknown_row}. A feature that is not multi-valued has one id
-at most.
+and row; one that is not there is row {unknown_row}. Only a multi-valued feature has more than one id.
 
 It gives, float32 (B,) by name:
 

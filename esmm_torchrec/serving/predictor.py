@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -54,7 +55,10 @@ class Predictor:
         self.task = build_train_task(
             self.run.schema, self.run.model_options, embedding_device="cpu"
         )
-        load_model(checkpoint, self.task)
+        with warnings.catch_warnings():
+            # There is one process, and that is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load_model(checkpoint, self.task)
         self.task.to(self.device).eval()
 
     def logits(self, batch: ImpressionBatch) -> Logits:

@@ -137,7 +137,9 @@ def test_the_checkpoint_is_chosen_and_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["export", str(run), str(tmp_path / "out"), "--step", "10"])
-    assert f"model: {run}, step 10\n" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"model: {run}, step 10\n" in said.out
+    assert said.err == ""
     assert json.loads((tmp_path / "out" / "inputs.json").read_text())["step"] == 10
 
 
