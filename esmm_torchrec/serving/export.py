@@ -260,7 +260,7 @@ It takes B impressions, any number of them, and every feature of {description} b
 {takes}
 
 An id is the row of its raw id in the feature's vocabulary, a Parquet file with the columns raw_id
-and row; one that is not there is row {unknown_row}. Only a multi-valued feature has more than one id.
+and row; one that is not there is row {unknown_row}. Multi-valued features alone may have several.
 
 It gives, float32 (B,) by name:
 

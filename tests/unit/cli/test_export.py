@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def _served(out: Path, data: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("method", "weights"),
-    [("esmm", "normalised"), ("esmm", "raw"), ("base", "normalised"), ("division", "normalised")],
+    [("esmm", "normalised"), ("base", "normalised"), ("division", "raw")],
 )
 def test_the_program_scores_as_score_does(
     method: str, weights: str, data: Path, tmp_path: Path
@@ -136,10 +137,11 @@ def test_what_the_program_takes_is_described(run: Path, tmp_path: Path) -> None:
 def test_the_checkpoint_is_chosen_and_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["export", str(run), str(tmp_path / "out"), "--step", "10"])
-    said = capsys.readouterr()
-    assert f"model: {run}, step 10\n" in said.out
-    assert said.err == ""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        main(["export", str(run), str(tmp_path / "out"), "--step", "10"])
+    assert not [one for one in warned if "torch.distributed" in str(one.message)]
+    assert f"model: {run}, step 10\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "inputs.json").read_text())["step"] == 10
 
 
