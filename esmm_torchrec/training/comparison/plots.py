@@ -212,7 +212,7 @@ def _fit_to_the_others(
         return
     axes.set_ylim(bottom, high + 0.05 * (high - low))
     below = [
-        f"{value:.3f} at {fraction:.0%}"
+        f"{value:.3f} at {fraction:.0%}".replace("-", "−")
         for fraction, value in zip(fractions, line, strict=True)
         if value < bottom
     ]
@@ -223,6 +223,8 @@ def _fit_to_the_others(
         transform=axes.transAxes,
         fontsize=8,
         color=COLOURS[FALLS_OUT],
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        zorder=10,
     )
 
 
