@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK
-from esmm_torchrec.sharding.plan_file import write_plan
-from esmm_torchrec.sharding.plan_text import format_plan, plan_warnings
+from esmm_torchrec.sharding.plan_file import PlanFile, read_plan, write_plan
+from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.evaluation import known_tasks, score_split, windowed_output
@@ -121,17 +122,18 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         shuffle_chunk=options.shuffle_chunk,
         selection=part.selection,
         shared_features=options.shared_features,
+        pin_memory=ranks.device.type == "cuda",
     )
     position = _go_on(trainer, reader, run, options, ranks)
     if ranks.is_first:
         copy_preprocessing(dataset.path, run.preprocessing)
-        write_plan(trainer.plan, run.path / "plan.json")
         _announce(dataset, trainer, options, ranks)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
             print(f"{options.method} trains on {reader.num_rows:,} rows of them{notes}", flush=True)
         if position.checkpoint is not None:
             print(f"going on from step {position.step} ({position.checkpoint})", flush=True)
+        _keep_plan(trainer.plan, run.path / "plan.json")
     throughput = _fit(trainer, reader, run, options, ranks, position)
     scored = score_split(
         trainer.model,
@@ -223,6 +225,14 @@ def _announce(
         f"{options.sparse_optimizer} for tables, adam for towers",
         flush=True,
     )
+
+
+def _keep_plan(plan: PlanFile, path: Path) -> None:
+    """Writes the plan to the run folder, and says where it differs from the one that was there."""
+    if path.exists() and (earlier := read_plan(path)) != plan:
+        differences = indent(compare_plans(earlier, plan), "  ")
+        print(f"placed otherwise than before:\n{differences}", flush=True)
+    write_plan(plan, path)
 
 
 def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:

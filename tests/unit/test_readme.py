@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from esmm_torchrec.cli.main import COMMANDS, parse_options
@@ -51,6 +53,23 @@ def test_whole_programs_run() -> None:
         exec(program, names)
         logits: Any = names["task"].model(names["features"])  # pyright: ignore
         assert logits.conversion.shape == (4,)
+
+
+def test_data_frames_go_in_and_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+        if "prepare_table" in block
+    ]
+    random = np.random.default_rng(0)
+    rows = pd.DataFrame({name: random.integers(0, 5, 400) for name in ("user", "item")})
+    rows["visit"] = random.integers(0, 2, 400)
+    rows["purchase"] = rows["visit"] * random.integers(0, 2, 400)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"log": rows[:200], "later_log": rows[200:], "new_rows": rows[:7]}
+    exec(program, names)
+    assert list(names["scores"]) == ["sample_id", "pctr", "pcvr", "pctcvr"]
+    assert len(names["scores"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.training.comparison.plots import draw_plots
 from esmm_torchrec.training.comparison.results import BASELINES, DIFFERENCES, fraction_key
+from esmm_torchrec.training.table import aligned
 
 PAPER = {
     "BASE": ((66.00, 0.37), (62.07, 0.45)),
@@ -203,7 +204,7 @@ def _verdict(row: Mapping[str, Any], metric: str) -> str:
 def format_table(results: Results) -> str:
     """The headline for a terminal."""
     rows = headline_rows(results, truth=False)
-    text = _aligned(rows)
+    text = "\n".join(aligned(rows))
     seeds = results["protocol"]["seeds"]
     lines = [text, "", *findings(results, _FIRST)]
     if seeds == 1:
@@ -230,19 +231,6 @@ def findings(results: Results, metrics: Sequence[str] = DIFFERENCES) -> list[str
             if parts:
                 sentences.append(f"{_title(metric)}, against {baseline} – {'; '.join(parts)}.")
     return sentences
-
-
-def _aligned(rows: Rows) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for row in rows
-    )
 
 
 def csv_table(results: Results) -> str:

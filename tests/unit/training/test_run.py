@@ -177,14 +177,22 @@ def test_a_run_of_other_options_is_left_alone(
 
 
 def test_going_on_from_an_earlier_step_forgets_the_later_ones(
-    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+    trained: tuple[Path, dict[str, Any]],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Paths may be strings, and other options than at first are noted."""
+    """Paths may be strings, and other options than at first are noted and told."""
     out, metrics = trained
     again = tmp_path / "again"
     shutil.copytree(out, again)
     options = replace(OPTIONS, resume="15", checkpoint_every=20, sharding="row_wise")
     assert _train(str(data), str(again), options)["test"] == metrics["test"]
+    said = capsys.readouterr().out.partition("placed otherwise than before:\n")[2]
+    tables = json.loads((again / "plan.json").read_text())["tables"]
+    for line, name in zip(said.splitlines(), tables, strict=False):
+        assert line == f"  table {name!r}: table_wise -> row_wise"
+    assert {table["sharding_type"] for table in tables.values()} == {"row_wise"}
     assert list(checkpoint_folders(again / "checkpoints")) == [15, 20, 40, 42]
     assert [line["step"] for line in _history(again)] == [line["step"] for line in _history(out)]
     config = json.loads((again / "config.json").read_text())
