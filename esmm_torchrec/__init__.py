@@ -1,6 +1,6 @@
 """Conversion models over the entire space of impressions, on TorchRec.
 
-The names below are the public ones; each is imported from its room when it is first used, so that
+The names below are the public ones; each is imported from its module when it is first used, so that
 `import esmm_torchrec` is quick and a model alone needs neither pyarrow nor pandas.
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from esmm_torchrec.training.options import TrainOptions
     from esmm_torchrec.training.run import train
 
-_ROOMS = {
+_MODULES = {
     "DataError": "errors",
     "ESMM": "models.esmm",
     "EsmmTorchrecError": "errors",
@@ -128,6 +128,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

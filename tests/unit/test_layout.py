@@ -40,14 +40,14 @@ def test_datasets_holds_cards_and_is_no_package() -> None:
     assert {path.suffix for path in files} == {".md"}
 
 
-def test_rooms_are_packages_with_telling_names() -> None:
+def test_folders_are_packages_with_telling_names() -> None:
     for folder in {path.parent for path in MODULES}:
         assert (folder / "__init__.py").exists(), _name(folder)
     for path in MODULES:
         assert not re.search(r"util|helper|common|misc", path.name), _name(path)
-    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
     mirrored = {path.name for path in (ROOT / "tests" / "unit").iterdir() if path.is_dir()}
-    assert mirrored - {"__pycache__"} <= rooms
+    assert mirrored - {"__pycache__"} <= packages
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PROGRAMS], ids=_name)
