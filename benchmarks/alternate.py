@@ -6,6 +6,7 @@ measured, so contenders take turns, and a ratio is taken within each turn.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,9 +97,18 @@ def environment() -> dict[str, Any]:
     } | {name: version(name) for name in ("torch", "torchrec", "esmm_torchrec")}
 
 
-def describe(facts: Mapping[str, Any]) -> str:
-    """The same for a person, in one line."""
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+def publish(figures: Mapping[str, Any], out: Path | None, **also: str) -> None:
+    """Prints what figures were measured on and with, and writes both as JSON.
+
+    Args:
+        figures: what a benchmark measured.
+        out: the file; None writes none.
+        also: versions of what else took part.
+    """
+    facts = environment() | also
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if out is not None:
+        out.write_text(json.dumps({**figures, "environment": facts}, indent=2) + "\n")
 
 
 def _cpu() -> str:

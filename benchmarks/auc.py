@@ -10,8 +10,6 @@ metrics.json as well, grouped AUC over users of 58 impressions on average includ
 from __future__ import annotations
 
 import json
-import os
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from alternate import publish
 
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.report import ScoredImpressions, measure
@@ -122,20 +121,8 @@ def main(options: Options) -> None:
             f"{row['figure']:12}{value:>10}{row['seconds']:>10.2f}{row['cpu_seconds']:>10.2f}"
             f"{row['peak_bytes'] / GIB:>10.2f}"
         )
-    if options.out is not None:
-        result = {
-            "impressions": options.impressions,
-            "clicks": clicks,
-            "conversions": conversions,
-            "figures": rows,
-            "environment": {
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "machine": platform.machine(),
-                "cpus": os.cpu_count(),
-            },
-        }
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    counts = {"impressions": options.impressions, "clicks": clicks, "conversions": conversions}
+    publish(counts | {"figures": rows}, options.out)
 
 
 if __name__ == "__main__":

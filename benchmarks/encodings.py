@@ -9,7 +9,6 @@ weights with a dictionary, 131 072 impressions or 8 192 users a row group.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from alternate import describe, environment
+from alternate import publish
 from impressions import write_histories, write_impressions
 
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -130,10 +129,8 @@ def main(options: Options) -> None:
             )
             table = pa.concat_tables(pq.read_table(file) for file in files)
             figures[kind] = measure(kind, table, folder, options.repeats)
-    facts = environment() | {"pyarrow": pa.__version__}
-    print(f"\n{describe(facts)}")
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    print()
+    publish(figures, options.out, pyarrow=pa.__version__)
 
 
 if __name__ == "__main__":

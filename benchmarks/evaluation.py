@@ -8,7 +8,6 @@ The same model, impressions and batch size; training, evaluation (scores into me
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from esmm_torchrec.cli.main import settle_process
 
 settle_process()  # before torch is imported
 
-from alternate import alternate, describe, environment  # noqa: E402
+from alternate import alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
 from training_speed import Options as TrainingSpeed  # noqa: E402
 from training_speed import library  # noqa: E402
@@ -100,10 +99,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
         figures = measure(options, ranks, Path(folder))
-        facts = environment()
-        print(describe(facts))
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":

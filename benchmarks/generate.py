@@ -9,7 +9,6 @@ the figures are written as JSON too.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from alternate import publish
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Measurement:
     """Of the whole process, start of Python included."""
     impressions_per_second: float
     peak_rss_bytes: int
-    cpus: int
 
 
 def measure(impressions: int, history_scale: float, repeats: int) -> Measurement:
@@ -76,7 +75,6 @@ def measure(impressions: int, history_scale: float, repeats: int) -> Measurement
         seconds=min(seconds),
         impressions_per_second=impressions / min(seconds),
         peak_rss_bytes=max(peaks),
-        cpus=os.cpu_count() or 1,
     )
 
 
@@ -95,8 +93,7 @@ def main() -> None:
                 f"{m.peak_rss_bytes / 2**20:>8,.0f}",
                 flush=True,
             )
-    if options.out:
-        options.out.write_text(json.dumps([asdict(m) for m in measurements], indent=2) + "\n")
+    publish({"worlds": [asdict(m) for m in measurements]}, options.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 import tyro
-from alternate import describe, environment
+from alternate import publish
 from impressions import write_impressions
 
 from esmm_torchrec.sharding.planner import SparseOptimizerOption
@@ -106,11 +106,8 @@ def main(options: Options) -> None:
         f"\npeak {peak / GIB:.2f} GiB, {peak / needed:.2f} of tables {tables / GIB:.2f} + "
         f"{options.sparse_optimizer} {state / GIB:.2f} + 1 GiB"
     )
-    facts = environment()
-    print(describe(facts))
-    if options.out is not None:
-        figures = {"peak_bytes": peak, "needed_bytes": needed, "tenths": tenths}
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    figures = {"peak_bytes": peak, "needed_bytes": needed, "tenths": tenths}
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":

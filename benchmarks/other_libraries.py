@@ -31,7 +31,7 @@ from esmm_torchrec.cli.main import settle_process
 
 settle_process()  # before torch is imported
 
-from alternate import Timings, alternate, describe, environment  # noqa: E402
+from alternate import Timings, alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
 
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
@@ -189,11 +189,8 @@ def _ratio(timings: Timings, name: str, baseline: str) -> str:
 def main(options: Options) -> None:
     python = install(options.environment.absolute())
     with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
-        facts = environment() | OTHERS
         figures = measure(options, ranks, Path(folder), python)
-        print(describe(facts))
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    publish(figures, options.out, **OTHERS)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,6 @@ second and the peak resident set size of that process. The raw files are removed
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -23,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
+from alternate import publish
 
 IMPRESSIONS_PER_COMMON_ROW = 58
 COMMON_ROWS_AT_ONCE = 500
@@ -128,12 +126,19 @@ def write_raw(folder: Path, *, megabytes: int, seed: int = 0) -> int:
     return total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=1000, help="raw text to write and read")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--folder", type=Path, help="where to write (default: temporary)")
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    """Measure esmm-torchrec prepare ali-ccp."""
+
+    megabytes: int = 1000
+    """Raw text to write and read."""
+    folder: Path | None = None
+    """Where to write; a temporary folder if not given."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         raw, prepared = Path(scratch, "raw"), Path(scratch, "prepared")
         raw.mkdir()
@@ -145,24 +150,22 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         peak, cpu_seconds = used.ru_maxrss * 1024, used.ru_utime + used.ru_stime
         written = sum(file.stat().st_size for file in prepared.rglob("*") if file.is_file())
-    result = {
+    print(f"{'raw text':<12}{size / 1e6:>10.0f} MB")
+    print(f"{'prepared':<12}{written / 1e6:>10.0f} MB")
+    print(f"{'time':<12}{seconds:>10.1f} s")
+    print(f"{'CPU time':<12}{cpu_seconds:>10.1f} s")
+    print(f"{'speed':<12}{size / 1e6 / seconds:>10.0f} MB/s of raw text")
+    print(f"{'peak memory':<12}{peak / 2**20:>10.0f} MiB")
+    figures = {
         "raw_megabytes": size / 1e6,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "megabytes_per_second": size / 1e6 / seconds,
         "peak_rss_bytes": peak,
         "prepared_megabytes": written / 1e6,
-        "cpus": len(os.sched_getaffinity(0)),
-        "machine": platform.processor() or platform.machine(),
     }
-    print(f"{'raw text':<12}{size / 1e6:>10.0f} MB")
-    print(f"{'prepared':<12}{written / 1e6:>10.0f} MB")
-    print(f"{'time':<12}{seconds:>10.1f} s on {result['cpus']} CPUs")
-    print(f"{'CPU time':<12}{cpu_seconds:>10.1f} s")
-    print(f"{'speed':<12}{result['megabytes_per_second']:>10.0f} MB/s of raw text")
-    print(f"{'peak memory':<12}{peak / 2**20:>10.0f} MiB")
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -10,7 +10,6 @@ of the reader alone and of laying the copy out, and the disk that each form take
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from esmm_torchrec.cli.main import settle_process
 
 settle_process()  # before torch is imported
 
-from alternate import alternate, describe, environment  # noqa: E402
+from alternate import alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
 
 from esmm_torchrec.batch import ImpressionBatch  # noqa: E402
@@ -140,10 +139,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
         figures = measure(options, ranks, Path(folder) / "prepared")
-        facts = environment()
-        print(describe(facts))
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ histories, whose tables of a few thousand rows fit a core's cache.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -34,7 +33,7 @@ from esmm_torchrec.cli.main import settle_process
 
 settle_process()  # before torch is imported
 
-from alternate import Timings, alternate, describe, environment  # noqa: E402
+from alternate import Timings, alternate, publish  # noqa: E402
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # noqa: E402
     SplitTableBatchedEmbeddingBagsCodegen,
 )
@@ -265,10 +264,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
         figures = measure(options, ranks, Path(folder))
-        facts = environment()
-        print(describe(facts))
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":

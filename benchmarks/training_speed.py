@@ -12,7 +12,6 @@ All contenders take turns. The test AUCs at the end show that they learned the s
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import warnings
@@ -30,7 +29,7 @@ settle_process()  # before torch is imported
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from alternate import alternate, describe, environment  # noqa: E402
+from alternate import alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -306,11 +305,8 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
         if options.threads:
             torch.set_num_threads(options.threads)
-        facts = environment()
         figures = measure(options, ranks, Path(folder))
-        print(describe(facts))
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ settle_process()  # before torch is imported
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from alternate import describe, environment  # noqa: E402
+from alternate import publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
 
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
@@ -196,10 +196,7 @@ def main(options: Options) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(options, Path(folder))
-    facts = environment()
-    print(describe(facts))
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures | {"environment": facts}, indent=2) + "\n")
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":
