@@ -33,14 +33,13 @@ settle_process()  # before torch is imported
 
 from alternate import Timings, alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
+from training_speed import Options as TrainingSpeed  # noqa: E402
+from training_speed import library  # noqa: E402
 
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
 from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
-from esmm_torchrec.sharding.planner import Workload  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
-from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
-from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 
 OTHERS = {"torch-rechub": "0.9.0", "deepctr-torch": "0.3.0"}
 WARM_UP_STEPS = 2
@@ -116,32 +115,11 @@ def worker(
                 raise SystemExit(f"{library} failed: {log.read().decode()[-2000:]}")
             return steps * options.batch_size
 
-        yield take
-        asked.close()
-        process.wait()
-
-
-def library(
-    train: MappedSplit, ranks: Ranks, options: Options, dtype: DtypeOption
-) -> Callable[[int], int]:
-    """This library, as `esmm-torchrec train` uses it: steps → impressions trained."""
-    settings = TrainOptions(batch_size=options.batch_size, dtype=dtype, device="cpu")
-    trainer = build_trainer(
-        train,
-        settings,
-        ranks,
-        part=training_part(train, settings),
-        workload=Workload(options.batch_size),
-    )
-    reader = ImpressionReader(train, batch_size=options.batch_size)
-    running = trainer.steps(reader, reader.steps_left)
-
-    def take(steps: int) -> int:
-        for _ in range(steps):
-            next(running)
-        return steps * options.batch_size
-
-    return take
+        try:
+            yield take
+        finally:
+            asked.close()
+            process.wait()
 
 
 def measure(options: Options, ranks: Ranks, folder: Path, python: Path) -> dict[str, Any]:
@@ -160,9 +138,17 @@ def measure(options: Options, ranks: Ranks, folder: Path, python: Path) -> dict[
             "esmm_torchrec, float32": "float32",
             "esmm_torchrec, bfloat16": "bfloat16",
         }
-        contenders = others | {
-            name: library(train, ranks, options, dtype) for name, dtype in dtypes.items()
-        }
+        contenders = dict(others)
+        for name, dtype in dtypes.items():
+            _, own = library(
+                train,
+                train,
+                ranks,
+                TrainingSpeed(batch_size=options.batch_size),
+                dtype=dtype,
+                sparse_optimizer="rowwise_adagrad",
+            )
+            contenders[name] = lambda steps, own=own: own.take(steps) * options.batch_size
         for take in contenders.values():
             take(WARM_UP_STEPS)
         timings = alternate(

@@ -137,9 +137,7 @@ def load_checkpoint(
             in a form that goes with another placement.
     """
     progress = _read_progress(path)
-    for name, part in optimizer.optimizers:
-        if name:  # torch's optimisers have no state before a step, and dcp skips what is not there
-            part.init_state()
+    optimizer.init_state()  # dcp skips what is not there
     state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     _check_forms(state, path)
     _load(state, path)

@@ -198,7 +198,8 @@ def _constraints(
 def _imbalance(planner: EmbeddingShardingPlanner, ranks: Ranks) -> float:
     """Estimated time of the busiest rank over the mean, in the plan that was just made."""
     times = [0.0] * ranks.world_size
-    for option in planner._best_plan or []:
+    assert planner._best_plan
+    for option in planner._best_plan:
         for shard in option.shards:
             assert shard.perf is not None
             assert shard.rank is not None

@@ -98,29 +98,27 @@ def _write_cells(path: Path) -> None:
     _write(path, table, one_each, items=CELLS)
 
 
-def _write_tastes(path: Path) -> None:
-    """Items with a click and a conversion rate each, which have nothing to do with each other."""
-    rng = np.random.default_rng(4)
-    ctr, cvr = rng.uniform(0.2, 0.8, ITEMS), rng.uniform(0.1, 0.9, ITEMS)
+def _write_items(path: Path, ctr: np.ndarray, cvr: np.ndarray, rng: np.random.Generator) -> None:
+    """Both halves of impressions of items with these click and conversion rates."""
     tables = []
     for _ in range(2):
         item = rng.integers(0, ITEMS, 12_000)
         click, conversion = rng.random(12_000) < ctr[item], rng.random(12_000) < cvr[item]
         tables.append(_columns(click, conversion, item + 1))
     _write(path, *tables, items=ITEMS)
+
+
+def _write_tastes(path: Path) -> None:
+    """Items with a click and a conversion rate each, which have nothing to do with each other."""
+    rng = np.random.default_rng(4)
+    _write_items(path, rng.uniform(0.2, 0.8, ITEMS), rng.uniform(0.1, 0.9, ITEMS), rng)
 
 
 def _write_related_tastes(path: Path) -> None:
     """Items that are converted the more the more they are clicked."""
     rng = np.random.default_rng(8)
     ctr = rng.uniform(0.1, 0.9, ITEMS)
-    cvr = np.clip(ctr + rng.normal(0, 0.1, ITEMS), 0.05, 0.95)
-    tables = []
-    for _ in range(2):
-        item = rng.integers(0, ITEMS, 12_000)
-        click, conversion = rng.random(12_000) < ctr[item], rng.random(12_000) < cvr[item]
-        tables.append(_columns(click, conversion, item + 1))
-    _write(path, *tables, items=ITEMS)
+    _write_items(path, ctr, np.clip(ctr + rng.normal(0, 0.1, ITEMS), 0.05, 0.95), rng)
 
 
 def _write_own_items(path: Path) -> None:

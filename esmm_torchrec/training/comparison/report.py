@@ -12,7 +12,12 @@ from typing import Any
 
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.training.comparison.plots import draw_plots
-from esmm_torchrec.training.comparison.results import BASELINES, DIFFERENCES, fraction_key
+from esmm_torchrec.training.comparison.results import (
+    BASELINES,
+    DIFFERENCES,
+    TRAINING_FIGURES,
+    fraction_key,
+)
 from esmm_torchrec.training.table import aligned
 
 PAPER = {
@@ -464,24 +469,13 @@ def _metrics_table(results: Results, metrics: Sequence[str]) -> str:
     return _table(rows)
 
 
-_TRAINING_COLUMNS = (
-    "training_rows",
-    "batch_size",
-    "updates_per_pass",
-    "passes",
-    "unknown_share",
-    "train_seconds",
-    "seconds",
-)
-
-
 def _training_table(results: Results) -> str:
     notes = list(
         dict.fromkeys(
             note
             for of in results["training"].values()
             for note in of[_largest(results)]
-            if note not in _TRAINING_COLUMNS
+            if note not in TRAINING_FIGURES
         )
     )
     rows = [

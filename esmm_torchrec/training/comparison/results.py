@@ -53,6 +53,17 @@ DIFFERENCES = (
 )
 """Figures whose differences between methods are given."""
 
+TRAINING_FIGURES = (
+    "training_rows",
+    "batch_size",
+    "updates_per_pass",
+    "passes",
+    "unknown_share",
+    "train_seconds",
+    "seconds",
+)
+"""What every training says of itself; a method may add notes of its own."""
+
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -135,18 +146,7 @@ def _summaries(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str
 
 
 def _training(runs: Records) -> dict[str, Any]:
-    mean = {
-        name: fmean(run[name] for run in runs)
-        for name in (
-            "training_rows",
-            "batch_size",
-            "updates_per_pass",
-            "passes",
-            "unknown_share",
-            "train_seconds",
-            "seconds",
-        )
-    }
+    mean = {name: fmean(run[name] for run in runs) for name in TRAINING_FIGURES}
     notes = {name: fmean(run["notes"][name] for run in runs) for name in runs[0]["notes"]}
     return mean | notes
 

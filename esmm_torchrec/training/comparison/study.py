@@ -441,17 +441,10 @@ class _Study:
         """Logits of the common click network for what is scored; None while it is itself tuned."""
         if method == CLICK_NETWORK:
             return None
-        network = chosen[CLICK_NETWORK]
-        options = self.options.train(
-            CLICK_NETWORK,
-            network.trial,
-            seed=key.get("seed", 0) + COMMON_CTR_SEED,
-            epochs=network.epochs,
-        )
-        training = Training(stage, options, self.ranks)
+        training = self._click_network(stage, chosen, key.get("seed", 0) + COMMON_CTR_SEED)
         return self.store.network(
             "common-ctr",
-            _stage_key(key) | {"training": asdict(options)},
+            _stage_key(key) | {"training": asdict(training.options)},
             lambda: training.click_logits(on_rows=on_rows),
         )
 
@@ -466,16 +459,20 @@ class _Study:
         """pCTR of the clicked training rows, out of fold, for methods that choose rows by it."""
         if not METHODS[method].needs_pctr:
             return None
-        network = chosen[CLICK_NETWORK]
-        options = self.options.train(
-            CLICK_NETWORK, network.trial, seed=key.get("seed", 0), epochs=network.epochs
-        )
-        training = Training(stage, options, self.ranks)
+        training = self._click_network(stage, chosen, key.get("seed", 0))
         return self.store.network(
             "out-of-fold-pctr",
-            _stage_key(key) | {"training": asdict(options)},
+            _stage_key(key) | {"training": asdict(training.options)},
             lambda: training.clicked_pctr(on_rows=on_rows),
         )
+
+    def _click_network(
+        self, stage: Stage, chosen: Mapping[MethodOption, Chosen], seed: int
+    ) -> Training:
+        """A click network with the settings chosen for it, untrained."""
+        network = chosen[CLICK_NETWORK]
+        options = self.options.train(CLICK_NETWORK, network.trial, seed=seed, epochs=network.epochs)
+        return Training(stage, options, self.ranks)
 
 
 def _of_all_rows(stage: Stage, pctr: Network | None) -> np.ndarray | None:

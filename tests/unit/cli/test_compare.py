@@ -1,21 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from esmm_torchrec.cli.main import main
 from tests.prepared_data import write_data_set
-
-
-@pytest.fixture(autouse=True)
-def _no_process_group_left() -> Iterator[None]:
-    """After an error the command leaves its process group to the end of the process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -10,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch.distributed as dist
 
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.tabular import prepare_table
@@ -67,19 +64,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """A command that fails ends its process; here the next one runs in the same."""
-    yield
-    _leave_process_group()
-
-
-def _leave_process_group() -> None:
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _score(folder: Path, out: str, *more: str) -> pd.DataFrame:
     main(["score", str(folder / "run"), "--out", str(folder / out), *more])
     return pd.read_parquet(folder / out)
@@ -94,8 +78,6 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    del stop
-    _leave_process_group()
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()

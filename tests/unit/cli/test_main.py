@@ -138,7 +138,6 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    alone: None,  # noqa: ARG001
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -146,17 +145,6 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", f"esmm-torchrec: {sentence}\n")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def alone() -> None:
-    """A process without a process group before and, as a command leaves it after an error, after
-    the test."""
-    import torch.distributed as dist  # noqa: PLC0415
-
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 
 from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
 from esmm_torchrec.cli.main import main
@@ -38,19 +35,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """A command that fails ends its process; here the next one runs in the same."""
-    yield
-    _leave_process_group()
-
-
-def _leave_process_group() -> None:
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _train(data: Path, out: Path, *more: str) -> None:
     main(["train", "--data", str(data), "--out", str(out), *MODEL, *more])
 
@@ -60,7 +44,6 @@ def _refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: s
     with pytest.raises(SystemExit) as stop:
         _train(data, out, *more)
     assert stop.value.code == 2
-    _leave_process_group()
     said = capsys.readouterr()
     assert said.out == ""
     return _sentence(said.err)
@@ -302,8 +285,6 @@ def test_a_checkpoint_that_is_broken_is_named_and_kept(
         assert sentence.startswith(f"checkpoint {out / last} is broken or of another model (")
         assert sentence.endswith(advice)
         assert (out / last / file).stat().st_size == size
-        del stop
-        _leave_process_group()
     shutil.rmtree(out / last)  # the advice
     _train(data, out)
     assert "going on from step 8 (" in capsys.readouterr().out
