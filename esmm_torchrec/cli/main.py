@@ -160,7 +160,7 @@ def errors_in_words(out: object = None) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if _is_first_rank():  # torchrun passes the signal on to every rank
             known = str(error) if isinstance(error, Interrupted) else ""
-            print_error(known or "interrupted; give the same command again to go on")
+            print_error(known or "interrupted; give the same command again")
         _end(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Nobody reads on, as in '… | head'; nor will the flush at the end of the process.

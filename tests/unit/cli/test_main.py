@@ -19,7 +19,7 @@ import pytest
 import tyro
 
 from esmm_torchrec.cli.arguments import read_options
-from esmm_torchrec.cli.main import COMMANDS, main, run_command
+from esmm_torchrec.cli.main import COMMANDS, main, run_command, settle_process
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
 
@@ -29,6 +29,18 @@ TRAIN = ["train", "--data", "nowhere", "--out", "run"]
 
 def _options(command: str) -> type:
     return importlib.import_module(f"esmm_torchrec.cli.{COMMANDS[command][0]}").Options
+
+
+def test_idle_threads_spin_for_a_moment_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    settle_process()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "10000")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    settle_process()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +248,7 @@ def _interrupted(_: Out) -> None:
         ),
         (_is_a_folder, 2, "cannot read or write {out.parent}: is a directory"),
         (_broken_data, 2, "a.csv, line 3, column 'age': 'x' is not a number"),
-        (_interrupted, 130, "interrupted; give the same command again to go on"),
+        (_interrupted, 130, "interrupted; give the same command again"),
     ],
 )
 def test_failures_of_the_work_are_sentences_too(
@@ -292,7 +304,7 @@ def test_an_interrupted_command_leaves_nothing_and_one_sentence(tmp_path: Path) 
         process.kill()
     assert process.returncode == 130
     assert out == ""
-    assert err == "esmm-torchrec: interrupted; give the same command again to go on\n"
+    assert err == "esmm-torchrec: interrupted; give the same command again\n"
     assert not (tmp_path / "world").exists()
 
 

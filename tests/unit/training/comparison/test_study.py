@@ -39,6 +39,7 @@ from esmm_torchrec.training.comparison.results import DIFFERENCES
 from esmm_torchrec.training.comparison.statistics import paired_difference
 from esmm_torchrec.training.comparison.store import code_identity
 from esmm_torchrec.training.comparison.study import Chosen, at_edge, compare, selection_score
+from esmm_torchrec.training.options import TrainOptions
 from tests.prepared_data import write_data_set
 from tests.ranks import run_on_ranks
 
@@ -240,6 +241,13 @@ def test_what_is_chosen_at_the_end_of_the_search_is_marked() -> None:
         "weight_decay",
         "rate",
     ]
+
+
+def test_a_comparison_shuffles_row_by_row() -> None:
+    """In chunks, a method of few rows would have all of a user's in one batch."""
+    assert TrainOptions().shuffle_chunk == 8
+    trial = Trial(SETTINGS[0], None)
+    assert ComparisonOptions().train("base", trial, seed=0).shuffle_chunk == 1
 
 
 def test_records_of_other_code_are_left_aside(tmp_path: Path) -> None:
