@@ -27,11 +27,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from esmm_torchrec.cli.main import settle_process
-from esmm_torchrec.data.synthetic import World
+from esmm_torchrec.comparison.data import DEFAULT_WORLD
+from esmm_torchrec.comparison.options import ComparisonOptions
+from esmm_torchrec.comparison.study import compare
+from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.sharding.process_group import Ranks, process_group
-from esmm_torchrec.training.comparison.data import DEFAULT_WORLD
-from esmm_torchrec.training.comparison.options import ComparisonOptions
-from esmm_torchrec.training.comparison.study import compare
 
 METRICS = {
     "cvr_auc": "CVR AUC, clicks",

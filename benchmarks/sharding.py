@@ -43,10 +43,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.cli.main import run_command
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.towers import Tower
-from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.sharding.apply import shard
-from esmm_torchrec.sharding.estimates import Estimate, StepParts, estimate
-from esmm_torchrec.sharding.hardware import (
+from esmm_torchrec.planning.estimates import Estimate, StepParts, estimate
+from esmm_torchrec.planning.hardware import (
     BYTES_PER_MS,
     GIB,
     Hardware,
@@ -56,16 +54,18 @@ from esmm_torchrec.sharding.hardware import (
     read_hardware,
     write_hardware,
 )
-from esmm_torchrec.sharding.plan_file import PlanFile
-from esmm_torchrec.sharding.planner import SparseOptimizerOption
-from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
-from esmm_torchrec.sharding.scenario import Kernel, Scenario, Strategy
-from esmm_torchrec.sharding.table_list import (
+from esmm_torchrec.planning.scenario import Kernel, Scenario, Strategy
+from esmm_torchrec.planning.table_list import (
     PlannedFeature,
     PlannedTable,
     TableList,
     read_tables,
 )
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.sharding.apply import shard
+from esmm_torchrec.sharding.plan_file import PlanFile
+from esmm_torchrec.sharding.planner import SparseOptimizerOption
+from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 from esmm_torchrec.sharding.table_placement import DATA_TYPES
 from esmm_torchrec.training.optimizers import dense_table_optimizer, fuse_optimizer
 

@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from esmm_torchrec.batch import ImpressionBatch
     from esmm_torchrec.checkpoints.restore import restore
     from esmm_torchrec.checkpoints.run_folder import RunFolder
-    from esmm_torchrec.data.ali_ccp import prepare_ali_ccp
     from esmm_torchrec.data.mapped import MappedSplit
     from esmm_torchrec.data.prepared import PreparedDataSet
     from esmm_torchrec.data.reader import ImpressionReader
-    from esmm_torchrec.data.synthetic import World, generate
-    from esmm_torchrec.data.tabular import prepare_table
+    from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp
+    from esmm_torchrec.data.sources.tabular import prepare_table
     from esmm_torchrec.errors import (
         DataError,
         EsmmTorchrecError,
@@ -65,18 +64,16 @@ _MODULES = {
     "Table": "schema",
     "TrainOptions": "training.options",
     "Workload": "sharding.planner",
-    "World": "data.synthetic",
     "auc": "metrics.ranking",
     "ctcvr_logit": "models.losses",
     "ctcvr_loss": "models.losses",
     "embedding_bag_collections": "models.embeddings",
-    "generate": "data.synthetic",
     "make_plan": "sharding.planner",
     "metric_module": "metrics.windowed",
     "metrics_config": "metrics.windowed",
     "model_output": "metrics.windowed",
-    "prepare_ali_ccp": "data.ali_ccp",
-    "prepare_table": "data.tabular",
+    "prepare_ali_ccp": "data.sources.ali_ccp",
+    "prepare_table": "data.sources.tabular",
     "process_group": "sharding.process_group",
     "restore": "checkpoints.restore",
     "shard": "sharding.apply",
@@ -107,12 +104,10 @@ __all__ = [
     "Table",
     "TrainOptions",
     "Workload",
-    "World",
     "auc",
     "ctcvr_logit",
     "ctcvr_loss",
     "embedding_bag_collections",
-    "generate",
     "make_plan",
     "metric_module",
     "metrics_config",

@@ -19,8 +19,8 @@ from esmm_torchrec.cli.main import parse_options, run_command, settle_process
 settle_process()  # before torch is imported
 
 from esmm_torchrec.cli.train import train_and_print  # noqa: E402
-from esmm_torchrec.data.ali_ccp import prepare_ali_ccp  # noqa: E402
-from esmm_torchrec.data.synthetic import World, generate  # noqa: E402
+from esmm_torchrec.comparison.worlds import World, generate  # noqa: E402
+from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp  # noqa: E402
 from esmm_torchrec.errors import OptionError  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402

@@ -1,6 +1,6 @@
 """The command line: finds the command, reads its options, turns errors into one sentence.
 
-Each command is one module of this package with a frozen dataclass `Options`, whose docstrings are
+Each command is one module with a frozen dataclass `Options`, whose docstrings are
 the help, and `run(options)`. It is imported only when it is called.
 """
 
@@ -24,17 +24,38 @@ from esmm_torchrec.errors import EsmmTorchrecError, Interrupted, OptionError
 T = TypeVar("T")
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("generate", "write impressions with known probabilities in raw Ali-CCP form"),
-    "prepare ali-ccp": ("prepare_ali_ccp", "turn the raw Ali-CCP files into a prepared data set"),
-    "prepare table": ("prepare_table", "turn any CSV or Parquet files into a prepared data set"),
-    "train": ("train", "train a model on a prepared data set"),
-    "compare": ("compare", "compare conversion methods: a table, a figure and a report"),
-    "evaluate": ("evaluate", "measure a trained model on a split"),
-    "score": ("score", "write pCTR, pCVR and pCTCVR of every impression to Parquet"),
-    "export": ("export", "write a trained model for a process that has torch alone"),
-    "plan": ("plan", "estimate sharding plans for GPUs that need not be there"),
+    "generate": (
+        "comparison.commands.generate",
+        "write impressions with known probabilities in raw Ali-CCP form",
+    ),
+    "prepare ali-ccp": (
+        "cli.prepare_ali_ccp",
+        "turn the raw Ali-CCP files into a prepared data set",
+    ),
+    "prepare table": (
+        "cli.prepare_table",
+        "turn any CSV or Parquet files into a prepared data set",
+    ),
+    "train": ("cli.train", "train a model on a prepared data set"),
+    "compare": (
+        "comparison.commands.compare",
+        "compare conversion methods: a table, a figure and a report",
+    ),
+    "evaluate": ("cli.evaluate", "measure a trained model on a split"),
+    "score": (
+        "cli.score",
+        "write pCTR, pCVR and pCTCVR of every impression to Parquet",
+    ),
+    "export": (
+        "cli.export",
+        "write a trained model for a process that has torch alone",
+    ),
+    "plan": (
+        "planning.commands.plan",
+        "estimate sharding plans for hardware you do not have",
+    ),
 }
-"""Command → module of this package, one line of help."""
+"""Command → its module, one line of help."""
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = 1
@@ -121,7 +142,7 @@ def _run(given: list[str]) -> None:
     name = next((n for n in (" ".join(given[:2]), given[0]) if n in COMMANDS), None)
     if name is None:
         raise OptionError(f"there is no command {_named(given)}; see 'esmm-torchrec --help'")
-    module = importlib.import_module(f"esmm_torchrec.cli.{COMMANDS[name][0]}")
+    module = importlib.import_module(f"esmm_torchrec.{COMMANDS[name][0]}")
     prog = f"esmm-torchrec {name}"
     run_command(module.run, parse_options(module.Options, prog, given[len(name.split()) :]))
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from esmm_torchrec.cli.prepared_report import report
-from esmm_torchrec.data.tabular import prepare_table
+from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
 
 

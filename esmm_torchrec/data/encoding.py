@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import DenseStatistics, impression_columns
-from esmm_torchrec.data.raw_tables import Frame, RawTable, open_raw_tables
-from esmm_torchrec.data.raw_values import (
+from esmm_torchrec.data.sources.raw_tables import Frame, RawTable, open_raw_tables
+from esmm_torchrec.data.sources.raw_values import (
     Fault,
     IdKind,
     read_ids,

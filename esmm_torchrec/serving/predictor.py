@@ -13,8 +13,8 @@ from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_model
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.raw_tables import Frame
 from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.models.esmm import Logits
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.schema import SAMPLE_ID

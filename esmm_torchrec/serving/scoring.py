@@ -20,8 +20,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.raw_tables import Frame
 from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.models.esmm import Logits
 from esmm_torchrec.models.methods import read_scores

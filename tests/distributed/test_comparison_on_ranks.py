@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from esmm_torchrec.data.synthetic import World
+from esmm_torchrec.comparison.options import ComparisonOptions
+from esmm_torchrec.comparison.study import compare
+from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.sharding.process_group import process_group
-from esmm_torchrec.training.comparison.options import ComparisonOptions
-from esmm_torchrec.training.comparison.study import compare
 from tests.ranks import run_on_ranks
 
 OPTIONS = ComparisonOptions(

@@ -16,7 +16,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.reader import ImpressionReader
-from esmm_torchrec.data.tabular import prepare_table
+from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.report import ScoredImpressions

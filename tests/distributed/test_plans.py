@@ -21,8 +21,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from benchmarks.sharding import Options, run
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.planning.hardware import read_hardware
 from esmm_torchrec.sharding.apply import shard
-from esmm_torchrec.sharding.hardware import read_hardware
 from esmm_torchrec.sharding.plan_file import read_plan
 from esmm_torchrec.sharding.plan_text import compare_plans
 from esmm_torchrec.sharding.process_group import Ranks, process_group

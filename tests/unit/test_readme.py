@@ -33,7 +33,7 @@ def _commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", _commands(), ids=" ".join)
 def test_commands_parse(words: list[str]) -> None:
     name = next(n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS)
-    module = importlib.import_module(f"esmm_torchrec.cli.{COMMANDS[name][0]}")
+    module = importlib.import_module(f"esmm_torchrec.{COMMANDS[name][0]}")
     assert parse_options(module.Options, name, words[len(name.split()) :])
 
 

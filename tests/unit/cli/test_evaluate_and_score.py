@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from esmm_torchrec.cli.main import main
-from esmm_torchrec.data.tabular import prepare_table
+from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.serving.predictor import Predictor
 
 SCORES = ["sample_id", "pctr", "pcvr", "pctcvr"]

@@ -28,7 +28,7 @@ TRAIN = ["train", "--data", "nowhere", "--out", "run"]
 
 
 def _options(command: str) -> type:
-    return importlib.import_module(f"esmm_torchrec.cli.{COMMANDS[command][0]}").Options
+    return importlib.import_module(f"esmm_torchrec.{COMMANDS[command][0]}").Options
 
 
 def test_idle_threads_spin_for_a_moment_unless_told_otherwise(

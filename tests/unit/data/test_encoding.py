@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esmm_torchrec.data import raw_tables
 from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.raw_tables import open_raw_tables
-from esmm_torchrec.data.tabular import prepare_table
+from esmm_torchrec.data.sources import raw_tables
+from esmm_torchrec.data.sources.raw_tables import open_raw_tables
+from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature

@@ -1,0 +1,108 @@
+"""esmm-torchrec generate: impressions with known probabilities, in raw Ali-CCP form."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from esmm_torchrec.comparison.worlds import GeneratedWorld, World, generate
+from esmm_torchrec.training.table import percentage
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write impressions whose p(click) and p(conversion) are known, in raw Ali-CCP form.
+
+    OUT gets the four raw files, truth.parquet with the two probabilities of every impression and
+    what a click on it would have led to, and world.json with the settings and counts.
+    """
+
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """Folder to make."""
+
+    impressions: int = World.impressions
+    """Impressions of both halves together; the earlier half trains, the later one tests."""
+
+    seed: int = World.seed
+    """The same seed and options give the same bytes."""
+
+    ctr: float = World.ctr
+    """Clicks per impression."""
+
+    cvr: float = World.cvr
+    """Conversions per click."""
+
+    correlation: float = World.correlation
+    """Correlation of the taste for clicking with the taste for converting, from -1 to 1."""
+
+    rare_share: float = World.rare_share
+    """Share of impressions whose item is drawn evenly from all items: mostly a rare one."""
+
+    position_effect: float = World.position_effect
+    """Fall of the click logit with each position, which conversions do not feel."""
+
+    confounding: float = World.confounding
+    """Weight, in both logits, of a standard normal factor per impression that is not logged."""
+
+    noise: float = World.noise
+    """Standard deviation of the noise that each logit has of its own, not logged either."""
+
+    history_scale: float = World.history_scale
+    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values a field."""
+
+
+def report(generated: GeneratedWorld, out: Path, seconds: float) -> str:
+    """What was written, for a person."""
+    train, test = generated.train, generated.test
+    rows = [
+        ("impressions", f"{train.impressions:,}", f"{test.impressions:,}"),
+        ("clicks", f"{train.clicks:,}", f"{test.clicks:,}"),
+        (
+            "CTR",
+            percentage(train.clicks, train.impressions),
+            percentage(test.clicks, test.impressions),
+        ),
+        ("conversions", f"{train.conversions:,}", f"{test.conversions:,}"),
+        (
+            "CVR of clicks",
+            percentage(train.conversions, train.clicks),
+            percentage(test.conversions, test.clicks),
+        ),
+        ("common rows", f"{train.common_rows:,}", f"{test.common_rows:,}"),
+        ("AUC of the truth: clicks", _figure(train.ctr_auc), _figure(test.ctr_auc)),
+        ("  conversions, clicked", _figure(train.cvr_auc), _figure(test.cvr_auc)),
+        (
+            "  conversions, entire space",
+            _figure(train.cvr_auc_entire_space),
+            _figure(test.cvr_auc_entire_space),
+        ),
+    ]
+    lines = [
+        f"{name:<28}{left:>12}{right:>12}" for name, left, right in [("", "train", "test"), *rows]
+    ]
+    megabytes = sum(generated.file_bytes.values()) / 1e6
+    rate = generated.world.impressions / seconds
+    lines += [
+        "",
+        f"{generated.users:,} users, {generated.items:,} items; {megabytes:,.1f} MB in "
+        f"{seconds:.1f} s, {rate:,.0f} impressions/s",
+        f"raw files and their truth: {out}",
+        f"next: esmm-torchrec prepare ali-ccp {out} {out}-prepared",
+    ]
+    return "\n".join(lines)
+
+
+def run(options: Options) -> None:
+    """Writes the world and says what is in it."""
+    world = World(**{field.name: getattr(options, field.name) for field in fields(World)})
+    start = time.perf_counter()
+    generated = generate(world, options.out)
+    print(report(generated, options.out, time.perf_counter() - start))
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,149 @@
+"""What a comparison has done already, on disk: a stopped one goes on and ends the same.
+
+trials/<code>/<name>-<hash>.json    a finished training: its figures, by all that decided them
+trials/<code>/<name>-<hash>.npz     scores that other trainings need
+
+<code> is a hash of the sources that decide figures and of the versions of the libraries beneath
+them. What other code remembered is left aside, and said so: a table of both would compare the code.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fbgemm_gpu
+import numpy as np
+
+from esmm_torchrec.sharding.process_group import Ranks
+
+_NO_PART_OF_A_TRAINING = (
+    "cli/",
+    "checkpoints/",
+    "serving/",
+    "comparison/commands/",
+    "comparison/plots.py",
+    "comparison/report.py",
+    "comparison/results.py",
+    "planning/",
+    "training/plots.py",
+    "training/run.py",
+    "training/table.py",
+)
+"""Sources below the package that no figure of a training depends on."""
+
+
+def code_identity(package: Path | None = None) -> str:
+    """A hash of what decides figures beside their configuration, 12 hexadecimal digits.
+
+    Args:
+        package: folder of the sources; None: this package.
+    """
+    root = package or Path(str(files("esmm_torchrec")))
+    digest = sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(_NO_PART_OF_A_TRAINING):
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    libraries = {name: version(name) for name in ("numpy", "torch", "torchrec")}
+    libraries["fbgemm_gpu"] = fbgemm_gpu.__version__
+    digest.update(json.dumps(libraries, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
+class Network(NamedTuple):
+    """Scores of a network that trainings of methods need."""
+
+    name: str
+    """Of its file, which tells it from all others."""
+    scores: np.ndarray
+    seconds: float
+    """To train it and to score with it, when that was done."""
+
+
+class TrialStore:
+    """Remembers results by their whole configuration; every rank calls, rank 0 reads and writes."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._folder = folder / ranks.from_first(code_identity)
+        self._ranks = ranks
+        self._common: dict[str, Any] = {"ranks": ranks.world_size, "device": ranks.device.type}
+
+    @property
+    def left_aside(self) -> int:
+        """Finished trainings of other code in the folder, on rank 0."""
+        beside = self._folder.parent.rglob("*.json")
+        return sum(path.parent != self._folder for path in beside)
+
+    def record(
+        self, name: str, key: Mapping[str, Any], work: Callable[[], dict[str, Any] | None]
+    ) -> dict[str, Any]:
+        """The record of a training, made by `work` where it is not there.
+
+        Args:
+            name: for the file; letters, digits and dashes.
+            key: everything that decides the result.
+            work: called on every rank; gives the record on rank 0.
+        """
+        path = self._path(name, key, "json")
+
+        def read() -> dict[str, Any] | None:
+            return json.loads(path.read_text()) if path.exists() else None
+
+        found = self._ranks.from_first(read)
+        if found is not None:
+            return found
+        made = work()
+
+        def write() -> dict[str, Any]:
+            assert made is not None
+            self._write(path, (json.dumps(made | {"configuration": dict(key)}) + "\n").encode())
+            return json.loads(path.read_text())
+
+        return self._ranks.from_first(write)
+
+    def network(
+        self, name: str, key: Mapping[str, Any], work: Callable[[], np.ndarray | None]
+    ) -> Network:
+        """As `record`, for the scores of a network; they are given to every rank."""
+        path = self._path(name, key, "npz")
+
+        def read() -> Network | None:
+            if not path.exists():
+                return None
+            with np.load(path) as found:
+                return Network(path.stem, found["scores"], float(found["seconds"]))
+
+        found = self._ranks.from_first(read)
+        if found is not None:
+            return found
+        started = time.perf_counter()
+        made = work()
+        seconds = time.perf_counter() - started
+
+        def write() -> Network:
+            assert made is not None
+            partial = path.with_suffix(".partial.npz")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            np.savez(partial, scores=made, seconds=seconds)
+            partial.rename(path)
+            return Network(path.stem, made, seconds)
+
+        return self._ranks.from_first(write)
+
+    def _path(self, name: str, key: Mapping[str, Any], suffix: str) -> Path:
+        text = json.dumps(self._common | dict(key), sort_keys=True)
+        return self._folder / f"{name}-{sha256(text.encode()).hexdigest()[:12]}.{suffix}"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(content)
+        partial.rename(path)

@@ -1,0 +1,370 @@
+"""One training of a comparison: on which rows, scored on which, and what is kept of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from esmm_torchrec.comparison.data import ComparisonData
+from esmm_torchrec.comparison.statistics import UserBootstrap
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.reader import Selection
+from esmm_torchrec.data.subsets import count_ids, rows_between, without_ids
+from esmm_torchrec.metrics.probability import Prediction, reliability_curve
+from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
+from esmm_torchrec.metrics.report import ScoredImpressions, measure
+from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
+from esmm_torchrec.sharding.planner import Workload
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.fit import (
+    TrainingPart,
+    batch_of_equal_updates,
+    fit,
+    out_of_fold_pctr,
+    training_part,
+)
+from esmm_torchrec.training.options import TrainOptions
+
+SCORING_BATCH = 8192
+CURVE_BINS = 12
+POINTS = 1500
+"""Test impressions kept of a run to draw its scores against the truth."""
+
+COMPARED_WITHOUT_UNKNOWN = ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space")
+"""Figures that are also given with the random embeddings of ids that a method never saw."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Rows to train on and rows to score.
+
+    Where a part of the training users is taken, ids that its rows have too rarely for a vocabulary
+    of their own are the unknown id for every method, as if the part had been prepared by itself.
+    """
+
+    train: MappedSplit
+    train_rows: np.ndarray | None
+    scored: MappedSplit
+    scored_rows: np.ndarray | None
+    mean_values_per_bag: dict[str, float]
+
+    @classmethod
+    def validation(cls, data: ComparisonData, share: float) -> Stage:
+        """Tuning: a part of the training users is held out."""
+        rows = {
+            name: rows_between(data.train, low, high, purpose="validation")
+            for name, low, high in (("held out", 0.0, share), ("kept", share, 1.0))
+        }
+        return cls(
+            data.train,
+            rows["kept"],
+            data.train,
+            rows["held out"],
+            dict(data.dataset.statistics.mean_values_per_bag),
+        )
+
+    @classmethod
+    def test(cls, data: ComparisonData, fraction: float) -> Stage:
+        """The comparison itself: a part of the training users, or all, and the test half."""
+        train, test, rows = data.train, data.test, None
+        if fraction < 1:
+            rows = rows_between(train, 0.0, fraction, purpose="volume")
+            known = {
+                table: count >= max(1, data.dataset.min_count)
+                for table, count in count_ids(train, rows).items()
+            }
+            train, test = without_ids(train, known), without_ids(test, known)
+        return cls(
+            train, rows, test, data.test_rows, dict(data.dataset.statistics.mean_values_per_bag)
+        )
+
+    @cached_property
+    def scored_ids(self) -> dict[str, np.ndarray]:
+        """How often each id occurs in what is scored."""
+        return count_ids(self.scored, self.scored_rows)
+
+    def clicked_train_rows(self) -> np.ndarray:
+        """Rows of the training split that are trained on and clicked, ascending."""
+        rows = np.flatnonzero(self.train.scalars[CLICK])
+        return rows if self.train_rows is None else np.intersect1d(rows, self.train_rows)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The ids that a method saw in its own training rows."""
+
+    scored: MappedSplit
+    """What is scored, with all other ids unknown."""
+    unknown_share: float
+    """Share of the ids of what is scored that are made unknown so."""
+
+
+def ids_known_to(stage: Stage, selection: Selection | None) -> Known:
+    """Leaves what is scored with the ids that training rows showed."""
+    rows = stage.train_rows if selection is None else selection.rows
+    known = {table: count > 0 for table, count in count_ids(stage.train, rows).items()}
+    total = lost = 0
+    for table, count in stage.scored_ids.items():
+        known[table][UNKNOWN_ROW] = True
+        total += int(count.sum())
+        lost += int(count[~known[table]].sum())
+    if not lost:
+        return Known(stage.scored, 0.0)
+    return Known(without_ids(stage.scored, known), lost / total)
+
+
+class Training:
+    """A method with its options on a stage.
+
+    The batch size of the options is that of a pass over all training rows of the data set. Whatever
+    a method trains on, and whatever part of the data, a pass takes as many updates as that one.
+    """
+
+    def __init__(self, stage: Stage, options: TrainOptions, ranks: Ranks) -> None:
+        self.stage = stage
+        self.options = options
+        self.ranks = ranks
+        self.workload = Workload(options.batch_size, stage.mean_values_per_bag)
+        self.updates = -(-stage.train.impressions // (options.batch_size * ranks.world_size))
+
+    def part(self, pctr: np.ndarray | None) -> TrainingPart:
+        """What is trained on."""
+        return training_part(
+            self.stage.train, self.options, within=self.stage.train_rows, pctr=pctr
+        )
+
+    def fit(
+        self,
+        part: TrainingPart,
+        *,
+        on_rows: Callable[[int], object],
+        after_epoch: Callable[[int, DistributedModelParallel], object] = lambda _, __: None,
+    ) -> DistributedModelParallel:
+        """Trains."""
+        return fit(
+            self.stage.train,
+            self.options,
+            self.ranks,
+            part=part,
+            workload=self.workload,
+            updates_per_pass=self.updates,
+            on_rows=on_rows,
+            after_epoch=after_epoch,
+        )
+
+    def batches(self, part: TrainingPart) -> dict[str, int]:
+        """Rows of a step over all ranks, and steps of a pass."""
+        world_size = self.ranks.world_size
+        size = world_size * batch_of_equal_updates(
+            part.num_rows, updates=self.updates, world_size=world_size
+        )
+        return {"batch_size": size, "updates_per_pass": -(-part.num_rows // size)}
+
+    def score(
+        self, model: DistributedModelParallel, split: MappedSplit
+    ) -> ScoredImpressions | None:
+        """Scores what the stage scores, read from `split`; on rank 0."""
+        return score_split(
+            model,
+            split,
+            self.ranks,
+            batch_size=SCORING_BATCH,
+            shared_features=self.options.shared_features,
+            rows=self.stage.scored_rows,
+            progress=False,
+        )
+
+    def click_logits(self, *, on_rows: Callable[[int], object]) -> np.ndarray | None:
+        """Logits of pCTR of what is scored, from the click network of the options; on rank 0."""
+        part = self.part(None)
+        model = self.fit(part, on_rows=on_rows)
+        scored = self.score(model, ids_known_to(self.stage, part.selection).scored)
+        return None if scored is None else scored.click_logit
+
+    def clicked_pctr(self, *, on_rows: Callable[[int], object]) -> np.ndarray:
+        """pCTR of the clicked training rows, out of fold, in their order."""
+        pctr = out_of_fold_pctr(
+            self.stage.train,
+            self.options,
+            self.ranks,
+            workload=self.workload,
+            within=self.stage.train_rows,
+            updates_per_pass=self.updates,
+            on_rows=on_rows,
+        )
+        return pctr[self.stage.clicked_train_rows()].astype(np.float32)
+
+
+def tuning_record(
+    training: Training,
+    part: TrainingPart,
+    *,
+    common_ctr: np.ndarray | None,
+    on_rows: Callable[[int], object],
+) -> dict[str, Any] | None:
+    """Trains and measures after each epoch on the held-out users."""
+    started = time.perf_counter()
+    scored_split = ids_known_to(training.stage, part.selection).scored
+    lengths: list[dict[str, Any]] = []
+
+    def after_epoch(epoch: int, model: DistributedModelParallel) -> None:
+        scored = training.score(model, scored_split)
+        if scored is not None:
+            figures = measure(
+                replace(
+                    scored, common_ctr_logit=common_ctr, true_ctr=None, true_cvr=None, group_id=None
+                )
+            )["test"]
+            names = ("ctr_auc", "cvr_auc", "ctcvr_auc_common_ctr", "ctcvr_auc")
+            lengths.append({"epochs": epoch} | {name: figures.get(name) for name in names})
+
+    training.fit(part, on_rows=on_rows, after_epoch=after_epoch)
+    return {"lengths": lengths, "seconds": time.perf_counter() - started}
+
+
+def test_record(
+    training: Training,
+    part: TrainingPart,
+    *,
+    common_ctr: np.ndarray,
+    resampling: UserBootstrap | None,
+    on_rows: Callable[[int], object],
+) -> dict[str, Any] | None:
+    """Trains, scores the test rows once, and measures."""
+    started = time.perf_counter()
+    stage = training.stage
+    model = training.fit(part, on_rows=on_rows)
+    trained = time.perf_counter()
+    known = ids_known_to(stage, part.selection)
+    scored = training.score(model, known.scored)
+    kept = training.score(model, stage.scored) if known.unknown_share else scored
+    if scored is None or kept is None:
+        return None
+    scored = replace(scored, common_ctr_logit=common_ctr)
+    figures = measure(scored)
+    record: dict[str, Any] = {
+        "metrics": _flat(figures),
+        "references": _references(scored, figures),
+        "training_rows": part.num_rows,
+        **training.batches(part),
+        "passes": training.options.epochs,
+        "notes": dict(part.notes),
+        "unknown_share": known.unknown_share,
+        "curves": _curves(scored),
+        "points": _points(scored),
+        "train_seconds": trained - started,
+    }
+    if known.unknown_share:
+        whole = _flat(measure(replace(kept, common_ctr_logit=common_ctr)))
+        record["random_unseen_ids"] = {name: whole.get(name) for name in COMPARED_WITHOUT_UNKNOWN}
+    if resampling is not None:
+        record["bootstrap"] = resampled_figures(resampling, scored)
+    return record | {"seconds": time.perf_counter() - started}
+
+
+def resampled_figures(
+    resampling: UserBootstrap, scored: ScoredImpressions
+) -> dict[str, list[float | None]]:
+    """Figures whose differences between methods are given, in each resampling of the test users."""
+    assert scored.cvr is not None
+    scores = scored.cvr.values
+    figures = {"cvr_auc": resampling.auc(scores, scored.converted, scored.clicked)}
+    for name, product in (
+        ("ctcvr_auc_common_ctr", scored.ctcvr_common_ctr),
+        ("ctcvr_auc", scored.ctcvr),
+    ):
+        if product is not None:
+            figures[name] = resampling.auc(product.values, scored.converted)
+    if scored.true_cvr is not None and scored.true_ctr is not None:
+        figures |= {
+            "cvr_auc_entire_space": resampling.auc(scores, scored.true_cvr),
+            "cvr_auc_entire_space_within_ctr_strata": resampling.auc_within_strata(
+                scores, scored.true_cvr, scored.true_ctr
+            ),
+            "cvr_excess_log_loss_entire_space": resampling.mean(
+                _excess_log_losses(scored.cvr, scored.true_cvr)
+            ),
+        }
+    return figures
+
+
+def _excess_log_losses(prediction: Prediction, target: np.ndarray) -> np.ndarray:
+    """Cross entropy above that of the true probability of each impression, float64 (n,)."""
+    block = prediction.block(slice(None))
+    true = target.astype(np.float64)
+    possible = np.where((true > 0) & (true < 1), true, 0.5)
+    entropy = -true * np.log(possible) - (1 - true) * np.log1p(-possible)
+    entropy[(true == 0) | (true == 1)] = 0.0
+    return -true * block.log_probability - (1 - true) * block.log_complement - entropy
+
+
+def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Numbers of "test" and "truth" by the names of metrics.json."""
+    return {
+        name: value
+        for part in figures.values()
+        for name, value in part.items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
+def _references(
+    scored: ScoredImpressions, figures: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """What other probabilities reach when they are used as the conversion score."""
+    rows: dict[str, dict[str, float | None]] = {}
+    clicked = scored.clicked
+    for name, logit in (("pCTR", scored.common_ctr_logit), ("pCTCVR", scored.ctcvr_score)):
+        if logit is None:
+            continue
+        rows[name] = {"cvr_auc": auc(logit[clicked], scored.converted[clicked])}
+        if scored.true_cvr is not None and scored.true_ctr is not None:
+            rows[name]["cvr_auc_entire_space"] = soft_auc(logit, scored.true_cvr)
+            rows[name]["cvr_auc_entire_space_within_ctr_strata"] = auc_within_strata(
+                logit, scored.true_cvr, scored.true_ctr
+            )
+    for name, key in (
+        ("true pCVR", "oracle"),
+        ("true pCTR", "pctr as conversion score"),
+        ("true pCTCVR", "pctcvr as conversion score"),
+    ):
+        if "truth" in figures:
+            rows[name] = dict(figures["truth"][key])
+    return rows
+
+
+def _curves(scored: ScoredImpressions) -> dict[str, Any]:
+    """Predicted and observed conversion rates in bins of equal size."""
+    assert scored.cvr is not None
+    clicked = scored.clicked
+    curves = {"clicked": _curve(scored.cvr[clicked], scored.converted[clicked])}
+    if scored.true_cvr is not None:
+        curves["entire space"] = _curve(scored.cvr, scored.true_cvr)
+    return curves
+
+
+def _curve(prediction: Prediction, target: np.ndarray) -> dict[str, list[float]]:
+    curve = reliability_curve(prediction, target, num_bins=CURVE_BINS)
+    return {
+        "predicted": curve.mean_prediction.tolist(),
+        "observed": curve.mean_target.tolist(),
+    }
+
+
+def _points(scored: ScoredImpressions) -> dict[str, list[float]] | None:
+    """pCVR against the true one, of impressions at even distances."""
+    if scored.true_cvr is None or scored.cvr is None:
+        return None
+    rows = np.linspace(0, len(scored.click) - 1, min(POINTS, len(scored.click))).astype(int)
+    probability = scored.cvr.block(slice(None)).probability[rows]
+    return {
+        "true": [round(value, 5) for value in scored.true_cvr[rows].tolist()],
+        "predicted": [round(value, 5) for value in probability.tolist()],
+    }

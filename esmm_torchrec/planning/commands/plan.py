@@ -1,0 +1,228 @@
+"""esmm-torchrec plan: tables and machines → estimated sharding plans, before any GPU is rented."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.errors import OptionError, PlanError
+from esmm_torchrec.planning.estimates import Estimate, estimate
+from esmm_torchrec.planning.hardware import Hardware, TowerDtype, preset, read_hardware
+from esmm_torchrec.planning.plan_report import (
+    Experiment,
+    comparison,
+    plan_file_name,
+    write_report,
+)
+from esmm_torchrec.planning.scenario import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_COLUMN_WIDTH,
+    STRATEGIES,
+    Kernel,
+    Scenario,
+    Strategy,
+    parse_constraint,
+)
+from esmm_torchrec.planning.table_list import TableList, read_tables, tables_of_schema
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.sharding.plan_file import write_plan
+from esmm_torchrec.sharding.planner import STORAGE_MARGIN, SparseOptimizerOption
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Estimate how embedding tables could be placed on machines that need not be there.
+
+    Writes OUT/report.html (start there), plans.json, plots/*.png, and for every strategy and
+    number of GPUs that fits plan-STRATEGY-GPUS.json, which 'train --plan' loads.
+    """
+
+    out: Path
+    """Folder to make."""
+    tables: Path | None = None
+    """YAML list of tables: name, num_embeddings, embedding_dim, and optionally features, pooling,
+    pooling_factor, weighted, data_type, shared_by, count."""
+    data: Path | None = None
+    """A prepared data set, instead of --tables."""
+    gpus: tuple[int, ...] = (8,)
+    """Numbers of GPUs to try; of processes, on a CPU."""
+    gpu: str | None = None
+    """a100-40, a100-80, h100, h200, b200 or cpu."""
+    hardware: Path | None = None
+    """YAML file of another machine, instead of --gpu: 'base: h100' and the numbers that differ."""
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    """Sharding types to try for all tables; auto: TorchRec's planner chooses for each table."""
+    batch_size: int | None = None
+    """Impressions per GPU and step; else the one in the list of tables, else 4096."""
+    kernels: tuple[Kernel, ...] = ("fused",)
+    """Kernels to choose from. fused_uvm keeps rows in host memory, fused_uvm_caching some of them
+    also on the GPU; dense leaves the update to torch's optimisers."""
+    cache_load_factor: float | None = None
+    """Share of a table's rows that fused_uvm_caching keeps on the GPU; else TorchRec's 0.2."""
+    constraint: tuple[str, ...] = ()
+    """PATTERN=WORDS for tables by name, before the strategy and --kernels: sharding types, kernels
+    and cache=SHARE, with commas. Example: 'user*=row_wise,fused_uvm_caching,cache=0.1'."""
+    sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
+    """Optimiser of the tables, for the memory of its state."""
+    column_width: int = DEFAULT_COLUMN_WIDTH
+    """Narrowest strip that column_wise and grid_shard may cut."""
+    reserve: float = STORAGE_MARGIN
+    """Share of memory to leave to what is not counted."""
+    tower: tuple[int, ...] = (360, 200, 80)
+    """Widths of the hidden layers of each of the two towers, estimated beside the tables."""
+    tower_dtype: TowerDtype = "float32"
+    """What the towers compute in."""
+    embedding_dim: int = 16
+    """Columns of every table, with --data."""
+    shuffle_chunk: int = 8
+    """As in train, with --data: up to this many impressions of one user stay together, which
+    decides how often a shared feature is pooled."""
+
+
+def run(options: Options) -> None:
+    """Plans every strategy on every number of GPUs and writes what was found.
+
+    Raises:
+        EsmmTorchrecError: an option, the list of tables or the machine cannot be used, or nothing
+            fits.
+    """
+    tables, scenario = _scenario(options)
+    counts = sorted(set(options.gpus))
+    if not counts or not options.strategies:
+        raise OptionError("--gpus and --strategies need at least one value each")
+    for count in counts:
+        scenario.hardware.local_world_size(count)
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise OptionError(f"--out {options.out} exists already; remove it or choose another")
+    strategies: list[Strategy] = [name for name in STRATEGIES if name in options.strategies]
+    found: list[Estimate] = []
+    with progress_bar("planning", total=len(counts) * len(strategies), unit="plans") as bar:
+        for count in counts:
+            for strategy in strategies:
+                bar.set_postfix_str(f"{strategy}, {count}", refresh=False)
+                found.append(estimate(scenario, strategy, count))
+                bar.update(1)
+    experiment = Experiment(scenario=scenario, estimates=tuple(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    _write(experiment, tables, options.out)
+    print(_summary(experiment, options.out))
+    if not any(result.placed for result in found):
+        raise PlanError(
+            f"no plan on {experiment.ranks(counts[-1])} of {scenario.hardware.name}: "
+            f"{experiment.of(strategies[0], counts[-1]).reason}; {options.out / 'report.html'} "
+            "lists every strategy and what would fit"
+        )
+
+
+def _scenario(options: Options) -> tuple[TableList, Scenario]:
+    if (options.tables is None) == (options.data is None):
+        raise OptionError("give either --tables FILE or --data PREPARED")
+    tables = read_tables(options.tables) if options.tables else _tables_of_data(options)
+    return tables, Scenario(
+        tables=tables,
+        hardware=_hardware(options),
+        batch_size=options.batch_size or tables.batch_size or DEFAULT_BATCH_SIZE,
+        kernels=options.kernels,
+        cache_load_factor=options.cache_load_factor,
+        sparse_optimizer=options.sparse_optimizer,
+        constraints=tuple(parse_constraint(text) for text in options.constraint),
+        column_width=options.column_width,
+        reserve=options.reserve,
+        towers=options.tower,
+        tower_dtype=options.tower_dtype,
+    )
+
+
+def _hardware(options: Options) -> Hardware:
+    if (options.gpu is None) == (options.hardware is None):
+        raise OptionError("give either --gpu NAME or --hardware FILE")
+    return preset(options.gpu) if options.gpu else read_hardware(options.hardware or Path())
+
+
+def _tables_of_data(options: Options) -> TableList:
+    assert options.data is not None
+    data = PreparedDataSet.open(options.data, data_files=False)
+    batch_size = options.batch_size or DEFAULT_BATCH_SIZE
+    return tables_of_schema(
+        data.schema,
+        options.embedding_dim,
+        mean_values_per_bag=data.statistics.mean_values_per_bag,
+        impressions_per_shared_row=_impressions_per_pooled_row(
+            batch_size,
+            impressions=data.splits["train"].impressions,
+            shared_rows=data.splits["train"].shared_rows,
+            shuffle_chunk=options.shuffle_chunk,
+        ),
+        source=str(options.data),
+    )
+
+
+def _impressions_per_pooled_row(
+    batch_size: int, *, impressions: int, shared_rows: int, shuffle_chunk: int
+) -> float | None:
+    """Impressions of a batch over its distinct shared rows, for a shuffled order in which chunks
+    of up to `shuffle_chunk` impressions of one shared row stay together."""
+    if not shared_rows:
+        return None
+    if shuffle_chunk < 1:
+        raise OptionError(f"--shuffle-chunk {shuffle_chunk} is not at least 1")
+    # However long a chunk may be, it ends where the impressions of its row do.
+    chunk = min(shuffle_chunk, max(1.0, impressions / shared_rows))
+    chunks = max(1.0, batch_size / chunk)
+    distinct = shared_rows * (1 - (1 - 1 / shared_rows) ** chunks)
+    return max(1.0, batch_size / distinct)
+
+
+def _write(experiment: Experiment, tables: TableList, out: Path) -> None:
+    entries: list[dict[str, Any]] = []
+    for result in experiment.estimates:
+        entry = result.to_dict()
+        if result.placed is not None:
+            entry["plan_file"] = plan_file_name(result)
+            write_plan(result.placed.plan, out / plan_file_name(result))
+        entries.append(entry)
+    scenario = experiment.scenario
+    fastest = {count: experiment.fastest(count) for count in experiment.counts}
+    values = {
+        "format_version": FORMAT_VERSION,
+        "note": "Times and memory are estimates made without the machines. step_ms_estimate is the "
+        "slowest rank's time for the tables, from TorchRec's planner, plus the towers', which the "
+        "planner does not count; nothing overlaps and latencies are left out.",
+        "tables": {
+            "number": len(tables.tables),
+            "num_embeddings": tables.num_embeddings,
+            "weights_bytes": tables.nbytes,
+        },
+        "batch_size": scenario.batch_size,
+        "sparse_optimizer": scenario.sparse_optimizer,
+        "kernels": list(scenario.kernels),
+        "cache_load_factor": scenario.cache_load_factor,
+        "column_width": scenario.column_width,
+        "towers": {"hidden": list(scenario.towers), "dtype": scenario.tower_dtype},
+        "hardware": scenario.hardware.to_dict(),
+        "fastest": {str(n): best.strategy if best else None for n, best in fastest.items()},
+        "plans": entries,
+    }
+    (out / "plans.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_report(experiment, out)
+
+
+def _summary(experiment: Experiment, out: Path) -> str:
+    lines = [comparison(experiment)]
+    noun = experiment.noun
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for result in experiment.estimates:
+        if result.reason:
+            would = f"; would fit: {', or '.join(result.remedies)}" if result.remedies else ""
+            text = result.reason + would
+            reasons.setdefault((result.strategy, text), []).append(str(result.world_size))
+    for (strategy, text), counts in reasons.items():
+        lines.append(f"no plan for {strategy} on {', '.join(counts)} {noun}s: {text}")
+    lines.append("All numbers are estimates, made without the machines; * marks the shortest step.")
+    lines.append(f"wrote {out / 'report.html'}, plans.json and the plans for 'train --plan'")
+    return "\n".join(lines)

@@ -1,0 +1,345 @@
+"""What TorchRec's planner expects of a strategy on a number of ranks, without any of them.
+
+Memory and time of every shard come from TorchRec's own estimators; beside them stand the towers,
+which the planner does not count. Every time is an estimate: bytes over bandwidths and operations
+over a share of the peak, without latencies and without overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torchrec.distributed.planner.planners import to_sharding_plan
+
+from esmm_torchrec.planning.hardware import PRESETS
+from esmm_torchrec.planning.placement import Misfit, Placement, fits, place
+from esmm_torchrec.planning.scenario import (
+    Capacity,
+    Constraint,
+    Scenario,
+    Strategy,
+    TowerEstimate,
+    estimate_towers,
+)
+from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables
+from esmm_torchrec.sharding.plan_text import plan_warnings
+from esmm_torchrec.sharding.table_placement import DATA_TYPES
+
+MOST_RANKS_TRIED = 1024
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Milliseconds of one step on the slowest rank; `sum` is the step, nothing overlapping."""
+
+    forward: float
+    """Look-ups and pooling."""
+    forward_comms: float
+    """Pooled embeddings to the ranks whose impressions they are."""
+    backward: float
+    """Gradients and the fused optimiser."""
+    backward_comms: float
+    prefetch: float
+    """Rows that fused_uvm_caching fetches from the host."""
+    towers: float
+    towers_all_reduce: float
+    input_comms: float
+    """Ids to the ranks that hold their rows. TorchRec's pipeline hides it behind the step before,
+    so it is not part of the sum."""
+
+    @property
+    def step(self) -> float:
+        """All that counts towards the step."""
+        return (
+            self.forward
+            + self.forward_comms
+            + self.backward
+            + self.backward_comms
+            + self.prefetch
+            + self.towers
+            + self.towers_all_reduce
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What the planner found. Arrays are (tables, ranks), in the order of `names`."""
+
+    plan: PlanFile
+    parts: StepParts
+    names: tuple[str, ...]
+    table_bytes: np.ndarray
+    """Memory of the ranks taken by each table: weights, optimiser state, a batch in and out."""
+    table_host_bytes: np.ndarray
+    """The same in the host's memory (fused_uvm*)."""
+    table_ms: np.ndarray
+    placements: Mapping[str, int]
+    """'sharding type, kernel' → number of tables."""
+    tables_cut: int
+    """Tables with more than one shard."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def memory_imbalance(self) -> float:
+        """The fullest rank's table memory over the mean; 1 is even."""
+        return _imbalance(self.table_bytes.sum(axis=0))
+
+    @property
+    def time_imbalance(self) -> float:
+        """The slowest rank's embedding time over the mean; 1 is even."""
+        return _imbalance(self.table_ms.sum(axis=0))
+
+
+def _imbalance(values: np.ndarray) -> float:
+    mean = float(values.mean())
+    return float(values.max()) / mean if mean else 1.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One strategy on one number of ranks: `placed`, or the reason why it cannot be."""
+
+    strategy: Strategy
+    world_size: int
+    local_world_size: int
+    batch_size: int
+    capacity: Capacity
+    towers: TowerEstimate
+    placed: Placed | None = None
+    reason: str | None = None
+    """One sentence: which table does not fit where and by how much, or what forbids it."""
+    remedies: tuple[str, ...] = ()
+    """Changes that were tried and make it fit."""
+
+    @property
+    def step_ms(self) -> float:
+        """Estimated milliseconds a step; infinite where it does not fit."""
+        return self.placed.parts.step if self.placed else math.inf
+
+    @property
+    def impressions_per_second(self) -> float:
+        """Over all ranks."""
+        return self.batch_size * self.world_size / self.step_ms * 1e3
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of plans.json."""
+        capacity = self.capacity
+        entry: dict[str, Any] = {
+            "strategy": self.strategy,
+            "gpus": self.world_size,
+            "gpus_per_host": self.local_world_size,
+            "feasible": self.placed is not None,
+            "memory_per_gpu_bytes": {
+                "capacity": capacity.total,
+                "reserved": capacity.reserved,
+                "towers_estimate": capacity.towers,
+                "for_tables": capacity.for_tables,
+            },
+        }
+        if capacity.host_total:
+            entry["host_memory_per_gpu_bytes"] = {
+                "capacity": capacity.host_total,
+                "for_tables": capacity.host_for_tables,
+            }
+        if self.placed is None:
+            return entry | {"reason": self.reason, "would_fit": list(self.remedies)}
+        placed, parts = self.placed, self.placed.parts
+        entry["memory_per_gpu_bytes"]["tables"] = placed.table_bytes.sum(axis=0).tolist()
+        if capacity.host_total:
+            entry["host_memory_per_gpu_bytes"]["tables"] = placed.table_host_bytes.sum(
+                axis=0
+            ).tolist()
+        return entry | {
+            "step_ms_estimate": parts.step,
+            "parts_ms_estimate": {
+                "embedding_forward": parts.forward,
+                "embedding_forward_comms": parts.forward_comms,
+                "embedding_backward": parts.backward,
+                "embedding_backward_comms": parts.backward_comms,
+                "embedding_prefetch": parts.prefetch,
+                "towers": parts.towers,
+                "towers_all_reduce": parts.towers_all_reduce,
+            },
+            "input_comms_ms_estimate_not_in_step": parts.input_comms,
+            "impressions_per_second_estimate": self.impressions_per_second,
+            "embedding_ms_per_gpu_estimate": placed.table_ms.sum(axis=0).tolist(),
+            "imbalance": {"memory": placed.memory_imbalance, "time": placed.time_imbalance},
+            "placements": dict(placed.placements),
+            "tables_cut": placed.tables_cut,
+            "warnings": list(placed.warnings),
+        }
+
+
+def estimate(scenario: Scenario, strategy: Strategy, world_size: int) -> Estimate:
+    """Plans a scenario with one strategy on a number of ranks.
+
+    Raises:
+        OptionError: the ranks do not fill their hosts.
+    """
+    towers = estimate_towers(scenario, world_size)
+    found = place(scenario, strategy, world_size)
+    result = Estimate(
+        strategy=strategy,
+        world_size=world_size,
+        local_world_size=scenario.hardware.local_world_size(world_size),
+        batch_size=scenario.batch_size,
+        capacity=scenario.capacity(world_size),
+        towers=towers,
+    )
+    if isinstance(found, Placement):
+        return replace(result, placed=_placed(scenario, found, towers))
+    may_help = found.tables or found.towers
+    remedies = _remedies(scenario, strategy, world_size, found) if may_help else ()
+    return replace(result, reason=found.sentence, remedies=tuple(remedies))
+
+
+def _remedies(
+    scenario: Scenario, strategy: Strategy, world_size: int, misfit: Misfit
+) -> Iterator[str]:
+    """Changes after which the planner finds a place for everything, each of them tried."""
+    names = misfit.tables
+    which = "all tables"
+    if misfit.alone:
+        which = f"table {names[0]!r}" if len(names) == 1 else f"the {len(names)} tables"
+    noun = "GPUs" if scenario.hardware.device == "cuda" else "ranks"
+
+    def constrained(**values: Any) -> Scenario:
+        extra = tuple(Constraint(pattern=_escape(name), **values) for name in names)
+        return replace(scenario, constraints=(*scenario.constraints, *extra))
+
+    def first(tried: Iterable[tuple[str, Scenario, int]]) -> Iterator[str]:
+        for text, changed, count in tried:
+            if fits(changed, strategy, count):
+                yield text
+                return
+
+    if names:
+        kinds = ("row_wise", "table_row_wise", "column_wise") if world_size > 1 else ()
+        yield from first(
+            (f"{kind} for {which}", constrained(sharding_types=(kind,)), world_size)
+            for kind in kinds
+            if kind != strategy
+        )
+        if scenario.hardware.device == "cuda":
+            yield from first(
+                (
+                    f"the kernel {kernel} for {which} (rows in host memory)",
+                    constrained(kernels=(kernel,)),
+                    world_size,
+                )
+                for kernel in ("fused_uvm_caching", "fused_uvm")
+                if kernel not in scenario.kernels
+            )
+        full = scenario.hardware.ranks_per_host
+        counts = sorted({*(world_size * factor for factor in (2, 4, 8, 16)), full, 2 * full})
+        yield from first(
+            (f"{count} {noun}", scenario, count)
+            for count in counts
+            if world_size < count <= MOST_RANKS_TRIED and (count < full or count % full == 0)
+        )
+    yield from first(
+        (f"--batch-size {smaller.batch_size}", smaller, world_size)
+        for smaller in _smaller_batches(scenario)
+    )
+    halved = tuple(
+        replace(table, data_type="float16")
+        if table.name in names and DATA_TYPES[table.data_type][1] > 2
+        else table
+        for table in scenario.tables.tables
+    )
+    if halved != scenario.tables.tables:
+        changed = replace(scenario, tables=replace(scenario.tables, tables=halved))
+        yield from first([(f"float16 for {which}", changed, world_size)])
+    yield from first(
+        (
+            f"{noun} with {memory_gib:,.0f} GiB each",
+            replace(scenario, hardware=replace(scenario.hardware, memory_gib=memory_gib)),
+            world_size,
+        )
+        for memory_gib in _memory_sizes(scenario)
+        if memory_gib > scenario.hardware.memory_gib
+    )
+
+
+def _smaller_batches(scenario: Scenario) -> Iterator[Scenario]:
+    """The same with a half, a quarter and an eighth of the batch. Fewer impressions share fewer
+    rows: at worst each stored row is pooled as before."""
+    for parts in (2, 4, 8):
+        if scenario.batch_size % parts == 0:
+            tables = tuple(
+                replace(table, shared_by=max(1.0, table.shared_by / parts))
+                for table in scenario.tables.tables
+            )
+            yield replace(
+                scenario,
+                tables=replace(scenario.tables, tables=tables),
+                batch_size=scenario.batch_size // parts,
+            )
+
+
+def _memory_sizes(scenario: Scenario) -> Sequence[float]:
+    """Sizes of memory that can be had."""
+    if scenario.hardware.device == "cpu":
+        return [scenario.hardware.memory_gib * factor for factor in (2, 4)]
+    return sorted({machine.memory_gib for machine in PRESETS.values() if machine.device == "cuda"})
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _placed(scenario: Scenario, found: Placement, towers: TowerEstimate) -> Placed:
+    options, topology = found.options, found.topology
+    world_size = topology.world_size
+    on_gpu = topology.compute_device == "cuda"
+    order = {table.name: number for number, table in enumerate(scenario.tables.tables)}
+    shape = (len(order), world_size)
+    memory, host, times = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    fields = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "prefetch_compute")
+    parts = {name: np.zeros(world_size) for name in (*fields, "input_dist_comms")}
+    for option in options:
+        row = order[option.name]
+        for shard in option.shards:
+            assert shard.perf is not None
+            assert shard.storage is not None
+            memory[row, shard.rank] += shard.storage.hbm if on_gpu else shard.storage.ddr
+            host[row, shard.rank] += shard.storage.ddr if on_gpu else 0
+            times[row, shard.rank] += shard.perf.total
+            for name, values in parts.items():
+                values[shard.rank] += getattr(shard.perf, name)
+    slowest = int(times.sum(axis=0).argmax())
+    on_slowest = {name: float(values[slowest]) for name, values in parts.items()}
+    plan = PlanFile.from_sharding_plan(
+        to_sharding_plan(list(options), topology),
+        embedding_tables(scenario.tables.to_module()).values(),
+        world_size=world_size,
+        local_world_size=topology.local_world_size,
+        device=scenario.hardware.device,
+    )
+    plan = replace(plan, tables={name: plan.tables[name] for name in order})
+    kinds = Counter((option.sharding_type, option.compute_kernel) for option in options)
+    return Placed(
+        plan=plan,
+        parts=StepParts(
+            forward=on_slowest["fwd_compute"],
+            forward_comms=on_slowest["fwd_comms"],
+            backward=on_slowest["bwd_compute"],
+            backward_comms=on_slowest["bwd_comms"],
+            prefetch=on_slowest["prefetch_compute"],
+            towers=towers.compute_ms,
+            towers_all_reduce=towers.all_reduce_ms,
+            input_comms=on_slowest["input_dist_comms"],
+        ),
+        names=tuple(order),
+        table_bytes=memory,
+        table_host_bytes=host,
+        table_ms=times,
+        placements={f"{kind}, {kernel}": n for (kind, kernel), n in sorted(kinds.items())},
+        tables_cut=sum(len(option.shards) > 1 for option in options),
+        warnings=tuple(plan_warnings(plan, optimizer=scenario.sparse_optimizer)),
+    )

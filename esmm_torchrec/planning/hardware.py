@@ -1,0 +1,401 @@
+"""What the planner must know of a machine: presets with their sources, or one's own by file.
+
+Bandwidths are peaks from data sheets, for one rank and one direction, so an estimate made with a
+preset is a best case; `benchmarks/sharding.py` writes a file with what was measured instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from torchrec.distributed.planner.types import (
+    CollectiveType,
+    GeneralizedCommsBandwidth,
+    HardwareConfig,
+    KernelConfig,
+    Topology,
+    TopologyFactory,
+    TrainerConfig,
+)
+
+from esmm_torchrec.errors import OptionError, PlanError
+from esmm_torchrec.planning.strict_yaml import load_yaml
+
+GIB = 2**30
+BYTES_PER_MS = 1e6
+"""Bytes per millisecond, TorchRec's unit, in one GB/s."""
+
+LARGEST_NUMBER = 1e9
+"""Above every number of a machine, in any of their units."""
+
+TowerDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of machine. A rank is a GPU, or on a CPU one process."""
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    ranks_per_host: int
+    memory_gib: float
+    """Memory of a rank: of the GPU, or the process's share of its host."""
+    host_memory_gib: float
+    """A rank's share of the host's memory, where the kernels fused_uvm* keep tables."""
+    memory_gb_s: float
+    """Bandwidth of that memory (HBM; of the host on a CPU) for one rank."""
+    host_to_device_gb_s: float
+    """Between a GPU and its host's memory."""
+    intra_host_gb_s: float
+    """From a rank to the others of its host (NVLink)."""
+    inter_host_gb_s: float
+    """From a rank to other hosts (its network card)."""
+    float32_tflops: float
+    """Peak of matrix products as training runs them in float32 (TF32 on a GPU)."""
+    bfloat16_tflops: float
+    tower_efficiency: float = 0.3
+    """Share of that peak the towers reach: an assumption, their matrices are small."""
+    backward_multiplier: float = 2.0
+    """Time of looking up backward, with the update, over forward; 2 is TorchRec's."""
+    all_to_all_efficiency: float = 1.0
+    """Share of the links' bandwidth that this collective reaches; the next ones likewise."""
+    reduce_scatter_efficiency: float = 1.0
+    all_gather_efficiency: float = 1.0
+    all_reduce_efficiency: float = 1.0
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not 0 < value < LARGEST_NUMBER:
+                raise PlanError(
+                    f"hardware {self.name!r}: {name} must be above 0 and below "
+                    f"{LARGEST_NUMBER:.0e}, not {value}"
+                )
+        for name in ("tower_efficiency", *(f"{kind.value}_efficiency" for kind in CollectiveType)):
+            if getattr(self, name) > 1:
+                raise PlanError(f"hardware {self.name!r}: {name} must be at most 1")
+
+    def local_world_size(self, world_size: int) -> int:
+        """Ranks on each host when `world_size` ranks fill hosts one after another.
+
+        Raises:
+            OptionError: the last host would not be full.
+        """
+        if world_size < 1:
+            raise OptionError(f"--gpus {world_size} is not at least 1")
+        if world_size <= self.ranks_per_host:
+            return world_size
+        if world_size % self.ranks_per_host:
+            below = world_size - world_size % self.ranks_per_host
+            raise OptionError(
+                f"--gpus {world_size} does not fill hosts of {self.ranks_per_host} "
+                f"({self.name}); use {below} or {below + self.ranks_per_host}"
+            )
+        return self.ranks_per_host
+
+    @property
+    def bandwidths(self) -> RankBandwidths:
+        """Of collectives over its ranks."""
+        return RankBandwidths(
+            intra_host=self.intra_host_gb_s * BYTES_PER_MS,
+            inter_host=self.inter_host_gb_s * BYTES_PER_MS,
+            efficiency={kind: getattr(self, f"{kind.value}_efficiency") for kind in CollectiveType},
+        )
+
+    def all_reduce_ms(self, nbytes: int, world_size: int) -> float:
+        """Time of a ring that adds up `nbytes` of every rank: reduce-scatter, then all-gather."""
+        once = self.bandwidths.of_links(
+            self.local_world_size(world_size), world_size, CollectiveType.REDUCE_SCATTER
+        )
+        return 2 * nbytes / (once * self.all_reduce_efficiency)
+
+    def topology(self, world_size: int, *, memory_bytes: int, host_memory_bytes: int) -> Topology:
+        """The machine as TorchRec's planner takes it.
+
+        Args:
+            world_size: number of ranks.
+            memory_bytes: of each rank, what the planner may give to tables.
+            host_memory_bytes: of each rank's share of its host, likewise.
+        """
+        local_world_size = self.local_world_size(world_size)
+        on_gpu = self.device == "cuda"
+        return TopologyFactory.create_topology(
+            trainer_config=TrainerConfig(world_size=world_size, local_world_size=local_world_size),
+            hardware_config=HardwareConfig(
+                hbm_cap_bytes=memory_bytes if on_gpu else None,
+                ddr_cap_bytes=host_memory_bytes if on_gpu else memory_bytes,
+                hbm_mem_bw=self.memory_gb_s * BYTES_PER_MS,
+                ddr_mem_bw=self.memory_gb_s * BYTES_PER_MS,
+                hbm_to_ddr_mem_bw=self.host_to_device_gb_s * BYTES_PER_MS,
+            ),
+            kernel_config=KernelConfig(
+                compute_device=self.device,
+                bwd_compute_multiplier=self.backward_multiplier,
+                # Without this TorchRec plans every machine with the bandwidths of a V100.
+                use_hardware_based_bandwidth=True,
+                generalized_comms_bandwidths=self.bandwidths,
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the same fields that a file may give."""
+        return asdict(self) | {"sources": list(self.sources)}
+
+
+@dataclass(frozen=True)
+class RankBandwidths(GeneralizedCommsBandwidth):
+    """Bytes per ms at which a rank's output goes through a collective.
+
+    TorchRec divides the whole output of a rank by this. Of an all-to-all, the share for other
+    hosts leaves through the rank's own network card and the share for its host over NVLink, one
+    after the other. Reduce-scatter and all-gather run as rings through all network cards of a
+    host, so that 1/hosts of the output crosses each of them only once. (TorchRec's own
+    BasicCommsBandwidths sends everything through one card as soon as there are two hosts, and
+    all-reduces over the network even on one host.)
+    """
+
+    intra_host: float
+    inter_host: float
+    efficiency: Mapping[CollectiveType, float] = field(default_factory=dict)
+    """Share of the links' bandwidth that a collective reaches; 1 where not given."""
+
+    @property
+    def intra_host_bw(self) -> float:
+        """Bytes per ms to the ranks of the same host."""
+        return self.intra_host
+
+    @property
+    def inter_host_bw(self) -> float:
+        """Bytes per ms to other hosts."""
+        return self.inter_host
+
+    def get_bw(
+        self, local_world_size: int, world_size: int, collective_type: CollectiveType
+    ) -> float:
+        """Bytes of a rank's output per ms; infinite where nothing leaves the rank."""
+        share = self.efficiency.get(collective_type, 1.0)
+        return share * self.of_links(local_world_size, world_size, collective_type)
+
+    def of_links(
+        self, local_world_size: int, world_size: int, collective_type: CollectiveType
+    ) -> float:
+        """The same with every collective as fast as its links."""
+        if world_size == 1:
+            return float("inf")
+        hosts = max(1, world_size // local_world_size)
+        if collective_type == CollectiveType.ALL_TO_ALL:
+            elsewhere = (world_size - local_world_size) / world_size if hosts > 1 else 0.0
+            here = 1 - elsewhere - 1 / world_size
+            return 1 / (elsewhere / self.inter_host + here / self.intra_host)
+        ring = self.intra_host
+        if hosts > 1:
+            ring = min(self.intra_host, self.inter_host * local_world_size)
+        once = ring * world_size / (world_size - 1)
+        if collective_type == CollectiveType.ALL_REDUCE:
+            # A ring makes two passes, whatever the hosts; TorchRec's formula makes it one on one
+            # host, one and a half on two and three on more.
+            counted = {1: 1.0, 2: 1.5}.get(hosts, 3.0)
+            return once * counted / 2
+        return once
+
+
+_DGX_A100 = "https://docs.nvidia.com/dgx/dgxa100-user-guide/introduction-to-dgxa100.html"
+_DGX_H100 = "https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html"
+_DGX_B200 = "https://docs.nvidia.com/dgx/dgxb200-user-guide/introduction-to-dgxb200.html"
+_A100 = (
+    "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
+    "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
+)
+_H100 = "https://www.nvidia.com/en-us/data-center/h100/"
+_H200 = "https://www.nvidia.com/en-us/data-center/h200/"
+_B200 = "https://www.nvidia.com/en-us/data-center/hgx/"
+_B200_BUS = "https://github.com/pytorch/ao/pull/4002"
+_XEON = "https://www.intel.com/content/www/us/en/products/sku/231746.html"
+
+PRESETS: Mapping[str, Hardware] = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware(
+            name="a100-40",
+            device="cuda",
+            ranks_per_host=8,
+            memory_gib=40,
+            host_memory_gib=128,
+            memory_gb_s=1555,
+            host_to_device_gb_s=32,
+            intra_host_gb_s=300,
+            inter_host_gb_s=25,
+            float32_tflops=156,
+            bfloat16_tflops=312,
+            sources=(
+                f"memory, HBM2, NVLink 3 (600 GB/s both ways), PCIe 4, dense TF32/BF16: {_A100}",
+                f"DGX A100 320 GB: 1 TB host memory, eight 200 Gb/s network cards: {_DGX_A100}",
+            ),
+        ),
+        Hardware(
+            name="a100-80",
+            device="cuda",
+            ranks_per_host=8,
+            memory_gib=80,
+            host_memory_gib=256,
+            memory_gb_s=2039,
+            host_to_device_gb_s=32,
+            intra_host_gb_s=300,
+            inter_host_gb_s=25,
+            float32_tflops=156,
+            bfloat16_tflops=312,
+            sources=(
+                f"memory, HBM2e, NVLink 3 (600 GB/s both ways), PCIe 4, dense TF32/BF16: {_A100}",
+                f"DGX A100 640 GB: 2 TB host memory, eight 200 Gb/s network cards: {_DGX_A100}",
+            ),
+        ),
+        Hardware(
+            name="h100",
+            device="cuda",
+            ranks_per_host=8,
+            memory_gib=80,
+            host_memory_gib=256,
+            memory_gb_s=3350,
+            host_to_device_gb_s=64,
+            intra_host_gb_s=450,
+            inter_host_gb_s=50,
+            float32_tflops=494,
+            bfloat16_tflops=989,
+            sources=(
+                f"H100 SXM: memory, HBM3, NVLink 4 (900 GB/s both ways), PCIe 5: {_H100}",
+                "TF32/BF16 without sparsity: half of the data sheet's figures",
+                f"DGX H100: 2 TB host memory, eight 400 Gb/s network cards: {_DGX_H100}",
+            ),
+        ),
+        Hardware(
+            name="h200",
+            device="cuda",
+            ranks_per_host=8,
+            memory_gib=140,
+            host_memory_gib=256,
+            memory_gb_s=4800,
+            host_to_device_gb_s=64,
+            intra_host_gb_s=450,
+            inter_host_gb_s=50,
+            float32_tflops=494,
+            bfloat16_tflops=989,
+            sources=(
+                f"H200 SXM: 141 GB HBM3e, NVLink 4 (900 GB/s both ways), PCIe 5: {_H200}; "
+                "nvidia-smi reports 143,771 MiB, which are 140 GiB",
+                f"network cards and host memory as DGX H100: {_DGX_H100}",
+            ),
+        ),
+        Hardware(
+            name="b200",
+            device="cuda",
+            ranks_per_host=8,
+            memory_gib=179,
+            host_memory_gib=256,
+            memory_gb_s=7672,
+            host_to_device_gb_s=64,
+            intra_host_gb_s=900,
+            inter_host_gb_s=50,
+            float32_tflops=1100,
+            bfloat16_tflops=2250,
+            sources=(
+                f"HGX B200: NVLink 5 (1.8 TB/s both ways), dense TF32/BF16: {_B200}",
+                "memory: nvidia-smi reports 183,359 MiB, which are 179 GiB; its bandwidth: the "
+                "driver reports a bus of 7680 bits at 3996 MHz, twice a cycle, 7.67 TB/s where the "
+                f"data sheet has 8: {_B200_BUS}",
+                "DGX B200: 2 TB host memory, eight 400 Gb/s network cards, PCIe 5 hosts: "
+                f"{_DGX_B200}",
+            ),
+        ),
+        Hardware(
+            name="cpu",
+            device="cpu",
+            ranks_per_host=2,
+            memory_gib=512,
+            host_memory_gib=512,
+            memory_gb_s=307,
+            host_to_device_gb_s=307,
+            intra_host_gb_s=20,
+            inter_host_gb_s=12.5,
+            float32_tflops=7.2,
+            bfloat16_tflops=229,
+            sources=(
+                "one rank per socket of a two-socket server, 512 GiB a socket",
+                f"Xeon Platinum 8480+: 56 cores at 2 GHz, AVX-512, AMX, 8 DDR5 channels: {_XEON}",
+                "between sockets (gloo) and a 200 Gb/s network card for both: assumptions",
+            ),
+        ),
+    )
+}
+"""Machines by the name that `--gpu` takes."""
+
+
+def preset(name: str) -> Hardware:
+    """The preset called `name`, whatever its case.
+
+    Raises:
+        OptionError: there is none.
+    """
+    try:
+        return PRESETS[name.lower()]
+    except KeyError:
+        raise OptionError(
+            f"there is no GPU {name!r}; use {', '.join(PRESETS)}, or --hardware FILE"
+        ) from None
+
+
+def read_hardware(path: Path | str) -> Hardware:
+    """One's own machine from a YAML file: the fields of `Hardware`, or `base: <preset>` and those
+    that differ.
+
+    Raises:
+        PlanError: the file is not such YAML; the sentence names the file and the field.
+    """
+    values = load_yaml(Path(path))
+    if not isinstance(values, dict):
+        raise PlanError(f"{path} must be a mapping of the fields of a machine, one a line")
+    base = values.pop("base", None)
+    known = {each.name: each for each in fields(Hardware)}
+    for name in values:
+        if name not in known:
+            raise PlanError(f"{path}: there is no field {name!r}; use base, {', '.join(known)}")
+    for name, value in values.items():
+        _check_field(str(path), name, value)
+    if "sources" in values:
+        values["sources"] = tuple(values["sources"])
+    if base is not None:
+        if not isinstance(base, str) or base.lower() not in PRESETS:
+            raise PlanError(f"{path}: base {base!r} is none of {', '.join(PRESETS)}")
+        return replace(PRESETS[base.lower()], **{"name": Path(path).stem, "sources": (), **values})
+    missing = [
+        name for name, each in known.items() if each.default is MISSING and name not in values
+    ]
+    if missing:
+        raise PlanError(f"{path} lacks {missing[0]!r}; give it, or a 'base' to take it from")
+    return Hardware(**values)
+
+
+def _check_field(path: str, name: str, value: Any) -> None:
+    if name == "name":
+        right, what = isinstance(value, str), "a text"
+    elif name == "device":
+        choices = get_args(Literal["cuda", "cpu"])
+        right, what = value in choices, " or ".join(choices)
+    elif name == "sources":
+        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        what = "a list of texts"
+    elif name == "ranks_per_host":
+        right, what = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    else:
+        right, what = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    if not right:
+        raise PlanError(f"{path}: {name} must be {what}, not {value!r}")
+
+
+def write_hardware(hardware: Hardware, path: Path | str) -> None:
+    """Writes a machine so that `read_hardware` and `--hardware` read it."""
+    text = yaml.safe_dump(hardware.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+    Path(path).write_text(text, encoding="utf-8")

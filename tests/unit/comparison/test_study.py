@@ -1,0 +1,446 @@
+"""A small comparison from end to end: on worlds and on one data set, stopped and resumed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from esmm_torchrec.comparison.data import Source
+from esmm_torchrec.comparison.options import (
+    COMPARED,
+    SETTINGS,
+    ComparisonOptions,
+    Trial,
+)
+from esmm_torchrec.comparison.report import (
+    difference_rows,
+    findings,
+    format_table,
+    headline_rows,
+    time_rows,
+    write_report,
+)
+from esmm_torchrec.comparison.results import DIFFERENCES
+from esmm_torchrec.comparison.statistics import paired_difference
+from esmm_torchrec.comparison.store import code_identity
+from esmm_torchrec.comparison.study import Chosen, at_edge, compare, selection_score
+from esmm_torchrec.comparison.worlds import World
+from esmm_torchrec.data.prepared_form import sha256_of
+from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training.options import TrainOptions
+from tests.prepared_data import write_data_set
+from tests.ranks import run_on_ranks
+
+WORLD = World(impressions=6000, ctr=0.2, cvr=0.4)
+OPTIONS = ComparisonOptions(
+    methods=("base", "unbias", "division", "esmm"),
+    seeds=2,
+    fractions=(0.5, 1.0),
+    trials=2,
+    epochs=1,
+    batch_size=256,
+    tower=(8,),
+    test_impressions=2000,
+    device="cpu",
+)
+FIXED = replace(OPTIONS, methods=("base", "shared-bottom"), fractions=(1.0,), trials=1)
+
+
+def _compare_all(folder: Path) -> dict[str, Any]:
+    def run(name: str, options: ComparisonOptions, data: Path | None = None) -> dict[str, Any]:
+        return compare(options, folder / name, ranks, data=data, world=WORLD, command="test")
+
+    with process_group("cpu") as ranks:
+        torch.set_num_threads(1)
+        first = run("worlds", OPTIONS)
+        shutil.copytree(folder / "worlds", folder / "stopped")
+        removed = sorted((folder / "stopped" / "trials").glob("*/*"))[::3]
+        for path in removed:
+            path.unlink()
+        resumed = run("stopped", OPTIONS)
+        return {
+            "worlds": first,
+            "resumed": resumed,
+            "removed": [path.name for path in removed],
+            "worlds left": list((folder / "worlds" / "worlds").glob("*")),
+            "fixed": run("fixed", FIXED, folder / "data"),
+            "other test half": run("other-test", FIXED, folder / "other-test-data"),
+            "no truth": run("no-truth", replace(FIXED, seeds=1), folder / "no-truth-data"),
+        }
+
+
+def _without_truth(source: Path, out: Path) -> None:
+    """A copy of a data set that does not know the true probabilities."""
+    shutil.copytree(source, out)
+    description = json.loads((out / "dataset.json").read_text())
+    for name in ("true_ctr", "true_cvr"):
+        description["columns"][name] = False
+    for split in description["splits"].values():
+        for file in split["impression_files"]:
+            table = pq.read_table(out / file).drop_columns(["true_ctr", "true_cvr"])
+            pq.write_table(table, out / file)
+            description["checksums"][file] = sha256_of(out / file)
+    (out / "dataset.json").write_text(json.dumps(description))
+
+
+def _with_other_test_half(source: Path, out: Path) -> None:
+    """A copy of a data set with other labels and other ids in its test half."""
+    shutil.copytree(source, out)
+    description = json.loads((out / "dataset.json").read_text())
+    rng = np.random.default_rng(1)
+    for file in description["splits"]["test"]["impression_files"]:
+        table = pq.read_table(out / file)
+        click = rng.integers(0, 2, len(table)).astype(np.int8)
+        conversion = click * rng.integers(0, 2, len(table)).astype(np.int8)
+        for name, values in (("click", click), ("conversion", conversion)):
+            table = table.set_column(table.column_names.index(name), name, [values])
+        items = table["item"].to_numpy(zero_copy_only=False)
+        other = pa.array(rng.permutation(items), pa.int32(), from_pandas=True)
+        table = table.set_column(table.column_names.index("item"), "item", other)
+        pq.write_table(table, out / file)
+        description["checksums"][file] = sha256_of(out / file)
+    (out / "dataset.json").write_text(json.dumps(description))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("comparison")
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> dict[str, Any]:
+    write_data_set(folder / "data", train=1500, test=900, users=150)
+    _without_truth(folder / "data", folder / "no-truth-data")
+    _with_other_test_half(folder / "data", folder / "other-test-data")
+    return run_on_ranks(1, _compare_all, folder)[0]
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf that is no time."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if "seconds" not in key:
+                yield from _numbers(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _numbers(item, f"{path}/{place}")
+    else:
+        yield path, value
+
+
+def test_results_have_the_form_that_is_promised(compared: dict[str, Any], folder: Path) -> None:
+    results = compared["worlds"]
+    assert json.loads((folder / "worlds" / "results.json").read_text()) == results
+    assert list(results["methods"]) == ["BASE", "UNBIAS", "DIVISION", "ESMM"]
+    for fractions in results["methods"].values():
+        assert list(fractions) == ["0.5", "1"]
+        for metrics in fractions.values():
+            for name in ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space"):
+                figure = metrics[name]
+                assert len(figure["runs"]) == 2
+                assert figure["mean"] == pytest.approx(np.mean(figure["runs"]))
+                assert figure["std"] == pytest.approx(np.std(figure["runs"], ddof=1))
+    assert results["methods"]["BASE"]["1"]["ctr_auc"]["mean"] is None
+    assert results["methods"]["DIVISION"]["1"]["cvr_share_above_one"]["mean"] is not None
+
+
+def test_differences_are_paired_runs(compared: dict[str, Any]) -> None:
+    results = compared["worlds"]
+    base, esmm = (results["methods"][name]["1"]["cvr_auc"]["runs"] for name in ("BASE", "ESMM"))
+    row = results["differences"]["1"]["cvr_auc"]["BASE"]["ESMM"]
+    expected = paired_difference(esmm, base)
+    assert row["mean"] == pytest.approx(expected.mean)
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    assert row["p_value_holm"] >= row["p_value"]
+    assert row["within_noise"] == (row["p_value_holm"] > 0.05)
+    back = results["differences"]["1"]["cvr_auc"]["ESMM"]["BASE"]
+    assert back["mean"] == pytest.approx(-row["mean"])
+
+
+def test_every_method_is_tried_equally_often(compared: dict[str, Any]) -> None:
+    tuning = compared["worlds"]["tuning"]
+    assert list(tuning) == ["CTR", "BASE", "UNBIAS", "DIVISION", "ESMM"]
+    for tried in tuning.values():
+        assert len(tried["tried"]) == OPTIONS.trials * OPTIONS.epochs
+        assert tried["chosen"]["score"] == max(item["score"] for item in tried["tried"])
+
+
+def test_a_smaller_fraction_trains_on_less(compared: dict[str, Any]) -> None:
+    training = compared["worlds"]["training"]
+    for of_method in training.values():
+        assert 0.3 < of_method["0.5"]["training_rows"] / of_method["1"]["training_rows"] < 0.7
+    assert training["ESMM"]["1"]["training_rows"] == WORLD.split_impressions["train"]
+    assert training["ESMM"]["1"]["unknown_share"] == 0
+    assert training["BASE"]["1"]["unknown_share"] > 0
+    assert 0 < training["UNBIAS"]["1"]["acceptance_rate"] <= 1
+    assert "1" in compared["worlds"]["random_unseen_ids"]["BASE"]
+    assert compared["worlds"]["random_unseen_ids"]["BASE"]["1"]["cvr_auc"]["mean"] is not None
+    assert not compared["worlds"]["random_unseen_ids"]["ESMM"]["1"]
+
+
+def test_a_stopped_comparison_ends_with_the_same_numbers(compared: dict[str, Any]) -> None:
+    kinds = {name.partition("-")[0] for name in compared["removed"]}
+    assert {"tune", "seed"} <= kinds
+    first, resumed = (dict(_numbers(compared[name])) for name in ("worlds", "resumed"))
+    assert first == resumed
+    assert compared["worlds left"] == []
+
+
+def test_every_pass_takes_as_many_updates(compared: dict[str, Any]) -> None:
+    results = compared["worlds"]
+    of_everything = -(-WORLD.split_impressions["train"] // OPTIONS.batch_size)
+    for name, of_method in results["training"].items():
+        for fraction, figures in of_method.items():
+            rows, batch = figures["training_rows"], figures["batch_size"]
+            assert 0.85 * of_everything <= figures["updates_per_pass"] <= of_everything, name
+            assert figures["updates_per_pass"] == pytest.approx(rows / batch, abs=1), fraction
+    assert results["training"]["ESMM"]["1"]["updates_per_pass"] == of_everything
+    assert results["training"]["BASE"]["0.5"]["batch_size"] < OPTIONS.batch_size / 4
+
+
+def test_seconds_are_those_of_everything(compared: dict[str, Any]) -> None:
+    seconds = compared["worlds"]["seconds"]
+    parts = [
+        *seconds["tuning"].values(),
+        *(value for of in seconds["methods"].values() for value in of.values()),
+        seconds["common_ctr"],
+        seconds["out_of_fold_pctr"],
+    ]
+    assert min(parts) > 0
+    assert seconds["total"] == pytest.approx(sum(parts))
+
+
+def test_what_is_chosen_at_the_end_of_the_search_is_marked() -> None:
+    def tried(place: int, rate: float | None, epochs: int) -> Chosen:
+        return Chosen(Trial(SETTINGS[place], rate), epochs, 0.5)
+
+    tries = [
+        tried(place, rate, epochs)
+        for place, rate in ((0, 0.1), (1, 0.5), (2, 1.0))
+        for epochs in (1, 2)
+    ]
+    # 0.02, 0.05 and 0.1 for tables; 0.001, 0.002 and 0.002 for towers; no, no and some decay.
+    assert at_edge(tried(0, 0.1, 1), tries) == ["sparse_lr", "dense_lr", "rate"]
+    assert at_edge(tried(1, 0.5, 1), tries) == ["dense_lr"]
+    assert at_edge(tried(2, 1.0, 2), tries) == [
+        "epochs",
+        "sparse_lr",
+        "dense_lr",
+        "weight_decay",
+        "rate",
+    ]
+
+
+def test_a_comparison_shuffles_row_by_row() -> None:
+    """In chunks, a method of few rows would have all of a user's in one batch."""
+    assert TrainOptions().shuffle_chunk == 8
+    trial = Trial(SETTINGS[0], None)
+    assert ComparisonOptions().train("base", trial, seed=0).shuffle_chunk == 1
+
+
+def test_records_of_other_code_are_left_aside(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    for name in ("models/esmm.py", "comparison/report.py", "cli/main.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("first\n")
+    before = code_identity(package)
+    (package / "cli" / "main.py").write_text("second\n")
+    (package / "comparison" / "report.py").write_text("second\n")
+    assert code_identity(package) == before
+    (package / "models" / "esmm.py").write_text("second\n")
+    assert code_identity(package) != before
+
+
+def test_oracle_and_references_stand_beside_the_methods(compared: dict[str, Any]) -> None:
+    references = compared["worlds"]["references"]["1"]
+    assert set(references) == {
+        "pCTR",
+        "pCTCVR of DIVISION",
+        "true pCVR",
+        "true pCTR",
+        "true pCTCVR",
+    }
+    oracle = references["true pCVR"]["cvr_auc_entire_space"]["mean"]
+    for of_method in compared["worlds"]["methods"].values():
+        assert of_method["1"]["cvr_auc_entire_space"]["mean"] < oracle
+
+
+def test_division_is_scored_by_its_own_pctr_and_by_the_common_one(
+    compared: dict[str, Any],
+) -> None:
+    of_division = compared["worlds"]["methods"]["DIVISION"]["1"]
+    own, common = (of_division[name]["runs"] for name in ("ctcvr_auc", "ctcvr_auc_common_ctr"))
+    assert None not in own
+    assert all(a != b for a, b in zip(own, common, strict=True))
+
+
+def test_the_test_half_chooses_no_setting(compared: dict[str, Any]) -> None:
+    plain, other = (
+        dict(_numbers(compared[name]["tuning"])) for name in ("fixed", "other test half")
+    )
+    assert plain == other
+    scores = [
+        compared[name]["methods"]["BASE"]["1"]["cvr_auc"]["mean"]
+        for name in ("fixed", "other test half")
+    ]
+    assert scores[0] != scores[1], "the test half is another"
+
+
+def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -> None:
+    results = compared["fixed"]
+    row = results["differences"]["1"]["ctcvr_auc_common_ctr"]["BASE"]["shared-bottom"]
+    assert row["low_users"] < row["high_users"]
+    of_metric = results["differences"]["1"]
+    assert set(of_metric) >= set(DIFFERENCES) - {"ctcvr_auc"}
+    for metric, of_baseline in of_metric.items():
+        for difference in of_baseline["BASE"].values():
+            assert 0 < difference["p_value_users"] <= difference["p_value_users_holm"] <= 1, metric
+            stands = max(difference["p_value_holm"], difference["p_value_users_holm"]) <= 0.05
+            assert difference["within_noise"] is not stands
+    # One world is not another: the seeds of one data set share its test half.
+    counts = results["methods"]["BASE"]["1"]["conversions"]["runs"]
+    assert len(set(counts)) == 1
+    worlds = compared["worlds"]["methods"]["BASE"]["1"]["conversions"]["runs"]
+    assert len(set(worlds)) == 2
+
+
+def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
+    results = compared["worlds"]
+    write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for text in ("ESMM", "68.56 ± 0.37", "Why not division", "Volume of training data", "oracle"):
+        assert text in page
+    assert "http" not in page, "the page needs nothing but itself"
+    assert page.count("<img") == len(list((tmp_path / "plots").glob("*.png"))) == 5
+    rows_of_table = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    found = next(
+        row
+        for row in rows_of_table
+        if (row["method"], row["fraction"], row["metric"]) == ("ESMM", "1", "cvr_auc")
+    )
+    assert float(found["mean"]) == results["methods"]["ESMM"]["1"]["cvr_auc"]["mean"]
+    assert float(found["seed_1"]) == results["methods"]["ESMM"]["1"]["cvr_auc"]["runs"][1]
+    assert "| ESMM |" in (tmp_path / "table.md").read_text()
+    assert headline_rows(results)[1][0] == "BASE"
+    assert any("against BASE" in line for line in findings(results))
+    page_and_markdown = page, (tmp_path / "table.md").read_text()
+    for text in page_and_markdown:
+        for metric in DIFFERENCES:
+            rows = difference_rows(results, metric, ["1", "0.5"])
+            assert len(rows) - 1 == sum(
+                len(of) for f in ("1", "0.5") for of in results["differences"][f][metric].values()
+            )
+            for row in rows[1:]:
+                assert row[4] in text, "each interval of each figure and volume"
+        for name in ("the oracle", "true pCTCVR", "pCTR of the common click network"):
+            assert name in text
+        assert "within pCTR strata" in text
+        assert "excess log loss" in text
+    oracle = next(
+        row
+        for row in rows_of_table
+        if row["method"].startswith("reference: true pCVR")
+        and (row["fraction"], row["metric"]) == ("1", "cvr_auc")
+    )
+    assert float(oracle["mean"]) == results["references"]["1"]["true pCVR"]["cvr_auc"]["mean"]
+
+
+def test_a_lower_log_loss_is_better(compared: dict[str, Any]) -> None:
+    results = json.loads(json.dumps(compared["worlds"]))
+    for metric, mean, word in (
+        ("cvr_excess_log_loss_entire_space", -0.1, "better: ESMM"),
+        ("cvr_excess_log_loss_entire_space", 0.1, "worse: ESMM"),
+        ("cvr_auc", 0.1, "better: ESMM"),
+    ):
+        of_base = results["differences"]["1"][metric]["BASE"]
+        of_base["ESMM"] |= {"mean": mean, "within_noise": False}
+        (sentence,) = [s for s in findings(results, [metric]) if "against BASE" in s]
+        assert word in sentence
+
+
+def test_times_add_up(compared: dict[str, Any]) -> None:
+    rows = time_rows(compared["worlds"])
+    together = sum(float(row[3]) for row in rows[1:-1])
+    assert float(rows[-1][3]) == pytest.approx(together, abs=0.05 * len(rows))
+    assert {"CTR", "BASE", "ESMM"} < {row[0] for row in rows}
+
+
+def test_report_without_truth_and_with_one_seed_says_so(
+    compared: dict[str, Any], tmp_path: Path
+) -> None:
+    results = compared["no truth"]
+    assert "cvr_auc_entire_space" not in results["methods"]["BASE"]["1"]
+    row = results["differences"]["1"]["cvr_auc"]["BASE"]["shared-bottom"]
+    assert row["low"] is None
+    assert row["p_value_users"] is not None
+    assert row["within_noise"] is None, "one seed says nothing of the noise of a training"
+    assert findings(results) == []
+    write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "no columns true_ctr and true_cvr" in page
+    assert "One seed: no interval" in page
+    assert "One seed: no interval" in format_table(results)
+    assert not (tmp_path / "plots" / "division.png").exists()
+
+
+def test_options_that_cannot_be_used() -> None:
+    for values, word in (
+        ({"methods": ("esmn",)}, "esmn"),
+        ({"methods": ("ctr",)}, "ctr"),
+        ({"methods": ()}, "--methods"),
+        ({"seeds": 0}, "--seeds"),
+        ({"fractions": (0.0, 1.0)}, "--fractions"),
+        ({"fractions": (1.5,)}, "--fractions"),
+        ({"fractions": ()}, "--fractions"),
+        ({"trials": len(SETTINGS) + 1}, "--trials"),
+        ({"validation_share": 1.0}, "--validation-share"),
+        ({"batch_size": 0}, "--batch-size"),
+    ):
+        with pytest.raises(OptionError, match=word):
+            ComparisonOptions(**values)
+    assert ComparisonOptions().chosen_methods == COMPARED
+    assert ComparisonOptions(methods=("esmm", "base")).chosen_methods == ("base", "esmm")
+
+
+def test_tuning_goes_through_the_rates_of_a_method() -> None:
+    options = ComparisonOptions()
+    assert [trial.setting for trial in options.trials_of("esmm")] == list(SETTINGS)
+    assert [trial.setting for trial in options.trials_of("aman")] == list(SETTINGS)
+    met: dict[float | None, set[float]] = {}
+    for trial in options.trials_of("aman"):
+        met.setdefault(trial.rate, set()).add(trial.setting.sparse_lr)
+    assert set(met) == {0.1, 0.2, 0.5, 1.0}
+    assert all(len(rates_of_tables) == 2 for rates_of_tables in met.values())
+    few = replace(options, trials=4).trials_of("aman")
+    assert [trial.rate for trial in few] == [0.1, 0.2, 0.5, 1.0]
+    assert {trial.rate for trial in options.trials_of("esmm")} == {None}
+
+
+def test_a_method_is_chosen_by_the_mean_of_the_papers_two_figures() -> None:
+    figures = {"ctr_auc": 0.7, "cvr_auc": 0.6, "ctcvr_auc_common_ctr": 0.5, "ctcvr_auc": 0.9}
+    assert selection_score("esmm", figures) == pytest.approx(0.55)
+    assert selection_score("ctr", figures) == 0.7
+    assert selection_score("esmm", figures | {"cvr_auc": None}) is None
+
+
+def test_a_test_half_without_conversions_is_refused(tmp_path: Path) -> None:
+    dataset = write_data_set(tmp_path / "data", train=200, test=200)
+    empty = replace(
+        dataset,
+        splits=dict(dataset.splits) | {"test": replace(dataset.splits["test"], conversions=0)},
+    )
+    source = Source({}, open_dataset=lambda: empty, test_impressions=100)
+    with pytest.raises(DataError, match="no conversions"):
+        _ = source.data

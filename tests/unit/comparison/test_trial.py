@@ -1,0 +1,71 @@
+"""The rows and ids of a comparison's stages, by counting them in the columns as they are stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from esmm_torchrec.comparison.data import ComparisonData
+from esmm_torchrec.comparison.trial import Stage
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.subsets import count_ids
+from tests.prepared_data import write_data_set
+
+USERS = 150
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ComparisonData:
+    path = tmp_path_factory.mktemp("data") / "prepared"
+    write_data_set(path, train=600, test=600, users=USERS)
+    dataset = PreparedDataSet.open(path)
+    train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
+    return ComparisonData(dataset, train, test, None)
+
+
+def test_tuning_holds_out_whole_users(data: ComparisonData) -> None:
+    stage = Stage.validation(data, 0.3)
+    assert stage.train_rows is not None
+    assert stage.scored_rows is not None
+    assert stage.scored is data.train, "the test half is no part of tuning"
+    everything = np.sort(np.r_[stage.train_rows, stage.scored_rows])
+    np.testing.assert_array_equal(everything, np.arange(600))
+    user = data.train.scalars["group_id"]
+    kept, held_out = (set(user[rows]) for rows in (stage.train_rows, stage.scored_rows))
+    assert not kept & held_out
+    assert 0.15 < len(held_out) / (len(kept) + len(held_out)) < 0.45
+
+
+def test_a_part_of_the_users_has_a_vocabulary_of_its_own(data: ComparisonData) -> None:
+    stage = Stage.test(data, 0.2)
+    assert stage.train_rows is not None
+    occurs = count_ids(data.train, stage.train_rows)
+    lost = 0
+    for table, ids in count_ids(stage.scored, None).items():
+        enough = occurs[table] >= data.dataset.min_count
+        assert not ids[1:][~enough[1:]].any(), table
+        lost += int(count_ids(data.test, None)[table][1:][~enough[1:]].sum())
+    assert lost > 0, "some ids of the test half must be too rare in the part"
+    for table, ids in count_ids(stage.train, stage.train_rows).items():
+        assert not ids[1:][occurs[table][1:] < data.dataset.min_count].any()
+
+
+def test_smaller_parts_lie_in_larger_ones(data: ComparisonData) -> None:
+    parts = [Stage.test(data, fraction).train_rows for fraction in (0.2, 0.5)]
+    assert parts[0] is not None
+    assert parts[1] is not None
+    assert set(parts[0]) < set(parts[1])
+    assert Stage.test(data, 1.0).train_rows is None
+    user = data.train.scalars["group_id"]
+    assert not set(user[parts[0]]) & set(np.delete(user, parts[0]))
+
+
+def test_every_row_is_trained_on_at_full_volume_and_scored(data: ComparisonData) -> None:
+    stage = Stage.test(data, 1.0)
+    assert stage.train is data.train
+    assert stage.scored is data.test
+    assert stage.scored_rows is None
+    np.testing.assert_array_equal(
+        stage.clicked_train_rows(), np.flatnonzero(data.train.scalars["click"] == 1)
+    )
