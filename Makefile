@@ -1,5 +1,6 @@
 # make train     everything, from nothing to a table of AUCs
 # make test      everything the README promises, checked
+# make test-slow   the tests that take minutes or gigabytes
 # make check     format, lint, types, layers
 # make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
 # make paper     the methods compared: table, figure, report; make paper-full: more seeds, fractions;
@@ -19,7 +20,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
+.PHONY: install train test test-slow ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
 
 install: $(INSTALLED)
 
@@ -34,6 +35,9 @@ train: install
 
 test: install
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-slow: install
+	$(BIN)/pytest -m slow
 
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth

@@ -168,7 +168,8 @@ class ImpressionReader:
         rng = np.random.default_rng([self.seed, epoch])
         shared = self.split.scalars.get(SHARED_ROW)
         if self.shuffle_chunk == 1 or shared is None:
-            return rng.permutation(np.arange(self.num_rows, dtype=np.int32))
+            kind = np.int32 if self.num_rows < 1 << 31 else np.int64
+            return rng.permutation(np.arange(self.num_rows, dtype=kind))
         owner = shared if self.selection is None else shared[self.selection.rows]
         return _shuffled_chunks(owner, self.shuffle_chunk, rng)
 

@@ -26,26 +26,37 @@ _MERGE_ROWS = 1 << 20
 """Counted ids that wait, at the least, before they are merged."""
 
 _LOOKUP_SLOTS_PER_ID = 16
-"""A vocabulary of integers is looked up in an array over their range while that holds no more than
-this many slots an id; beyond it by binary search."""
+"""Integer ids are looked up in an array over their range while it has no more than this many slots
+per id; otherwise by binary search."""
 
-_MOST_HASHED = 1 << 15
-"""Most strings of a vocabulary that are hashed anew for each block of ids to look up; more are
-sorted once."""
+_MAX_HASHED = 1 << 15
+"""Texts of a vocabulary that are hashed again for each block of ids to look up. A larger vocabulary
+is sorted once and searched."""
+
+MAX_IDS = 2**31 - 2
+"""Ids of one table. Rows are int32, and row 0 is the unknown id."""
+
+# 32-bit offsets hold 2 GiB of characters, which are 59 million ids of 36 characters.
+_TEXT = pa.large_string()
+
+_HAS_SEARCH_SORTED = "search_sorted" in pc.list_functions()  # since pyarrow 24
+
+
+def describe_id_type(kind: pa.DataType) -> str:
+    """The word for ids of an Arrow type, for messages."""
+    return "text" if kind == _TEXT else "integer"
 
 
 def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
-    """Raw ids as one Arrow array of int64 or string; nulls stay null.
+    """Raw ids as one Arrow array of int64 or large_string; nulls stay null.
 
     Raises:
         DataError: the ids are neither integers nor strings, or an integer is over 2^63 - 1.
     """
     ids: Any = pa.array(raw_ids) if isinstance(raw_ids, np.ndarray) else raw_ids
-    if isinstance(ids, pa.ChunkedArray):
-        ids = ids.combine_chunks()
-    if pa.types.is_dictionary(ids.type):
-        ids = ids.dictionary_decode()
     kind = ids.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if pa.types.is_integer(kind):
         target = pa.int64()
     elif (
@@ -54,11 +65,13 @@ def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
         or pa.types.is_string_view(kind)
         or pa.types.is_null(kind)
     ):
-        target = pa.string()
+        target = _TEXT
     else:
         raise DataError(f"ids must be integers or strings, not {kind}; convert the column")
     try:
-        return ids if kind == target else ids.cast(target)
+        # The cast comes first: chunks of strings may be too long for one array together.
+        ids = ids if ids.type == target else ids.cast(target)
+        return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     except pa.ArrowInvalid:
         raise DataError("an id is over 9223372036854775807; store such ids as strings") from None
 
@@ -66,7 +79,7 @@ def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
 class Vocabulary:
     """Which raw id has which row of one table.
 
-    `raw_ids` (int64 or string) and `counts` (int64) are in row order; the first has row 1.
+    `raw_ids` (int64 or large_string) and `counts` (int64) are in row order; the first has row 1.
     Make one with `from_counts` or `IdCounter.vocabulary`.
     """
 
@@ -88,12 +101,19 @@ class Vocabulary:
             raw_ids: distinct ids, integers or strings, in any order, none null.
             counts: int64, how often each occurs.
             min_count: the least count of an id that gets a row.
+
+        Raises:
+            DataError: more than MAX_IDS ids get a row.
         """
         table = pa.table({"raw_id": id_array(raw_ids), "count": pa.array(counts, pa.int64())})
         table = table.filter(pc.field("count") >= min_count)
         table = table.sort_by([("count", "descending"), ("raw_id", "ascending")])
-        kept = table.column("raw_id").combine_chunks()
-        return cls(kept, table.column("count").to_numpy())
+        if len(table) > MAX_IDS:
+            raise DataError(
+                f"{len(table)} ids occur {min_count} times or more and a table holds {MAX_IDS}; "
+                "give a higher minimum count"
+            )
+        return cls(table.column("raw_id").combine_chunks(), table.column("count").to_numpy())
 
     @property
     def num_embeddings(self) -> int:
@@ -103,13 +123,13 @@ class Vocabulary:
     @property
     def holds_strings(self) -> bool:
         """Whether raw ids are strings and not integers."""
-        return pa.types.is_string(self.raw_ids.type)
+        return self.raw_ids.type == _TEXT
 
     def encode(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> np.ndarray:
         """Rows of `raw_ids`, int32 of the same length.
 
-        An id that is not in the vocabulary has row 0. So has a null: what is missing has no row
-        at all, and only the caller knows where it goes (he keeps the mask or drops the nulls).
+        An id that is not in the vocabulary has row 0. So has a null: a missing id has no row at
+        all, and the caller keeps the mask or drops the nulls.
 
         Raises:
             DataError: the ids are strings and the vocabulary holds integers, or the reverse.
@@ -119,8 +139,9 @@ class Vocabulary:
             return np.full(len(ids), UNKNOWN_ROW, np.int32)
         if ids.type != self.raw_ids.type:
             raise DataError(
-                f"ids of type {ids.type} cannot be looked up among {self.raw_ids.type} ids; give "
-                "the column the type it had when the data was prepared"
+                f"{describe_id_type(ids.type)} ids cannot be looked up among "
+                f"{describe_id_type(self.raw_ids.type)} ids; give the column the type it had when "
+                "the data set was prepared"
             )
         if self.holds_strings:
             encoded = ids.dictionary_encode()
@@ -139,17 +160,20 @@ class Vocabulary:
             offsets = ids.view(np.uint64) - np.uint64(low % 2**64)
             np.minimum(offsets, np.uint64(len(slots) - 1), out=offsets)
             return slots[offsets.view(np.int64)]
+        # Each distinct id once and in order: consecutive searches end near each other.
+        distinct, inverse = np.unique(ids, return_inverse=True)
         ordered, rows = self._sorted
-        places = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
-        return np.where(ordered[places] == ids, rows[places], np.int32(UNKNOWN_ROW))
+        places = np.minimum(np.searchsorted(ordered, distinct), len(ordered) - 1)
+        found = np.where(ordered[places] == distinct, rows[places], np.int32(UNKNOWN_ROW))
+        return found[inverse]
 
     def _encode_texts(self, texts: pa.Array) -> np.ndarray:
-        if len(self.raw_ids) <= _MOST_HASHED:
+        if len(self.raw_ids) <= _MAX_HASHED or not _HAS_SEARCH_SORTED:
             known = pc.SetLookupOptions(value_set=self.raw_ids)
             places = pc.call_function("index_in", [texts], known).fill_null(-1).to_numpy()
             return (places + 1).astype(np.int32)
         ordered, rows = self._sorted_texts
-        # In order they are found in a fraction of the time: each search ends near the last one.
+        # In order, as above.
         order = pc.call_function("array_sort_indices", [texts]).to_numpy()
         wanted = texts.take(pa.array(order))
         places = pc.call_function("search_sorted", [ordered, wanted]).to_numpy()
@@ -193,7 +217,7 @@ class Vocabulary:
         """The vocabulary that `write` wrote.
 
         Raises:
-            DataError: the file is missing, is no Parquet, or is no vocabulary.
+            DataError: the file is missing, cannot be read, or is not a vocabulary.
         """
         try:
             table = pq.ParquetFile(path).read()
@@ -204,12 +228,12 @@ class Vocabulary:
         kinds = table.schema.types
         if (
             table.column_names != ["raw_id", "row", "count"]
-            or kinds[0] not in (pa.int64(), pa.string())
+            or kinds[0] not in (pa.int64(), _TEXT)
             or kinds[1:] != [pa.int32(), pa.int64()]
             or any(column.null_count for column in table.columns)
             or not np.array_equal(table.column("row").to_numpy(), np.arange(1, len(table) + 1))
         ):
-            raise DataError(f"{path} is no vocabulary; prepare the data set again")
+            raise DataError(f"{path} is not a vocabulary; prepare the data set again")
         raw_ids = table.column("raw_id").combine_chunks()
         return cls(raw_ids, table.column("count").to_numpy())
 
@@ -229,31 +253,41 @@ class IdCounter:
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
 
-    def add(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> None:
+    def add(
+        self,
+        raw_ids: pa.Array | pa.ChunkedArray | np.ndarray,
+        impressions: np.ndarray | None = None,
+    ) -> None:
         """Counts the ids of a block; nulls are not counted.
+
+        Args:
+            raw_ids: n ids.
+            impressions: int (n,), the number of impressions in which each occurs (a row that many
+                impressions share is stored once); None: one each.
 
         Raises:
             DataError: strings after integers, or the reverse.
         """
         ids = id_array(raw_ids)
         if ids.null_count:
+            if impressions is not None:
+                impressions = impressions[ids.is_valid().to_numpy(zero_copy_only=False)]
             ids = ids.drop_null()
         if len(ids) == 0:
             return
         if self._type is not None and self._type != ids.type:
             raise DataError(
-                f"ids of type {ids.type} stand beside {self._type} ids of the same table; give "
-                "both one type"
+                f"{describe_id_type(ids.type)} ids occur beside {describe_id_type(self._type)} ids "
+                "of the same table; use the same type for both"
             )
         self._type = ids.type
         if pa.types.is_int64(ids.type) and not self._pending and self._merged is None:
             values = ids.to_numpy()
             if self._make_room(int(values.min()), int(values.max())):
-                counts = np.bincount(values - self._low)
+                counts = _bincount(values - self._low, impressions)
                 self._dense[: len(counts)] += counts
                 return
-        counted = ids.value_counts()
-        self._append(counted.field("values"), counted.field("counts"))
+        self._append(*_distinct(ids, impressions))
 
     def _make_room(self, low: int, high: int) -> bool:
         """Widens the array to [low, high]; where that is too wide its counts move to the lists."""
@@ -286,8 +320,14 @@ class IdCounter:
 
     def _merge(self) -> None:
         tables = [*([self._merged] if self._merged is not None else []), *self._pending]
-        grouped = pa.concat_tables(tables).group_by("raw_id").aggregate([("count", "sum")])
-        self._merged = pa.table({"raw_id": grouped["raw_id"], "count": grouped["count_sum"]})
+        table = pa.concat_tables(tables)
+        if self._type == _TEXT:  # Grouping is five times slower for these.
+            ids = table.column("raw_id").combine_chunks()
+            distinct = _distinct(ids, table.column("count").to_numpy())
+        else:
+            grouped = table.group_by("raw_id").aggregate([("count", "sum")])
+            distinct = grouped["raw_id"], grouped["count_sum"]
+        self._merged = pa.table(dict(zip(("raw_id", "count"), distinct, strict=True)))
         self._pending, self._pending_rows = [], 0
 
     def vocabulary(self, min_count: int) -> Vocabulary:
@@ -301,3 +341,15 @@ class IdCounter:
         return Vocabulary.from_counts(
             self._merged["raw_id"], self._merged["count"].to_numpy(), min_count
         )
+
+
+def _distinct(ids: pa.Array, counts: np.ndarray | None) -> tuple[pa.Array, pa.Array]:
+    """Each id once, and its count: how often it occurs, or the sum of its `counts`."""
+    encoded = ids.dictionary_encode()
+    summed = _bincount(encoded.indices.to_numpy(), counts)
+    return encoded.dictionary, pa.array(summed, pa.int64())
+
+
+def _bincount(values: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
+    # NumPy sums in float64, which is exact below 2^53.
+    return np.bincount(values, weights=counts).astype(np.int64, copy=False)

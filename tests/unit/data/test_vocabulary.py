@@ -104,11 +104,11 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, ids):
 
 def test_ids_of_the_wrong_kind_are_refused():
     integers = Vocabulary.from_counts(np.array([1]), np.array([1]), 1)
-    with pytest.raises(DataError, match="string cannot be looked up among int64"):
+    with pytest.raises(DataError, match="text ids cannot be looked up among integer ids"):
         integers.encode(pa.array(["1"]))
     counter = IdCounter()
     counter.add(np.array([1]))
-    with pytest.raises(DataError, match="stand beside int64 ids of the same table"):
+    with pytest.raises(DataError, match="text ids occur beside integer ids of the same table"):
         counter.add(pa.array(["1"]))
     with pytest.raises(DataError, match="integers or strings, not double"):
         counter.add(np.array([1.5]))
@@ -126,5 +126,53 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path):
     vocabulary.write(tmp_path / "t.parquet")
     table = pq.read_table(tmp_path / "t.parquet")
     pq.write_table(table.slice(1), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match="is no vocabulary"):
+    with pytest.raises(DataError, match="is not a vocabulary"):
         Vocabulary.read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("kind", ["integer", "text"])
+@pytest.mark.parametrize("span", [50, 2**60])
+def test_an_id_counts_once_for_each_impression_that_shares_its_row(kind: str, span: int):
+    random = np.random.default_rng(0)
+    known = random.integers(-span, span, 40)
+    counter, by_hand_counts = IdCounter(), Counter()
+    for _ in range(3):
+        numbers, impressions = random.choice(known, 200), random.integers(0, 5, 200)
+        missing = random.random(200) < 0.1
+        ids = pa.array(numbers, mask=missing)
+        counter.add(ids if kind == "integer" else ids.cast(pa.string()), impressions)
+        for number, times, is_missing in zip(numbers, impressions, missing, strict=True):
+            if not is_missing:
+                by_hand_counts[int(number) if kind == "integer" else str(number)] += int(times)
+    assert dict(listed(counter.vocabulary(30))) == {
+        raw_id: count for raw_id, count in by_hand_counts.items() if count >= 30
+    }
+
+
+@pytest.mark.slow
+def test_texts_of_one_vocabulary_may_exceed_the_offsets_of_a_string_array():
+    """2.1 GiB of characters, in blocks that fit by themselves."""
+    rows = 35_000
+    counter = IdCounter()
+    for block in range(2):
+        counter.add(pa.array([f"{block}-{row}-".ljust(1 << 15, "x") for row in range(rows)]))
+    vocabulary = counter.vocabulary(1)
+    assert vocabulary.num_embeddings == 2 * rows + 1
+    assert vocabulary.encode(vocabulary.raw_ids.slice(2 * rows - 1)).tolist() == [2 * rows]
+
+
+def test_more_ids_than_a_table_has_rows_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vocabulary_module, "MAX_IDS", 3)
+    assert Vocabulary.from_counts(np.arange(4), np.array([2, 2, 2, 1]), 2).num_embeddings == 4
+    with pytest.raises(DataError, match="4 ids occur 1 times or more and a table holds 3"):
+        Vocabulary.from_counts(np.arange(4), np.array([2, 2, 2, 1]), 1)
+
+
+def test_a_block_of_ids_is_found_in_a_vocabulary_too_wide_for_an_array():
+    random = np.random.default_rng(1)
+    known = np.unique(random.integers(-(2**62), 2**62, 5000))
+    vocabulary = Vocabulary.from_counts(known, np.arange(len(known)) + 1, 1)
+    row_of = {raw: row for row, (raw, _) in enumerate(listed(vocabulary), start=1)}
+    asked = np.concatenate([random.choice(known, 20_000), random.integers(-(2**62), 2**62, 500)])
+    random.shuffle(asked)
+    assert vocabulary.encode(asked).tolist() == [row_of.get(raw, 0) for raw in asked.tolist()]
