@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def save_checkpoint(
     optimizer: CombinedOptimizer,
     progress: dict[str, Any],
     ranks: Ranks,
+    rank_state: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the state after `step` steps; every rank must call it.
 
@@ -84,6 +86,7 @@ def save_checkpoint(
         optimizer: of the model.
         progress: "reader" and "seconds", for whoever goes on.
         ranks: this process among the others.
+        rank_state: what only this rank knows.
 
     Raises:
         RunError: it cannot be written; the checkpoints are as they were.
@@ -98,12 +101,17 @@ def save_checkpoint(
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     def finish() -> None:
-        (partial / _PROGRESS).write_text(json.dumps({"step": step} | progress))
+        (partial / _PROGRESS).write_text(
+            json.dumps({"step": step, "num_ranks": ranks.world_size} | progress)
+        )
         _remove(final)
         partial.rename(final)
 
     try:
         save(state, checkpoint_id=partial)
+        if rank_state is not None:
+            torch.save(dict(rank_state), partial / f"rank-{ranks.rank:05d}.pt")
+        ranks.barrier()
         ranks.from_first(finish)
     except (CheckpointException, OSError) as error:
         reason = _reason(error)
@@ -155,6 +163,11 @@ def remove_later(folder: Path, step: int) -> None:
             _remove(path)
 
 
+def remove_checkpoint(folder: Path, step: int) -> None:
+    """Removes the checkpoint of a step; on rank 0 alone."""
+    _remove(checkpoint_folders(folder)[step])
+
+
 def load_model(path: Path, model: nn.Module) -> None:
     """Loads the weights alone, into a sharded model or a plain one.
 
@@ -169,7 +182,7 @@ def load_model(path: Path, model: nn.Module) -> None:
 def _read_progress(path: Path) -> dict[str, Any]:
     try:
         progress = json.loads((path / _PROGRESS).read_text())
-        _ = progress["step"], progress["seconds"], progress["reader"]
+        _ = progress["step"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _broken(path, f"{_PROGRESS}: {error}") from error
     return progress

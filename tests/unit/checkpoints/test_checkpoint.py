@@ -208,7 +208,7 @@ def _go_on_all(folder: Path, written_on: int) -> dict[str, Any]:
             model=trainer.model,
             optimizer=trainer.optimizer,
         )
-        assert progress == {"step": BEFORE, "reader": {}, "seconds": 0}
+        assert progress == {"step": BEFORE, "num_ranks": written_on, "reader": {}, "seconds": 0}
         for count in _fused_counts(trainer):
             assert count == BEFORE
         for step in range(BEFORE, BEFORE + AFTER):
