@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from esmm_torchrec.data.subsets import count_ids, rows_between, without_ids
 from esmm_torchrec.metrics.probability import Prediction, reliability_curve
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
 from esmm_torchrec.metrics.report import ScoredImpressions, measure
+from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
@@ -30,6 +31,7 @@ from esmm_torchrec.training.fit import (
     out_of_fold_pctr,
     training_part,
 )
+from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 
 SCORING_BATCH = 8192
@@ -145,7 +147,7 @@ class Training:
         part: TrainingPart,
         *,
         on_rows: Callable[[int], object],
-        after_epoch: Callable[[int, DistributedModelParallel], object] = lambda _, __: None,
+        callbacks: Sequence[Callback] = (),
     ) -> DistributedModelParallel:
         """Trains."""
         return fit(
@@ -155,8 +157,7 @@ class Training:
             part=part,
             workload=self.workload,
             updates_per_pass=self.updates,
-            on_rows=on_rows,
-            after_epoch=after_epoch,
+            callbacks=(_CountRows(on_rows), *callbacks),
         )
 
     def batches(self, part: TrainingPart) -> dict[str, int]:
@@ -197,9 +198,49 @@ class Training:
             workload=self.workload,
             within=self.stage.train_rows,
             updates_per_pass=self.updates,
-            on_rows=on_rows,
+            callbacks=(_CountRows(on_rows),),
         )
         return pctr[self.stage.clicked_train_rows()].astype(np.float32)
+
+
+class _CountRows(Callback):
+    """Reports the rows of each step, padding included."""
+
+    def __init__(self, on_rows: Callable[[int], object]) -> None:
+        self._on_rows = on_rows
+
+    def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
+        self._on_rows(loop.reader.global_batch_size)
+
+
+class _ScorePasses(Callback):
+    """Measures after each pass on what the stage scores."""
+
+    def __init__(
+        self, training: Training, split: MappedSplit, *, common_ctr: np.ndarray | None
+    ) -> None:
+        self.lengths: list[dict[str, Any]] = []
+        self._training = training
+        self._split = split
+        self._common_ctr = common_ctr
+
+    def on_pause(self, loop: TrainingLoop) -> None:
+        scored = self._training.score(loop.trainer.model, self._split)
+        if scored is None:
+            return
+        figures = measure(
+            replace(
+                scored,
+                common_ctr_logit=self._common_ctr,
+                true_ctr=None,
+                true_cvr=None,
+                group_id=None,
+            )
+        )["test"]
+        names = ("ctr_auc", "cvr_auc", "ctcvr_auc_common_ctr", "ctcvr_auc")
+        self.lengths.append(
+            {"epochs": loop.reader.epoch} | {name: figures.get(name) for name in names}
+        )
 
 
 def tuning_record(
@@ -211,22 +252,11 @@ def tuning_record(
 ) -> dict[str, Any] | None:
     """Trains and measures after each epoch on the held-out users."""
     started = time.perf_counter()
-    scored_split = ids_known_to(training.stage, part.selection).scored
-    lengths: list[dict[str, Any]] = []
-
-    def after_epoch(epoch: int, model: DistributedModelParallel) -> None:
-        scored = training.score(model, scored_split)
-        if scored is not None:
-            figures = measure(
-                replace(
-                    scored, common_ctr_logit=common_ctr, true_ctr=None, true_cvr=None, group_id=None
-                )
-            )["test"]
-            names = ("ctr_auc", "cvr_auc", "ctcvr_auc_common_ctr", "ctcvr_auc")
-            lengths.append({"epochs": epoch} | {name: figures.get(name) for name in names})
-
-    training.fit(part, on_rows=on_rows, after_epoch=after_epoch)
-    return {"lengths": lengths, "seconds": time.perf_counter() - started}
+    passes = _ScorePasses(
+        training, ids_known_to(training.stage, part.selection).scored, common_ctr=common_ctr
+    )
+    training.fit(part, on_rows=on_rows, callbacks=(passes,))
+    return {"lengths": passes.lengths, "seconds": time.perf_counter() - started}
 
 
 def test_record(

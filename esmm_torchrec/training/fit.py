@@ -6,7 +6,7 @@ here that part is made, with the base rates that its towers start at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from esmm_torchrec.schema import CLICK, CONVERSION
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.trainer import Trainer
 
@@ -148,18 +149,16 @@ def build_trainer(
     )
 
 
-def fit(
+def build_loop(
     split: MappedSplit,
     options: TrainOptions,
     ranks: Ranks,
     *,
     part: TrainingPart,
     workload: Workload,
-    updates_per_pass: int | None = None,
-    on_rows: Callable[[int], object] = lambda _: None,
-    after_epoch: Callable[[int, DistributedModelParallel], object] = lambda _, __: None,
-) -> DistributedModelParallel:
-    """Trains for the epochs of the options; to be called on every rank.
+    callbacks: Sequence[Callback] = (),
+) -> TrainingLoop:
+    """The training of a method, before its first step.
 
     Args:
         split: the training half.
@@ -167,21 +166,8 @@ def fit(
         ranks: this process among the others.
         part: what to train on.
         workload: what the planner should expect.
-        updates_per_pass: steps of a pass, from which the batches' size follows
-            (`batch_of_equal_updates`); None: batches of the options' size.
-        on_rows: told after each step how many rows of all ranks it took.
-        after_epoch: called with the number of epochs done and the model.
-
-    Returns:
-        the trained task.
+        callbacks: what takes part in the loop.
     """
-    if updates_per_pass is not None:
-        options = replace(
-            options,
-            batch_size=batch_of_equal_updates(
-                part.num_rows, updates=updates_per_pass, world_size=ranks.world_size
-            ),
-        )
     trainer = build_trainer(split, options, ranks, part=part, workload=workload)
     reader = ImpressionReader(
         split,
@@ -194,11 +180,51 @@ def fit(
         shared_features=options.shared_features,
         pin_memory=ranks.device.type == "cuda",
     )
-    while reader.epoch < options.epochs:
-        for _ in trainer.steps(reader, reader.steps_left):
-            on_rows(reader.global_batch_size)
-        after_epoch(reader.epoch, trainer.model)
-    return trainer.model
+    return TrainingLoop(
+        trainer,
+        reader,
+        ranks,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        callbacks=callbacks,
+    )
+
+
+def fit(
+    split: MappedSplit,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    part: TrainingPart,
+    workload: Workload,
+    updates_per_pass: int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> DistributedModelParallel:
+    """Trains without a run folder; to be called on every rank.
+
+    Args:
+        split: the training half.
+        options: of the training.
+        ranks: this process among the others.
+        part: what to train on.
+        workload: what the planner should expect.
+        updates_per_pass: steps of a pass, from which the batches' size follows
+            (`batch_of_equal_updates`); None: batches of the options' size.
+        callbacks: what takes part in the loop.
+
+    Returns:
+        the trained task.
+    """
+    if updates_per_pass is not None:
+        options = replace(
+            options,
+            batch_size=batch_of_equal_updates(
+                part.num_rows, updates=updates_per_pass, world_size=ranks.world_size
+            ),
+        )
+    loop = build_loop(split, options, ranks, part=part, workload=workload, callbacks=callbacks)
+    loop.run()
+    return loop.trainer.model
 
 
 def out_of_fold_pctr(
@@ -209,7 +235,7 @@ def out_of_fold_pctr(
     workload: Workload,
     within: np.ndarray | None = None,
     updates_per_pass: int | None = None,
-    on_rows: Callable[[int], object] = lambda _: None,
+    callbacks: Sequence[Callback] = (),
 ) -> np.ndarray:
     """pCTR of the clicked impressions from click networks that saw nothing of their users.
 
@@ -222,7 +248,7 @@ def out_of_fold_pctr(
         workload: what the planner should expect.
         within: int (M,), the rows to train on and to score; None: all.
         updates_per_pass: as in `fit`.
-        on_rows: as in `fit`.
+        callbacks: take part in the loop of each network.
 
     Returns:
         float64 (N,), on every rank; NaN where there is no click or no such row.
@@ -242,7 +268,7 @@ def out_of_fold_pctr(
             part=part,
             workload=workload,
             updates_per_pass=updates_per_pass,
-            on_rows=on_rows,
+            callbacks=callbacks,
         )
         wanted = rows[(fold == held_out) & clicked]
         if not len(wanted):

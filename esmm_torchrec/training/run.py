@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -20,43 +18,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from esmm_torchrec.checkpoints.checkpoint import (
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     step_of,
 )
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.errors import Interrupted
 from esmm_torchrec.metrics.report import measure
-from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
 from esmm_torchrec.models.methods import METHODS
-from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK
 from esmm_torchrec.sharding.plan_file import PlanFile, read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.training.evaluation import known_tasks, score_split, windowed_output
-from esmm_torchrec.training.fit import build_trainer, out_of_fold_pctr, training_part
+from esmm_torchrec.training.callbacks import LogFigures, ProgressBar, SaveCheckpoints
+from esmm_torchrec.training.evaluation import score_split
+from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_part
+from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
 from esmm_torchrec.training.trainer import Trainer
-
-LOG_EVERY = 20
-"""Steps between lines of history.jsonl, at most."""
-
-LOGGED_AT_LEAST = 10
-"""Lines of history.jsonl in a run that has as many steps."""
-
-WINDOW_SIZE = 200_000
-"""Impressions of the metrics that are shown while training."""
 
 _NOT_IDENTITY = ("resume", "device", "checkpoint_every", "sharding", "plan", "shared_features")
 """Options that two runs of the same model may differ in."""
@@ -104,7 +90,8 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
     if METHODS[options.method].needs_pctr:
         pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
     part = training_part(splits["train"], options, pctr=pctr)
-    trainer = build_trainer(splits["train"], options, ranks, part=part, workload=workload)
+
+    loop = build_loop(splits["train"], options, ranks, part=part, workload=workload)
 
     def start() -> RunFolder:
         run = RunFolder.start(out, config, resume=options.resume)
@@ -113,30 +100,29 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         return run
 
     run = ranks.from_first(start)
-    reader = ImpressionReader(
-        splits["train"],
-        batch_size=options.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=options.seed,
-        shuffle_chunk=options.shuffle_chunk,
-        selection=part.selection,
-        shared_features=options.shared_features,
-        pin_memory=ranks.device.type == "cuda",
+    loop.callbacks = (
+        LogFigures(run),
+        SaveCheckpoints(run.checkpoints, every=options.checkpoint_every),
+        ProgressBar(),
     )
-    position = _go_on(trainer, reader, run, options, ranks)
+    checkpoint = _resume(loop, run, options, ranks)
     if ranks.is_first:
         copy_preprocessing(dataset.path, run.preprocessing)
-        _announce(dataset, trainer, options, ranks)
+        _announce(dataset, loop.trainer, options, ranks)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
-            print(f"{options.method} trains on {reader.num_rows:,} rows of them{notes}", flush=True)
-        if position.checkpoint is not None:
-            print(f"going on from step {position.step} ({position.checkpoint})", flush=True)
-        _keep_plan(trainer.plan, run.path / "plan.json")
-    throughput = _fit(trainer, reader, run, options, ranks, position)
+            print(f"{options.method} trains on {part.num_rows:,} rows of them{notes}", flush=True)
+        if checkpoint is not None:
+            print(f"resuming from step {loop.step} ({checkpoint})", flush=True)
+        _keep_plan(loop.trainer.plan, run.path / "plan.json")
+    loop.run()
+    throughput = {
+        "train_samples_per_second": loop.reader.rows_done / loop.seconds if loop.seconds else None,
+        "train_seconds": loop.seconds,
+        "peak_rss_bytes": _peak_memory(),
+    }
     scored = score_split(
-        trainer.model,
+        loop.trainer.model,
         splits["test"],
         ranks,
         batch_size=options.batch_size,
@@ -268,168 +254,25 @@ def _placement(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Position:
-    """Where training begins."""
-
-    step: int = 0
-    seconds: float = 0.0
-    checkpoint: Path | None = None
-    """What it goes on from."""
-
-
-def _go_on(
-    trainer: Trainer,
-    reader: ImpressionReader,
-    run: RunFolder,
-    options: TrainOptions,
-    ranks: Ranks,
-) -> _Position:
-    """Loads the checkpoint asked for where there is one, and forgets what came after it."""
+def _resume(loop: TrainingLoop, run: RunFolder, options: TrainOptions, ranks: Ranks) -> Path | None:
+    """Loads the checkpoint to resume from, if there is one, and forgets what came after it."""
     if options.resume == "never":
-        return _Position()
+        return None
     wanted = int(options.resume) if options.resume.isdigit() else None
     checkpoint = ranks.from_first(lambda: find_checkpoint(run.checkpoints, wanted))
     if checkpoint is None:
-        return _Position()
-    progress = load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
-    reader.load_state_dict(progress["reader"])
-    step = progress["step"]
-    if wanted is not None or step < _last_step(reader, options, step=step):
-        ranks.from_first(lambda: run.go_on_from(step, _placement(options, ranks)))
-    return _Position(step, progress["seconds"], checkpoint)
-
-
-def _last_step(reader: ImpressionReader, options: TrainOptions, *, step: int) -> int:
-    """The step that training ends with. Steps done on another number of ranks were of another
-    size, so that only those to come can be counted in rows."""
-    to_come = 0
-    if reader.epoch < options.epochs:
-        later_epochs = options.epochs - reader.epoch - 1
-        to_come = reader.steps_left + later_epochs * reader.steps_per_epoch
-    last = step + to_come
-    return last if options.max_steps is None else max(step, min(last, options.max_steps))
-
-
-def _fit(
-    trainer: Trainer,
-    reader: ImpressionReader,
-    run: RunFolder,
-    options: TrainOptions,
-    ranks: Ranks,
-    position: _Position,
-) -> dict[str, Any]:
-    """Trains from a position to the end."""
-    step, seconds, rows = position.step, position.seconds, reader.rows_done
-    last_saved = step
-
-    def save() -> None:
-        save_checkpoint(
-            run.checkpoints,
-            step=step,
-            model=trainer.model,
-            optimizer=trainer.optimizer,
-            progress={"reader": reader.state_dict(), "seconds": seconds},
-            ranks=ranks,
-        )
-
-    window = metric_module(
-        batch_size=options.batch_size,
-        world_size=ranks.world_size,
-        rank=ranks.rank,
-        device=ranks.device,
-        window_size=max(WINDOW_SIZE, reader.global_batch_size),
+        return None
+    trainer = loop.trainer
+    loop.load_state_dict(
+        load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
     )
-    total = _last_step(reader, options, step=step)
-    every = max(1, min(LOG_EVERY, total // LOGGED_AT_LEAST))
-    losses: list[torch.Tensor] = []
-    to_train = min(
-        rows + (total - step) * reader.global_batch_size, options.epochs * reader.num_rows
-    )
-    with (
-        _Log(run, after=step) if ranks.is_first else nullcontext() as log,
-        progress_bar("Training", to_train, "rows", initial=rows, disable=not ranks.is_first) as bar,
-    ):
-        while step < total:
-            started = time.perf_counter()
-            for output in trainer.steps(reader, min(reader.steps_left, total - step)):
-                step += 1
-                rows, taken = reader.rows_done, reader.rows_done - rows
-                losses.append(output.loss)
-                window.update(windowed_output(output))
-                told = step % every == 0 or step == total
-                saved = options.checkpoint_every > 0 and step % options.checkpoint_every == 0
-                if (told or saved) and ranks.device.type == "cuda":
-                    torch.cuda.synchronize(ranks.device)  # else launches are timed, not steps
-                seconds += time.perf_counter() - started
-                bar.update(taken)
-                if told:
-                    known = known_tasks(output.logits)
-                    figures = {
-                        name: value
-                        for name, value in windowed_figures(window.compute()).items()
-                        if name.partition("_")[0] in known
-                    }
-                    loss = torch.stack(losses).mean()
-                    dist.all_reduce(loss)
-                    losses.clear()
-                    if log is not None:
-                        figures = {
-                            "epoch": reader.epoch,
-                            "loss": loss.item() / ranks.world_size,
-                            "samples_per_second": rows / seconds,
-                        } | figures
-                        log.write(step, figures)
-                        bar.set_postfix_str(_short(figures), refresh=False)
-                if saved:
-                    save()
-                    last_saved = step
-                started = time.perf_counter()
-    if last_saved < step:
-        save()
+    if wanted is not None or loop.step < loop.last_step:
+        ranks.from_first(lambda: run.go_on_from(loop.step, _placement(options, ranks)))
+    return checkpoint
+
+
+def _peak_memory() -> int:
+    """Bytes, of the rank that needed most."""
     peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    return {
-        "train_samples_per_second": rows / seconds if seconds else None,
-        "train_seconds": seconds,
-        "peak_rss_bytes": int(peak),
-    }
-
-
-class _Log:
-    """history.jsonl and TensorBoard, on rank 0.
-
-    Args:
-        run: whose history is written.
-        after: the step that training goes on from; what an interrupted run noted of later ones is
-            dropped, as they are done again.
-    """
-
-    def __init__(self, run: RunFolder, *, after: int) -> None:
-        run.drop_history(after)
-        self._history = run.history.open("a")
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=after + 1)
-
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        self._history.write(json.dumps({"step": step} | figures) + "\n")
-        self._history.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._history.close()
-        self._board.close()
-
-
-def _short(figures: dict[str, float]) -> str:
-    """What of the figures goes beside the progress bar."""
-    tasks = [
-        f"{task} {figures[f'{task}_auc']:.3f}/{figures[f'{task}_ne']:.3f}"
-        for task in ("ctr", "cvr", "ctcvr")
-        if f"{task}_auc" in figures and f"{task}_ne" in figures
-    ]
-    measured = f", AUC/NE {' '.join(tasks)}" if tasks else ""
-    return f"loss {figures['loss']:.4f}{measured}"
+    return int(peak)

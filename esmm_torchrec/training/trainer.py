@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -96,17 +96,22 @@ class Trainer:
         )
         self._device = ranks.device
 
-    def steps(self, reader: ImpressionReader, num_steps: int) -> Iterator[TrainOutput]:
-        """Trains for at most the rest of the reader's epoch, a step at a time, and moves the
-        reader's position with each."""
+    def steps(self, reader: ImpressionReader, num_steps: int) -> Generator[TrainOutput, None, None]:
+        """Trains for at most the rest of the reader's epoch, one step at a time, and advances the
+        reader's position with each. Close the generator to stop early: until it has ended, the
+        model cannot be called."""
         self.model.train()
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self._device)
         stream = iter(reader)
         for _ in range(num_steps):
             output = pipeline.progress(stream)
             reader.advance()
-            yield output
-        # Not after an error: within a step it fails, and hides what went wrong.
+            try:
+                yield output
+            except GeneratorExit:
+                pipeline.detach()
+                raise
+        # Not after an error: within a step it fails and hides the cause.
         pipeline.detach()
 
 

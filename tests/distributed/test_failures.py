@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
     command = ["-m", "esmm_torchrec", "train", "--data", data, *MODEL, *LONG]
     last = torchrun(2, *command, "--out", out)
     assert last.returncode == 0, last.stderr
-    assert "going on from step " in last.stdout
+    assert "resuming from step " in last.stdout
     reference = torchrun(2, *command, "--out", whole)
     assert reference.returncode == 0, reference.stderr
     metrics = [json.loads((run / "metrics.json").read_text())["test"] for run in (out, whole)]

@@ -20,6 +20,7 @@ from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.report import ScoredImpressions
+from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.models.methods import METHODS, LoggedImpressions, MethodOption, TrainingRows
 from esmm_torchrec.schema import IdFeature
 from esmm_torchrec.sharding.planner import Workload
@@ -34,6 +35,7 @@ from esmm_torchrec.training.fit import (
     part_of,
     training_part,
 )
+from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train as train_run
 from tests.ranks import run_on_ranks
@@ -136,13 +138,21 @@ def _out_of_fold(data: Path, ranks: Ranks) -> np.ndarray:
     return out_of_fold_pctr(train, options, ranks, workload=WORKLOAD)
 
 
+class _CountSteps(Callback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
+        self.steps += 1
+
+
 def _updates(data: Path, ranks: Ranks) -> dict[str, int]:
     """Steps that a pass over everything and one over clicks alone take."""
     train = MappedSplit.open(PreparedDataSet.open(data), "train")
     steps = {}
     for method in ("esmm", "base"):
         options = replace(OPTIONS, method=method, batch_size=GLOBAL_BATCH, epochs=1)
-        taken: list[int] = []
+        taken = _CountSteps()
         fit(
             train,
             options,
@@ -150,9 +160,9 @@ def _updates(data: Path, ranks: Ranks) -> dict[str, int]:
             part=training_part(train, options),
             workload=WORKLOAD,
             updates_per_pass=10,
-            on_rows=taken.append,
+            callbacks=(taken,),
         )
-        steps[method] = len(taken)
+        steps[method] = taken.steps
     return steps
 
 

@@ -105,7 +105,7 @@ def test_given_again_it_measures_again_and_trains_nothing(
     history = (run / "history.jsonl").read_text()
     (run / "metrics.json").unlink()
     _train(data, run)
-    assert f"going on from step {STEPS} (" in capsys.readouterr().out
+    assert f"resuming from step {STEPS} (" in capsys.readouterr().out
     assert _metrics(run) == before
     assert (run / "history.jsonl").read_text() == history
 
@@ -117,7 +117,7 @@ def test_from_an_earlier_step_it_ends_the_same(
     out = shutil.copytree(run, tmp_path / "run")
     (out / "metrics.json").unlink()
     _train(data, out, "--resume", str(step))
-    assert f"going on from step {step} (" in capsys.readouterr().out
+    assert f"resuming from step {step} (" in capsys.readouterr().out
     assert _metrics(out) == _metrics(run)
     assert _steps(out) == list(range(1, STEPS + 1))
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_is_broken_is_named_and_kept(
         assert (out / last / file).stat().st_size == size
     shutil.rmtree(out / last)  # the advice
     _train(data, out)
-    assert "going on from step 8 (" in capsys.readouterr().out
+    assert "resuming from step 8 (" in capsys.readouterr().out
     assert _metrics(out) == _metrics(run)
 
 
@@ -347,7 +347,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     )
     assert not (out / "metrics.json").exists()
     _train(data, out, *long)
-    assert "going on from step " in capsys.readouterr().out
+    assert "resuming from step " in capsys.readouterr().out
     _train(data, whole, *long)
     assert _metrics(out) == _metrics(whole)
     assert _steps(out) == _steps(whole)

@@ -19,8 +19,9 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import Interrupted, RunError
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training import run as run_module
+from esmm_torchrec.training.callbacks import _short
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import _short, train
+from esmm_torchrec.training.run import train
 from esmm_torchrec.training.trainer import Trainer
 from tests.plain_esmm import read_frame
 from tests.prepared_data import write_data_set

@@ -1,0 +1,166 @@
+"""The training loop: steps over passes, with callbacks around them.
+
+The loop counts steps and time; everything else that happens while a model trains is a callback.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.trainer import Trainer
+
+
+class Callback:
+    """Takes part in a training loop; methods that are not overridden do nothing.
+
+    Every rank calls the same method at the same step, so a callback may use collectives. Callbacks
+    are called in the order in which the loop was given them.
+    """
+
+    def on_start(self, loop: TrainingLoop) -> None:
+        """Before the first step, once the position to start from is known."""
+
+    def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:
+        """After each step. The model is in use by TorchRec's pipeline and must not be called."""
+
+    def on_pause(self, loop: TrainingLoop) -> None:
+        """Between two steps, at the end of each pass and after `TrainingLoop.pause`, when the model
+        is free to be called."""
+
+    def on_end(self, loop: TrainingLoop) -> None:
+        """After the last step; not after an error."""
+
+    def close(self) -> None:
+        """At the end in any case, also after an error."""
+
+
+class TrainingLoop:
+    """Trains a model for a number of passes or steps; every rank runs the same loop.
+
+    Args:
+        trainer: of the model.
+        reader: of the impressions to train on.
+        ranks: this process among the others.
+        epochs: passes over the impressions.
+        max_steps: the step to stop after, whatever the passes; None: no limit.
+        callbacks: what takes part.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        reader: ImpressionReader,
+        ranks: Ranks,
+        *,
+        epochs: int,
+        max_steps: int | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.trainer = trainer
+        self.reader = reader
+        self.ranks = ranks
+        self.epochs = epochs
+        self.max_steps = max_steps
+        self.callbacks = callbacks
+        self.step = 0
+        """Steps done."""
+        self.figures: dict[str, float] = {}
+        """The latest running figures, on rank 0; see `callbacks.LogFigures`."""
+        self._seconds = 0.0
+        self._started: float | None = None
+        self._pausing = False
+        self._stopped = False
+
+    @property
+    def last_step(self) -> int:
+        """The step that training ends with. Earlier steps may have had another size, so only those
+        to come are counted in rows."""
+        if self._stopped:
+            return self.step
+        to_come = 0
+        if self.reader.epoch < self.epochs:
+            later_epochs = self.epochs - self.reader.epoch - 1
+            to_come = self.reader.steps_left + later_epochs * self.reader.steps_per_epoch
+        last = self.step + to_come
+        return last if self.max_steps is None else max(self.step, min(last, self.max_steps))
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training so far, whole steps of the device included."""
+        if self._started is None:
+            return self._seconds
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)  # otherwise launches are timed, not steps
+        return self._seconds + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and time; JSON-compatible."""
+        return {"step": self.step, "seconds": self.seconds, "reader": self.reader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a `state_dict`, on any number of ranks."""
+        self.step, self._seconds = state["step"], state["seconds"]
+        self.reader.load_state_dict(state["reader"])
+
+    def stop(self) -> None:
+        """Ends training after the current step; to be called on every rank."""
+        self._stopped = True
+
+    def pause(self) -> None:
+        """Asks for `Callback.on_pause` after the current step; to be called on every rank."""
+        self._pausing = True
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Leaves the work inside the block out of the time spent training."""
+        running = self._started is not None
+        self._stop_clock()
+        try:
+            yield
+        finally:
+            if running:
+                self._started = time.perf_counter()
+
+    def run(self) -> None:
+        """Trains from the current position to the end."""
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            self._train()
+            for callback in self.callbacks:
+                callback.on_end(self)
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+
+    def _train(self) -> None:
+        self._started = time.perf_counter()
+        while self.step < self.last_step:
+            epoch = self.reader.epoch
+            steps = min(self.reader.steps_left, self.last_step - self.step)
+            outputs = self.trainer.steps(self.reader, steps)
+            for output in outputs:
+                self.step += 1
+                for callback in self.callbacks:
+                    callback.on_step(self, output)
+                if self._pausing or self._stopped:
+                    outputs.close()
+                    break
+            if self._pausing or self.reader.epoch != epoch:
+                self._pausing = False
+                with self.off_the_clock():
+                    for callback in self.callbacks:
+                        callback.on_pause(self)
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        self._seconds = self.seconds
+        self._started = None
