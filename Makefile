@@ -1,7 +1,9 @@
 # make train     everything, from nothing to a table of AUCs
 # make test      everything the README promises, checked
 # make test-slow   the tests that take minutes or gigabytes
+# make test-newest   the tests with the newest supported torch and TorchRec, in an environment of its own
 # make check     format, lint, types, layers
+# make docs      the site, in site/
 # make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
 # make paper     the methods compared: table, figure, report; make paper-full: more seeds, fractions;
 #                make paper-small: a minute of it; make paper-grid: over correlation, volume, confounding
@@ -20,7 +22,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test test-slow ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
+.PHONY: install train test test-slow test-newest docs ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
 
 install: $(INSTALLED)
 
@@ -38,6 +40,24 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+NEWEST := .venv-newest
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/pytest -n 2 --dist loadfile
+
+$(NEWEST)/.installed: requirements/newest.txt requirements/common.txt pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -r requirements/newest.txt
+	$(NEWEST)/bin/pip check
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: requirements/docs.txt $(INSTALLED)
+	$(BIN)/pip install -r requirements/docs.txt
+	touch $@
 
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
@@ -88,4 +108,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs generated paper paper-full paper-small bench
+	rm -rf $(VENV) $(NEWEST) site runs generated paper paper-full paper-small bench

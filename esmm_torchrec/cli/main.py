@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import NoReturn, TypeVar
 
 from esmm_torchrec.cli.arguments import read_options
@@ -142,9 +143,24 @@ def _run(given: list[str]) -> None:
     name = next((n for n in (" ".join(given[:2]), given[0]) if n in COMMANDS), None)
     if name is None:
         raise OptionError(f"there is no command {_named(given)}; see 'esmm-torchrec --help'")
-    module = importlib.import_module(f"esmm_torchrec.{COMMANDS[name][0]}")
+    module = _import_command(name)
     prog = f"esmm-torchrec {name}"
     run_command(module.run, parse_options(module.Options, prog, given[len(name.split()) :]))
+
+
+def _import_command(name: str) -> ModuleType:
+    """The module of a command; the laboratories need packages that the core does not."""
+    module = COMMANDS[name][0]
+    try:
+        return importlib.import_module(f"esmm_torchrec.{module}")
+    except ModuleNotFoundError as error:
+        laboratory = module.split(".")[0]
+        if laboratory == "cli" or (error.name or "").startswith("esmm_torchrec"):
+            raise
+        raise OptionError(
+            f"the command {name} needs {error.name}, which is not installed; "
+            f"pip install 'esmm_torchrec[{laboratory}]'"
+        ) from None
 
 
 def _named(given: list[str]) -> str:

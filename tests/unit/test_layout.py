@@ -128,17 +128,76 @@ def test_every_example_is_run_by_a_test() -> None:
         assert (ROOT / "tests" / "examples" / f"test_{path.name}").exists(), path.name
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_is_depended_on_is_pinned(device: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda", "newest"])
+def test_dependencies_are_pinned(device: str) -> None:
     """One `pip install -r` brings exact versions of everything the package asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [
-        line.split("#")[0].strip()
-        for name in (device, "common")
-        for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
-    ]
+    lines = [*_requirements(device), *_requirements("common"), *_requirements("docs")]
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
-    wanted = {re.split(r"[<>=\[ ]", dependency)[0] for dependency in project["dependencies"]}
+    wanted = {
+        re.split(r"[<>=\[ ]", dependency)[0]
+        for dependencies in (
+            project["dependencies"],
+            *project["optional-dependencies"].values(),
+        )
+        for dependency in dependencies
+    }
     assert wanted <= pinned
     loose = [line for line in lines if line and "==" not in line and line[0] not in "-."]
     assert not loose
+
+
+def _requirements(name: str) -> list[str]:
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    return [line.split("#")[0].strip() for line in lines]
+
+
+CORE_WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {extras!r}:
+            raise ModuleNotFoundError(name, name=name.split(".")[0])
+sys.meta_path.insert(0, Missing())
+import importlib
+for module in {modules!r}:
+    importlib.import_module(module)
+"""
+
+
+def test_core_imports_no_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    modules = {"pyyaml": "yaml"}
+    missing = {
+        modules.get(name, name)
+        for name in (
+            re.split(r"[<>=\[ ]", line)[0]
+            for extra in ("planning", "comparison")
+            for line in extras.get(extra, [])
+        )
+    }
+    core = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in MODULES
+        if path.relative_to(PACKAGE).parts[0] not in ("comparison", "planning")
+        and path.name not in ("__init__.py", "__main__.py")
+    ]
+    program = CORE_WITHOUT.format(extras=missing, modules=core)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+
+    program = CORE_WITHOUT.format(extras=missing, modules=["esmm_torchrec.cli.main"])
+    command = "from esmm_torchrec.cli.main import main; main(['plan', '--help'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", program + command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 2
+    assert "pip install 'esmm_torchrec[planning]'" in ran.stderr
