@@ -84,8 +84,8 @@ def work(options: Options, ranks: Ranks) -> dict[str, Rates]:
     split = MappedSplit.open(PreparedDataSet.open(options.data), "train")
 
     def steps(sharding: ShardingOption) -> Iterator[TrainOutput]:
+        batch_size = options.global_batch // ranks.world_size
         settings = TrainOptions(
-            batch_size=options.global_batch // ranks.world_size,
             dtype=options.dtype,
             sharding=sharding,
             device="cpu",
@@ -95,11 +95,11 @@ def work(options: Options, ranks: Ranks) -> dict[str, Rates]:
             settings,
             ranks,
             part=training_part(split, settings),
-            workload=Workload(settings.batch_size),
+            workload=Workload(batch_size),
         )
         reader = ImpressionReader(
             split,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )

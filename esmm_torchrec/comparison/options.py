@@ -77,8 +77,8 @@ class ComparisonOptions:
     tower: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of each tower."""
     batch_size: int = 2048
-    """Impressions per rank and step of a pass over the whole training half. Every pass, of any
-    method and fraction, takes as many updates as that one: fewer rows make smaller batches."""
+    """Impressions of a step, over all ranks, of a pass over the whole training half. Every pass, of
+    any method and fraction, takes as many updates as that one: fewer rows make smaller batches."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables (the paper: adam); towers have Adam as in the paper."""
     sharding: ShardingOption = "auto"

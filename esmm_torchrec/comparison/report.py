@@ -592,7 +592,6 @@ def _rule(results: Results) -> str:
     protocol = results["protocol"]
     apart = " in a world of its own" if "world" in results["source"] else ""
     shared = " and shared by all worlds" if "world" in results["source"] else ""
-    ranks = results["environment"]["ranks"]
     return (
         f"The rule: {protocol['validation_share']:.0%} of the training users (drawn by hash) are "
         f"held out; every method gets {protocol['trials']} trials from one list of settings. A "
@@ -600,7 +599,7 @@ def _rule(results: Results) -> str:
         "n + ⌊R/2⌋·⌊n/R⌋ modulo R, so that a rate meets other settings in each round. Each trial "
         f"is measured after each of {protocol['epochs']} passes over the method’s own training "
         "rows. A pass takes the same number of optimiser updates for every method and every part "
-        f"of the data: that of batches of {protocol['batch_size'] * ranks:,} over all training "
+        f"of the data: that of batches of {protocol['batch_size']:,} over all training "
         "impressions; fewer rows make smaller batches. Chosen is the best mean of CVR AUC on "
         "clicks and CTCVR AUC with the common click network (the click network itself: CTR AUC), "
         f"once, with one seed{apart}, at full volume{shared}: intervals over seeds do not hold the "

@@ -272,7 +272,7 @@ class _Study:
 
     def _cost(self, method: MethodOption, share: float, epochs: float) -> float:
         """Rows that a training visits, times its networks."""
-        updates = self._rows / (self.options.batch_size * self.ranks.world_size)
+        updates = self._rows / self.options.batch_size
         visited = self._rows * share * VISITED.get(method, 1.0) + updates * ROWS_PER_UPDATE
         scored = self.options.test_impressions * SCORING_SHARE
         return (visited * epochs + scored) * NETWORKS.get(method, 1)

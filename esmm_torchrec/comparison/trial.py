@@ -133,8 +133,10 @@ class Training:
         self.stage = stage
         self.options = options
         self.ranks = ranks
-        self.workload = Workload(options.batch_size, stage.mean_values_per_bag)
-        self.updates = -(-stage.train.impressions // (options.batch_size * ranks.world_size))
+        batch_size = options.batch_size
+        assert batch_size != "auto"
+        self.workload = Workload(batch_size, stage.mean_values_per_bag)
+        self.updates = -(-stage.train.impressions // batch_size)
 
     def part(self, pctr: np.ndarray | None) -> TrainingPart:
         """What is trained on."""
@@ -162,10 +164,7 @@ class Training:
 
     def batches(self, part: TrainingPart) -> dict[str, int]:
         """Rows of a step over all ranks, and steps of a pass."""
-        world_size = self.ranks.world_size
-        size = world_size * batch_of_equal_updates(
-            part.num_rows, updates=self.updates, world_size=world_size
-        )
+        size = batch_of_equal_updates(part.num_rows, updates=self.updates)
         return {"batch_size": size, "updates_per_pass": -(-part.num_rows // size)}
 
     def score(

@@ -1,12 +1,13 @@
 """From a mapped split to ImpressionBatches: per rank, shuffled, resumable, read ahead.
 
-(seed, epoch) defines one order of all rows. Step g takes its rows [g·B·W, (g+1)·B·W) and rank r
-the r-th slice of B of them, so the union over ranks is the same whatever their number. The last
-step is padded with rows of weight 0 and empty bags, never dropped: every rank takes the same
-number of steps at the same size, and everything a rank must know of the others follows from the
-order, without communication.
+(seed, epoch) defines one order of all rows. Step g takes its rows [g·S, (g+1)·S) and rank r the
+r-th slice of B of them, so the union over ranks is the same whatever their number. A rank that has
+fewer rows than B (in the last step, or if the ranks do not divide S) is padded with rows of weight
+0 and empty bags; nothing is dropped: every rank takes the same number of steps at the same size,
+and everything a rank must know of the others follows from the order, without communication.
 
-Shapes: B rows per rank and step, W ranks, U distinct shared rows, F features, D dense features.
+Shapes: B rows per rank and step, S rows per step over W ranks, U distinct
+shared rows, F features, D dense features.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class ImpressionReader:
         batch_size: B, rows per rank and step.
         rank: r.
         world_size: W.
+        rows_per_step: S, at most B·W; None: B·W.
         seed: of the order.
         shuffle: False keeps the order of the data.
         shuffle_chunk: up to this many consecutive impressions of one shared row stay together
@@ -78,6 +80,7 @@ class ImpressionReader:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        rows_per_step: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         shuffle_chunk: int = 1,
@@ -93,6 +96,13 @@ class ImpressionReader:
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.global_batch_size = batch_size * world_size if rows_per_step is None else rows_per_step
+        """S: rows of one step over all ranks."""
+        if not 0 < self.global_batch_size <= batch_size * world_size:
+            raise OptionError(
+                f"rows_per_step {rows_per_step} does not fit into {world_size} batches of "
+                f"{batch_size}; choose 1 to {batch_size * world_size}"
+            )
         self.seed = seed
         self.shuffle = shuffle
         self.shuffle_chunk = shuffle_chunk
@@ -105,11 +115,6 @@ class ImpressionReader:
         self._once = shared_features == "once" and SHARED_ROW in split.scalars
         self._epoch = 0
         self._row = 0
-
-    @property
-    def global_batch_size(self) -> int:
-        """Rows of one step over all ranks."""
-        return self.batch_size * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:

@@ -17,13 +17,16 @@ from esmm_torchrec.schema import CLICK, CONVERSION, GROUP_ID, TRUE_CTR, TRUE_CVR
 from esmm_torchrec.sharding.prediction import predict
 from esmm_torchrec.sharding.process_group import Ranks
 
+BATCH_SIZE = 8192
+"""Impressions per rank and step that are scored at a time, unless the caller says otherwise."""
+
 
 def score_split(
     model: DistributedModelParallel,
     split: MappedSplit,
     ranks: Ranks,
     *,
-    batch_size: int,
+    batch_size: int = BATCH_SIZE,
     shared_features: SharedFeatures = "once",
     rows: np.ndarray | None = None,
     progress: bool = True,
@@ -34,7 +37,7 @@ def score_split(
         model: a sharded train task.
         split: where the impressions are.
         ranks: this process among the others.
-        batch_size: rows per rank and step.
+        batch_size: rows per rank and step, at most.
         shared_features: how a batch carries shared features.
         rows: int (M,), which impressions; None: all.
         progress: whether to show a progress bar.
@@ -43,9 +46,10 @@ def score_split(
         on rank 0 the scores the model has and the labels, in the order of `rows`; on the other
         ranks None.
     """
+    num_rows = split.impressions if rows is None else len(rows)
     reader = ImpressionReader(
         split,
-        batch_size=batch_size,
+        batch_size=max(1, min(batch_size, -(-num_rows // ranks.world_size))),
         rank=ranks.rank,
         world_size=ranks.world_size,
         shuffle=False,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.data.mapped import MappedSplit
@@ -24,6 +25,15 @@ from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.trainer import Trainer
+
+MIN_UPDATES_PER_PASS = 256
+"""Steps of a pass over many impressions, at least."""
+
+MIN_BATCH_SIZE = 64
+"""Smaller steps cost as much time as this one."""
+
+MAX_BATCH_SIZE = {"cpu": 4096, "cuda": 32768}
+"""Larger steps are hardly faster per impression."""
 
 FOLDS = 2
 """Parts that the users are divided into where a pCTR must come from other users' impressions."""
@@ -116,14 +126,22 @@ def part_of(
     )
 
 
-def batch_of_equal_updates(rows: int, *, updates: int, world_size: int) -> int:
-    """Rows per rank and step with which a pass over `rows` takes `updates` steps, so that a method
-    that trains on few rows is updated as often as one that trains on all.
+def batch_of_equal_updates(rows: int, *, updates: int) -> int:
+    """Rows of a step over all ranks with which a pass over `rows` takes `updates` steps, so that a
+    method that trains on few rows is updated as often as one that trains on all.
 
-    As near as whole rows allow: a pass may take fewer steps, and takes one a row where there are
+    As near as whole rows allow: a pass may take fewer steps, and one step per row if there are
     fewer rows than updates.
     """
-    return max(1, -(-rows // (updates * world_size)))
+    return max(1, -(-rows // updates))
+
+
+def automatic_batch_size(rows: int, device: torch.device) -> int:
+    """Rows of a step over all ranks that `--batch-size auto` stands for: the largest power of two
+    with which a pass over `rows` takes at least MIN_UPDATES_PER_PASS steps, within bounds. It does
+    not depend on the number of ranks, so neither does the model."""
+    size = 1 << max(0, (rows // MIN_UPDATES_PER_PASS).bit_length() - 1)
+    return max(MIN_BATCH_SIZE, min(size, MAX_BATCH_SIZE[device.type]))
 
 
 def build_trainer(
@@ -165,15 +183,22 @@ def build_loop(
         options: of the training.
         ranks: this process among the others.
         part: what to train on.
-        workload: what the planner should expect.
+        workload: what the planner should expect; the batch size is that of the training.
         callbacks: what takes part in the loop.
     """
-    trainer = build_trainer(split, options, ranks, part=part, workload=workload)
+    rows_per_step = options.batch_size
+    if rows_per_step == "auto":
+        rows_per_step = automatic_batch_size(part.num_rows, ranks.device)
+    rows_per_rank = -(-rows_per_step // ranks.world_size)
+    trainer = build_trainer(
+        split, options, ranks, part=part, workload=replace(workload, batch_size=rows_per_rank)
+    )
     reader = ImpressionReader(
         split,
-        batch_size=options.batch_size,
+        batch_size=rows_per_rank,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        rows_per_step=rows_per_step,
         seed=options.seed,
         shuffle_chunk=options.shuffle_chunk,
         selection=part.selection,
@@ -207,7 +232,7 @@ def fit(
         options: of the training.
         ranks: this process among the others.
         part: what to train on.
-        workload: what the planner should expect.
+        workload: as in `build_loop`.
         updates_per_pass: steps of a pass, from which the batches' size follows
             (`batch_of_equal_updates`); None: batches of the options' size.
         callbacks: what takes part in the loop.
@@ -218,9 +243,7 @@ def fit(
     if updates_per_pass is not None:
         options = replace(
             options,
-            batch_size=batch_of_equal_updates(
-                part.num_rows, updates=updates_per_pass, world_size=ranks.world_size
-            ),
+            batch_size=batch_of_equal_updates(part.num_rows, updates=updates_per_pass),
         )
     loop = build_loop(split, options, ranks, part=part, workload=workload, callbacks=callbacks)
     loop.run()
@@ -277,7 +300,6 @@ def out_of_fold_pctr(
             model,
             only_ids_of(split, split, trained_on),
             ranks,
-            batch_size=options.batch_size,
             shared_features=options.shared_features,
             rows=wanted,
             progress=False,

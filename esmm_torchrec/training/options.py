@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from esmm_torchrec.data.mapped import HistoryWeights
 from esmm_torchrec.data.reader import SharedFeatures
@@ -31,8 +32,9 @@ class TrainOptions:
     """Passes over the training half."""
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs."""
-    batch_size: int = 4096
-    """Impressions per rank and step."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Impressions of a step over all ranks; auto chooses it by the number of impressions that the
+    method trains on."""
     embedding_dim: int = 16
     """Columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (360, 200, 80)
@@ -75,7 +77,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         positive = {
             "--epochs": self.epochs,
-            "--batch-size": self.batch_size,
+            "--batch-size": 1 if self.batch_size == "auto" else self.batch_size,
             "--embedding-dim": self.embedding_dim,
             "--shuffle-chunk": self.shuffle_chunk,
             "--sparse-lr": self.sparse_lr,

@@ -42,7 +42,6 @@ from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_pa
 from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
-from esmm_torchrec.training.trainer import Trainer
 
 _NOT_IDENTITY = ("resume", "device", "checkpoint_every", "sharding", "plan", "shared_features")
 """Options that two runs of the same model may differ in."""
@@ -85,13 +84,15 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
         for name in ("train", "test")
     }
-    workload = Workload(options.batch_size, dataset.statistics.mean_values_per_bag)
+    # `build_loop` knows the batch size.
+    workload = Workload(1, dataset.statistics.mean_values_per_bag)
     pctr = None
     if METHODS[options.method].needs_pctr:
         pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
     part = training_part(splits["train"], options, pctr=pctr)
 
     loop = build_loop(splits["train"], options, ranks, part=part, workload=workload)
+    config["options"]["batch_size"] = loop.reader.global_batch_size
 
     def start() -> RunFolder:
         run = RunFolder.start(out, config, resume=options.resume)
@@ -108,7 +109,7 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
     checkpoint = _resume(loop, run, options, ranks)
     if ranks.is_first:
         copy_preprocessing(dataset.path, run.preprocessing)
-        _announce(dataset, loop.trainer, options, ranks)
+        _announce(dataset, loop, options)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
             print(f"{options.method} trains on {part.num_rows:,} rows of them{notes}", flush=True)
@@ -125,7 +126,6 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         loop.trainer.model,
         splits["test"],
         ranks,
-        batch_size=options.batch_size,
         shared_features=options.shared_features,
     )
 
@@ -190,10 +190,9 @@ def _pctr(
     return out_of_fold_pctr(split, options, ranks, workload=workload)
 
 
-def _announce(
-    dataset: PreparedDataSet, trainer: Trainer, options: TrainOptions, ranks: Ranks
-) -> None:
+def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOptions) -> None:
     """What is about to be trained, and where."""
+    trainer, ranks, reader = loop.trainer, loop.ranks, loop.reader
     counts, test = dataset.splits["train"], dataset.splits["test"]
     print(format_plan(trainer.plan))
     if options.plan is not None:
@@ -208,7 +207,12 @@ def _announce(
         f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
         f"{counts.impressions:,} impressions, {counts.clicks:,} clicks, "
         f"{counts.conversions:,} conversions to train on, {test.impressions:,} to test on; "
-        f"{options.sparse_optimizer} for tables, adam for towers",
+        f"{options.sparse_optimizer} for tables, adam for towers"
+    )
+    size = f"{reader.global_batch_size:,} impressions per step"
+    print(
+        f"{size}, {reader.steps_per_epoch:,} steps per pass"
+        + (" (chosen by --batch-size auto)" if options.batch_size == "auto" else ""),
         flush=True,
     )
 

@@ -24,13 +24,12 @@ OPTIONS = ComparisonOptions(
     device="cpu",
 )
 GLOBAL_BATCH = 2000
-"""All training rows. A batch is the same number of rows on every rank, so that only with one update
-a pass do one and two ranks see the same rows in each, whatever the size of a part."""
+"""All training rows."""
 
 
 def _compare(out: Path) -> dict[str, Any]:
     with process_group("cpu") as ranks:
-        options = replace(OPTIONS, batch_size=GLOBAL_BATCH // ranks.world_size)
+        options = replace(OPTIONS, batch_size=GLOBAL_BATCH)
         world = World(impressions=4000, ctr=0.2, cvr=0.4)
         folder = out / f"{ranks.world_size}-ranks"
         return compare(options, folder, ranks, data=None, world=world, command="test")

@@ -35,7 +35,7 @@ from tests.ranks import run_on_ranks, torchrun
 
 TEST_ROWS = 10_007
 OPTIONS = TrainOptions(
-    batch_size=64, embedding_dim=8, tower=(16, 8), epochs=2, sharding="table_wise", seed=1
+    batch_size=128, embedding_dim=8, tower=(16, 8), epochs=2, sharding="table_wise", seed=1
 )
 
 
@@ -126,13 +126,13 @@ def test_metrics_equal_scikit_learns_on_the_scores(
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run: Path, data: Path) -> None:
     out = data.parent / "resumed"
-    # Steps of 128 rows: 5 of 8 in the first epoch on two ranks, the rest on one.
+    # 5 of the 8 steps of the first epoch on two ranks, the rest on one.
     first = replace(OPTIONS, max_steps=5)
     run_on_ranks(2, _train, data, out, first)
     config = json.loads((out / "config.json").read_text())
-    config["identity"] |= {"max_steps": None, "batch_size": 128}
+    config["identity"] |= {"max_steps": None}
     (out / "config.json").write_text(json.dumps(config))
-    run_on_ranks(1, _train, data, out, replace(OPTIONS, batch_size=128))
+    run_on_ranks(1, _train, data, out, OPTIONS)
     whole = json.loads((run / "metrics.json").read_text())
     resumed = json.loads((out / "metrics.json").read_text())
     for key, value in whole["test"].items():
@@ -140,12 +140,26 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run: Path, data: Pat
             assert resumed["test"][key] == pytest.approx(value, abs=2e-5), key
 
 
-@pytest.mark.parametrize(("before", "after", "last_step"), [(1, 2, 18), (2, 1, 26)])
-def test_a_run_that_goes_on_with_other_ranks_reads_every_row(
-    before: int, after: int, last_step: int, data: Path, tmp_path: Path
+@pytest.mark.parametrize("options", [TrainOptions(), replace(OPTIONS, batch_size=61)])
+def test_one_rank_and_two_train_the_same_model(
+    options: TrainOptions, data: Path, tmp_path: Path
 ) -> None:
-    """900 rows, 64 a rank and step: behind 4 steps 644 are left of the epoch, in 6 steps of two
-    ranks, or 388 in 7 of one; then 8 or 15 more."""
+    """Also at the default batch size, and if the ranks do not divide a step."""
+    tests = []
+    for num_ranks in (1, 2):
+        out = tmp_path / str(num_ranks)
+        tests.append(run_on_ranks(num_ranks, _train, data, out, options)[0]["test"])
+        config = json.loads((out / "config.json").read_text())
+        assert config["options"]["batch_size"] == (64 if options.batch_size == "auto" else 61)
+    for key in ("ctr_auc", "cvr_auc", "ctcvr_auc", "ctr_log_loss", "cvr_log_loss"):
+        assert tests[0][key] == pytest.approx(tests[1][key], abs=1e-4), key
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_that_is_resumed_on_other_ranks_reads_every_row(
+    before: int, after: int, data: Path, tmp_path: Path
+) -> None:
+    last_step = 2 * -(-900 // 128)
     options = replace(OPTIONS, checkpoint_every=4)
     run_on_ranks(before, _train, data, tmp_path, options)
     run_on_ranks(after, _train, data, tmp_path, replace(options, resume="4"))

@@ -260,10 +260,40 @@ def test_an_id_outside_its_table_is_refused(tmp_path: Path) -> None:
         MappedSplit.open(broken, "train")
 
 
+@pytest.mark.parametrize(("world_size", "rows_per_step"), [(2, 61), (3, 50), (4, 5), (1, 40)])
+def test_a_step_that_ranks_do_not_divide_has_the_same_rows(
+    split: MappedSplit, world_size: int, rows_per_step: int
+) -> None:
+    (reference, *by_rank) = (
+        list(
+            ImpressionReader(
+                split,
+                batch_size=-(-rows_per_step // ranks),
+                rank=rank,
+                world_size=ranks,
+                rows_per_step=rows_per_step,
+                seed=2,
+                shuffle_chunk=4,
+            )
+        )
+        for ranks, rank in [(1, 0), *((world_size, rank) for rank in range(world_size))]
+    )
+    for whole, *parts in zip(reference, *by_rank, strict=True):
+        assert {len(part.click) for part in parts} == {-(-rows_per_step // world_size)}
+        real = [part.weight > 0 for part in parts]
+        clicks = [part.click[kept] for part, kept in zip(parts, real, strict=True)]
+        assert torch.equal(torch.cat(clicks), whole.click[whole.weight > 0])
+        dense = [part.dense_features[kept] for part, kept in zip(parts, real, strict=True)]
+        assert torch.equal(torch.cat(dense), whole.dense_features[whole.weight > 0])
+        for part in parts:
+            assert float(part.mean_weight) * world_size == pytest.approx(float(whole.mean_weight))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": 4, "world_size": 2, "rows_per_step": 9}, "rows_per_step 9 does not fit"),
         ({"batch_size": 4, "shuffle_chunk": 0}, "--shuffle-chunk 0"),
         ({"batch_size": 4, "selection": Selection(np.array([], np.int64))}, "no impression"),
     ],
