@@ -18,7 +18,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import resource
 import statistics
 import time
@@ -63,6 +62,7 @@ from esmm_torchrec.planning.table_list import (
 )
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.sharding.apply import shard
+from esmm_torchrec.sharding.host import usable_memory
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.planner import SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
@@ -600,12 +600,11 @@ def machine_at_hand(options: Options, ranks: Ranks) -> Hardware:
             ranks_per_host=ranks.local_world_size,
             sources=(f"numbers of {known.name}, memory of this GPU",),
         )
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return replace(
         preset("cpu"),
         name="this machine",
         ranks_per_host=ranks.local_world_size,
-        memory_gib=total / ranks.local_world_size / GIB,
+        memory_gib=usable_memory() / ranks.local_world_size / GIB,
         sources=("numbers of cpu, memory of this machine",),
     )
 

@@ -19,7 +19,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.sharding.planner import embedding_bag_collections_of
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.sharders import sharders
@@ -29,7 +28,12 @@ DRAWN_ROWS = 1 << 18
 
 
 def shard(
-    module: nn.Module, *, plan: ShardingPlan, ranks: Ranks, seed: int = 0
+    module: nn.Module,
+    *,
+    plan: ShardingPlan,
+    ranks: Ranks,
+    seed: int = 0,
+    zero_row: int | None = None,
 ) -> DistributedModelParallel:
     """Shards every EmbeddingBagCollection of a module by a plan.
 
@@ -38,6 +42,9 @@ def shard(
         plan: as `make_plan` or a plan file gives it.
         ranks: this process and its device.
         seed: of the weights of collections on the meta device.
+        zero_row: row that starts at zero in every table, wherever the weights come from; None:
+            no row does. This library's trainer passes `schema.UNKNOWN_ROW`: an unknown id that
+            training never showed then adds nothing, like a missing one.
 
     Returns:
         the module on the device of `ranks`, its collections sharded, its weights those that went
@@ -62,6 +69,8 @@ def shard(
                     local.copy_(source[row : row + rows, column : column + columns])
                 else:
                     _draw(local, row, column, config=source, seed=seed)
+                if zero_row is not None and row <= zero_row < row + rows:
+                    local[zero_row - row] = 0
     return parallel
 
 
@@ -90,9 +99,6 @@ def _draw(
             torch.manual_seed(int.from_bytes(digest) >> 1)
             drawn = torch.empty(size, config.embedding_dim)
             config.init_fn(drawn)
-        if first == 0:
-            # An unknown id that training never showed is like a missing one: it adds nothing.
-            drawn[UNKNOWN_ROW] = 0
         start, end = max(first, row), min(first + size, row + rows)
         local[start - row : end - row].copy_(
             drawn[start - first : end - first, column : column + columns]

@@ -29,6 +29,7 @@ are optional.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -360,7 +361,8 @@ def write_plan(
     local_world_size: int | None = None,
     device: str = "cpu",
 ) -> PlanFile:
-    """Writes a plan as JSON and returns what was written.
+    """Writes a plan as JSON and returns what was written. Another plan at `path` is replaced at
+    once: a reader sees the one or the other.
 
     Args:
         plan: TorchRec's plan, described by the other arguments, or a PlanFile, which needs none.
@@ -375,7 +377,13 @@ def write_plan(
             local_world_size=local_world_size or world_size,
             device=device,
         )
-    Path(path).write_text(_to_json(plan.to_dict()), encoding="utf-8")
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(_to_json(plan.to_dict()))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
     return plan
 
 
@@ -415,7 +423,8 @@ def read_plan(path: Path | str) -> PlanFile:
         values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise PlanError(
-            f"{source} line {error.lineno} column {error.colno} is not JSON: {error.msg.lower()}"
+            f"{source} line {error.lineno} column {error.colno} is not JSON: {error.msg.lower()}; "
+            "correct it or make a new plan"
         ) from None
     except UnicodeDecodeError:
         raise PlanError(f"{source} is not UTF-8 text, so it is no plan") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +23,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding.host import usable_memory
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.sharders import sharders
 from esmm_torchrec.sharding.table_placement import every_part_has_a_row
@@ -209,7 +209,6 @@ def _imbalance(planner: EmbeddingShardingPlanner, ranks: Ranks) -> float:
 
 def _topology(ranks: Ranks) -> Topology:
     """Memory as it is on this machine; bandwidths as TorchRec assumes them."""
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     on_gpu = ranks.device.type == "cuda"
     hbm = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
     return TopologyFactory.create_topology(
@@ -217,7 +216,7 @@ def _topology(ranks: Ranks) -> Topology:
             world_size=ranks.world_size, local_world_size=ranks.local_world_size
         ),
         hardware_config=HardwareConfig(
-            hbm_cap_bytes=hbm, ddr_cap_bytes=host_bytes // ranks.local_world_size
+            hbm_cap_bytes=hbm, ddr_cap_bytes=usable_memory() // ranks.local_world_size
         ),
         kernel_config=KernelConfig(compute_device=ranks.device.type),
     )

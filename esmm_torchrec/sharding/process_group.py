@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from esmm_torchrec.errors import EsmmTorchrecError, OptionError
+from esmm_torchrec.sharding.host import threads_per_rank
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(threads_per_rank(local_world_size))
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

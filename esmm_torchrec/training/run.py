@@ -28,7 +28,7 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import Interrupted
+from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.schema import CLICK
@@ -219,7 +219,13 @@ def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOption
 
 def _keep_plan(plan: PlanFile, path: Path) -> None:
     """Writes the plan to the run folder, and says where it differs from the one that was there."""
-    if path.exists() and (earlier := read_plan(path)) != plan:
+    try:
+        earlier = read_plan(path) if path.exists() else plan
+    except PlanError as error:
+        # The checkpoint does not depend on how the tables were placed before.
+        print(f"warning: {error}; it is replaced by the plan of this run", flush=True)
+        earlier = plan
+    if earlier != plan:
         differences = indent(compare_plans(earlier, plan), "  ")
         print(f"placed otherwise than before:\n{differences}", flush=True)
     write_plan(plan, path)

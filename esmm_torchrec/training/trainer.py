@@ -15,6 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.sharding.apply import shard
 from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables, read_plan
 from esmm_torchrec.sharding.planner import (
@@ -85,7 +86,7 @@ class Trainer:
                 kernels=kernels,
                 device=ranks.device,
             )
-        self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed)
+        self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed, zero_row=UNKNOWN_ROW)
         _take_weights_as_data(self.model)
         self.optimizer = build_optimizer(
             self.model,

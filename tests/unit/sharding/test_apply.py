@@ -51,11 +51,16 @@ class Model(nn.Module):
 
 
 def _sharded(
-    model: Model, sharding: ShardingOption, kernel: KernelOption, ranks: Ranks, seed: int = 0
+    model: Model,
+    sharding: ShardingOption,
+    kernel: KernelOption,
+    ranks: Ranks,
+    seed: int = 0,
+    zero_row: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """State of the sharded model, each table whole."""
     plan = make_plan(model, ranks=ranks, sharding=sharding, kernel=kernel, workload=Workload(64))
-    state = shard(model, plan=plan, ranks=ranks, seed=seed).state_dict()
+    state = shard(model, plan=plan, ranks=ranks, seed=seed, zero_row=zero_row).state_dict()
     whole = {}
     for key, value in state.items():
         if isinstance(value, ShardedTensor):
@@ -92,21 +97,35 @@ def test_drawn_weights_depend_on_the_seed_alone(
     for name in ("item", "shop"):
         key = f"collection.embedding_bags.{name}.weight"
         assert torch.equal(drawn[key], reference[key])
-        assert (other[key][1:] != drawn[key][1:]).all()
+        assert (other[key] != drawn[key]).all()
 
 
 def test_drawn_weights_are_what_torchrec_draws(ranks: Ranks) -> None:
-    """Uniform within the square root of 1 / rows, but for row 0, unknown, which adds nothing."""
+    """Uniform within the square root of 1 / rows."""
     drawn = _sharded(Model("meta"), "row_wise", "fused", ranks)
     tables = [drawn[f"collection.embedding_bags.{name}.weight"] for name in ("item", "shop")]
     assert not torch.equal(*tables)
     limit = (1 / ROWS) ** 0.5
     for table in tables:
-        assert not table[0].any()
-        rest = table[1:]
-        assert rest.abs().max() <= limit
-        assert rest.mean().abs() < 0.1 * limit
-        assert rest.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+        assert (table != 0).all()
+        assert table.abs().max() <= limit
+        assert table.mean().abs() < 0.1 * limit
+        assert table.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("sharding", "kernel"), SHARDINGS)
+def test_a_row_starts_at_zero_only_when_asked(
+    device: str, sharding: ShardingOption, kernel: KernelOption, ranks: Ranks
+) -> None:
+    """Row 0 is an ordinary id in somebody else's pipeline."""
+    keys = [f"collection.embedding_bags.{name}.weight" for name in ("item", "shop")]
+    plain = _sharded(Model(device), sharding, kernel, ranks)
+    zeroed = _sharded(Model(device), sharding, kernel, ranks, zero_row=5)
+    for key in keys:
+        assert (plain[key] != 0).all()
+        assert not zeroed[key][5].any()
+        assert (zeroed[key].abs().sum(dim=1) != 0).sum() == ROWS - 1
 
 
 def test_any_part_of_a_table_is_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +137,7 @@ def test_any_part_of_a_table_is_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> 
     whole = torch.full((ROWS, DIM), float("nan"))
     apply._draw(whole, 0, 0, config=config, seed=5)
     assert not whole.isnan().any()
-    assert len(whole.unique()) > 0.9 * (ROWS - 1) * DIM  # no block repeats another
+    assert len(whole.unique()) > 0.9 * ROWS * DIM  # no block repeats another
     for row, rows, column, columns in (
         (0, 8, 0, 8), (3, 20, 4, 4), (8, 16, 0, 4), (47, 6, 0, 8), (20, 0, 0, 8), (13, 1, 0, 8)
     ):  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,26 @@ def test_a_plan_changed_by_hand_moves_the_table(tmp_path: Path) -> None:
     assert compare_plans(after, after) == "the plans are the same"
     plan = after.to_sharding_plan(collection("item", "shop"), world_size=2, local_world_size=2)
     assert plan.plan[""]["item"].ranks == [1]  # pyright: ignore[reportIndexIssue]
+
+
+def test_a_plan_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    before = write_plan(read_plan(write_values(path, plan_values())), path)
+
+    def disk_full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    after = read_plan(write_values(tmp_path / "other.json", plan_values(ranks=[1])))
+    with pytest.raises(OSError, match="No space left"):
+        write_plan(after, path)
+    assert read_plan(path) == before
+    monkeypatch.undo()
+    write_plan(after, path)
+    assert read_plan(path) == after
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other.json", "plan.json"]
 
 
 def test_uneven_columns_are_kept(tmp_path: Path) -> None:

@@ -177,6 +177,23 @@ def test_a_run_of_other_options_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_broken_plan_does_not_keep_a_run_from_resuming(
+    trained: tuple[Path, dict[str, Any]],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, metrics = trained
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    plan = again / "plan.json"
+    plan.write_text(plan.read_text()[:200])
+    options = replace(OPTIONS, resume="15", checkpoint_every=20)
+    assert _train(data, again, options)["test"] == metrics["test"]
+    assert f"warning: {plan} line" in capsys.readouterr().out
+    assert plan.read_text() == (out / "plan.json").read_text()
+
+
 def test_going_on_from_an_earlier_step_forgets_the_later_ones(
     trained: tuple[Path, dict[str, Any]],
     data: Path,
