@@ -4,10 +4,11 @@ methods            {method: {fraction: {metric: {"mean", "std", "runs": [one per
                    metric names as in metrics.json (`metrics.report`)
 differences        {fraction: {metric: {baseline: {method: {"mean", "low", "high", "p_value",
                    "p_value_holm", "within_noise"}}}}}: method minus baseline over paired runs
-                   with the 95 % interval of Student's t, the p-value corrected for the methods
-                   compared with that baseline. On one data set also "low_users", "high_users",
-                   "p_value_users", "p_value_users_holm": the same over resampled test users.
-                   "within_noise" is null where there is no p-value to tell by
+                   with the 95 % interval of Student's t. The comparisons made on one figure
+                   (`compared_pairs`) are one family, whose p-values are corrected together, so
+                   that no two verdicts contradict each other. On one data set also "low_users",
+                   "high_users", "p_value_users", "p_value_users_holm": the same over resampled
+                   test users. "within_noise" is null if there is no p-value to judge by
 references         {fraction: {what is used as the conversion score: {metric: …}}}
 random_unseen_ids  {method: {fraction: {metric: …}}}: as "methods", but with the random
                    embeddings that ids have which a method's training rows never showed
@@ -40,8 +41,6 @@ from esmm_torchrec.comparison.statistics import (
     summary,
 )
 from esmm_torchrec.models.methods import METHODS
-
-BASELINES = ("BASE", "ESMM")
 
 DIFFERENCES = (
     "cvr_auc",
@@ -189,23 +188,27 @@ def _references(runs: Mapping[str, Records]) -> dict[str, Any]:
     return rows
 
 
+def compared_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The comparisons made on each figure, (method, baseline): every method with BASE, and
+    shared-bottom with ESMM; every method with ESMM if BASE is not compared."""
+    baseline = next((name for name in ("BASE", "ESMM") if name in names), None)
+    pairs = [(name, baseline) for name in names if baseline and name != baseline]
+    if baseline == "BASE" and {"ESMM", "shared-bottom"} <= set(names):
+        pairs.append(("shared-bottom", "ESMM"))
+    return pairs
+
+
 def _differences(runs: Mapping[str, Records], *, one_data_set: bool) -> dict[str, Any]:
     differences: dict[str, Any] = {}
     for metric in DIFFERENCES:
-        of_metric = {}
-        for baseline in BASELINES:
-            if baseline in runs:
-                rows = {
-                    method: row
-                    for method in runs
-                    if method != baseline
-                    and (row := _difference(runs[method], runs[baseline], metric)) is not None
-                }
-                _correct(rows, one_data_set=one_data_set)
-                if rows:
-                    of_metric[baseline] = rows
-        if of_metric:
-            differences[metric] = of_metric
+        family = {
+            (method, baseline): row
+            for method, baseline in compared_pairs(list(runs))
+            if (row := _difference(runs[method], runs[baseline], metric)) is not None
+        }
+        _correct(family, one_data_set=one_data_set)
+        for (method, baseline), row in family.items():
+            differences.setdefault(metric, {}).setdefault(baseline, {})[method] = row
     return differences
 
 
@@ -231,15 +234,16 @@ def _difference(runs: Records, baseline: Records, metric: str) -> dict[str, Any]
     return row
 
 
-def _correct(rows: dict[str, dict[str, Any]], *, one_data_set: bool) -> None:
-    """Adds Holm's correction, and whether a difference is within the noise: over seeds, and on one
-    data set over its users as well, since its seeds say nothing of other data."""
+def _correct(family: dict[tuple[str, str], dict[str, Any]], *, one_data_set: bool) -> None:
+    """Adds Holm's correction over all comparisons of a figure, and whether a difference is within
+    the noise: over seeds, and on one data set over its users as well, since its seeds say nothing
+    about other data."""
     kinds = ("p_value", "p_value_users") if one_data_set else ("p_value",)
     for kind in kinds:
-        known = {name: row[kind] for name, row in rows.items() if row.get(kind) is not None}
+        known = {pair: row[kind] for pair, row in family.items() if row.get(kind) is not None}
         corrected = holm(known)
-        for name, row in rows.items():
-            row[f"{kind}_holm"] = corrected.get(name)
-    for row in rows.values():
+        for pair, row in family.items():
+            row[f"{kind}_holm"] = corrected.get(pair)
+    for row in family.values():
         corrected = [row[f"{kind}_holm"] for kind in kinds]
         row["within_noise"] = None if None in corrected else max(corrected) > 1 - CONFIDENCE

@@ -1,9 +1,9 @@
 """Means, intervals and corrections of a comparison.
 
-Runs of two methods with the same seed share data and start, so they are compared in pairs:
-Student's t on the differences. Several methods compared with one baseline are a family, and Holm's
-step-down correction keeps the chance of any false finding in it below the level. Where all seeds
-share one data set, seeds say nothing of the data; there the test half's users are resampled.
+Runs of two methods with the same seed share data and initial weights, so they are compared in
+pairs with Student's t on the differences. The comparisons made on one figure form one family, and
+Holm's step-down correction bounds the chance of any false finding within it. If all seeds share one
+data set, they say nothing about other data; the users of the test half are resampled instead.
 
 Shapes: n test impressions, U their users, R resamplings.
 """
@@ -14,14 +14,18 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
+from statsmodels.stats.multitest import multipletests
 
 from esmm_torchrec.metrics.ranking import equal_mass_edges
 
 CONFIDENCE = 0.95
+
+Name = TypeVar("Name")
 
 _TOGETHER = 16
 """Resamplings worked on at once: a row's weights in them are one piece of memory."""
@@ -66,51 +70,17 @@ def paired_difference(runs: Sequence[float], baseline: Sequence[float]) -> Diffe
     error = stdev(differences) / math.sqrt(len(differences))
     if error == 0:
         return Difference(mean, mean, mean, 0.0 if mean else 1.0)
-    reach = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * error
-    p_value = 2 * (1 - student_t_cdf(abs(mean) / error, freedom))
+    reach = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = 2 * float(student_t.sf(abs(mean) / error, freedom))
     return Difference(mean, mean - reach, mean + reach, p_value)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values corrected for their number (Holm, 1979): below the level as they stand."""
-    corrected: dict[str, float] = {}
-    highest = 0.0
-    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
-        corrected[name] = highest
-    return corrected
-
-
-def student_t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) for a whole number of degrees of freedom, a finite sum (Abramowitz and Stegun,
-    26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    term = total = 1.0
-    if freedom % 2:
-        total = term = math.cos(angle) if freedom > 1 else 0.0
-        for k in range(3, freedom - 1, 2):
-            term *= square * (k - 1) / k
-            total += term
-        return 0.5 + (angle + sine * total) / math.pi
-    for k in range(2, freedom - 1, 2):
-        term *= square * (k - 1) / k
-        total += term
-    return 0.5 + sine * total / 2
-
-
-def student_t_quantile(probability: float, freedom: int) -> float:
-    """The t with P(T <= t) = probability, which is above a half."""
-    low, high = 0.0, 1.0
-    while student_t_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if student_t_cdf(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """p-values corrected for their number by Holm's step-down method (1979)."""
+    if not p_values:
+        return {}
+    corrected = np.asarray(multipletests(list(p_values.values()), method="holm")[1])
+    return dict(zip(p_values, corrected.tolist(), strict=True))
 
 
 class UserBootstrap:

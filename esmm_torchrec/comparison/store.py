@@ -9,9 +9,10 @@ them. What other code remembered is left aside, and said so: a table of both wou
 
 from __future__ import annotations
 
+import ast
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,20 +24,9 @@ import numpy as np
 
 from esmm_torchrec.sharding.process_group import Ranks
 
-_NO_PART_OF_A_TRAINING = (
-    "cli/",
-    "checkpoints/",
-    "serving/",
-    "comparison/commands/",
-    "comparison/plots.py",
-    "comparison/report.py",
-    "comparison/results.py",
-    "planning/",
-    "training/plots.py",
-    "training/run.py",
-    "training/table.py",
-)
-"""Sources below the package that no figure of a training depends on."""
+DECIDES_FIGURES = ("comparison.trial", "comparison.data", "models")
+"""Modules that figures depend on, with everything of the package that they import; of a package,
+all of its modules, since methods are found by name."""
 
 
 def code_identity(package: Path | None = None) -> str:
@@ -47,15 +37,44 @@ def code_identity(package: Path | None = None) -> str:
     """
     root = package or Path(str(files("esmm_torchrec")))
     digest = sha256()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if not name.startswith(_NO_PART_OF_A_TRAINING):
-            content = path.read_bytes()
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+    for path in sorted(_import_closure(root)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     libraries = {name: version(name) for name in ("numpy", "torch", "torchrec")}
     libraries["fbgemm_gpu"] = fbgemm_gpu.__version__
     digest.update(json.dumps(libraries, sort_keys=True).encode())
     return digest.hexdigest()[:12]
+
+
+def _import_closure(root: Path) -> set[Path]:
+    """Sources of `DECIDES_FIGURES` and of all that they import from the package."""
+    found: set[Path] = set()
+    waiting: list[Path] = []
+    for name in DECIDES_FIGURES:
+        folder = root.joinpath(*name.split("."))
+        waiting += folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        for module in _imported_modules(path):
+            stem = root.joinpath(*module.split(".")[1:])
+            waiting += [stem.with_suffix(".py"), stem / "__init__.py"]
+    # Names of the package itself are loaded on demand: its __init__ would lead everywhere.
+    return found - {root / "__init__.py"}
+
+
+def _imported_modules(path: Path) -> Iterator[str]:
+    """Modules of the package that a source imports, and names that may be modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name.startswith("esmm_torchrec."))
 
 
 class Network(NamedTuple):

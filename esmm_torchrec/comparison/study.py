@@ -16,9 +16,9 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ from esmm_torchrec.comparison.options import (
     Trial,
 )
 from esmm_torchrec.comparison.results import assemble
+from esmm_torchrec.comparison.selection import (
+    Chosen,
+    at_edge,
+    described,
+    selection_score,
+    tuned_line,
+)
 from esmm_torchrec.comparison.statistics import UserBootstrap
 from esmm_torchrec.comparison.store import Network, TrialStore
 from esmm_torchrec.comparison.trial import (
@@ -59,37 +66,8 @@ from esmm_torchrec.sharding.process_group import Ranks
 COMMON_CTR_SEED = 500_009
 """Added to the seed of the common click network, so that no method's own click network is it."""
 
-NETWORKS: Mapping[MethodOption, int] = {"division": 2, "esmm-ns": 2}
-"""Networks of methods that have more than one, for the estimate of time."""
-
-SCORING_SHARE = 0.9
-"""Time to score and measure a row over the time to train on it, for the same estimate."""
-
-ROWS_PER_UPDATE = 1400
-"""Rows that could be trained on in the time that an update takes whatever its rows, for the same
-estimate."""
-
-VISITED: Mapping[MethodOption, float] = {
-    "base": 0.1,
-    "aman": 0.5,
-    "oversampling": 0.1,
-    "unbias": 0.1,
-    "unbias-weighted": 0.1,
-}
-"""Part of the training rows that methods train on which do not take all, for the same estimate."""
-
-FEWEST_CONVERSIONS = 10
-"""That a fraction of a generated world must be expected to hold, or some world has none."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What tuning chose for a method."""
-
-    trial: Trial
-    epochs: int
-    score: float
-    """Of the held-out users, by which it was chosen."""
+MIN_CONVERSIONS = 10
+"""Expected conversions of a fraction of a generated world, below which some world may have none."""
 
 
 def compare(
@@ -124,9 +102,6 @@ def compare(
         OptionError: a fraction is to hold no conversion, or next to none.
         PlanError: the tables do not fit.
     """
-    # The small towers of a comparison gain nothing from more, and results that depend on the
-    # number of cores are not the same elsewhere.
-    torch.set_num_threads(1)
     started = time.time()
 
     def source(of_world: World) -> Source:
@@ -147,7 +122,7 @@ def compare(
             f"{store.left_aside} trainings of other code or libraries are left aside; "
             "they are not compared with"
         )
-    with study.progress(_train_impressions(data, world)):
+    with _one_thread(), study.progress():
         with _closing(source(tuning_world(tune_on or world))) as tuned_on:
             chosen = study.tune(tuned_on)
         records: list[dict[str, Any]] = []
@@ -179,6 +154,18 @@ def compare(
 
 
 @contextmanager
+def _one_thread() -> Iterator[None]:
+    """The small towers of a comparison gain nothing from more threads, and results that depend on
+    the number of cores are not the same elsewhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def _closing(source: Source) -> Iterator[Source]:
     # Left in place after an error: what was generated serves the next start.
     yield source
@@ -202,19 +189,12 @@ def _check_expected_conversions(options: ComparisonOptions, world: World) -> Non
     for fraction in options.ascending_fractions:
         impressions = world.split_impressions["train"] * fraction
         conversions = impressions * world.ctr * world.cvr
-        if conversions < FEWEST_CONVERSIONS:
+        if conversions < MIN_CONVERSIONS:
             raise OptionError(
                 f"--fractions {fraction:g} leaves about {impressions:,.0f} training impressions "
                 f"and {conversions:.2g} conversions of a world; give a larger one, or more "
                 "--world.impressions"
             )
-
-
-def _train_impressions(data: Path | None, world: World) -> int:
-    """Training impressions of one data set."""
-    if data is None:
-        return world.split_impressions["train"]
-    return prepared_source(data, test_impressions=1).data.train.impressions
 
 
 def _environment(ranks: Ranks) -> dict[str, Any]:
@@ -246,49 +226,25 @@ class _Study:
         """Network that tuning needed → its seconds."""
         self._last_stage: tuple[Source, float | None, Stage] | None = None
         self._bar: tqdm | None = None
-        self._rows = 0
 
     @contextmanager
-    def progress(self, rows: int) -> Iterator[None]:
-        """Shows how far the comparison is; `rows` are the training impressions of a data set."""
-        self._rows = rows
-        methods = (CLICK_NETWORK, *self.options.chosen_methods)
-        longest = self.options.epochs
-        tuned = sum(
-            self._cost(method, 1 - self.options.validation_share, longest) * self.options.trials
-            for method in methods
-        )
-        typical = (1 + longest) / 2
-        compared = sum(
-            self._cost(method, fraction, typical)
-            for method in methods
-            for fraction in self.options.ascending_fractions
-        )
-        total = tuned + compared * self.options.seeds
+    def progress(self) -> Iterator[None]:
+        """Shows how many of the trainings are done."""
+        methods = len(self.options.chosen_methods)
+        tuned = self.options.trials * (methods + 1)
+        retrained = methods * len(self.options.ascending_fractions) * self.options.seeds
         with progress_bar(
-            "compare", total, "rows", disable=not self.ranks.is_first, smoothing=0.05
+            "compare", tuned + retrained, "trainings", disable=not self.ranks.is_first
         ) as self._bar:
             yield
 
-    def _cost(self, method: MethodOption, share: float, epochs: float) -> float:
-        """Rows that a training visits, times its networks."""
-        updates = self._rows / self.options.batch_size
-        visited = self._rows * share * VISITED.get(method, 1.0) + updates * ROWS_PER_UPDATE
-        scored = self.options.test_impressions * SCORING_SHARE
-        return (visited * epochs + scored) * NETWORKS.get(method, 1)
-
     @contextmanager
-    def _training(self, label: str, cost: float) -> Iterator[Callable[[int], object]]:
-        """One training within the progress bar, which moves by its cost however it ends."""
+    def _training(self, label: str) -> Iterator[None]:
+        """One training within the progress bar."""
         assert self._bar is not None
-        bar, before = self._bar, self._bar.n
-        bar.set_description_str(label, refresh=False)
-
-        def on_rows(rows: int) -> None:
-            bar.update(min(rows + ROWS_PER_UPDATE, max(0.0, before + cost - bar.n)))
-
-        yield on_rows
-        bar.update(before + cost - bar.n)
+        self._bar.set_description_str(label, refresh=False)
+        yield
+        self._bar.update()
 
     def _stage(self, source: Source, fraction: float | None) -> Stage:
         """The stage of a fraction, or of tuning; the last one is kept for the next method."""
@@ -336,11 +292,11 @@ class _Study:
                 )
             # The first of equals, so that the order of trials decides and not a rounding.
             chosen[method] = max(tried, key=lambda choice: choice.score)
-            self.tuning[METHODS[method].name] = _described(chosen[method], tried) | {
+            self.tuning[METHODS[method].name] = described(chosen[method], tried) | {
                 "at_edge": at_edge(chosen[method], tried),
                 "seconds": seconds,
             }
-            self._say(_tuned_line(METHODS[method].name, chosen[method]))
+            self._say(tuned_line(METHODS[method].name, chosen[method]))
         return chosen
 
     def _tuning_record(
@@ -357,20 +313,17 @@ class _Study:
             "training": asdict(options),
             "common_ctr": _of_network(chosen, method),
         }
-        share = 1 - self.options.validation_share
-        name = METHODS[method].name
-        with self._training(f"tune {name}", self._cost(method, share, self.options.epochs)) as rows:
+        with self._training(f"tune {METHODS[method].name}"):
 
             def work() -> dict[str, Any] | None:
                 stage = self._stage(source, None)
-                common = self._common_ctr(stage, chosen, key, method, rows)
-                pctr = self._pctr(stage, chosen, key, method, rows)
+                common = self._common_ctr(stage, chosen, key, method)
+                pctr = self._pctr(stage, chosen, key, method)
                 training = Training(stage, options, self.ranks)
                 record = tuning_record(
                     training,
                     training.part(_of_all_rows(stage, pctr)),
                     common_ctr=None if common is None else common.scores,
-                    on_rows=rows,
                 )
                 return _with_networks(record, common, pctr)
 
@@ -402,26 +355,23 @@ class _Study:
             }
             name = METHODS[method].name
             label = f"seed {seed} of {self.options.seeds}, {fraction:.0%} {name}"
-            cost = self._cost(method, fraction, (1 + self.options.epochs) / 2)
-            with self._training(label, cost) as rows:
+            with self._training(label):
 
                 def work(
                     method: MethodOption = method,
                     options: Any = options,
                     key: Mapping[str, Any] = key,
-                    rows: Callable[[int], object] = rows,
                 ) -> dict[str, Any] | None:
                     stage = self._stage(source, fraction)
-                    common = self._common_ctr(stage, chosen, key, method, rows)
+                    common = self._common_ctr(stage, chosen, key, method)
                     assert common is not None
-                    pctr = self._pctr(stage, chosen, key, method, rows)
+                    pctr = self._pctr(stage, chosen, key, method)
                     training = Training(stage, options, self.ranks)
                     record = test_record(
                         training,
                         training.part(_of_all_rows(stage, pctr)),
                         common_ctr=common.scores,
                         resampling=_resampling(source, stage) if resample else None,
-                        on_rows=rows,
                     )
                     return _with_networks(record, common, pctr)
 
@@ -436,7 +386,6 @@ class _Study:
         chosen: Mapping[MethodOption, Chosen],
         key: Mapping[str, Any],
         method: MethodOption,
-        on_rows: Callable[[int], object],
     ) -> Network | None:
         """Logits of the common click network for what is scored; None while it is itself tuned."""
         if method == CLICK_NETWORK:
@@ -445,7 +394,7 @@ class _Study:
         return self.store.network(
             "common-ctr",
             _stage_key(key) | {"training": asdict(training.options)},
-            lambda: training.click_logits(on_rows=on_rows),
+            training.click_logits,
         )
 
     def _pctr(
@@ -454,7 +403,6 @@ class _Study:
         chosen: Mapping[MethodOption, Chosen],
         key: Mapping[str, Any],
         method: MethodOption,
-        on_rows: Callable[[int], object],
     ) -> Network | None:
         """pCTR of the clicked training rows, out of fold, for methods that choose rows by it."""
         if not METHODS[method].needs_pctr:
@@ -463,7 +411,7 @@ class _Study:
         return self.store.network(
             "out-of-fold-pctr",
             _stage_key(key) | {"training": asdict(training.options)},
-            lambda: training.clicked_pctr(on_rows=on_rows),
+            training.clicked_pctr,
         )
 
     def _click_network(
@@ -493,14 +441,6 @@ def _with_networks(
     return record | {"networks": {of.name: of.seconds for of in networks if of is not None}}
 
 
-def selection_score(method: MethodOption, figures: Mapping[str, float | None]) -> float | None:
-    """What tuning chooses by, higher being better; None where the held-out users allow none."""
-    names = ("ctr_auc",) if method == CLICK_NETWORK else ("cvr_auc", "ctcvr_auc_common_ctr")
-    values = [figures[name] for name in names]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
 def _of_network(chosen: Mapping[MethodOption, Chosen], method: MethodOption) -> Any:
     """What the common click network adds to the identity of a training that uses it."""
     if method == CLICK_NETWORK:
@@ -518,44 +458,6 @@ def _stage_key(key: Mapping[str, Any]) -> dict[str, Any]:
 def _resampling(source: Source, stage: Stage) -> UserBootstrap:
     users = source.data.test.scalars[source.data.user_column]
     return UserBootstrap(users if stage.scored_rows is None else users[stage.scored_rows])
-
-
-def _described(chosen: Chosen, tried: list[Chosen]) -> dict[str, Any]:
-    def values(choice: Chosen) -> dict[str, Any]:
-        return asdict(choice.trial.setting) | {
-            "rate": choice.trial.rate,
-            "epochs": choice.epochs,
-            "score": choice.score,
-        }
-
-    return {"chosen": values(chosen), "tried": [values(choice) for choice in tried]}
-
-
-def at_edge(chosen: Chosen, tried: Sequence[Chosen]) -> list[str]:
-    """What was chosen at the end of what was tried of it, beyond which better may lie: "epochs" at
-    the most passes; a learning rate, weight decay or rate at its lowest or highest."""
-    edges = []
-    if chosen.epochs == max(other.epochs for other in tried):
-        edges.append("epochs")
-    for name in ("sparse_lr", "dense_lr", "weight_decay"):
-        values = {getattr(other.trial.setting, name) for other in tried}
-        # Below no weight decay there is none.
-        lowest = min(values) if name != "weight_decay" or min(values) else None
-        if getattr(chosen.trial.setting, name) in (lowest, max(values)):
-            edges.append(name)
-    rates = {other.trial.rate for other in tried if other.trial.rate is not None}
-    if rates and chosen.trial.rate in (min(rates), max(rates)):
-        edges.append("rate")
-    return edges
-
-
-def _tuned_line(name: str, chosen: Chosen) -> str:
-    rate = "" if chosen.trial.rate is None else f", rate {chosen.trial.rate:g}"
-    setting = chosen.trial.setting
-    return (
-        f"tuned {name}: tables {setting.sparse_lr:g}, towers {setting.dense_lr:g}, weight decay "
-        f"{setting.weight_decay:g}{rate}, {chosen.epochs} epochs (score {chosen.score:.4f})"
-    )
 
 
 def _run_line(label: str, record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,6 @@ from esmm_torchrec.data.subsets import count_ids, rows_between, without_ids
 from esmm_torchrec.metrics.probability import Prediction, reliability_curve
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
 from esmm_torchrec.metrics.report import ScoredImpressions, measure
-from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
@@ -148,7 +147,6 @@ class Training:
         self,
         part: TrainingPart,
         *,
-        on_rows: Callable[[int], object],
         callbacks: Sequence[Callback] = (),
     ) -> DistributedModelParallel:
         """Trains."""
@@ -159,7 +157,7 @@ class Training:
             part=part,
             workload=self.workload,
             updates_per_pass=self.updates,
-            callbacks=(_CountRows(on_rows), *callbacks),
+            callbacks=callbacks,
         )
 
     def batches(self, part: TrainingPart) -> dict[str, int]:
@@ -181,14 +179,14 @@ class Training:
             progress=False,
         )
 
-    def click_logits(self, *, on_rows: Callable[[int], object]) -> np.ndarray | None:
+    def click_logits(self) -> np.ndarray | None:
         """Logits of pCTR of what is scored, from the click network of the options; on rank 0."""
         part = self.part(None)
-        model = self.fit(part, on_rows=on_rows)
+        model = self.fit(part)
         scored = self.score(model, ids_known_to(self.stage, part.selection).scored)
         return None if scored is None else scored.click_logit
 
-    def clicked_pctr(self, *, on_rows: Callable[[int], object]) -> np.ndarray:
+    def clicked_pctr(self) -> np.ndarray:
         """pCTR of the clicked training rows, out of fold, in their order."""
         pctr = out_of_fold_pctr(
             self.stage.train,
@@ -197,19 +195,8 @@ class Training:
             workload=self.workload,
             within=self.stage.train_rows,
             updates_per_pass=self.updates,
-            callbacks=(_CountRows(on_rows),),
         )
         return pctr[self.stage.clicked_train_rows()].astype(np.float32)
-
-
-class _CountRows(Callback):
-    """Reports the rows of each step, padding included."""
-
-    def __init__(self, on_rows: Callable[[int], object]) -> None:
-        self._on_rows = on_rows
-
-    def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
-        self._on_rows(loop.reader.global_batch_size)
 
 
 class _ScorePasses(Callback):
@@ -247,14 +234,13 @@ def tuning_record(
     part: TrainingPart,
     *,
     common_ctr: np.ndarray | None,
-    on_rows: Callable[[int], object],
 ) -> dict[str, Any] | None:
     """Trains and measures after each epoch on the held-out users."""
     started = time.perf_counter()
     passes = _ScorePasses(
         training, ids_known_to(training.stage, part.selection).scored, common_ctr=common_ctr
     )
-    training.fit(part, on_rows=on_rows, callbacks=(passes,))
+    training.fit(part, callbacks=(passes,))
     return {"lengths": passes.lengths, "seconds": time.perf_counter() - started}
 
 
@@ -264,12 +250,11 @@ def test_record(
     *,
     common_ctr: np.ndarray,
     resampling: UserBootstrap | None,
-    on_rows: Callable[[int], object],
 ) -> dict[str, Any] | None:
     """Trains, scores the test rows once, and measures."""
     started = time.perf_counter()
     stage = training.stage
-    model = training.fit(part, on_rows=on_rows)
+    model = training.fit(part)
     trained = time.perf_counter()
     known = ids_known_to(stage, part.selection)
     scored = training.score(model, known.scored)

@@ -12,20 +12,9 @@ from esmm_torchrec.comparison.statistics import (
     bootstrap_p_value,
     holm,
     paired_difference,
-    student_t_cdf,
-    student_t_quantile,
     summary,
 )
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 9, 29, 30])
-def test_students_t_is_scipys(freedom: int) -> None:
-    for t in (-6.0, -1.3, -0.2, 0.0, 0.7, 2.0, 40.0):
-        assert student_t_cdf(t, freedom) == pytest.approx(stats.t.cdf(t, freedom), abs=1e-13)
-    for probability in (0.6, 0.95, 0.975, 0.9995):
-        quantile = student_t_quantile(probability, freedom)
-        assert quantile == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-9)
 
 
 def test_paired_difference_is_scipys_paired_test() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -23,18 +24,14 @@ from esmm_torchrec.comparison.options import (
     ComparisonOptions,
     Trial,
 )
-from esmm_torchrec.comparison.report import (
-    difference_rows,
-    findings,
-    format_table,
-    headline_rows,
-    time_rows,
-    write_report,
-)
-from esmm_torchrec.comparison.results import DIFFERENCES
+from esmm_torchrec.comparison.report import format_table, write_report
+from esmm_torchrec.comparison.results import DIFFERENCES, compared_pairs
+from esmm_torchrec.comparison.selection import Chosen, at_edge, selection_score
 from esmm_torchrec.comparison.statistics import paired_difference
 from esmm_torchrec.comparison.store import code_identity
-from esmm_torchrec.comparison.study import Chosen, at_edge, compare, selection_score
+from esmm_torchrec.comparison.study import compare
+from esmm_torchrec.comparison.tables import difference_rows, headline_rows, time_rows
+from esmm_torchrec.comparison.verdicts import verdicts
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.data.prepared_form import sha256_of
 from esmm_torchrec.errors import DataError, OptionError
@@ -63,8 +60,10 @@ def _compare_all(folder: Path) -> dict[str, Any]:
         return compare(options, folder / name, ranks, data=data, world=WORLD, command="test")
 
     with process_group("cpu") as ranks:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         first = run("worlds", OPTIONS)
+        assert torch.get_num_threads() == 2, "compare leaves the number of threads as it was"
+        torch.set_num_threads(1)
         shutil.copytree(folder / "worlds", folder / "stopped")
         removed = sorted((folder / "stopped" / "trials").glob("*/*"))[::3]
         for path in removed:
@@ -165,8 +164,6 @@ def test_differences_are_paired_runs(compared: dict[str, Any]) -> None:
     assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
     assert row["p_value_holm"] >= row["p_value"]
     assert row["within_noise"] == (row["p_value_holm"] > 0.05)
-    back = results["differences"]["1"]["cvr_auc"]["ESMM"]["BASE"]
-    assert back["mean"] == pytest.approx(-row["mean"])
 
 
 def test_every_method_is_tried_equally_often(compared: dict[str, Any]) -> None:
@@ -250,17 +247,34 @@ def test_a_comparison_shuffles_row_by_row() -> None:
     assert ComparisonOptions().train("base", trial, seed=0).shuffle_chunk == 1
 
 
-def test_records_of_other_code_are_left_aside(tmp_path: Path) -> None:
-    package = tmp_path / "package"
-    for name in ("models/esmm.py", "comparison/report.py", "cli/main.py"):
+def test_records_depend_on_the_sources_that_decide_figures(tmp_path: Path) -> None:
+    package = tmp_path / "esmm_torchrec"
+    sources = {
+        "comparison/trial.py": "from esmm_torchrec.training import fit\n",
+        "comparison/data.py": "import esmm_torchrec.data.reader\n",
+        "comparison/report.py": "first\n",
+        "training/fit.py": "from esmm_torchrec.training.loop import TrainingLoop\n",
+        "training/loop.py": "first\n",
+        "training/run.py": "first\n",
+        "data/reader.py": "first\n",
+        "models/esmm.py": "first\n",
+        "models/rows/base.py": "first\n",
+        "cli/main.py": "first\n",
+    }
+    for name, text in sources.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text("first\n")
+        (package / name).write_text(text.replace("first", "# first"))
     before = code_identity(package)
-    (package / "cli" / "main.py").write_text("second\n")
-    (package / "comparison" / "report.py").write_text("second\n")
-    assert code_identity(package) == before
-    (package / "models" / "esmm.py").write_text("second\n")
-    assert code_identity(package) != before
+    decides = {}
+    for name, text in sources.items():
+        (package / name).write_text(text.replace("first", "# first") + "# second\n")
+        decides[name] = code_identity(package) != before
+        (package / name).write_text(text.replace("first", "# first"))
+    assert {name for name, changes in decides.items() if not changes} == {
+        "comparison/report.py",
+        "training/run.py",
+        "cli/main.py",
+    }
 
 
 def test_oracle_and_references_stand_beside_the_methods(compared: dict[str, Any]) -> None:
@@ -334,40 +348,67 @@ def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
     assert float(found["seed_1"]) == results["methods"]["ESMM"]["1"]["cvr_auc"]["runs"][1]
     assert "| ESMM |" in (tmp_path / "table.md").read_text()
     assert headline_rows(results)[1][0] == "BASE"
-    assert any("against BASE" in line for line in findings(results))
-    page_and_markdown = page, (tmp_path / "table.md").read_text()
-    for text in page_and_markdown:
-        for metric in DIFFERENCES:
-            rows = difference_rows(results, metric, ["1", "0.5"])
-            assert len(rows) - 1 == sum(
-                len(of) for f in ("1", "0.5") for of in results["differences"][f][metric].values()
-            )
-            for row in rows[1:]:
-                assert row[4] in text, "each interval of each figure and volume"
-        for name in ("the oracle", "true pCTCVR", "pCTR of the common click network"):
-            assert name in text
-        assert "within pCTR strata" in text
-        assert "excess log loss" in text
-    oracle = next(
-        row
-        for row in rows_of_table
-        if row["method"].startswith("reference: true pCVR")
-        and (row["fraction"], row["metric"]) == ("1", "cvr_auc")
+    assert any("BASE" in line for line in verdicts(results))
+    differences = [row for row in rows_of_table if row["baseline"]]
+    assert len(differences) == sum(
+        len(of)
+        for f in ("1", "0.5")
+        for m in results["differences"][f].values()
+        for of in m.values()
     )
-    assert float(oracle["mean"]) == results["references"]["1"]["true pCVR"]["cvr_auc"]["mean"]
+    row = next(r for r in differences if (r["fraction"], r["metric"]) == ("0.5", "cvr_auc"))
+    expected = results["differences"]["0.5"]["cvr_auc"]["BASE"][row["method"]]
+    assert float(row["low"]) == expected["low"]
+    assert float(row["seed_0"]) + float(row["seed_1"]) == pytest.approx(2 * expected["mean"])
+    for metric in DIFFERENCES:
+        for cells in difference_rows(results, metric, "1")[1:]:
+            assert all(cell in page for cell in cells), metric
 
 
-def test_a_lower_log_loss_is_better(compared: dict[str, Any]) -> None:
-    results = json.loads(json.dumps(compared["worlds"]))
+def test_lower_is_better_for_a_loss(compared: dict[str, Any]) -> None:
+    results = copy.deepcopy(compared["worlds"])
     for metric, mean, word in (
-        ("cvr_excess_log_loss_entire_space", -0.1, "better: ESMM"),
-        ("cvr_excess_log_loss_entire_space", 0.1, "worse: ESMM"),
-        ("cvr_auc", 0.1, "better: ESMM"),
+        ("cvr_excess_log_loss_entire_space", -0.1, "better"),
+        ("cvr_excess_log_loss_entire_space", 0.1, "worse"),
+        ("cvr_auc", 0.1, "better"),
     ):
         of_base = results["differences"]["1"][metric]["BASE"]
-        of_base["ESMM"] |= {"mean": mean, "within_noise": False}
-        (sentence,) = [s for s in findings(results, [metric]) if "against BASE" in s]
-        assert word in sentence
+        of_base["ESMM"] |= {"mean": mean, "within_noise": False, "p_value_holm": 0.012}
+        (sentence,) = verdicts(results, [metric])
+        clauses = sentence.partition(": ")[2].split("; ")
+        (clause,) = [clause for clause in clauses if "ESMM " in clause]
+        assert clause.startswith(f"{word} than BASE"), sentence
+        assert "p = 0.012" in clause
+
+
+def test_methods_are_called_equal_only_if_their_whole_interval_is_small(
+    compared: dict[str, Any],
+) -> None:
+    results = copy.deepcopy(compared["worlds"])
+    pair = results["differences"]["1"]["cvr_auc"]["ESMM"] = {
+        "shared-bottom": {"mean": 0.001, "p_value_holm": 1.0, "within_noise": True}
+    }
+    for high, word in ((0.003, "shared-bottom equals ESMM"), (0.02, "no difference between")):
+        pair["shared-bottom"] |= {"low": -0.001, "high": high}
+        assert word in verdicts(results, ["cvr_auc"])[1]
+
+
+def test_each_comparison_is_made_once() -> None:
+    pairs = compared_pairs(["BASE", "AMAN", "ESMM", "shared-bottom"])
+    assert pairs == [
+        ("AMAN", "BASE"),
+        ("ESMM", "BASE"),
+        ("shared-bottom", "BASE"),
+        ("shared-bottom", "ESMM"),
+    ]
+    assert compared_pairs(["DIVISION", "ESMM"]) == [("DIVISION", "ESMM")]
+    assert compared_pairs(["AMAN"]) == []
+
+
+def test_the_papers_figures_stand_beside_generated_worlds_only(compared: dict[str, Any]) -> None:
+    paper = [heading for heading in headline_rows(compared["worlds"])[0] if "paper" in heading]
+    assert len(paper) == 2
+    assert not any("paper" in heading for heading in headline_rows(compared["fixed"])[0])
 
 
 def test_times_add_up(compared: dict[str, Any]) -> None:
@@ -386,12 +427,12 @@ def test_report_without_truth_and_with_one_seed_says_so(
     assert row["low"] is None
     assert row["p_value_users"] is not None
     assert row["within_noise"] is None, "one seed says nothing of the noise of a training"
-    assert findings(results) == []
+    assert verdicts(results) == []
     write_report(results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "no columns true_ctr and true_cvr" in page
-    assert "One seed: no interval" in page
-    assert "One seed: no interval" in format_table(results)
+    assert "One seed gives no interval" in page
+    assert "One seed gives no interval" in format_table(results)
     assert not (tmp_path / "plots" / "division.png").exists()
 
 

@@ -1,0 +1,374 @@
+"""Tables of a comparison, each made from results.json alone: rows of text, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esmm_torchrec.comparison.results import TRAINING_FIGURES, fraction_key
+from esmm_torchrec.comparison.verdicts import FIGURES, regime, signed, verdict_of, verdicts
+from esmm_torchrec.models.methods import METHODS
+
+PAPER = {
+    "BASE": ((66.00, 0.37), (62.07, 0.45)),
+    "AMAN": ((65.21, 0.59), (63.53, 0.57)),
+    "OVERSAMPLING": ((67.18, 0.32), (63.05, 0.48)),
+    "UNBIAS": ((66.65, 0.28), (63.56, 0.70)),
+    "DIVISION": ((67.56, 0.48), (63.62, 0.09)),
+    "ESMM-NS": ((68.25, 0.44), (64.44, 0.62)),
+    "ESMM": ((68.56, 0.37), (65.32, 0.49)),
+}
+"""CVR and CTCVR AUC in % on the paper's Public data set (Ma et al., SIGIR 2018, table 2)."""
+
+Results = Mapping[str, Any]
+Rows = list[list[str]]
+
+TITLES = FIGURES | {
+    "cvr_pcoc_entire_space": "PCOC, all",
+    "cvr_pcoc_clicked": "PCOC, clicked",
+    "cvr_pcoc_unclicked": "PCOC, unclicked",
+    "cvr_pcoc": "PCOC on clicks",
+    "cvr_ne": "CVR NE on clicks",
+    "cvr_ece": "CVR ECE on clicks",
+    "cvr_ne_entire_space": "NE, all",
+    "cvr_ne_clicked": "NE, clicked",
+    "cvr_ne_unclicked": "NE, unclicked",
+    "cvr_ece_entire_space": "ECE, all",
+    "cvr_ece_clicked": "ECE, clicked",
+    "cvr_ece_unclicked": "ECE, unclicked",
+}
+
+
+PAPER_SENTENCE = (
+    "The paper’s columns come from another data set (its Public one, a 1 % sample of Taobao’s "
+    "logs). Compare the order of the methods and the distances between them, not the levels."
+)
+
+
+def largest_fraction(results: Results) -> str:
+    """Key of the largest part of the training users."""
+    return fraction_key(results["protocol"]["fractions"][-1])
+
+
+def knows_truth(results: Results) -> bool:
+    """Whether the true probabilities of the test half are known."""
+    largest = largest_fraction(results)
+    return any("cvr_auc_entire_space" in of[largest] for of in results["methods"].values())
+
+
+def is_generated(results: Results) -> bool:
+    """Whether the methods were compared on generated worlds."""
+    return "world" in results["source"]
+
+
+def _figure(
+    results: Results, name: str, metric: str, *, digits: int = 4, factor: float = 1.0
+) -> str:
+    figure = results["methods"][name][largest_fraction(results)].get(metric)
+    return _mean_std(figure, digits=digits, factor=factor)
+
+
+def _mean_std(figure: Mapping[str, Any] | None, *, digits: int = 4, factor: float = 1.0) -> str:
+    if figure is None or figure["mean"] is None:
+        return "–"
+    text = f"{figure['mean'] * factor:.{digits}f}"
+    return text if figure["std"] is None else f"{text} ± {figure['std'] * factor:.{digits}f}"
+
+
+def _paper(name: str, column: int) -> str:
+    if name not in PAPER:
+        return "–"
+    mean, std = PAPER[name][column]
+    return f"{mean:.2f} ± {std:.2f}"
+
+
+def headline_rows(results: Results, *, truth: bool = True) -> Rows:
+    """The paper's table: CVR and CTCVR AUC in %.
+
+    Args:
+        results: the content of results.json.
+        truth: adds what the true probabilities say about the entire space, if they are known.
+
+    Returns:
+        the heading and a row per method; beside generated worlds with the paper's own figures.
+    """
+    columns = [
+        ("cvr_auc", "CVR AUC %", 100),
+        ("ctcvr_auc_common_ctr", "CTCVR AUC %", 100),
+        ("ctcvr_auc", "CTCVR AUC %, own pCTR", 100),
+    ]
+    if truth and knows_truth(results):
+        columns += [
+            ("cvr_auc_entire_space", "entire-space CVR AUC %", 100),
+            ("cvr_auc_entire_space_within_ctr_strata", "the same within pCTR strata", 100),
+            ("cvr_excess_log_loss_entire_space", "excess log loss, 10⁻³ nats", 1000),
+        ]
+    rows = [["method", *(title for _, title, _ in columns)]]
+    if is_generated(results):
+        rows[0] += ["paper: CVR AUC %", "paper: CTCVR AUC %"]
+    for name in results["methods"]:
+        row = [name]
+        row += [
+            _figure(results, name, metric, digits=2, factor=factor) for metric, _, factor in columns
+        ]
+        if is_generated(results):
+            row += [_paper(name, 0), _paper(name, 1)]
+        rows.append(row)
+    return rows
+
+
+def reference_rows(results: Results) -> Rows:
+    """Probabilities other than a method's pCVR, used as the conversion score, and the oracle."""
+    rows = [
+        ["used as the conversion score", "CVR AUC on clicks", "entire space", "within pCTR strata"]
+    ]
+    wanted = ("cvr_auc", "cvr_auc_entire_space", "cvr_auc_entire_space_within_ctr_strata")
+    for name, metrics in results["references"][largest_fraction(results)].items():
+        rows.append(
+            [_reference_label(name), *(_mean_std(metrics.get(metric)) for metric in wanted)]
+        )
+    return rows
+
+
+def _reference_label(name: str) -> str:
+    named = {"true pCVR": "true pCVR (the oracle)", "pCTR": "pCTR of the common click network"}
+    return named.get(name, name)
+
+
+def difference_rows(results: Results, metric: str, fraction: str) -> Rows:
+    """The comparisons made on one figure: differences, 95 % intervals and verdicts."""
+    of_metric = results["differences"][fraction].get(metric, {})
+    users = any("low_users" in row for rows in of_metric.values() for row in rows.values())
+    heading = ["method", "compared with", "difference", "95 % interval", "p, Holm"]
+    heading += ["95 % over test users", "p over test users, Holm"] if users else []
+    rows = [[*heading, "verdict"]]
+    for baseline, of_baseline in of_metric.items():
+        for name, row in of_baseline.items():
+            line = [name, baseline, signed(row["mean"]), _interval(row, "low", "high")]
+            line.append(_p_value(row, "p_value_holm"))
+            if users:
+                line.append(_interval(row, "low_users", "high_users"))
+                line.append(_p_value(row, "p_value_users_holm"))
+            rows.append([*line, verdict_of(row, metric)])
+    return rows
+
+
+def _interval(row: Mapping[str, Any], low: str, high: str) -> str:
+    if row.get(low) is None:
+        return "–"
+    return f"{signed(row[low])} to {signed(row[high])}"
+
+
+def _p_value(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def csv_table(results: Results) -> str:
+    """Every figure and every difference, a row each.
+
+    Columns: method, baseline (empty for a figure of the method itself), fraction, metric, mean,
+    std, low and high (95 % interval of a difference), p_value, p_value_holm, the same over
+    resampled test users, verdict, and the value of each seed. Other probabilities that were used
+    as the conversion score are named "reference: …".
+    """
+    text = io.StringIO()
+    seeds = [f"seed_{n}" for n in range(results["protocol"]["seeds"])]
+    columns = ["method", "baseline", "fraction", "metric", "mean", "std", *_OF_DIFFERENCES]
+    writer = csv.DictWriter(text, [*columns, "verdict", *seeds], lineterminator="\n")
+    writer.writeheader()
+
+    def write(runs: Sequence[float | None], **row: Any) -> None:
+        writer.writerow(row | dict(zip(seeds, runs, strict=False)))
+
+    methods = results["methods"]
+    by_name = {name: dict(of) for name, of in methods.items()}
+    for fraction, of_fraction in results["references"].items():
+        for name, metrics in of_fraction.items():
+            by_name.setdefault(f"reference: {_reference_label(name)}", {})[fraction] = metrics
+    for name, fractions in by_name.items():
+        for fraction, metrics in fractions.items():
+            for metric, of in metrics.items():
+                mean, std = of["mean"], of["std"]
+                write(of["runs"], method=name, fraction=fraction, metric=metric, mean=mean, std=std)
+    for fraction, of_fraction in results["differences"].items():
+        for metric, of_metric in of_fraction.items():
+            for baseline, of_baseline in of_metric.items():
+                for name, row in of_baseline.items():
+                    pairs = zip(
+                        methods[name][fraction][metric]["runs"],
+                        methods[baseline][fraction][metric]["runs"],
+                        strict=True,
+                    )
+                    write(
+                        [mine - other for mine, other in pairs],
+                        method=name,
+                        baseline=baseline,
+                        fraction=fraction,
+                        metric=metric,
+                        mean=row["mean"],
+                        verdict=verdict_of(row, metric),
+                        **{column: row.get(column) for column in _OF_DIFFERENCES},
+                    )
+    return text.getvalue()
+
+
+_OF_DIFFERENCES = (
+    "low",
+    "high",
+    "p_value",
+    "p_value_holm",
+    "low_users",
+    "high_users",
+    "p_value_users",
+    "p_value_users_holm",
+)
+
+
+def markdown_table(results: Results) -> str:
+    """The headline table, the verdicts and the reference rows, as Markdown."""
+    sentences = [regime(results)]
+    if is_generated(results):
+        sentences.append(PAPER_SENTENCE)
+    parts = [_markdown(headline_rows(results)), " ".join(sentences)]
+    said = verdicts(results)
+    if said:
+        parts.append("\n".join(f"- {sentence}" for sentence in said))
+    return "\n\n".join([*parts, _markdown(reference_rows(results))])
+
+
+def _markdown(rows: Rows) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def metric_rows(results: Results, metrics: Sequence[str]) -> Rows:
+    """Mean and standard deviation of some figures, as far as they are known."""
+    known = [
+        metric
+        for metric in metrics
+        if any(metric in of[largest_fraction(results)] for of in results["methods"].values())
+    ]
+    rows = [["method", *(TITLES[metric] for metric in known)]]
+    for name in results["methods"]:
+        rows.append([name, *(_figure(results, name, metric) for metric in known)])
+    return rows
+
+
+def training_rows(results: Results) -> Rows:
+    """Rows, batch, updates and passes of each method at the largest volume."""
+    largest = largest_fraction(results)
+    of_largest = {name: of[largest] for name, of in results["training"].items()}
+    notes = list(
+        dict.fromkeys(
+            note for of in of_largest.values() for note in of if note not in TRAINING_FIGURES
+        )
+    )
+    rows = [
+        [
+            "method",
+            "rows",
+            "rows per update",
+            "updates per pass",
+            "passes",
+            "test ids unknown to it",
+            *(note.replace("_", " ") for note in notes),
+            "training",
+        ]
+    ]
+    for name, figures in of_largest.items():
+        rows.append(
+            [
+                name,
+                *(
+                    f"{figures[column]:,.0f}"
+                    for column in ("training_rows", "batch_size", "updates_per_pass", "passes")
+                ),
+                f"{figures['unknown_share']:.2%}",
+                *(f"{figures[note]:,.4g}" if note in figures else "–" for note in notes),
+                f"{figures['train_seconds']:.1f} s",
+            ]
+        )
+    return rows
+
+
+def unseen_rows(results: Results) -> Rows:
+    """Figures with the ids a method never saw as the unknown id, and with their random start; only
+    the heading if no method has such ids."""
+    largest = largest_fraction(results)
+    wanted = ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space")
+    rows = [["method", *(f"{TITLES[m]}: {how}" for m in wanted for how in ("unknown", "random"))]]
+    for name, of in results["random_unseen_ids"].items():
+        if of[largest]:
+            cells = []
+            for metric in wanted:
+                cells.append(_mean_std(results["methods"][name][largest].get(metric)))
+                cells.append(_mean_std(of[largest].get(metric)))
+            rows.append([name, *cells])
+    return rows
+
+
+def tuning_rows(results: Results) -> Rows:
+    """What was chosen for each method; * marks a value at the end of what was searched."""
+    settings = ("sparse_lr", "dense_lr", "weight_decay")
+    rows = [["method", "trials", "table lr", "tower lr", "tower weight decay"]]
+    rows[0] += ["own rate", "passes", "score"]
+    names = {method.name: method for method in METHODS.values()}
+    for name, tuning in results["tuning"].items():
+        chosen = tuning["chosen"]
+        rate = "–"
+        if chosen["rate"] is not None:
+            rate = f"{chosen['rate']:g}{_mark(tuning, 'rate')} ({names[name].rate_name})"
+        tried = {
+            tuple(v for k, v in t.items() if k not in ("epochs", "score")) for t in tuning["tried"]
+        }
+        rows.append(
+            [
+                name,
+                str(len(tried)),
+                *(f"{chosen[setting]:g}{_mark(tuning, setting)}" for setting in settings),
+                rate,
+                f"{chosen['epochs']}{_mark(tuning, 'epochs')}",
+                f"{chosen['score']:.4f}",
+            ]
+        )
+    return rows
+
+
+def _mark(tuning: Mapping[str, Any], setting: str) -> str:
+    return "*" if setting in tuning["at_edge"] else ""
+
+
+def time_rows(results: Results) -> Rows:
+    """Minutes of training and scoring; drawing worlds is not included."""
+    seconds = results["seconds"]
+    rows = [["minutes", "tuning", "retraining, all seeds and fractions", "together"]]
+
+    def line(name: str, tuning: float | None, retraining: float | None) -> list[str]:
+        both = (tuning or 0) + (retraining or 0)
+        return [name, *("–" if s is None else f"{s / 60:.1f}" for s in (tuning, retraining, both))]
+
+    for name, tuning in seconds["tuning"].items():
+        retraining = seconds["methods"].get(name)
+        rows.append(line(name, tuning, retraining and sum(retraining.values())))
+    rows.append(line("common click network, once tuned", None, seconds["common_ctr"]))
+    if seconds["out_of_fold_pctr"]:
+        rows.append(line("pCTR out of fold, for UNBIAS", None, seconds["out_of_fold_pctr"]))
+    rows.append(["everything", "", "", f"{seconds['total'] / 60:.1f}"])
+    return rows
+
+
+def detail_rows(results: Results) -> Rows:
+    """Command, source, protocol and environment, without a heading."""
+    rows: Rows = [["command", results["command"]]]
+    for group in ("source", "protocol", "environment"):
+        for name, value in results[group].items():
+            items = value.items() if isinstance(value, dict) else [(name, value)]
+            for key, item in items:
+                shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else str(item)
+                rows.append([f"{group}: {key.replace('_', ' ')}", shown])
+    return rows
