@@ -78,7 +78,7 @@ def install(folder: Path) -> Path:
 def write_arrays(train: MappedSplit, folder: Path) -> None:
     """The impressions and the tables as the worker of another library loads them."""
     whole = ImpressionReader(train, batch_size=train.impressions, shuffle=False)
-    features = next(iter(whole)).sparse_features
+    features = next(iter(whole)).features.sparse_features
     assert features is not None
     columns: dict[str, Any] = {name: train.scalars[name] for name in ("click", "conversion")}
     for name, column in features.to_dict().items():

@@ -191,8 +191,8 @@ def _distinct_users(train: MappedSplit, chunk: int, options: Options) -> float:
     reader = ImpressionReader(train, batch_size=options.batch_size, shuffle_chunk=chunk)
     sizes = []
     for batch in reader:
-        assert batch.shared_weighted_sparse_features is not None
-        sizes.append(batch.shared_weighted_sparse_features.stride())
+        assert batch.features.shared_weighted_sparse_features is not None
+        sizes.append(batch.features.shared_weighted_sparse_features.stride())
     return statistics.mean(sizes[:-1] or sizes)
 
 

@@ -232,8 +232,8 @@ def in_memory(
     first_row = rows.cumsum(0) - rows
     plain_batches = []
     for batch in batches:
-        assert batch.sparse_features is not None
-        ids = batch.sparse_features.values().long().view(len(rows), -1).t() + first_row
+        assert batch.features.sparse_features is not None
+        ids = batch.features.sparse_features.values().long().view(len(rows), -1).t() + first_row
         plain_batches.append((ids.contiguous(), batch.click.clone(), batch.conversion.clone()))
     return plain_batches
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esmm_torchrec.batch import ImpressionBatch
+    from esmm_torchrec.batch import BatchFeatures, ImpressionBatch
     from esmm_torchrec.checkpoints.restore import restore
     from esmm_torchrec.checkpoints.run_folder import RunFolder
     from esmm_torchrec.data.mapped import MappedSplit
@@ -31,38 +31,52 @@ if TYPE_CHECKING:
         windowed_figures,
     )
     from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
-    from esmm_torchrec.models.esmm import ESMM, EsmmTowers, EsmmTrainTask, Logits
-    from esmm_torchrec.models.losses import ctcvr_logit, ctcvr_loss
+    from esmm_torchrec.models.esmm import ESMM, EsmmTrainTask, TrainTask
+    from esmm_torchrec.models.losses import ctcvr_logit, ctcvr_loss, product_logit, product_loss
+    from esmm_torchrec.models.methods import Method
+    from esmm_torchrec.models.parts import Architecture, Objective, Rows
+    from esmm_torchrec.models.towers import EsmmTowers, Logits, Towers
     from esmm_torchrec.schema import IdFeature, Schema, Table
     from esmm_torchrec.serving.predictor import Predictor
     from esmm_torchrec.sharding.apply import shard
     from esmm_torchrec.sharding.planner import Workload, make_plan
     from esmm_torchrec.sharding.process_group import Ranks, process_group
+    from esmm_torchrec.tasks import DEFAULT_TASKS, Task, TaskChain
     from esmm_torchrec.training.options import TrainOptions
     from esmm_torchrec.training.run import train
 
 _MODULES = {
+    "Architecture": "models.parts",
+    "BatchFeatures": "batch",
+    "DEFAULT_TASKS": "tasks",
     "DataError": "errors",
     "ESMM": "models.esmm",
     "EsmmTorchrecError": "errors",
-    "EsmmTowers": "models.esmm",
+    "EsmmTowers": "models.towers",
     "EsmmTrainTask": "models.esmm",
     "IdFeature": "schema",
     "ImpressionBatch": "batch",
     "ImpressionReader": "data.reader",
-    "Logits": "models.esmm",
+    "Logits": "models.towers",
     "MappedSplit": "data.mapped",
+    "Method": "models.methods",
+    "Objective": "models.parts",
     "OptionError": "errors",
     "PlanError": "errors",
     "PooledFeatures": "models.embeddings",
     "Predictor": "serving.predictor",
     "PreparedDataSet": "data.prepared",
     "Ranks": "sharding.process_group",
+    "Rows": "models.parts",
     "RunError": "errors",
     "RunFolder": "checkpoints.run_folder",
     "Schema": "schema",
     "Table": "schema",
+    "Task": "tasks",
+    "TaskChain": "tasks",
+    "Towers": "models.towers",
     "TrainOptions": "training.options",
+    "TrainTask": "models.esmm",
     "Workload": "sharding.planner",
     "auc": "metrics.ranking",
     "ctcvr_logit": "models.losses",
@@ -75,6 +89,8 @@ _MODULES = {
     "prepare_ali_ccp": "data.sources.ali_ccp",
     "prepare_table": "data.sources.tabular",
     "process_group": "sharding.process_group",
+    "product_logit": "models.losses",
+    "product_loss": "models.losses",
     "restore": "checkpoints.restore",
     "shard": "sharding.apply",
     "train": "training.run",
@@ -82,7 +98,10 @@ _MODULES = {
 }
 
 __all__ = [
+    "DEFAULT_TASKS",
     "ESMM",
+    "Architecture",
+    "BatchFeatures",
     "DataError",
     "EsmmTorchrecError",
     "EsmmTowers",
@@ -92,17 +111,24 @@ __all__ = [
     "ImpressionReader",
     "Logits",
     "MappedSplit",
+    "Method",
+    "Objective",
     "OptionError",
     "PlanError",
     "PooledFeatures",
     "Predictor",
     "PreparedDataSet",
     "Ranks",
+    "Rows",
     "RunError",
     "RunFolder",
     "Schema",
     "Table",
+    "Task",
+    "TaskChain",
+    "Towers",
     "TrainOptions",
+    "TrainTask",
     "Workload",
     "auc",
     "ctcvr_logit",
@@ -115,6 +141,8 @@ __all__ = [
     "prepare_ali_ccp",
     "prepare_table",
     "process_group",
+    "product_logit",
+    "product_loss",
     "restore",
     "shard",
     "train",

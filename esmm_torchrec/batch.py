@@ -1,26 +1,77 @@
 """ImpressionBatch, the one form in which impressions reach a model.
 
 Shapes in this file: B impressions, U distinct shared rows (U <= B), D dense features.
+
+Features that many impressions share (a user's history) are carried once per distinct row and
+pooled once; `shared_index` says which row each impression uses:
+
+    shared bags     0: [7, 2]   1: [5]                 U = 2 users
+    shared_index    [0, 0, 1, 0]                       B = 4 impressions: three of user 0, one of 1
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.tasks import DEFAULT_TASKS
 
-@dataclass(frozen=True)
+_CLICK, _CONVERSION = DEFAULT_TASKS.labels
+
+
+class NamedTensors(dict[str, torch.Tensor]):
+    """Tensors by name, also as attributes: `logits["click"]` is `logits.click`."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"there is no {name!r}, only {', '.join(self) or 'nothing'}"
+            ) from None
+
+
+class BatchFeatures(NamedTuple):
+    """The features of B impressions: what a model's `forward` takes. Any field may be absent."""
+
+    sparse_features: KeyedJaggedTensor | None = None
+    """B bags per key, ids int32 or int64."""
+    weighted_sparse_features: KeyedJaggedTensor | None = None
+    """B bags per key, with float32 weights."""
+    shared_sparse_features: KeyedJaggedTensor | None = None
+    """U bags per key."""
+    shared_weighted_sparse_features: KeyedJaggedTensor | None = None
+    """U bags per key, with float32 weights."""
+    shared_index: torch.Tensor | None = None
+    """int64 (B,), the shared bag of each impression; None: U is B and bag i is impression i's."""
+    dense_features: torch.Tensor | None = None
+    """float32 (B, D)."""
+
+
 class ImpressionBatch(Pipelineable):
     """B impressions with their labels, ready for TorchRec's pipelines.
 
-    Features that many impressions share (a user's history) are carried once per distinct row and
-    pooled once; `shared_index` says which row each impression uses.
-
     A row of weight 0 is padding: all its bags are empty.
+
+    Args:
+        sparse_features, weighted_sparse_features, shared_sparse_features,
+        shared_weighted_sparse_features, shared_index, dense_features: see `BatchFeatures`.
+        click: float32 (B,), 0 or 1.
+        conversion: float32 (B,), 0 or 1; 1 only where click is 1.
+        labels: instead of click and conversion, for another chain of tasks: label → float32 (B,).
+        weight: float32 (B,), weight of each impression in the loss; None: all 1.
+        mean_weight: float32 (), the sum of `weight` over all ranks of this step divided by the
+            number of ranks. None: this rank's own sum, which is right on one rank.
+        mean_label_weight: label → float32 (), the same sum over the impressions with that label.
+
+    Raises:
+        OptionError: labels are missing or given twice, or a tensor has another shape than (B,),
+            (B, D) or B bags per key, or another dtype.
 
     Example::
 
@@ -28,54 +79,124 @@ class ImpressionBatch(Pipelineable):
             sparse_features=KeyedJaggedTensor.from_lengths_sync(
                 keys=["item"], values=torch.tensor([3, 1, 4]), lengths=torch.tensor([1, 1, 1])
             ),
+            #        item 3      item 1      item 4
             click=torch.tensor([1.0, 1.0, 0.0]),
             conversion=torch.tensor([1.0, 0.0, 0.0]),
         )
     """
 
-    click: torch.Tensor
-    """float32 (B,), 0 or 1."""
-    conversion: torch.Tensor
-    """float32 (B,), 0 or 1; 1 only where click is 1."""
-    sparse_features: KeyedJaggedTensor | None = None
-    """B bags a key, ids int32 or int64."""
-    weighted_sparse_features: KeyedJaggedTensor | None = None
-    """B bags a key, with float32 weights."""
-    shared_sparse_features: KeyedJaggedTensor | None = None
-    """U bags a key."""
-    shared_weighted_sparse_features: KeyedJaggedTensor | None = None
-    """U bags a key, with float32 weights."""
-    shared_index: torch.Tensor | None = None
-    """int64 (B,), the shared bag of each impression; None: U is B and bag i is impression i's."""
-    dense_features: torch.Tensor | None = None
-    """float32 (B, D)."""
-    weight: torch.Tensor | None = None
-    """float32 (B,), weight of each impression in the loss; None: all 1."""
-    mean_weight: torch.Tensor | None = None
-    """float32 (), sum of `weight` over all ranks of this step divided by the number of ranks.
-    None: this rank's own sum, right where there is one rank."""
-    mean_click_weight: torch.Tensor | None = None
-    """float32 (), the same sum over the clicked impressions alone."""
-    sample_id: torch.Tensor | None = None
-    """int64 (B,)."""
-    group_id: torch.Tensor | None = None
-    """int64 (B,)."""
-    true_ctr: torch.Tensor | None = None
-    """float32 (B,), the probability of a click, where the data knows it."""
-    true_cvr: torch.Tensor | None = None
-    """float32 (B,), the probability of a conversion given a click, where the data knows it."""
-
-    def _each(
-        self, change: Callable[[torch.Tensor | KeyedJaggedTensor], torch.Tensor | KeyedJaggedTensor]
-    ) -> ImpressionBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: change(value) for name, value in values.items() if value is not None}
+    def __init__(
+        self,
+        *,
+        sparse_features: KeyedJaggedTensor | None = None,
+        weighted_sparse_features: KeyedJaggedTensor | None = None,
+        shared_sparse_features: KeyedJaggedTensor | None = None,
+        shared_weighted_sparse_features: KeyedJaggedTensor | None = None,
+        shared_index: torch.Tensor | None = None,
+        dense_features: torch.Tensor | None = None,
+        click: torch.Tensor | None = None,
+        conversion: torch.Tensor | None = None,
+        labels: Mapping[str, torch.Tensor] | None = None,
+        weight: torch.Tensor | None = None,
+        mean_weight: torch.Tensor | None = None,
+        mean_label_weight: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        if labels is None:
+            given = {_CLICK: click, _CONVERSION: conversion}
+            labels = {name: label for name, label in given.items() if label is not None}
+        elif click is not None or conversion is not None:
+            raise OptionError("give either labels or click and conversion, not both")
+        self.features = BatchFeatures(
+            sparse_features,
+            weighted_sparse_features,
+            shared_sparse_features,
+            shared_weighted_sparse_features,
+            shared_index,
+            dense_features,
         )
+        self.labels = NamedTensors(labels)
+        self.weight = weight
+        self.mean_weight = mean_weight
+        self.mean_label_weight = NamedTensors(mean_label_weight or {})
+        self._check()
+
+    @property
+    def click(self) -> torch.Tensor:
+        """float32 (B,), the label of the default chain's first task."""
+        return self.labels[_CLICK]
+
+    @property
+    def conversion(self) -> torch.Tensor:
+        """float32 (B,), the label of the default chain's second task."""
+        return self.labels[_CONVERSION]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(next(iter(self.labels.values())))
+
+    def _check(self) -> None:
+        """Looks at shapes and dtypes only, which costs microseconds: a label or a weight of shape
+        (B, 1) would broadcast to (B, B) and train something else without an error."""
+        if not self.labels:
+            raise OptionError("a batch needs its labels: click and conversion, or labels")
+        first = next(iter(self.labels.values()))
+        size = first.shape[0] if first.ndim else 0
+        columns: dict[str, torch.Tensor | None] = {**self.labels, "weight": self.weight}
+        for name, column in columns.items():
+            if column is None:
+                continue
+            if tuple(column.shape) != (size,):
+                raise OptionError(
+                    f"{name} has shape {tuple(column.shape)}, not ({size},): one value per "
+                    "impression"
+                )
+            if not column.is_floating_point():
+                raise OptionError(f"{name} is {column.dtype}, not float32; use {name}.float()")
+        features = self.features
+        dense, index = features.dense_features, features.shared_index
+        if dense is not None and (dense.ndim != 2 or dense.shape[0] != size):
+            raise OptionError(
+                f"dense_features has shape {tuple(dense.shape)}, not ({size}, D): one row per "
+                "impression"
+            )
+        if index is not None and tuple(index.shape) != (size,):
+            raise OptionError(
+                f"shared_index has shape {tuple(index.shape)}, not ({size},): one bag per "
+                "impression"
+            )
+        shared = size if index is None else None
+        for name, bags, expected in (
+            ("sparse_features", features.sparse_features, size),
+            ("weighted_sparse_features", features.weighted_sparse_features, size),
+            ("shared_sparse_features", features.shared_sparse_features, shared),
+            ("shared_weighted_sparse_features", features.shared_weighted_sparse_features, shared),
+        ):
+            if bags is not None and expected is not None and bags.stride() != expected:
+                raise OptionError(
+                    f"{name} has {bags.stride()} bags per key, not {expected}: one per impression"
+                )
+
+    def _each(self, change: Callable[[Any], Any]) -> ImpressionBatch:
+        """A batch of what `change` makes of every tensor."""
+
+        def changed(value: Any) -> Any:
+            return None if value is None else change(value)
+
+        other = ImpressionBatch.__new__(ImpressionBatch)
+        features: tuple[Any, ...] = tuple(map(changed, self.features))
+        other.features = BatchFeatures(*features)
+        other.labels = NamedTensors({name: change(v) for name, v in self.labels.items()})
+        other.weight = changed(self.weight)
+        other.mean_weight = changed(self.mean_weight)
+        other.mean_label_weight = NamedTensors(
+            {name: change(v) for name, v in self.mean_label_weight.items()}
+        )
+        return other
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ImpressionBatch:
-        """The batch on `device`; itself where it is there already."""
-        if self.click.device == device:
+        """The batch on `device`; itself if it is there already."""
+        if next(iter(self.labels.values())).device == device:
             return self
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
@@ -85,7 +206,9 @@ class ImpressionBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tells the allocator that `stream` uses this batch's memory."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                value.record_stream(stream)
+
+        def record(value: Any) -> Any:
+            value.record_stream(stream)
+            return value
+
+        self._each(record)

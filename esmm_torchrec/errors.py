@@ -13,6 +13,10 @@ command line prints it and exits with code 2. Faults of our own stay assertions.
     └── Interrupted    a training that was interrupted; the message says what is saved
 """
 
+from __future__ import annotations
+
+import re
+
 
 class EsmmTorchrecError(Exception):
     """Base of all errors that the user can mend."""
@@ -23,7 +27,28 @@ class DataError(EsmmTorchrecError):
 
 
 class OptionError(EsmmTorchrecError, ValueError):
-    """An option or an argument cannot be used, alone or beside the others."""
+    """An argument cannot be used, alone or beside the others.
+
+    Args:
+        message: names the arguments as a Python caller knows them.
+        arguments: the names in the message that are options of the command line, which are
+            spelled differently there; see `for_command_line`.
+    """
+
+    def __init__(self, message: str, *arguments: str) -> None:
+        super().__init__(message)
+        self.arguments = arguments
+
+    def for_command_line(self) -> str:
+        """The message with options for arguments: "--embedding-dim" for "embedding_dim"."""
+        message = str(self)
+        for argument in self.arguments:
+            option = f"--{argument.replace('_', '-')}"
+            message = re.sub(rf"(?<![\w-]){re.escape(argument)}(?!\w)", option, message)
+        return message
+
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, ...]]:
+        return type(self), (str(self), *self.arguments)
 
 
 class PlanError(EsmmTorchrecError):

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 from esmm_torchrec.errors import DataError
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 UNKNOWN_ROW = 0
 """Row of every table for an id that is rare or was never seen in training."""
 
-CLICK = "click"
-CONVERSION = "conversion"
+CLICK, CONVERSION = DEFAULT_TASKS.labels
 SAMPLE_ID = "sample_id"
 SHARED_ROW = "shared_row"
 GROUP_ID = "group_id"
 TIMESTAMP = "timestamp"
+WEIGHT = "sample_weight"
 TRUE_CTR = "true_ctr"
 TRUE_CVR = "true_cvr"
 
@@ -33,12 +34,28 @@ CollectionName = Literal[
 ]
 """The collections that id features are divided into, as a batch and a model's forward call them."""
 
-COLLECTIONS: tuple[CollectionName, ...] = get_args(CollectionName)
+
+class CollectionKind(NamedTuple):
+    """What the features of a collection have in common."""
+
+    weighted: bool
+    """Ids carry weights."""
+    shared: bool
+    """A bag is carried once for all impressions that share it."""
+
+
+COLLECTIONS: dict[CollectionName, CollectionKind] = {
+    "sparse_features": CollectionKind(weighted=False, shared=False),
+    "weighted_sparse_features": CollectionKind(weighted=True, shared=False),
+    "shared_sparse_features": CollectionKind(weighted=False, shared=True),
+    "shared_weighted_sparse_features": CollectionKind(weighted=True, shared=True),
+}
+"""Every collection, in the order in which models take them, with its kind."""
 
 RESERVED_COLUMNS = frozenset(
-    {CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW, GROUP_ID, TIMESTAMP, TRUE_CTR, TRUE_CVR}
+    {CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW, GROUP_ID, TIMESTAMP, WEIGHT, TRUE_CTR, TRUE_CVR}
 )
-"""Columns of a prepared data set that no feature may be called."""
+"""Names that neither a feature nor, except for click and conversion, a label may have."""
 
 
 def weight_column(feature: str) -> str:
@@ -71,16 +88,18 @@ class IdFeature:
 
 @dataclass(frozen=True)
 class Schema:
-    """Tables and features of a data set.
+    """Tables, features and labels of a data set.
 
     Raises:
-        DataError: a name occurs twice, a feature names a table that is not there, a table has no
-            row or no feature, or a feature has the name of a reserved column.
+        DataError: a name occurs twice, a feature names a table that does not exist, a table has
+            no row or no feature, or a feature has the name of a reserved column or of a label.
     """
 
     tables: tuple[Table, ...]
     id_features: tuple[IdFeature, ...]
     dense_features: tuple[str, ...] = ()
+    tasks: TaskChain = DEFAULT_TASKS
+    """The chain of tasks; its labels are columns of the data set."""
 
     def __post_init__(self) -> None:
         table_names = [table.name for table in self.tables]
@@ -93,8 +112,11 @@ class Schema:
                     raise DataError(f"{what} {name!r} occurs twice; give each {what} its own name")
                 seen.add(name)
         for name in names:
-            if name in RESERVED_COLUMNS:
+            if name in RESERVED_COLUMNS or name in self.tasks.labels:
                 raise DataError(f"no feature may be called {name!r}; rename the column")
+        for label in self.tasks.labels:
+            if label in RESERVED_COLUMNS - {CLICK, CONVERSION}:
+                raise DataError(f"no label may be called {label!r}; rename the column")
         used = {feature.table for feature in self.id_features}
         for feature in self.id_features:
             if feature.table not in table_names:
@@ -124,12 +146,11 @@ class Schema:
         weighted = self.weighted_tables
         own = {feature.table for feature in self.id_features if not feature.shared}
         collections: dict[CollectionName, tuple[IdFeature, ...]] = {}
-        for name in COLLECTIONS:
+        for name, kind in COLLECTIONS.items():
             features = tuple(
                 feature
                 for feature in self.id_features
-                if (feature.table in weighted) == name.endswith("weighted_sparse_features")
-                and (feature.table not in own) == name.startswith("shared_")
+                if CollectionKind(feature.table in weighted, feature.table not in own) == kind
             )
             if features:
                 collections[name] = features
@@ -141,12 +162,13 @@ class Schema:
         return any(feature.shared for feature in self.id_features)
 
     def table(self, name: str) -> Table:
-        """The table called `name`; KeyError where there is none."""
+        """The table called `name`; KeyError if there is none."""
         return {table.name: table for table in self.tables}[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is its inverse."""
-        return asdict(self)
+        values = asdict(self)
+        return values | {"tasks": self.tasks.to_list()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schema:
@@ -155,4 +177,5 @@ class Schema:
             tables=tuple(Table(**table) for table in values["tables"]),
             id_features=tuple(IdFeature(**feature) for feature in values["id_features"]),
             dense_features=tuple(values["dense_features"]),
+            tasks=TaskChain.from_list(values["tasks"]) if "tasks" in values else DEFAULT_TASKS,
         )

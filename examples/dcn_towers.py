@@ -13,7 +13,7 @@ Shapes: B impressions, F pooled features.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -36,15 +36,16 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from esmm_torchrec import (
+    BatchFeatures,
     EsmmTowers,
     EsmmTrainTask,
     ImpressionBatch,
+    Logits,
     PooledFeatures,
     auc,
     process_group,
 )
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.esmm import Logits
 from esmm_torchrec.sharding.process_group import Ranks
 
 CPU = torch.device("cpu")
@@ -85,9 +86,9 @@ class ManagedFeatures(nn.Module):
             ManagedCollisionCollection(modules, tables),  # pyright: ignore[reportArgumentType]
         )
 
-    def forward(self, sparse_features: KeyedJaggedTensor, **_: Any) -> torch.Tensor:
-        """Rows are given to ids in training only."""
-        pooled, _remapped = self.collection(sparse_features)
+    def forward(self, features: BatchFeatures) -> torch.Tensor:
+        """Ids are assigned to rows in training only."""
+        pooled, _remapped = self.collection(features.sparse_features)
         return KeyedTensor.regroup([pooled], [KEYS])[0]
 
 
@@ -95,7 +96,7 @@ class CrossedEsmm(nn.Module):
     """Any pooled features, crossed, before ESMM's towers.
 
     Args:
-        features: maps the features of an `ImpressionBatch`, given by name, to float32 (B, F).
+        features: maps the `BatchFeatures` of B impressions to float32 (B, F).
         in_features: F.
     """
 
@@ -105,9 +106,9 @@ class CrossedEsmm(nn.Module):
         self.cross = LowRankCrossNet(in_features, num_layers=2, low_rank=8)
         self.towers = EsmmTowers(in_features, layer_sizes=(32, 16))
 
-    def forward(self, **inputs: Any) -> Logits:
-        """Logits of B impressions; see `ImpressionBatch` for the names."""
-        return self.towers(self.cross(self.features(**inputs)))
+    def forward(self, features: BatchFeatures) -> Logits:
+        """Logits of B impressions."""
+        return self.towers(self.cross(self.features(features)))
 
 
 def crossed_esmm(
@@ -263,8 +264,6 @@ def train(
     with torch.no_grad():
         _, output = task(batch.to(device))
     clicked = batch.click == 1
-    assert output.logits.click is not None
-    assert output.logits.conversion is not None
     return {
         "ctr_auc": auc(output.logits.click.cpu().numpy(), batch.click.numpy()),
         "cvr_auc": auc(

@@ -18,6 +18,7 @@ from esmm_torchrec.cli.main import parse_options, run_command, settle_process
 
 settle_process()  # before torch is imported
 
+from esmm_torchrec.cli.method_options import MethodOptions  # noqa: E402
 from esmm_torchrec.cli.train import train_and_print  # noqa: E402
 from esmm_torchrec.comparison.worlds import World, generate  # noqa: E402
 from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp  # noqa: E402
@@ -27,7 +28,7 @@ from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions):
+class Options(MethodOptions, TrainOptions):
     """Train ESMM on Ali-CCP, on generated impressions in its form, or on prepared data."""
 
     raw: Path | None = None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, remove_later
 from esmm_torchrec.errors import DataError, RunError
-from esmm_torchrec.models.methods import METHODS, ModelOptions
+from esmm_torchrec.models.methods import ModelOptions
 from esmm_torchrec.schema import Schema
 
 _CONFIG = "config.json"
@@ -53,9 +53,7 @@ class RunFolder:
             run = cls(path, config)
             for key in ("identity", "mean_values_per_bag"):
                 _ = config[key].items()
-            _ = run.schema, config["options"]["history_weights"]
-            if run.model_options.method not in METHODS:
-                raise ValueError(f"unknown method {run.model_options.method!r}")
+            _ = run.schema, run.model_options, config["options"]["history_weights"]
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
                 f"{path} is no run folder, it has no {_CONFIG}; give the --out of a training run"
@@ -130,9 +128,7 @@ class RunFolder:
     @property
     def model_options(self) -> ModelOptions:
         """Shape of the run's model."""
-        options: dict[str, Any] = dict(self.config["model"])
-        options["tower"] = tuple(options["tower"])
-        return ModelOptions(**options)
+        return ModelOptions.from_dict(self.config["model"])
 
     def check_schema(self, schema: Schema, data: Path | str) -> None:
         """Makes sure that ids and dense values of a data set mean what they meant in training:

@@ -61,6 +61,8 @@ def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     Raises:
         OptionError: an argument is missing, unknown or of no use.
     """
+    if hasattr(options, "for_arguments"):
+        options = options.for_arguments(arguments)  # pyright: ignore[reportAttributeAccessIssue]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -106,7 +106,7 @@ def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     try:
         return read_options(options, prog, arguments)
     except OptionError as error:
-        print_error(str(error), on_every_rank=True)
+        print_error(error.for_command_line(), on_every_rank=True)
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
@@ -192,7 +192,7 @@ def errors_in_words(out: object = None) -> Iterator[None]:
             raise
         sys.stdout.flush()
     except EsmmTorchrecError as error:
-        print_error(str(error))
+        print_error(error.for_command_line() if isinstance(error, OptionError) else str(error))
         _end(EXIT_USER_ERROR)
     except KeyboardInterrupt as error:
         if _is_first_rank():  # torchrun passes the signal on to every rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from esmm_torchrec.cli.method_options import MethodOptions
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
@@ -12,7 +13,7 @@ from esmm_torchrec.training.table import format_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions):
+class Options(MethodOptions, TrainOptions):
     """Train a conversion model on a prepared data set and measure it on the test half."""
 
     data: Path

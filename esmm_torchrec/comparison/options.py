@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.methods import METHODS, MethodOption
+from esmm_torchrec.models.methods import CLICK_METHOD, METHODS
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 from esmm_torchrec.training.options import TrainOptions
@@ -37,8 +37,8 @@ rate of its own goes through its rates in the same trials, and gets no more of t
 settings and R rates takes rate n + ⌊R/2⌋·⌊n/R⌋ (modulo R), so that a rate meets other settings in
 each round."""
 
-CLICK_NETWORK: MethodOption = "ctr"
-COMPARED: tuple[MethodOption, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
+CLICK_NETWORK = CLICK_METHOD
+COMPARED: tuple[str, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
 
 
 class Trial(NamedTuple):
@@ -112,7 +112,7 @@ class ComparisonOptions:
         self.train(CLICK_NETWORK, Trial(SETTINGS[0], None), seed=0)
 
     @property
-    def chosen_methods(self) -> tuple[MethodOption, ...]:
+    def chosen_methods(self) -> tuple[str, ...]:
         """What is compared, in the order of the paper's table."""
         for name in self.methods:
             if name not in (*COMPARED, "all"):
@@ -129,23 +129,23 @@ class ComparisonOptions:
         """Each fraction once; the table shows the last."""
         return tuple(sorted(set(self.fractions)))
 
-    def trials_of(self, method: MethodOption) -> list[Trial]:
+    def trials_of(self, method: str) -> list[Trial]:
         """What tuning tries."""
-        rates = METHODS[method].rates or (None,)
+        rates = METHODS[method].tune.get("rows.rate", (None,))
         return [
             Trial(setting, rates[(place + len(rates) // 2 * (place // len(rates))) % len(rates)])
             for place, setting in enumerate(SETTINGS[: self.trials])
         ]
 
-    def train(
-        self, method: MethodOption, trial: Trial, *, seed: int, epochs: int = 1
-    ) -> TrainOptions:
+    def train(self, method: str, trial: Trial, *, seed: int, epochs: int = 1) -> TrainOptions:
         """Options of one training."""
         shared = {field.name for field in fields(self)} & {
             field.name for field in fields(TrainOptions)
         }
         common: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        own: dict[str, Any] = {"method": method, "rate": trial.rate, "seed": seed, "epochs": epochs}
+        own: dict[str, Any] = {"method": method, "seed": seed, "epochs": epochs}
+        if trial.rate is not None:
+            own["rows"] = replace(METHODS[method].rows, **{"rate": trial.rate})
         # A method with few rows has few of each user, which would then all be in one batch.
         own["shuffle_chunk"] = 1
         return TrainOptions(**common | own | asdict(trial.setting))

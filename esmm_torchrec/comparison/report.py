@@ -51,7 +51,7 @@ def _page(results: Results, plots: Path, captions: Mapping[str, str]) -> str:
         lstrip_blocks=True,
     )
     largest = tables.largest_fraction(results)
-    summaries = {method.name: method.summary for method in METHODS.values()}
+    summaries = {method.title: method.summary for method in METHODS.values()}
     division = results["methods"].get("DIVISION")
     return environment.get_template("report.html.jinja").render(
         tables=tables,

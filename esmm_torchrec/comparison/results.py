@@ -92,7 +92,7 @@ def assemble(
         environment: versions and machine.
         command: how the comparison was asked for.
     """
-    names = [METHODS[method].name for method in options.chosen_methods]
+    names = [METHODS[method].title for method in options.chosen_methods]
     by_run: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
         by_run.setdefault((record["method"], fraction_key(record["fraction"])), []).append(record)

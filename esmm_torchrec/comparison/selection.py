@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from esmm_torchrec.comparison.options import CLICK_NETWORK, Trial
-from esmm_torchrec.models.methods import MethodOption
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Chosen:
     """Of the held-out users, by which it was chosen."""
 
 
-def selection_score(method: MethodOption, figures: Mapping[str, float | None]) -> float | None:
+def selection_score(method: str, figures: Mapping[str, float | None]) -> float | None:
     """What tuning chooses by, higher being better; None where the held-out users allow none."""
     names = ("ctr_auc",) if method == CLICK_NETWORK else ("cvr_auc", "ctcvr_auc_common_ctr")
     values = [figures[name] for name in names]

@@ -58,7 +58,7 @@ from esmm_torchrec.comparison.trial import (
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.data.subsets import rows_between
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.methods import METHODS, MethodOption
+from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION
 from esmm_torchrec.sharding.process_group import Ranks
@@ -267,13 +267,13 @@ class _Study:
         else:
             print(line, flush=True)
 
-    def tune(self, source: Source) -> dict[MethodOption, Chosen]:
+    def tune(self, source: Source) -> dict[str, Chosen]:
         """Chooses a trial and a number of epochs for the click network and for each method.
 
         The click network is chosen by its AUC, a method by the mean of the two figures of the
         paper's table: AUC of pCVR on clicks, and of the common pCTR times pCVR on everything.
         """
-        chosen: dict[MethodOption, Chosen] = {}
+        chosen: dict[str, Chosen] = {}
         for method in (CLICK_NETWORK, *self.options.chosen_methods):
             tried = []
             seconds = 0.0
@@ -288,32 +288,32 @@ class _Study:
             if not tried:
                 raise OptionError(
                     f"--validation-share {self.options.validation_share:g} leaves no clicks and "
-                    f"conversions to choose a setting of {METHODS[method].name} by; give more"
+                    f"conversions to choose a setting of {METHODS[method].title} by; give more"
                 )
             # The first of equals, so that the order of trials decides and not a rounding.
             chosen[method] = max(tried, key=lambda choice: choice.score)
-            self.tuning[METHODS[method].name] = described(chosen[method], tried) | {
+            self.tuning[METHODS[method].title] = described(chosen[method], tried) | {
                 "at_edge": at_edge(chosen[method], tried),
                 "seconds": seconds,
             }
-            self._say(tuned_line(METHODS[method].name, chosen[method]))
+            self._say(tuned_line(METHODS[method].title, chosen[method]))
         return chosen
 
     def _tuning_record(
         self,
         source: Source,
-        method: MethodOption,
+        method: str,
         trial: Trial,
-        chosen: Mapping[MethodOption, Chosen],
+        chosen: Mapping[str, Chosen],
     ) -> dict[str, Any]:
         options = self.options.train(method, trial, seed=0, epochs=self.options.epochs)
         key = dict(source.identity) | {
             "stage": "tuning",
             "validation_share": self.options.validation_share,
-            "training": asdict(options),
+            "training": options.to_dict(),
             "common_ctr": _of_network(chosen, method),
         }
-        with self._training(f"tune {METHODS[method].name}"):
+        with self._training(f"tune {METHODS[method].title}"):
 
             def work() -> dict[str, Any] | None:
                 stage = self._stage(source, None)
@@ -332,7 +332,7 @@ class _Study:
     def run(
         self,
         source: Source,
-        chosen: Mapping[MethodOption, Chosen],
+        chosen: Mapping[str, Chosen],
         *,
         seed: int,
         fraction: float,
@@ -348,17 +348,17 @@ class _Study:
                 "stage": "test",
                 "fraction": fraction,
                 "test_impressions": self.options.test_impressions,
-                "training": asdict(options),
+                "training": options.to_dict(),
                 "common_ctr": _of_network(chosen, method),
                 "seed": seed,
                 "resample": resample,
             }
-            name = METHODS[method].name
+            name = METHODS[method].title
             label = f"seed {seed} of {self.options.seeds}, {fraction:.0%} {name}"
             with self._training(label):
 
                 def work(
-                    method: MethodOption = method,
+                    method: str = method,
                     options: Any = options,
                     key: Mapping[str, Any] = key,
                 ) -> dict[str, Any] | None:
@@ -383,9 +383,9 @@ class _Study:
     def _common_ctr(
         self,
         stage: Stage,
-        chosen: Mapping[MethodOption, Chosen],
+        chosen: Mapping[str, Chosen],
         key: Mapping[str, Any],
-        method: MethodOption,
+        method: str,
     ) -> Network | None:
         """Logits of the common click network for what is scored; None while it is itself tuned."""
         if method == CLICK_NETWORK:
@@ -393,30 +393,28 @@ class _Study:
         training = self._click_network(stage, chosen, key.get("seed", 0) + COMMON_CTR_SEED)
         return self.store.network(
             "common-ctr",
-            _stage_key(key) | {"training": asdict(training.options)},
+            _stage_key(key) | {"training": training.options.to_dict()},
             training.click_logits,
         )
 
     def _pctr(
         self,
         stage: Stage,
-        chosen: Mapping[MethodOption, Chosen],
+        chosen: Mapping[str, Chosen],
         key: Mapping[str, Any],
-        method: MethodOption,
+        method: str,
     ) -> Network | None:
         """pCTR of the clicked training rows, out of fold, for methods that choose rows by it."""
-        if not METHODS[method].needs_pctr:
+        if not METHODS[method].rows.needs_pctr:
             return None
         training = self._click_network(stage, chosen, key.get("seed", 0))
         return self.store.network(
             "out-of-fold-pctr",
-            _stage_key(key) | {"training": asdict(training.options)},
+            _stage_key(key) | {"training": training.options.to_dict()},
             training.clicked_pctr,
         )
 
-    def _click_network(
-        self, stage: Stage, chosen: Mapping[MethodOption, Chosen], seed: int
-    ) -> Training:
+    def _click_network(self, stage: Stage, chosen: Mapping[str, Chosen], seed: int) -> Training:
         """A click network with the settings chosen for it, untrained."""
         network = chosen[CLICK_NETWORK]
         options = self.options.train(CLICK_NETWORK, network.trial, seed=seed, epochs=network.epochs)
@@ -441,7 +439,7 @@ def _with_networks(
     return record | {"networks": {of.name: of.seconds for of in networks if of is not None}}
 
 
-def _of_network(chosen: Mapping[MethodOption, Chosen], method: MethodOption) -> Any:
+def _of_network(chosen: Mapping[str, Chosen], method: str) -> Any:
     """What the common click network adds to the identity of a training that uses it."""
     if method == CLICK_NETWORK:
         return None

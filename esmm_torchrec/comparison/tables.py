@@ -9,7 +9,6 @@ from typing import Any
 
 from esmm_torchrec.comparison.results import TRAINING_FIGURES, fraction_key
 from esmm_torchrec.comparison.verdicts import FIGURES, regime, signed, verdict_of, verdicts
-from esmm_torchrec.models.methods import METHODS
 
 PAPER = {
     "BASE": ((66.00, 0.37), (62.07, 0.45)),
@@ -317,12 +316,11 @@ def tuning_rows(results: Results) -> Rows:
     settings = ("sparse_lr", "dense_lr", "weight_decay")
     rows = [["method", "trials", "table lr", "tower lr", "tower weight decay"]]
     rows[0] += ["own rate", "passes", "score"]
-    names = {method.name: method for method in METHODS.values()}
     for name, tuning in results["tuning"].items():
         chosen = tuning["chosen"]
         rate = "–"
         if chosen["rate"] is not None:
-            rate = f"{chosen['rate']:g}{_mark(tuning, 'rate')} ({names[name].rate_name})"
+            rate = f"{chosen['rate']:g}{_mark(tuning, 'rate')} (rows.rate)"
         tried = {
             tuple(v for k, v in t.items() if k not in ("epochs", "score")) for t in tuning["tried"]
         }

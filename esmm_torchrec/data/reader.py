@@ -25,7 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.data.mapped import Bags, MappedSplit
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.schema import CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW
+from esmm_torchrec.schema import COLLECTIONS, SHARED_ROW
 
 SharedFeatures = Literal["once", "expanded"]
 """once: a batch carries each distinct shared row once, with an index. expanded: it is written out
@@ -33,8 +33,6 @@ for every impression."""
 
 READ_AHEAD = 3
 """Batches made before they are asked for."""
-
-_OPTIONAL = ("group_id", "true_ctr", "true_cvr")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class ImpressionReader:
             when the rows are shuffled; more pool less, 1 shuffles row by row.
         selection: rows to read; None reads all.
         shared_features: how a batch carries shared features.
-        optional_columns: whether batches carry group_id, true_ctr and true_cvr.
         pin_memory: whether batches lie in page-locked memory, which a GPU copies from without
             anybody waiting.
 
@@ -86,10 +83,9 @@ class ImpressionReader:
         shuffle_chunk: int = 1,
         selection: Selection | None = None,
         shared_features: SharedFeatures = "once",
-        optional_columns: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        for name, value in (("--batch-size", batch_size), ("--shuffle-chunk", shuffle_chunk)):
+        for name, value in (("batch_size", batch_size), ("shuffle_chunk", shuffle_chunk)):
             if value < 1:
                 raise OptionError(f"{name} {value} is not positive; give at least 1")
         self.split = split
@@ -107,7 +103,6 @@ class ImpressionReader:
         self.shuffle = shuffle
         self.shuffle_chunk = shuffle_chunk
         self.selection = selection
-        self.optional_columns = optional_columns
         self.pin_memory = pin_memory
         self.num_rows = split.impressions if selection is None else len(selection.rows)
         if self.num_rows == 0:
@@ -178,6 +173,13 @@ class ImpressionReader:
         owner = shared if self.selection is None else shared[self.selection.rows]
         return _shuffled_chunks(owner, self.shuffle_chunk, rng)
 
+    def rows_left(self) -> np.ndarray:
+        """int (M,): the row numbers of all ranks that the rest of the epoch goes through, in
+        order. Step g takes B·W of them, rank r the r-th slice of B of those."""
+        order = self._order(self._epoch)
+        positions = np.arange(self._row, self.num_rows) if order is None else order[self._row :]
+        return positions if self.selection is None else self.selection.rows[positions]
+
     def _batch(self, order: np.ndarray | None, start: int) -> ImpressionBatch:
         stop = min(start + self.global_batch_size, self.num_rows)
         positions = np.arange(start, stop) if order is None else order[start:stop]
@@ -185,35 +187,31 @@ class ImpressionReader:
         weights = np.ones(len(rows), np.float32)
         if self.selection is not None and self.selection.weights is not None:
             weights = self.selection.weights[positions]
-        columns = self.split.scalars
-        mean_weight = weights.sum(dtype=np.float64) / self.world_size
-        clicked = weights @ columns[CLICK][rows].astype(np.float64) / self.world_size
+        columns, tasks = self.split.scalars, self.split.schema.tasks
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         own_rows = rows[own]
-
-        def column(name: str, dtype: type[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(self._padded(columns[name][own_rows].astype(dtype)))
-
-        optional: dict[str, Any] = {}
-        if self.optional_columns:
-            optional = {
-                name: column(name, columns[name].dtype.type)
-                for name in _OPTIONAL
-                if name in columns
-            }
+        mean_weight = weights.sum(dtype=np.float64) / self.world_size
+        mean_label_weight = {
+            label: torch.tensor(
+                weights @ columns[label][rows].astype(np.float64) / self.world_size,
+                dtype=torch.float32,
+            )
+            for label in tasks.labels[:-1]  # the ones that other tasks are given
+        }
+        labels = {
+            label: torch.from_numpy(self._padded(columns[label][own_rows].astype(np.float32)))
+            for label in tasks.labels
+        }
         dense = self.split.dense
         batch = ImpressionBatch(
-            click=column(CLICK, np.float32),
-            conversion=column(CONVERSION, np.float32),
+            labels=labels,
             **self._sparse(rows, own_rows),
             dense_features=torch.from_numpy(self._padded(dense[own_rows]))
             if dense.shape[1]
             else None,
             weight=torch.from_numpy(self._padded(weights[own])),
             mean_weight=torch.tensor(mean_weight, dtype=torch.float32),
-            mean_click_weight=torch.tensor(clicked, dtype=torch.float32),
-            sample_id=column(SAMPLE_ID, np.int64),
-            **optional,
+            mean_label_weight=mean_label_weight,
         )
         return batch.pin_memory() if self.pin_memory else batch
 
@@ -237,7 +235,7 @@ class ImpressionReader:
             index[: len(own_rows)] = inverse
         features: dict[str, Any] = {}
         for collection, stores in self.split.bags.items():
-            pooled_once = collection.startswith("shared_")
+            pooled_once = COLLECTIONS[collection].shared
             bags = [
                 store.gather(distinct if pooled_once else own_owners if store.shared else own_rows)
                 for store in stores

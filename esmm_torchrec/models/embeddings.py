@@ -5,6 +5,7 @@ Shapes: B impressions, F the sum of the embedding dims of all features plus the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -13,10 +14,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import COLLECTIONS, CollectionName, Schema
 
-_TAKEN_MODULE_NAMES = frozenset({"", *dir(nn.ModuleDict())})
+DIM_MULTIPLE = 4
+"""fbgemm's kernels require embedding dims that are a multiple of it."""
+
+_RESERVED_MODULE_NAMES = frozenset({"", *dir(nn.ModuleDict())})
 
 
 class EmbeddingBagCollections(NamedTuple):
@@ -33,11 +38,29 @@ class EmbeddingBagCollections(NamedTuple):
     shared_weighted_sparse_features: EmbeddingBagCollection | None
 
 
-def module_name(table: str) -> str:
-    """What a model calls a table: its name, changed where torch cannot hold it in an nn.ModuleDict
-    ("items", "a.b"). Plans and checkpoints have this name, too."""
-    name = table.replace(".", "_")
-    return f"{name}_table" if name in _TAKEN_MODULE_NAMES else name
+def module_names(tables: Iterable[str], *, prefix: str = "") -> dict[str, str]:
+    """What a model calls each table: its name, changed if torch cannot hold it in an nn.ModuleDict
+    ("items", "a.b") or if another table has that name already. Plans and checkpoints use it.
+
+    Args:
+        tables: names of a schema's tables, in its order.
+        prefix: put before each name, for a model with more than one set of tables. A name cannot
+            collide with one of another prefix, because ":" occurs in prefixes only.
+    """
+    names: dict[str, str] = {}
+    taken = set(_RESERVED_MODULE_NAMES)
+    for table in tables:
+        legal = table.replace(".", "_").replace(":", "_")
+        name = legal
+        if name in _RESERVED_MODULE_NAMES:
+            name = f"{legal}_table"
+        number = 2
+        while name in taken:
+            name = f"{legal}_{number}"
+            number += 1
+        taken.add(name)
+        names[table] = f"{prefix}:{name}" if prefix else name
+    return names
 
 
 def embedding_bag_collections(
@@ -45,7 +68,7 @@ def embedding_bag_collections(
     embedding_dim: int,
     *,
     device: torch.device | str = "meta",
-    name_prefix: str = "",
+    prefix: str = "",
 ) -> EmbeddingBagCollections:
     """Builds the collections that look up every id feature of a schema.
 
@@ -55,17 +78,19 @@ def embedding_bag_collections(
         schema: tables and features.
         embedding_dim: columns of every table; a multiple of 4, which fbgemm's kernels require.
         device: "meta" allocates nothing; `sharding.shard` then draws the weights table by table.
-        name_prefix: put before each table's name, for a model with more than one set of tables.
+        prefix: as in `module_names`.
 
     Raises:
         OptionError: the embedding dim is not a positive multiple of 4.
     """
-    if embedding_dim < 4 or embedding_dim % 4:
+    if embedding_dim < DIM_MULTIPLE or embedding_dim % DIM_MULTIPLE:
         raise OptionError(
-            f"--embedding-dim {embedding_dim} is not a positive multiple of 4, which fbgemm's "
-            "kernels require; take the next one up"
+            f"embedding_dim {embedding_dim} is not a positive multiple of {DIM_MULTIPLE}, which "
+            "fbgemm's kernels require; use the next one up",
+            "embedding_dim",
         )
 
+    names = module_names((table.name for table in schema.tables), prefix=prefix)
     collections: dict[CollectionName, EmbeddingBagCollection | None] = dict.fromkeys(COLLECTIONS)
     for name, features in schema.collections.items():
         by_table: dict[str, list[str]] = {}
@@ -74,15 +99,15 @@ def embedding_bag_collections(
         collections[name] = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
-                    name=name_prefix + module_name(table),
+                    name=names[table],
                     num_embeddings=schema.table(table).num_embeddings,
                     embedding_dim=embedding_dim,
-                    feature_names=names,
+                    feature_names=feature_names,
                     pooling=PoolingType.SUM,
                 )
-                for table, names in by_table.items()
+                for table, feature_names in by_table.items()
             ],
-            is_weighted=name.endswith("weighted_sparse_features"),
+            is_weighted=COLLECTIONS[name].weighted,
             device=torch.device(device),
         )
     return EmbeddingBagCollections(**collections)
@@ -102,8 +127,8 @@ class PooledFeatures(nn.Module):
         dense_in_features: number of dense features.
 
     Raises:
-        OptionError: there is no collection, one is weighted where it must not be or the other
-            way round, or two have a feature of the same name.
+        OptionError: there is no collection, one is weighted and must not be or the other way
+            round, or two have a feature of the same name.
     """
 
     def __init__(
@@ -142,42 +167,63 @@ class PooledFeatures(nn.Module):
             for config in cast(EmbeddingBagCollection, collection).embedding_bag_configs()
         )
 
-    def forward(
-        self,
-        sparse_features: KeyedJaggedTensor | None = None,
-        weighted_sparse_features: KeyedJaggedTensor | None = None,
-        shared_sparse_features: KeyedJaggedTensor | None = None,
-        shared_weighted_sparse_features: KeyedJaggedTensor | None = None,
-        shared_index: torch.Tensor | None = None,
-        dense_features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Pools one batch; see `ImpressionBatch` for the arguments.
+    def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> torch.Tensor:
+        """Pools the features of one batch.
+
+        Args:
+            features: of B impressions; a KeyedJaggedTensor alone stands for `sparse_features`.
 
         Returns:
             float32 (B, F): features in the order in which the collections declare them, those of
             the shared collections after the others, dense features last.
+
+        Raises:
+            OptionError: dense features are given to a model without or missing from one with.
         """
+        if isinstance(features, KeyedJaggedTensor):
+            features = BatchFeatures(features)
         pooled: list[KeyedTensor] = []
         shared: list[KeyedTensor] = []
         if self.embedding_bag_collection is not None:
-            pooled.append(self.embedding_bag_collection(sparse_features))
+            pooled.append(self.embedding_bag_collection(features.sparse_features))
         if self.weighted_embedding_bag_collection is not None:
-            pooled.append(self.weighted_embedding_bag_collection(weighted_sparse_features))
+            weighted = self.weighted_embedding_bag_collection(features.weighted_sparse_features)
+            pooled.append(weighted)
         if self.shared_embedding_bag_collection is not None:
-            shared.append(self.shared_embedding_bag_collection(shared_sparse_features))
+            shared.append(self.shared_embedding_bag_collection(features.shared_sparse_features))
         if self.shared_weighted_embedding_bag_collection is not None:
             shared.append(
-                self.shared_weighted_embedding_bag_collection(shared_weighted_sparse_features)
+                self.shared_weighted_embedding_bag_collection(
+                    features.shared_weighted_sparse_features
+                )
             )
         parts: list[torch.Tensor] = []
         if pooled:
             parts.append(_in_order(pooled, self._keys))
         if shared:
-            once = _in_order(shared, self._shared_keys)
-            parts.append(once if shared_index is None else once.index_select(0, shared_index))
-        if self.dense_in_features and dense_features is not None:
-            parts.append(dense_features)
+            parts.append(_expanded(_in_order(shared, self._shared_keys), features.shared_index))
+        dense = _checked_dense(features.dense_features, self.dense_in_features)
+        if self.dense_in_features:
+            parts.append(dense)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@torch.fx.wrap
+def _expanded(once: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """(U, F) → (B, F)."""
+    return once if index is None else once.index_select(0, index)
+
+
+@torch.fx.wrap
+def _checked_dense(dense: torch.Tensor | None, num_features: int) -> torch.Tensor:
+    """The dense features, checked against the model's number of them."""
+    given = 0 if dense is None else dense.shape[1]
+    if given != num_features:
+        raise OptionError(
+            f"dense_features has {given} columns and the model was built with dense_in_features "
+            f"{num_features}; give the model what it was built for"
+        )
+    return torch.empty(0) if dense is None else dense
 
 
 @torch.fx.wrap

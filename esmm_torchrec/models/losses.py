@@ -1,9 +1,10 @@
-"""Losses of the chain impression → click → conversion, computed from logits in float32.
+"""Losses along a chain of tasks, computed from logits in float32.
 
-Notation: a is the click logit, b the logit of a conversion given a click, both (B,);
-pCTR = σ(a), pCVR = σ(b), pCTCVR = σ(a)·σ(b). Multiplying the sigmoids first and taking the cross
-entropy afterwards loses most of the precision and, for sure predictions, the gradient; every
-function here starts from the logits instead.
+Notation: a₁ … a_k are the logits of the tasks of a prefix of the chain, each given the one before,
+all (B,); p = σ(a₁)·…·σ(a_k) is the probability of all of them. For the default chain k is 2:
+a₁ is the click logit, a₂ the logit of a conversion given a click, p is pCTCVR. Multiplying the
+sigmoids first and taking the cross entropy afterwards loses most of the precision and, for
+confident predictions, the gradient; every function here starts from the logits instead.
 
 Losses come per impression, (B,); `weighted_mean` reduces them. The functions are leaves for
 torch.fx, so that TorchRec's pipelines can trace through a train task that calls them.
@@ -11,6 +12,8 @@ torch.fx, so that TorchRec's pipelines can trace through a train task that calls
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,10 +21,31 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torch.Tensor:
-    """Logit of the product pCTR · pCVR, exactly: L(a, b) = −logsumexp(−a, −b, −a−b).
+def product_logit(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logit of σ(a₁)·…·σ(a_k), exactly: L(a, b) = −logsumexp(−a, −b, −a−b), applied in turn.
 
-    Ranking by it ranks by pCTCVR without the product's underflow.
+    Ranking by it ranks by the product without its underflow.
+
+    Args:
+        logits: k tensors (B,) of any float dtype, at least one.
+
+    Returns:
+        float32 (B,).
+    """
+    return reduce(_logit_of_two, (logit.float() for logit in logits))
+
+
+def _logit_of_two(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return -torch.logsumexp(torch.stack([-a, -b, -a - b]), dim=0)
+
+
+def log_product(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """log(σ(a₁)·…·σ(a_k)), float32 (B,)."""
+    return sum((F.logsigmoid(logit.float()) for logit in logits), start=torch.zeros(()))
+
+
+def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torch.Tensor:
+    """Logit of pCTR · pCVR: `product_logit` of the default chain.
 
     Args:
         click_logit: (B,) any float dtype.
@@ -30,52 +54,69 @@ def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> to
     Returns:
         float32 (B,).
     """
-    a, b = click_logit.float(), conversion_logit.float()
-    return -torch.logsumexp(torch.stack([-a, -b, -a - b]), dim=0)
-
-
-def log_ctcvr(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torch.Tensor:
-    """log(pCTR · pCVR), float32 (B,)."""
-    return F.logsigmoid(click_logit.float()) + F.logsigmoid(conversion_logit.float())
+    return product_logit((click_logit, conversion_logit))
 
 
 def log_conversion_ratio(ctcvr_logit: torch.Tensor, click_logit: torch.Tensor) -> torch.Tensor:
-    """log(pCTCVR / pCTR) of two networks that know nothing of each other, float32 (B,): above 0
-    where the quotient exceeds 1. Dividing the probabilities instead overflows where pCTR is
-    small."""
+    """log(pCTCVR / pCTR) of two independent networks, float32 (B,): above 0 where the quotient
+    exceeds 1. Dividing the probabilities instead overflows where pCTR is small."""
     return F.logsigmoid(ctcvr_logit.float()) - F.logsigmoid(click_logit.float())
 
 
-class _CtcvrLoss(torch.autograd.Function):
-    """−t·log p − (1−t)·log(1−p) for p = σ(a)·σ(b), with its gradient in closed form.
+class _ProductLoss(torch.autograd.Function):
+    """−t·log p − (1−t)·log(1−p) for p = Π σ(aᵢ), with its gradient in closed form.
 
-    ∂/∂a = −t·σ(−a) + (1−t)·σ(a)·σ(b)·σ(softplus(b) − a), and the same with a and b exchanged:
-    autograd through the logsumexp would be a hundred times less precise.
+    ∂/∂aᵢ = −t·σ(−aᵢ) + (1−t)·p·σ(softplus(Lᵢ) − aᵢ), where Lᵢ is the logit of the product without
+    aᵢ: autograd through the logsumexp would be a hundred times less precise.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(a, b, target)
-        converted = F.softplus(-a) + F.softplus(-b)
-        not_converted = F.softplus(ctcvr_logit(a, b))
-        return target * converted + (1 - target) * not_converted
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, target: torch.Tensor, *logits: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(target, *logits)
+        happened = sum(F.softplus(-logit) for logit in logits)
+        did_not = F.softplus(product_logit(logits))
+        return target * happened + (1 - target) * did_not
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        a, b, target = ctx.saved_tensors
-        product = (1 - target) * torch.sigmoid(a) * torch.sigmoid(b)
-        grad_a = -target * torch.sigmoid(-a) + product * torch.sigmoid(F.softplus(b) - a)
-        grad_b = -target * torch.sigmoid(-b) + product * torch.sigmoid(F.softplus(a) - b)
-        return grad * grad_a, grad * grad_b, None
+    ) -> tuple[torch.Tensor | None, ...]:
+        target, *logits = ctx.saved_tensors
+        product = 1 - target
+        for logit in logits:
+            product = product * torch.sigmoid(logit)
+        grads: list[torch.Tensor | None] = [None]
+        for place, logit in enumerate(logits):
+            others = product_logit([*logits[:place], *logits[place + 1 :]])
+            own = -target * torch.sigmoid(-logit)
+            grads.append(grad * (own + product * torch.sigmoid(F.softplus(others) - logit)))
+        return tuple(grads)
 
 
 @torch.fx.wrap
 def binary_cross_entropy(logit: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Cross entropy of σ(logit) and a target in [0, 1], float32 (B,)."""
     return F.binary_cross_entropy_with_logits(logit.float(), target.float(), reduction="none")
+
+
+@torch.fx.wrap
+def product_loss(logits: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of σ(a₁)·…·σ(a_k) and a label: the entire-space term of a prefix of the chain
+    (for two tasks Ma et al., SIGIR 2018, equation 2, second term).
+
+    Args:
+        logits: k tensors (B,), at least one.
+        target: (B,), 1 where all k tasks happened.
+
+    Returns:
+        float32 (B,). Not twice differentiable for k > 1.
+    """
+    if len(logits) == 1:
+        return binary_cross_entropy(logits[0], target)
+    return _ProductLoss.apply(target.float(), *(logit.float() for logit in logits))
 
 
 @torch.fx.wrap
@@ -93,7 +134,7 @@ def ctcvr_loss(
     Returns:
         float32 (B,). Not twice differentiable.
     """
-    return _CtcvrLoss.apply(click_logit.float(), conversion_logit.float(), conversion.float())
+    return product_loss((click_logit, conversion_logit), conversion)
 
 
 @torch.fx.wrap
@@ -102,7 +143,7 @@ def weighted_mean(
 ) -> torch.Tensor:
     """Σ weight·loss over this rank, divided by `mean_weight`.
 
-    Where `mean_weight` is the sum of weights over all ranks divided by their number, the average
+    If `mean_weight` is the sum of weights over all ranks divided by their number, the average
     of the results over the ranks, which is what data-parallel training differentiates, is the
     weighted mean over the global batch however the weights are spread. A global batch whose
     weights are all 0 gives 0.

@@ -1,14 +1,39 @@
-"""The multi-layer perceptron that turns features into one logit."""
+"""The multi-layer perceptrons that turn features into logits, one per task.
+
+Shapes: B impressions, F pooled features.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from esmm_torchrec.batch import NamedTensors
+from esmm_torchrec.errors import OptionError
+
+
+class Logits(NamedTensors):
+    """Logits of B impressions by task name, each float32 (B,).
+
+    `logits.click` (or `logits["click"]`) is the logit of pCTR, `logits.conversion` that of pCVR,
+    the probability of a conversion given a click. A model may give others beside them.
+    """
+
+
+@torch.fx.wrap
+def _float32_linear(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """A linear layer in float32, also inside somebody's autocast."""
+    if features.is_meta:  # which autocast does not know
+        return F.linear(features.float(), weight, bias)
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(features.float(), weight, bias)
 
 
 class Tower(nn.Module):
@@ -20,8 +45,9 @@ class Tower(nn.Module):
     Args:
         in_features: F.
         layer_sizes: widths of the hidden layers; the paper's are 360, 200, 80.
-        prior: share of positives among the examples. The last bias starts at its logit, so that
-            training does not begin by learning the base rate. None leaves torch's own start.
+        prior: share of positives among the examples, in (0, 1). The last bias starts at its
+            logit, so that training does not begin by learning the base rate. None keeps torch's
+            initialisation.
         dtype: what the hidden layers compute in, torch.float32 or torch.bfloat16.
         device: where the parameters are.
     """
@@ -43,15 +69,78 @@ class Tower(nn.Module):
         self.logit = nn.Linear(layer_sizes[-1], 1, device=device)
         self.dtype = dtype
         if prior is not None:
+            if not 0 < prior < 1:
+                raise OptionError(f"prior {prior:g} is not between 0 and 1")
             with torch.no_grad():
                 self.logit.bias.fill_(math.log(prior) - math.log1p(-prior))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) → float32 logits (B,). Features of several towers are better given in their
-        dtype, once for all, than cast by each."""
+        """(B, F) → float32 logits (B,)."""
         hidden = features.to(self.dtype)
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
             weight, bias = layer.weight.to(self.dtype), layer.bias.to(self.dtype)
             hidden = F.linear(hidden, weight, bias).relu_()
-        return self.logit(hidden.float()).squeeze(-1)
+        return _float32_linear(hidden, self.logit.weight, self.logit.bias).squeeze(-1)
+
+
+class Towers(nn.ModuleDict):
+    """One tower per logit over the same features, agnostic to how the features were pooled.
+
+    Args:
+        towers: name of the logit → its tower; all with the same dtype.
+
+    Raises:
+        OptionError: a name is one that torch reserves for itself.
+    """
+
+    def __init__(self, towers: Mapping[str, Tower]) -> None:
+        super().__init__()
+        for name, tower in towers.items():
+            if hasattr(nn.ModuleDict, name):
+                raise OptionError(f"torch cannot hold a tower called {name!r}; rename the task")
+            self[name] = tower
+        self.dtype = next(iter(towers.values())).dtype
+
+    def forward(self, features: torch.Tensor) -> Logits:
+        """Logits of B impressions.
+
+        Args:
+            features: float32 (B, F), as `PooledFeatures` gives them.
+
+        Returns:
+            each float32 (B,), by the names of the towers.
+        """
+        features = features.to(self.dtype)  # once for all towers
+        return Logits({name: tower(features) for name, tower in self.items()})
+
+
+class EsmmTowers(Towers):
+    """The click and the conversion tower of ESMM.
+
+    Args:
+        in_features: F.
+        layer_sizes: widths of the hidden layers of each tower.
+        click_prior: share of clicks among impressions, see `Tower`.
+        conversion_prior: share of conversions among clicks.
+        dtype: what the hidden layers compute in.
+        device: where the parameters are.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        layer_sizes: Sequence[int] = (360, 200, 80),
+        *,
+        click_prior: float | None = None,
+        conversion_prior: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        priors = {"click": click_prior, "conversion": conversion_prior}
+        super().__init__(
+            {
+                name: Tower(in_features, layer_sizes, prior=prior, dtype=dtype, device=device)
+                for name, prior in priors.items()
+            }
+        )

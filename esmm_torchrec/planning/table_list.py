@@ -31,7 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
-from esmm_torchrec.models.embeddings import module_name
+from esmm_torchrec.models.embeddings import module_names
 from esmm_torchrec.planning.strict_yaml import load_yaml
 from esmm_torchrec.schema import Schema
 from esmm_torchrec.sharding.table_placement import COLUMN_MULTIPLE, DATA_TYPES
@@ -181,10 +181,11 @@ def tables_of_schema(
         if name.startswith("shared_")
     }
     shared_by = impressions_per_shared_row or 1.0
+    names = module_names(table.name for table in schema.tables)
     return TableList(
         tables=tuple(
             PlannedTable(
-                name=module_name(table.name),
+                name=names[table.name],
                 num_embeddings=table.num_embeddings,
                 embedding_dim=embedding_dim,
                 features=tuple(
@@ -253,10 +254,11 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
     name = entry["name"]
     if not isinstance(name, str) or not name or "." in name:
         raise PlanError(f"{where}: name must be a text without dots, not {name!r}")
-    if module_name(name) != name:
+    legal = module_names([name])[name]
+    if legal != name:
         raise PlanError(
             f"{where}: TorchRec cannot hold a table of the name {name!r}, which is taken in its "
-            f"modules; call it {module_name(name)!r}"
+            f"modules; call it {legal!r}"
         )
     rows = _whole(entry["num_embeddings"], f"{where}: num_embeddings")
     dim = _whole(entry["embedding_dim"], f"{where}: embedding_dim")

@@ -59,6 +59,13 @@ class _Bags(NamedTuple):
     """float32 (L,), of the weighted features."""
 
 
+class _PlainInputs(NamedTuple):
+    """What an exported model takes in place of `BatchFeatures`."""
+
+    bags: _Bags
+    dense: torch.Tensor | None
+
+
 class _PlainFeatures(nn.Module):
     """What `PooledFeatures` does, by torch's embedding_bag; takes its place in a model."""
 
@@ -75,10 +82,9 @@ class _PlainFeatures(nn.Module):
                 weight = collection.embedding_bags.get_parameter(f"{config.name}.weight")
                 self.tables.append(weight)
 
-    def forward(
-        self, bags: _Bags, _w: None, _s: None, _sw: None, _i: None, dense: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(B, F); called as `PooledFeatures` is, with the bags where its first argument goes."""
+    def forward(self, features: _PlainInputs) -> torch.Tensor:
+        """(B, F)."""
+        bags, dense = features.bags, features.dense
         parts = []
         for feature, table in self._table_of.items():
             offsets = F.pad(bags.lengths[feature].cumsum(0), (1, 0))
@@ -131,7 +137,7 @@ class _Program(nn.Module):
             else weight
             for feature, weight in weights.items()
         }
-        logits = self.model(sparse_features=_Bags(values, lengths, used), dense_features=dense)
+        logits = self.model(_PlainInputs(_Bags(values, lengths, used), dense))
         return {
             name: probability
             for name, probability in probabilities_of(logits).items()

@@ -15,8 +15,8 @@ from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import Frame
-from esmm_torchrec.models.esmm import Logits
 from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step
 from esmm_torchrec.serving.scoring import encode_rows, scores_of
@@ -64,8 +64,8 @@ class Predictor:
     def logits(self, batch: ImpressionBatch) -> Logits:
         """Logits of a batch whose ids are rows of the tables already, on the CPU."""
         with torch.no_grad():
-            _, output = self.task(batch.to(self.device))
-        return Logits(*(None if value is None else value.cpu() for value in output.logits))
+            logits = self.task.model(batch.to(self.device).features)
+        return Logits({name: logit.cpu() for name, logit in logits.items()})
 
     def score(self, rows: Frame, *, batch_size: int = 8192) -> pd.DataFrame:
         """Scores raw rows, in their order.

@@ -23,8 +23,8 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.errors import DataError, RunError
-from esmm_torchrec.models.esmm import Logits
-from esmm_torchrec.models.methods import read_scores
+from esmm_torchrec.models.scores import read_scores
+from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.sharding.prediction import predict
@@ -45,15 +45,9 @@ def probabilities_of(logits: Logits) -> dict[str, torch.Tensor | None]:
     """pctr, pcvr and pctcvr of a model's logits, float32 (B,); None where the method has no such
     score. A quotient of probabilities (DIVISION's pcvr) is not cut at 1."""
     scores = read_scores(logits)
-    pcvr = None
-    if scores.conversion_logit is not None:
-        pcvr = torch.sigmoid(scores.conversion_logit)
-    elif scores.log_pcvr is not None:
-        pcvr = torch.exp(scores.log_pcvr)
     return {
-        "pctr": None if scores.click_logit is None else torch.sigmoid(scores.click_logit),
-        "pcvr": pcvr,
-        "pctcvr": None if scores.ctcvr_score is None else torch.sigmoid(scores.ctcvr_score),
+        f"p{rate}": scores[rate].probability if rate in scores else None
+        for rate in ("ctr", "cvr", "ctcvr")
     }
 
 

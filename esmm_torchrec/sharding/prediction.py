@@ -10,7 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.models.esmm import Logits
+from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.sharding.process_group import Ranks
 
 
@@ -37,14 +37,12 @@ def predict(
                     output = pipeline.progress(stream)
             except StopIteration:
                 break
-            own = {
-                name: logit for name, logit in output.logits._asdict().items() if logit is not None
-            }
+            own = output.logits
             stacked = torch.stack(list(own.values())).cpu()
             parts = [torch.empty_like(stacked) for _ in range(ranks.world_size)]
             dist.gather(stacked, parts if ranks.is_first else None, dst=0)
             gathered = dict(zip(own, torch.cat(parts, dim=1), strict=True))
-            yield Logits(**gathered) if ranks.is_first else None
+            yield Logits(gathered) if ranks.is_first else None
         # Not after an error: within a step it fails, and hides what went wrong.
         pipeline.detach()
     finally:

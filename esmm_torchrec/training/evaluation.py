@@ -10,8 +10,9 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, Selection, SharedFeatures
 from esmm_torchrec.metrics.report import ScoredImpressions
 from esmm_torchrec.metrics.windowed import model_output
-from esmm_torchrec.models.esmm import Logits, TrainOutput
-from esmm_torchrec.models.methods import Scores, read_scores
+from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.models.scores import Score, read_scores
+from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION, GROUP_ID, TRUE_CTR, TRUE_CVR
 from esmm_torchrec.sharding.prediction import predict
@@ -79,6 +80,9 @@ def score_split(
     )
 
 
+_COLUMNS = {"ctr": "click_logit", "cvr": "conversion_logit", "ctcvr": "ctcvr_score"}
+
+
 class _Columns:
     """Scores of batches one behind the other, by the names of ScoredImpressions."""
 
@@ -87,12 +91,11 @@ class _Columns:
         self._num_rows = num_rows
         self._done = 0
 
-    def append(self, scores: Scores) -> int:
-        """Takes the rows that are no padding, and says how many."""
+    def append(self, scores: dict[str, Score]) -> int:
+        """Takes the rows that are not padding, and says how many."""
         size = 0
-        for name, score in scores._asdict().items():
-            if score is None:
-                continue
+        for rate, (score, form) in scores.items():
+            name = _COLUMNS[rate] if form == "logit" else "log_pcvr"
             if name not in self.columns:
                 self.columns[name] = np.empty(self._num_rows, np.float32)
             size = min(len(score), self._num_rows - self._done)
@@ -104,17 +107,19 @@ class _Columns:
 def windowed_output(output: TrainOutput) -> dict[str, torch.Tensor]:
     """What TorchRec's windowed metrics take of a training step; scores that the method does not
     have are 0 there, see `known_tasks`."""
-    click, conversion = output.logits.click, output.logits.conversion
-    nothing = torch.zeros_like(output.labels.click)
+    logits, labels = output.logits, output.labels
+    nothing = torch.zeros_like(labels.click)
     return model_output(
-        nothing if click is None else click,
-        nothing if conversion is None else conversion,
-        *output.labels,
+        logits.get("click", nothing),
+        logits.get("conversion", nothing),
+        labels.click,
+        labels.conversion,
+        labels.get("weight"),
     )
 
 
 def known_tasks(logits: Logits) -> frozenset[str]:
     """The tasks of the windowed metrics that a method's logits speak of."""
-    known = {"ctr": logits.click, "cvr": logits.conversion}
-    tasks = {task for task, logit in known.items() if logit is not None}
+    known = {"ctr": "click", "cvr": "conversion"}
+    tasks = {task for task, logit in known.items() if logit in logits}
     return frozenset(tasks | {"ctcvr"} if len(tasks) == len(known) else tasks)

@@ -17,8 +17,9 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, Selection
 from esmm_torchrec.data.subsets import only_ids_of, user_hash
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.models.methods import METHODS, LoggedImpressions, TrainingRows, build_train_task
-from esmm_torchrec.schema import CLICK, CONVERSION
+from esmm_torchrec.models.methods import CLICK_METHOD, METHODS, build_train_task
+from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, TrainingRows
+from esmm_torchrec.schema import CLICK
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.evaluation import score_split
@@ -50,10 +51,8 @@ class TrainingPart:
     """None: all impressions, once."""
     num_rows: int
     """Rows of a pass over it."""
-    click_prior: float
-    """Share of clicks in it, weighted as it is."""
-    conversion_prior: float
-    """Share of conversions among those clicks."""
+    base_rates: BaseRates
+    """How often each label occurs in it, weighted as it is."""
     notes: Mapping[str, float] = field(default_factory=dict)
     """Figures of the selection that a report should show."""
 
@@ -76,16 +75,16 @@ def training_part(
     Raises:
         DataError: what is left holds no click or no conversion.
     """
-    method = METHODS[options.method]
     whole = slice(None) if within is None else within
+    tasks = split.schema.tasks
     impressions = LoggedImpressions(
-        split.scalars[CLICK][whole],
-        split.scalars[CONVERSION][whole],
+        {label: split.scalars[label][whole] for label in tasks.labels},
+        tasks,
         None if pctr is None else pctr[whole],
         options.seed,
     )
-    chosen = method.rows(impressions, method.checked_rate(options.rate))
-    return part_of(split, chosen, name=method.name, within=within)
+    chosen = options.parts.rows.select(impressions)
+    return part_of(split, chosen, name=METHODS[options.method].title, within=within)
 
 
 def part_of(
@@ -95,7 +94,7 @@ def part_of(
 
     Args:
         split: the training half.
-        chosen: as `Method.rows` gives it for the rows of `within`.
+        chosen: as `Rows.select` gives it for the rows of `within`.
         name: of the method, for the sentence of an error.
         within: as in `training_part`.
 
@@ -107,21 +106,22 @@ def part_of(
         rows = chosen.rows if within is None else within[chosen.rows]
         weights = chosen.weights
     kept = slice(None) if rows is None else rows
-    click = split.scalars[CLICK][kept].astype(np.float64)
-    converted = click * split.scalars[CONVERSION][kept]
-    clicks = float(np.average(click, weights=weights)) if click.any() else 0.0
-    conversions = float(np.average(converted, weights=weights)) if converted.any() else 0.0
-    for what, share in (("click", clicks), ("conversion", conversions)):
-        if not share:
+    num_rows = len(split.scalars[CLICK][kept])
+    each = np.ones(num_rows) if weights is None else weights
+    happened = np.ones(num_rows, bool)
+    positives: dict[str, float] = {}
+    for task in split.schema.tasks:
+        happened &= split.scalars[task.label][kept] == 1
+        positives[task.label] = float(happened @ each)
+        if not positives[task.label]:
             raise DataError(
-                f"{name} is left with {len(click):,} impressions and no {what} to train on; give "
-                "it more data or a larger fraction"
+                f"{name} is left with {num_rows:,} impressions and no {task.name} to train on; "
+                "give it more data or a larger fraction"
             )
     return TrainingPart(
         None if rows is None else Selection(rows, weights),
-        len(click),
-        click_prior=clicks,
-        conversion_prior=conversions / clicks,
+        num_rows,
+        base_rates=BaseRates(float(each.sum()), positives),
         notes={} if chosen is None else chosen.notes,
     )
 
@@ -158,8 +158,7 @@ def build_trainer(
             split.schema,
             options.model,
             seed=options.seed,
-            click_prior=part.click_prior,
-            conversion_prior=part.conversion_prior,
+            base_rates=part.base_rates,
         ),
         options=options,
         ranks=ranks,
@@ -280,7 +279,14 @@ def out_of_fold_pctr(
     fold = (user_hash(split, "fold")[rows] * FOLDS).astype(int)
     clicked = split.scalars[CLICK][rows] == 1
     pctr = np.full(split.impressions, np.nan)
-    network = replace(options, method="ctr", rate=None, seed=options.seed + FOLD_SEED)
+    network = replace(
+        options,
+        method=CLICK_METHOD,
+        rows=None,
+        architecture=None,
+        objective=None,
+        seed=options.seed + FOLD_SEED,
+    )
     for held_out in range(FOLDS):
         trained_on = rows[fold != held_out]
         part = training_part(split, network, within=trained_on)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from esmm_torchrec.data.mapped import HistoryWeights
 from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.methods import METHODS, DtypeOption, MethodOption, ModelOptions
+from esmm_torchrec.models.methods import (
+    ARCHITECTURES,
+    OBJECTIVES,
+    ROWS,
+    DtypeOption,
+    ModelOptions,
+    Parts,
+    resolve_parts,
+)
+from esmm_torchrec.models.parts import Architecture, Objective, Rows
+from esmm_torchrec.models.registry import part_to_dict
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 
@@ -22,12 +32,15 @@ class TrainOptions:
         OptionError: a value is out of its range.
     """
 
-    method: MethodOption = "esmm"
+    method: str = "esmm"
     """What is trained: ESMM, another conversion method of its paper, or the click network alone;
-    docs/methods.md says what each is."""
-    rate: float | None = None
-    """The method's own rate. aman: share of unclicked impressions taken as negatives; oversampling:
-    times each conversion occurs; unbias: quantile that 1 / pCTR is capped at."""
+    docs/methods.md describes each. A method is a preset of the three parts that follow."""
+    rows: Rows | None = None
+    """Which impressions are trained on; None: as the method has it."""
+    architecture: Architecture | None = None
+    """How features become logits; None: as the method has it."""
+    objective: Objective | None = None
+    """What the logits are trained for; None: as the method has it."""
     epochs: int = 1
     """Passes over the training half."""
     max_steps: int | None = None
@@ -62,8 +75,6 @@ class TrainOptions:
     """How tables are placed on ranks; auto leaves it to TorchRec's planner."""
     plan: Path | None = None
     """A sharding plan to use instead, as 'esmm-torchrec plan' or an earlier run wrote it."""
-    detach_click: bool = False
-    """Keep the conversion term of the loss from training the click tower."""
     seed: int = 0
     """Of the initial weights and of the order of impressions."""
     device: DeviceOption = "auto"
@@ -95,12 +106,41 @@ class TrainOptions:
             raise OptionError(
                 f"--checkpoint-every {self.checkpoint_every} is negative; give 0 or more"
             )
-        METHODS[self.method].checked_rate(self.rate)
+        _ = self.parts
         if self.resume not in ("auto", "never") and not self.resume.isdigit():
             raise OptionError(f"--resume {self.resume} is not auto, never or the number of a step")
 
     @property
     def model(self) -> ModelOptions:
         """Those that decide the shape of the model."""
-        names = (field.name for field in fields(ModelOptions))
-        return ModelOptions(**{name: getattr(self, name) for name in names})
+        parts = self.parts
+        return ModelOptions(
+            method=self.method,
+            embedding_dim=self.embedding_dim,
+            tower=self.tower,
+            dtype=self.dtype,
+            architecture=parts.architecture,
+            objective=parts.objective,
+        )
+
+    @property
+    def parts(self) -> Parts:
+        """The method's parts, with those given in their place."""
+        return resolve_parts(
+            self.method,
+            rows=self.rows,
+            architecture=self.architecture,
+            objective=self.objective,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the parts resolved."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {
+            "rows": part_to_dict(ROWS, self.parts.rows),
+            "architecture": part_to_dict(ARCHITECTURES, self.parts.architecture),
+            "objective": part_to_dict(OBJECTIVES, self.parts.objective),
+            "tower": list(self.tower),
+            "plan": None if self.plan is None else str(self.plan),
+        }
+        return values

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -30,7 +29,6 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
-from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.schema import CLICK
 from esmm_torchrec.sharding.plan_file import PlanFile, read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
@@ -87,7 +85,7 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
     # `build_loop` knows the batch size.
     workload = Workload(1, dataset.statistics.mean_values_per_bag)
     pctr = None
-    if METHODS[options.method].needs_pctr:
+    if options.parts.rows.needs_pctr:
         pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
     part = training_part(splits["train"], options, pctr=pctr)
 
@@ -233,13 +231,13 @@ def _keep_plan(plan: PlanFile, path: Path) -> None:
 
 def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     placement = _placement(options, ranks)
-    values = asdict(options) | {name: placement[name] for name in ("sharding", "plan")}
+    values = options.to_dict() | {name: placement[name] for name in ("sharding", "plan")}
     return {
         "identity": {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
         | {"data": dataset.fingerprint},
         "options": values,
         "data": str(dataset.path.resolve()),
-        "model": asdict(options.model),
+        "model": options.model.to_dict(),
         "schema": dataset.schema.to_dict(),
         "mean_values_per_bag": dict(dataset.statistics.mean_values_per_bag),
         "ranks": placement["ranks"],

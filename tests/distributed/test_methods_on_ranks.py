@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,10 +21,18 @@ from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.report import ScoredImpressions
 from esmm_torchrec.models.esmm import TrainOutput
-from esmm_torchrec.models.methods import METHODS, LoggedImpressions, MethodOption, TrainingRows
+from esmm_torchrec.models.methods import METHODS
+from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
+from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
+from esmm_torchrec.models.rows.inverse_propensity import (
+    InversePropensityRows,
+    RejectionSampledRows,
+)
+from esmm_torchrec.models.rows.missing_as_negative import MissingAsNegativeRows
 from esmm_torchrec.schema import IdFeature
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
+from esmm_torchrec.tasks import DEFAULT_TASKS
 from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import (
     FOLDS,
@@ -40,7 +48,7 @@ from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train as train_run
 from tests.ranks import run_on_ranks
 
-ALL_METHODS: tuple[MethodOption, ...] = get_args(MethodOption)
+ALL_METHODS = tuple(METHODS)
 GLOBAL_BATCH = 16
 OPTIONS = TrainOptions(
     embedding_dim=8, tower=(12, 6), sparse_lr=0.05, dense_lr=0.005, epochs=2, seed=3, device="cpu"
@@ -179,7 +187,7 @@ def _train_all(data: Path, ranks: Ranks) -> dict[str, Any]:
             sharding="row_wise" if ranks.world_size > 1 else "auto",
         )
         pctr = None
-        if METHODS[method].needs_pctr:
+        if METHODS[method].rows.needs_pctr:
             pctr = out_of_fold_pctr(train, options, ranks, workload=WORKLOAD)
         part = training_part(train, options, pctr=pctr)
         model = fit(train, options, ranks, part=part, workload=WORKLOAD)
@@ -219,24 +227,26 @@ def _weights(model: Any, part: str) -> dict[str, np.ndarray]:
 def _identities(data: Path, ranks: Ranks) -> dict[str, dict[str, np.ndarray]]:
     """Weights of conversion networks that ought to be the same."""
     train = MappedSplit.open(PreparedDataSet.open(data), "train")
-    columns = train.scalars["click"], train.scalars["conversion"]
+    columns = {label: train.scalars[label] for label in DEFAULT_TASKS.labels}
     even = np.full(train.impressions, 0.3)
 
-    def trained(method: MethodOption, rows: TrainingRows | None, part: str = "conversion") -> Any:
+    def trained(method: str, rows: TrainingRows | None, part: str = "conversion") -> Any:
         options = replace(OPTIONS, method=method, batch_size=GLOBAL_BATCH)
         own = part_of(train, rows, name=method)
         return _weights(fit(train, options, ranks, part=own, workload=WORKLOAD), part)
 
-    def rows(method: MethodOption, rate: float | None) -> TrainingRows | None:
-        return METHODS[method].rows(LoggedImpressions(*columns, even, OPTIONS.seed), rate)
+    def rows(part: Rows) -> TrainingRows | None:
+        return part.select(LoggedImpressions(columns, DEFAULT_TASKS, even, OPTIONS.seed))
 
     return {
-        "base": trained("base", rows("base", None)),
-        "aman at 0": trained("aman", rows("aman", 0.0)),
-        "oversampling x 1": trained("oversampling", rows("oversampling", 1)),
-        "unbias, constant pctr": trained("unbias", rows("unbias", 0.9)),
-        "unbias-weighted, constant pctr": trained("unbias-weighted", rows("unbias-weighted", 0.9)),
-        "aman at 1": trained("aman", rows("aman", 1.0)),
+        "base": trained("base", rows(ClickedRows())),
+        "aman at 0": trained("aman", rows(MissingAsNegativeRows(1e-12))),
+        "oversampling x 1": trained("oversampling", rows(OversampledRows(1))),
+        "unbias, constant pctr": trained("unbias", rows(RejectionSampledRows(0.9))),
+        "unbias-weighted, constant pctr": trained(
+            "unbias-weighted", rows(InversePropensityRows(0.9))
+        ),
+        "aman at 1": trained("aman", rows(MissingAsNegativeRows(1.0))),
         "ctcvr of division": trained("division", None, "ctcvr"),
     }
 
@@ -245,6 +255,10 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
     """pCVR of each cell when there is nothing left to learn, by method."""
     dataset = PreparedDataSet.open(data)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
+    own_rows: dict[str, Rows] = {
+        "aman": MissingAsNegativeRows(1.0),
+        "oversampling": OversampledRows(3),
+    }
     pcvr = {}
     for method in ALL_METHODS:
         if method == "ctr":
@@ -252,7 +266,7 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
         options = replace(
             OPTIONS,
             method=method,
-            rate={"aman": 1.0, "oversampling": 3}.get(method),
+            rows=own_rows.get(method),
             batch_size=4800,
             tower=(32,),
             sparse_lr=0.1,
@@ -271,7 +285,7 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
 
 
 def _shuffled_labels(
-    data: Path, ranks: Ranks, methods: tuple[MethodOption, ...]
+    data: Path, ranks: Ranks, methods: tuple[str, ...]
 ) -> dict[str, tuple[ScoredImpressions, ...]]:
     """Scores of models trained on true and on shuffled conversion labels, by method."""
     dataset = PreparedDataSet.open(data)
@@ -283,7 +297,10 @@ def _shuffled_labels(
     results = {}
     for method in methods:
         options = replace(
-            OPTIONS, method=method, batch_size=200, rate=1.0 if method == "aman" else None
+            OPTIONS,
+            method=method,
+            batch_size=200,
+            rows=MissingAsNegativeRows(1.0) if method == "aman" else None,
         )
         scored = []
         for split in (train, shuffled):

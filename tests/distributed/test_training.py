@@ -14,6 +14,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.models.parts import BaseRates
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.evaluation import score_split
@@ -79,7 +80,10 @@ def _train(case: Case, data: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     options = replace(case.options, batch_size=GLOBAL_BATCH // ranks.world_size)
     trainer = Trainer(
         build_train_task(
-            dataset.schema, options.model, seed=options.seed, click_prior=0.5, conversion_prior=0.4
+            dataset.schema,
+            options.model,
+            seed=options.seed,
+            base_rates=BaseRates(10, {"click": 5, "conversion": 2}),
         ),
         options=options,
         ranks=ranks,
@@ -109,10 +113,11 @@ def _train(case: Case, data: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     samples: list[list[int]] = []
     losses: list[float] = []
     for _ in range(EPOCHS):
-        for batch in reader:
-            assert batch.sample_id is not None
-            assert batch.weight is not None
-            samples.append(batch.sample_id[batch.weight > 0].tolist())
+        rows = reader.rows_left()
+        for start in range(0, len(rows), reader.global_batch_size):
+            first = start + ranks.rank * reader.batch_size
+            own = rows[first : start + (ranks.rank + 1) * reader.batch_size]
+            samples.append(reader.split.scalars["sample_id"][own].tolist())
         losses += [float(output.loss) for output in trainer.steps(reader, reader.steps_left)]
     save(1)
     scored = score_split(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,14 @@ from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCol
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from esmm_torchrec import EsmmTrainTask, make_plan, process_group, shard
+from esmm_torchrec import (
+    BatchFeatures,
+    EsmmTrainTask,
+    ImpressionBatch,
+    make_plan,
+    process_group,
+    shard,
+)
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.training.optimizers import build_optimizer, fuse_optimizer
@@ -39,8 +45,8 @@ from examples.dcn_towers import (
 def best_aucs() -> dict[str, float]:
     """AUCs, on the rows that are measured, of the probabilities its labels are drawn from."""
     batch = made_up_batch(STEPS, TEST_ROWS)
-    assert batch.sparse_features is not None
-    parts = batch.sparse_features.to_dict()
+    assert batch.features.sparse_features is not None
+    parts = batch.features.sparse_features.to_dict()
     user, item = parts["user"].values(), parts["item"].values()
     seen = parts["seen"].to_padded_dense(SEEN, padding_value=-1).long()
     alike = ((seen % 4 == item[:, None] % 4) & (seen >= 0)).any(1)
@@ -67,7 +73,7 @@ def test_it_learns_what_a_product_of_embeddings_says(managed: bool) -> None:
         users = torch.arange(USERS) * RAW_ID
         none = torch.zeros(2 * USERS, dtype=torch.long)
         kjt = KeyedJaggedTensor(KEYS, users, lengths=torch.cat([torch.ones_like(users), none]))
-        pooled = model.features(sparse_features=kjt)
+        pooled = model.features(BatchFeatures(kjt))
         assert pooled.shape == (USERS, len(KEYS) * EMBEDDING_DIM)
         assert len(pooled[:, :EMBEDDING_DIM].unique(dim=0)) == USERS
 
@@ -100,19 +106,19 @@ def test_keys_in_any_order_and_one_table_for_two_features() -> None:
     torch.manual_seed(1)
     model = crossed_esmm()
     batch = made_up_batch(0)
-    kjt = batch.sparse_features
+    kjt = batch.features.sparse_features
     assert kjt is not None
-    logits = model(sparse_features=kjt)
+    logits = model(BatchFeatures(kjt))
     for order in ([2, 0, 1], [1, 2, 0]):
         permuted = kjt.permute(order)
         assert permuted.keys() != kjt.keys()
-        torch.testing.assert_close(model(sparse_features=permuted), logits, rtol=0, atol=0)
+        torch.testing.assert_close(
+            dict(model(BatchFeatures(permuted))), dict(logits), rtol=0, atol=0
+        )
 
     ids = torch.tensor([5, 7, 5, 7, 0, 1])
     pooled = model.features(
-        sparse_features=KeyedJaggedTensor(
-            ["seen", "item", "user"], ids, lengths=torch.ones(6).int()
-        )
+        KeyedJaggedTensor(["seen", "item", "user"], ids, lengths=torch.ones(6).int())
     )
     item, seen, user = pooled.split(EMBEDDING_DIM, dim=1)
     torch.testing.assert_close(item, seen, rtol=0, atol=0)
@@ -175,5 +181,6 @@ def _sharded_losses(task: nn.Module, steps: int, rate: float) -> list[float]:
 
 def _permuted(step: int):
     batch = made_up_batch(step)
-    assert batch.sparse_features is not None
-    return replace(batch, sparse_features=batch.sparse_features.permute([2, 0, 1]))
+    assert batch.features.sparse_features is not None
+    permuted = batch.features.sparse_features.permute([2, 0, 1])
+    return ImpressionBatch(sparse_features=permuted, labels=batch.labels)

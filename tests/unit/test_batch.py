@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
 
+import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.batch import BatchFeatures, ImpressionBatch, NamedTensors
+from esmm_torchrec.errors import OptionError
 
 META = torch.device("meta")
 
@@ -35,36 +37,40 @@ def _full() -> ImpressionBatch:
         dense_features=torch.zeros(3, 2),
         weight=row,
         mean_weight=torch.tensor(3.0),
-        mean_click_weight=torch.tensor(1.0),
-        sample_id=row.long(),
-        group_id=row.long(),
-        true_ctr=row,
-        true_cvr=row,
+        mean_label_weight={"click": torch.tensor(1.0)},
     )
 
 
-def _tensors(value: torch.Tensor | KeyedJaggedTensor) -> list[torch.Tensor]:
+def _tensors(value: object) -> list[torch.Tensor]:
+    """Every tensor below a value, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
-    weights = value.weights_or_none()
-    return [value.values(), value.lengths(), *([] if weights is None else [weights])]
+    if isinstance(value, KeyedJaggedTensor):
+        weights = value.weights_or_none()
+        return [value.values(), value.lengths(), *([] if weights is None else [weights])]
+    if isinstance(value, NamedTensors):
+        return list(value.values())
+    assert isinstance(value, tuple)
+    return [tensor for part in value if part is not None for tensor in _tensors(part)]
 
 
-def test_every_field_moves() -> None:
+def test_every_attribute_moves() -> None:
     """The meta device stands for a GPU: another device, on any machine."""
     batch = _full()
     moved = batch.to(META)
-    for field in fields(ImpressionBatch):
-        before, after = getattr(batch, field.name), getattr(moved, field.name)
-        assert before is not None, f"{field.name} is not covered"
+    assert vars(moved).keys() == vars(batch).keys()
+    for name, before in vars(batch).items():
+        after = getattr(moved, name)
         assert type(after) is type(before)
-        for old, new in zip(_tensors(before), _tensors(after), strict=True):
+        olds, news = _tensors(before), _tensors(after)
+        assert olds, f"{name} is not covered"
+        for old, new in zip(olds, news, strict=True):
             assert old.device.type == "cpu"
             assert new.device == META
             assert new.shape == old.shape
 
 
-def test_what_is_there_already_is_not_copied() -> None:
+def test_a_batch_on_its_device_is_not_copied() -> None:
     batch = _full()
     assert batch.to(torch.device("cpu")) is batch
 
@@ -73,7 +79,44 @@ def test_what_is_left_out_stays_out() -> None:
     batch = ImpressionBatch(click=torch.zeros(2), conversion=torch.zeros(2))
     moved = batch.to(META)
     assert moved.click.device == META
-    assert [field.name for field in fields(moved) if getattr(moved, field.name) is not None] == [
-        "click",
-        "conversion",
-    ]
+    assert moved.features == BatchFeatures()
+    assert moved.weight is None
+    assert list(moved.labels) == ["click", "conversion"]
+
+
+def test_labels_of_another_chain_go_by_name() -> None:
+    labels = {"click": torch.ones(2), "cart": torch.zeros(2)}
+    batch = ImpressionBatch(labels=labels)
+    assert batch.labels.cart.tolist() == [0, 0]
+    with pytest.raises(AttributeError, match="there is no 'order', only click, cart"):
+        _ = batch.labels.order
+    with pytest.raises(OptionError, match="either labels or click"):
+        ImpressionBatch(labels=labels, click=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"conversion": torch.zeros(3, 1)}, "conversion has shape (3, 1), not (3,)"),
+        ({"weight": torch.ones(3, 1)}, "weight has shape (3, 1), not (3,)"),
+        ({"weight": torch.ones(2)}, "weight has shape (2,), not (3,)"),
+        ({"click": torch.ones(3, dtype=torch.int64)}, "click is torch.int64, not float32"),
+        ({"dense_features": torch.zeros(3)}, "dense_features has shape (3,), not (3, D)"),
+        ({"shared_index": torch.zeros(2).long()}, "shared_index has shape (2,), not (3,)"),
+        ({"click": torch.ones(2), "conversion": torch.ones(2), "weight": torch.ones(2),
+          "dense_features": torch.zeros(2, 2), "shared_index": torch.zeros(2).long()},
+         "sparse_features has 3 bags per key, not 2"),
+    ],
+)  # fmt: skip
+def test_wrong_shapes_and_dtypes_are_refused(changed: dict, sentence: str) -> None:
+    """A (B, 1) label against (B,) logits would broadcast to (B, B) and train something else."""
+    row = torch.zeros(3)
+    arguments = {
+        "click": row,
+        "conversion": row,
+        "weight": torch.ones(3),
+        "sparse_features": _bags(weighted=False),
+        "dense_features": torch.zeros(3, 2),
+    }
+    with pytest.raises(OptionError, match=re.escape(sentence)):
+        ImpressionBatch(**(arguments | changed))

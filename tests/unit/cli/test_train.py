@@ -152,7 +152,7 @@ def test_another_run_in_the_folder_is_refused(
         (
             ["--embedding-dim", "18"],
             "--embedding-dim 18 is not a positive multiple of 4, which fbgemm's kernels require; "
-            "take the next one up",
+            "use the next one up",
         ),
         (
             ["--sharding", "data_parallel"],

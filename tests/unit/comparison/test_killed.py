@@ -25,14 +25,16 @@ def _script() -> str:
     """A program in which the method that docs/methods.md walks through is one of all methods."""
     _, _, rest = DOCUMENTATION.read_text().partition("```python\n")
     code, _, _ = rest.partition("```")
-    assert "class Recent(Base)" in code
+    assert "class RecentRows(Rows)" in code
     return "\n".join(
         [
             "import sys, numpy as np",
+            "from dataclasses import dataclass",
             "from esmm_torchrec.models.methods import *",
-            "from esmm_torchrec.models.methods import Base, LoggedImpressions, TrainingRows",
+            "from esmm_torchrec.models.parts import LoggedImpressions, TrainingRows",
             code,
-            "METHODS['recent'] = Recent()",
+            "ROWS.register('recent', RecentRows)",
+            "METHODS.register('recent', RECENT)",
             "from esmm_torchrec.cli.main import main",
             "main(sys.argv[1:])",
         ]

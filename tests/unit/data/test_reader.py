@@ -17,6 +17,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader, Selection
 from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.schema import COLLECTIONS
 from tests.plain_esmm import read_frame
 from tests.prepared_data import write_data_set
 
@@ -51,22 +52,35 @@ def _bags(
     return [(ids[bag], weights[bag]) for bag in order]
 
 
-def _check_features(batch: ImpressionBatch, frame: pd.DataFrame, split: MappedSplit) -> None:
+def _with_samples(reader: ImpressionReader) -> list[tuple[ImpressionBatch, list[int]]]:
+    """The rest of an epoch: each batch of this rank with the sample ids of its impressions."""
+    samples = reader.split.scalars["sample_id"][reader.rows_left()]
+    first = reader.rank * reader.batch_size
+    return [
+        (batch, samples[start + first : start + first + reader.batch_size].tolist())
+        for batch, start in zip(
+            reader, range(0, len(samples), reader.global_batch_size), strict=True
+        )
+    ]
+
+
+def _check_features(
+    batch: ImpressionBatch, samples: list[int], frame: pd.DataFrame, split: MappedSplit
+) -> None:
     """Every id and weight of a batch equals the file's; padding is empty."""
-    assert batch.sample_id is not None
     assert batch.weight is not None
     size = len(batch.click)
     kinds = {feature.name: feature for feature in split.schema.id_features}
     for collection, features in split.schema.collections.items():
-        given = getattr(batch, collection)
+        given = getattr(batch.features, collection)
         assert sorted(given.keys()) == sorted(feature.name for feature in features)
-        index = batch.shared_index if collection.startswith("shared_") else None
+        index = batch.features.shared_index if COLLECTIONS[collection].shared else None
         for name in given.keys():  # noqa: SIM118  (a KeyedJaggedTensor is no dict)
             for row, (ids, weights) in enumerate(_bags(given, name, index, size)):
                 if batch.weight[row] == 0:
                     assert ids == []
                     continue
-                stored = frame.loc[int(batch.sample_id[row])]
+                stored = frame.loc[samples[row]]
                 value = stored[name]
                 if kinds[name].multi_valued:
                     assert ids == list(value)
@@ -93,21 +107,17 @@ def test_batches_hold_what_the_files_hold(
             seed=5,
             shuffle_chunk=chunk,
             shared_features=shared_features,
-            optional_columns=True,
         )
-        for batch in reader:
-            _check_features(batch, frame, split)
+        for batch, samples in _with_samples(reader):
+            _check_features(batch, samples, frame, split)
             assert batch.weight is not None
-            assert batch.sample_id is not None
             real = batch.weight > 0
-            rows = frame.loc[batch.sample_id[real].tolist()]
+            assert int(real.sum()) == len(samples)
+            rows = frame.loc[samples]
             for value, column in (
                 (batch.click, "click"),
                 (batch.conversion, "conversion"),
-                (batch.group_id, "group_id"),
-                (batch.true_ctr, "true_ctr"),
-                (batch.true_cvr, "true_cvr"),
-                (batch.dense_features, ["price", "recency"]),
+                (batch.features.dense_features, ["price", "recency"]),
             ):
                 assert value is not None
                 np.testing.assert_array_equal(value[real].numpy(), rows[column].to_numpy())
@@ -119,7 +129,7 @@ def test_ranks_share_one_order_and_agree_on_sizes(
     split: MappedSplit, world_size: int, chunk: int
 ) -> None:
     by_rank = [
-        list(
+        _with_samples(
             ImpressionReader(
                 split,
                 batch_size=840 // (world_size * 20),
@@ -134,28 +144,28 @@ def test_ranks_share_one_order_and_agree_on_sizes(
     assert len({len(batches) for batches in by_rank}) == 1
     order: list[int] = []
     for step in zip(*by_rank, strict=True):
-        assert len({len(batch.click) for batch in step}) == 1
-        assert len({batch.shared_sparse_features.stride() for batch in step}) == 1
-        weight = sum(float(batch.weight.sum()) for batch in step)
-        clicks = sum(float((batch.weight * batch.click).sum()) for batch in step)
-        for batch in step:
+        batches = [batch for batch, _ in step]
+        assert len({len(batch.click) for batch in batches}) == 1
+        assert len({batch.features.shared_sparse_features.stride() for batch in batches}) == 1
+        weight = sum(float(batch.weight.sum()) for batch in batches)
+        clicks = sum(float((batch.weight * batch.click).sum()) for batch in batches)
+        for batch, samples in step:
             assert float(batch.mean_weight) == pytest.approx(weight / world_size)
-            assert float(batch.mean_click_weight) == pytest.approx(clicks / world_size)
-            order += batch.sample_id[batch.weight > 0].tolist()
+            clicked = float(batch.mean_label_weight.click)
+            assert clicked == pytest.approx(clicks / world_size)
+            order += samples
     assert sorted(order) == list(range(1, 318))
     one_rank = ImpressionReader(split, batch_size=317, seed=2, shuffle_chunk=chunk)
-    (whole,) = one_rank
-    assert whole.sample_id is not None
-    assert order == whole.sample_id.tolist()
+    ((_, whole),) = _with_samples(one_rank)
+    assert order == whole
 
 
 def test_seed_and_epoch_decide_the_order(split: MappedSplit) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         reader = ImpressionReader(split, batch_size=400, seed=seed)
         reader.load_state_dict({"epoch": epoch, "row": 0})
-        (batch,) = reader
-        assert batch.sample_id is not None
-        return batch.sample_id[:317].tolist()
+        ((_, samples),) = _with_samples(reader)
+        return samples
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(2, 0)
@@ -164,9 +174,8 @@ def test_seed_and_epoch_decide_the_order(split: MappedSplit) -> None:
 
 
 def test_chunks_stay_together_and_are_not_longer(split: MappedSplit, frame: pd.DataFrame) -> None:
-    (batch,) = ImpressionReader(split, batch_size=317, seed=1, shuffle_chunk=4)
-    assert batch.sample_id is not None
-    samples = batch.sample_id.numpy()
+    reader = ImpressionReader(split, batch_size=317, seed=1, shuffle_chunk=4)
+    ((_, samples),) = _with_samples(reader)
     owner = frame["shared_row"].to_dict()
     follows = [
         after == before + 1 and owner[after] == owner[before] for before, after in pairwise(samples)
@@ -181,9 +190,8 @@ def test_chunks_stay_together_and_are_not_longer(split: MappedSplit, frame: pd.D
 def test_position_goes_on_exactly_on_another_number_of_ranks(split: MappedSplit) -> None:
     reader = ImpressionReader(split, batch_size=50, seed=4)
     first: list[int] = []
-    for batch in reader:
-        assert batch.sample_id is not None
-        first += batch.sample_id.tolist()
+    for _, samples in _with_samples(reader):
+        first += samples
         reader.advance()
         if reader.rows_done == 150:
             break
@@ -193,13 +201,12 @@ def test_position_goes_on_exactly_on_another_number_of_ranks(split: MappedSplit)
         other = ImpressionReader(split, batch_size=30, rank=rank, world_size=2, seed=4)
         other.load_state_dict(reader.state_dict())
         assert other.steps_left == 3
-        by_rank.append(list(other))
+        by_rank.append(_with_samples(other))
     for step in zip(*by_rank, strict=True):
-        for batch in step:
-            rest += batch.sample_id[batch.weight > 0].tolist()
-    (whole,) = ImpressionReader(split, batch_size=317, seed=4)
-    assert whole.sample_id is not None
-    assert first + rest == whole.sample_id.tolist()
+        for _, samples in step:
+            rest += samples
+    ((_, whole),) = _with_samples(ImpressionReader(split, batch_size=317, seed=4))
+    assert first + rest == whole
 
 
 def test_the_end_of_an_epoch_begins_the_next(split: MappedSplit) -> None:
@@ -215,26 +222,25 @@ def test_a_selection_is_read_with_its_weights_and_copies(split: MappedSplit) -> 
     weights = np.array([1.0, 0.5, 0.5, 2.0, 0.0, 1.0], np.float32)
     reader = ImpressionReader(split, batch_size=4, seed=9, selection=Selection(rows, weights))
     read: list[tuple[int, float]] = []
-    for batch in reader:
-        assert batch.sample_id is not None
+    for batch, samples in _with_samples(reader):
         assert batch.weight is not None
-        read += zip(batch.sample_id.tolist(), batch.weight.tolist(), strict=True)
+        assert batch.weight[len(samples) :].eq(0).all()
+        read += zip(samples, batch.weight.tolist(), strict=False)
     wanted = list(zip((rows + 1).tolist(), weights.tolist(), strict=True))
-    assert sorted(pair for pair in read if pair[0] > 0) == sorted(wanted)
-    assert len(read) == 8
+    assert sorted(read) == sorted(wanted)
 
 
 def test_unshuffled_rows_keep_the_order_of_the_data(split: MappedSplit) -> None:
     reader = ImpressionReader(split, batch_size=100, shuffle=False)
-    order = torch.cat([batch.sample_id for batch in reader if batch.sample_id is not None])
-    assert order[:317].tolist() == list(range(1, 318))
+    order = [sample for _, samples in _with_samples(reader) for sample in samples]
+    assert order == list(range(1, 318))
 
 
 def test_raw_weights_are_left_as_stored(dataset: PreparedDataSet, frame: pd.DataFrame) -> None:
     split = MappedSplit.open(dataset, "train", history_weights="raw")
     (batch,) = ImpressionReader(split, batch_size=317, shuffle=False, shared_features="expanded")
-    assert batch.shared_weighted_sparse_features is not None
-    weights = batch.shared_weighted_sparse_features["history"].weights()
+    assert batch.features.shared_weighted_sparse_features is not None
+    weights = batch.features.shared_weighted_sparse_features["history"].weights()
     np.testing.assert_array_equal(
         weights.numpy(), np.concatenate(frame["history__weight"].to_numpy())
     )
@@ -283,8 +289,8 @@ def test_a_step_that_ranks_do_not_divide_has_the_same_rows(
         real = [part.weight > 0 for part in parts]
         clicks = [part.click[kept] for part, kept in zip(parts, real, strict=True)]
         assert torch.equal(torch.cat(clicks), whole.click[whole.weight > 0])
-        dense = [part.dense_features[kept] for part, kept in zip(parts, real, strict=True)]
-        assert torch.equal(torch.cat(dense), whole.dense_features[whole.weight > 0])
+        dense = [part.features.dense_features[kept] for part, kept in zip(parts, real, strict=True)]
+        assert torch.equal(torch.cat(dense), whole.features.dense_features[whole.weight > 0])
         for part in parts:
             assert float(part.mean_weight) * world_size == pytest.approx(float(whole.mean_weight))
 
@@ -292,9 +298,9 @@ def test_a_step_that_ranks_do_not_divide_has_the_same_rows(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": 0}, "batch_size 0"),
         ({"batch_size": 4, "world_size": 2, "rows_per_step": 9}, "rows_per_step 9 does not fit"),
-        ({"batch_size": 4, "shuffle_chunk": 0}, "--shuffle-chunk 0"),
+        ({"batch_size": 4, "shuffle_chunk": 0}, "shuffle_chunk 0"),
         ({"batch_size": 4, "selection": Selection(np.array([], np.int64))}, "no impression"),
     ],
 )

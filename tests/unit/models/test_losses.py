@@ -10,7 +10,9 @@ from esmm_torchrec.models.losses import (
     binary_cross_entropy,
     ctcvr_logit,
     ctcvr_loss,
-    log_ctcvr,
+    log_product,
+    product_logit,
+    product_loss,
     weighted_mean,
 )
 
@@ -98,8 +100,39 @@ def test_bfloat16_logits_give_a_float32_loss() -> None:
     assert loss[0] == pytest.approx(float(_exact(-8.0, -8.0, 0)[0]), rel=1e-5)
 
 
-def test_log_ctcvr_does_not_underflow() -> None:
-    value = log_ctcvr(torch.tensor([-200.0]), torch.tensor([-100.0]))
+@pytest.mark.parametrize("target", [0, 1])
+def test_the_loss_of_three_factors_and_its_gradient_are_exact(target: int) -> None:
+    triples = [(a, b, c) for a in LOGITS[::2] for b in LOGITS[1::3] for c in LOGITS[::3]]
+    logits = [torch.tensor(column, requires_grad=True) for column in zip(*triples, strict=True)]
+    loss = product_loss(logits, torch.full((len(triples),), target).float())
+    loss.sum().backward()
+    exact: list[list[mpmath.mpf]] = []
+    for triple in triples:
+        x = [mpmath.mpf(float(torch.tensor(value))) for value in triple]
+        p = [_sigmoid(value) for value in x]
+        # 1 − p₁p₂p₃ = (1−p₁) + p₁(1−p₂) + p₁p₂(1−p₃), a sum without cancellation.
+        rest = _sigmoid(-x[0]) + p[0] * _sigmoid(-x[1]) + p[0] * p[1] * _sigmoid(-x[2])
+        if target:
+            exact.append([-sum(map(mpmath.log, p)), *(-_sigmoid(-value) for value in x)])
+        else:
+            product = p[0] * p[1] * p[2]
+            grads = [product * _sigmoid(-value) / rest for value in x]
+            exact.append([-mpmath.log(rest), *grads])
+    for values, wanted in zip(
+        [loss, *(x.grad for x in logits)], zip(*exact, strict=True), strict=True
+    ):
+        assert values is not None
+        assert max(_relative_errors(values, list(wanted))) < 2e-5
+
+
+def test_a_product_of_one_is_the_logit_itself() -> None:
+    logit, target = torch.tensor([-3.0, 2.0]), torch.tensor([0.0, 1.0])
+    assert torch.equal(product_logit([logit]), logit)
+    assert torch.equal(product_loss([logit], target), binary_cross_entropy(logit, target))
+
+
+def test_log_product_does_not_underflow() -> None:
+    value = log_product([torch.tensor([-200.0]), torch.tensor([-100.0])])
     assert value.item() == pytest.approx(-300.0, rel=1e-6)
 
 

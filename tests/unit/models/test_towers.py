@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from esmm_torchrec.models.esmm import EsmmTowers
-from esmm_torchrec.models.towers import Tower
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.towers import EsmmTowers, Tower, Towers
 
 BATCH, WIDTH, LAYERS = 257, 24, (36, 20, 8)
 
@@ -58,13 +58,33 @@ def test_bfloat16_logits_hardly_tie() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_stay_float32_inside_autocast(dtype: torch.dtype) -> None:
+    tower = Tower(WIDTH, LAYERS, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = tower(_features())
+    assert logits.dtype == torch.float32
+    assert len(logits.unique()) > 0.95 * BATCH
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, -0.1])
+def test_a_prior_without_a_logit_is_refused(prior: float) -> None:
+    with pytest.raises(OptionError, match=r"prior .* is not between 0 and 1"):
+        Tower(WIDTH, LAYERS, prior=prior)
+
+
+def test_a_task_that_torch_cannot_hold_is_named() -> None:
+    with pytest.raises(OptionError, match="cannot hold a tower called 'keys'; rename the task"):
+        Towers({"keys": Tower(WIDTH, LAYERS)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_towers_are_each_of_them(dtype: torch.dtype) -> None:
     towers = EsmmTowers(WIDTH, LAYERS, dtype=dtype)
     features = _features()
     logits = towers(features)
     torch.testing.assert_close(logits.click, towers.click(features), atol=0, rtol=0)
     torch.testing.assert_close(logits.conversion, towers.conversion(features), atol=0, rtol=0)
-    assert logits.ctcvr is None
+    assert list(logits) == ["click", "conversion"]
 
 
 def test_the_gradients_of_two_towers_add_up() -> None:

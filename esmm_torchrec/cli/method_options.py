@@ -1,0 +1,86 @@
+"""The options of a method's three parts on the command line.
+
+Which options exist depends on the parts that are chosen, of this library or of a package that
+extends it, so the options of a command are completed once its arguments are known:
+
+    --method esmm --objective.detach-click            an option of the method's own objective
+    --method esmm --architecture separate             another architecture, with its options
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from esmm_torchrec.models.methods import ARCHITECTURES, METHODS, OBJECTIVES, ROWS
+from esmm_torchrec.models.registry import Registry
+
+T = TypeVar("T")
+
+PARTS: Mapping[str, Registry[Any]] = {
+    "rows": ROWS,
+    "architecture": ARCHITECTURES,
+    "objective": OBJECTIVES,
+}
+"""Part → where its kinds are registered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Mixed into the options of a command that trains one method."""
+
+    @classmethod
+    def for_arguments(cls: type[T], arguments: Sequence[str]) -> type[T]:
+        """This class with the fields of the chosen parts.
+
+        Args:
+            arguments: of the command, not parsed yet. A name that does not exist is left for the
+                parser to refuse.
+        """
+        method = _value(arguments, "method") or "esmm"
+        preset = METHODS[method] if method in METHODS else METHODS["esmm"]
+        names = tuple(METHODS)
+        fields: list[tuple[str, Any, Any]] = [
+            ("method", Annotated[Literal[names], tyro.conf.arg(metavar="NAME")], "esmm")
+        ]
+        for part, registry in PARTS.items():
+            chosen = _value(arguments, part)
+            default = getattr(preset, part)
+            if chosen is not None and chosen in registry:
+                default = registry[chosen]()
+            fields += [
+                (part, type(default), field(default=default)),
+                (
+                    f"{part}_name",
+                    Annotated[
+                        Literal[tuple(registry)],  # pyright: ignore[reportInvalidTypeForm]
+                        tyro.conf.arg(name=part, help=f"The {part} part of the method."),
+                    ],
+                    registry.name_of(type(default)),
+                ),
+            ]
+        return make_dataclass(
+            cls.__name__,
+            fields,
+            bases=(cls,),
+            frozen=True,
+            kw_only=True,
+            namespace={"__doc__": cls.__doc__},
+        )
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """The last value given for an option, None if there is none."""
+    value = None
+    for place, argument in enumerate(arguments):
+        name, equals, given = argument.partition("=")
+        if name != f"--{option}":
+            continue
+        if equals:
+            value = given
+        elif place + 1 < len(arguments):
+            value = arguments[place + 1]
+    return value

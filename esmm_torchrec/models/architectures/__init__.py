@@ -1,0 +1,1 @@
+"""How features become logits: one part per file."""

@@ -1,0 +1,57 @@
+"""A network per logit, with no parameter in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.batch import BatchFeatures
+from esmm_torchrec.models.embeddings import PooledFeatures
+from esmm_torchrec.models.parts import Architecture, Builder, Head
+from esmm_torchrec.models.towers import Logits, Tower
+
+
+class Network(nn.Module):
+    """Embeddings and a tower of its own: one logit, float32 (B,)."""
+
+    def __init__(self, features: PooledFeatures, tower: Tower) -> None:
+        super().__init__()
+        self.features = features
+        self.tower = tower
+
+    def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> torch.Tensor:
+        """Logit of B impressions."""
+        return self.tower(self.features(features))
+
+
+class SeparateNetworks(nn.ModuleDict):
+    """One network for each logit, with no parameter in common.
+
+    Args:
+        networks: name of the logit → its network.
+    """
+
+    def __init__(self, networks: Mapping[str, Network]) -> None:
+        super().__init__(dict(networks))
+
+    def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> Logits:
+        """Logits of B impressions, by the names of the networks."""
+        return Logits({name: network(features) for name, network in self.items()})
+
+
+@dataclass(frozen=True)
+class Separate(Architecture):
+    """A network for each logit, with embeddings of its own."""
+
+    def build(self, heads: Sequence[Head], builder: Builder) -> SeparateNetworks:
+        """The last head's tables keep their names, those of the others are prefixed by theirs."""
+        networks: dict[str, Network] = {}
+        for head in heads:
+            prefix = "" if head is heads[-1] else head.name
+            features = builder.features(head.starts_as or head.name, prefix=prefix)
+            networks[head.name] = Network(features, builder.tower(head, features.out_features))
+        return SeparateNetworks(networks)

@@ -1,0 +1,56 @@
+"""Each task over the impressions on which it can happen: the multi-task loss before ESMM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import joint_label, task_heads
+from esmm_torchrec.models.parts import Head, Objective
+from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.tasks import TaskChain
+
+
+@dataclass(frozen=True)
+class ClickSpaceObjective(Objective):
+    """mean over D of BCE(y, pCTR) + mean over O of BCE(z, pCVR).
+
+    The second is a mean over the clicks of all ranks; a batch without a click gives 0. At weight 1
+    it pulls about 1 / CTR times as hard as ESMM's second term, which is a mean over D.
+
+    Raises:
+        OptionError: the weight is negative.
+    """
+
+    conversion_loss_weight: float = 1.0
+    """Factor of the second term, and of those of further tasks."""
+
+    def __post_init__(self) -> None:
+        if self.conversion_loss_weight < 0:
+            option = "objective.conversion_loss_weight"
+            raise OptionError(f"{option} is negative; give 0 or more", option)
+
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """A logit for each task."""
+        return task_heads(tasks)
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The sum of the terms, each a mean over the impressions with the task before."""
+        first = tasks[0]
+        click = losses.binary_cross_entropy(logits[first.name], batch.labels[first.label])
+        total = losses.weighted_mean(click, batch.weight, batch.mean_weight)
+        for task in tasks[1:]:
+            before = tasks.prefix(task)[:-1]
+            loss = losses.binary_cross_entropy(logits[task.name], batch.labels[task.label])
+            weight = joint_label(batch, tuple(other.label for other in before))
+            if batch.weight is not None:
+                weight = weight * batch.weight
+            mean_weight = batch.mean_label_weight.get(before[-1].label)
+            total = total + self.conversion_loss_weight * losses.weighted_mean(
+                loss, weight, mean_weight
+            )
+        return total

@@ -1,0 +1,57 @@
+"""One probability, learned on the rows that the method selected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import joint_label
+from esmm_torchrec.models.parts import Head, Objective
+from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.tasks import TaskChain
+
+
+@dataclass(frozen=True)
+class ClickObjective(Objective):
+    """mean BCE(y, pCTR) over the selected rows: the first task of the chain alone."""
+
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """The logit of the first task."""
+        return (Head(tasks[0].name, tasks[0].label),)
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The mean over the rows of the global batch."""
+        first = tasks[0]
+        loss = losses.binary_cross_entropy(logits[first.name], batch.labels[first.label])
+        return losses.weighted_mean(loss, batch.weight, batch.mean_weight)
+
+
+@dataclass(frozen=True)
+class ConversionObjective(Objective):
+    """mean BCE(y·z, pCVR) over the selected rows: the last task of the chain alone.
+
+    What pCVR is conditioned on follows from the rows: on clicks, if the rows are the clicks. Hence
+    it is the probability of the last task given the one before only in a chain of two.
+    """
+
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """The logit of the last task.
+
+        Raises:
+            OptionError: the chain does not have two tasks.
+        """
+        if len(tasks) != 2:
+            raise OptionError(
+                f"the conversion objective needs a chain of two tasks, not of {len(tasks)}; use "
+                "the esmm, click-space or division objective"
+            )
+        return (Head(tasks[-1].name, tasks[-1].label),)
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The mean over the rows of the global batch."""
+        loss = losses.binary_cross_entropy(logits[tasks[-1].name], joint_label(batch, tasks.labels))
+        return losses.weighted_mean(loss, batch.weight, batch.mean_weight)

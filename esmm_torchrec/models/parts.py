@@ -1,0 +1,213 @@
+"""The three parts that make a method, and what they are given.
+
+    rows           which impressions are trained on, and with which weight
+    architecture   features → logits
+    objective      logits, batch → loss
+
+Each part is a frozen dataclass whose fields are its options. An objective says which logits it
+needs (`Head`); any architecture builds them. To add a part, subclass one of the three and register
+it, see `models.registry`.
+
+Shapes: N logged impressions, B impressions of a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
+from esmm_torchrec.models.towers import Logits, Tower, Towers
+from esmm_torchrec.schema import Schema
+from esmm_torchrec.tasks import TaskChain
+
+_SAMPLING_STREAM = 0x5EED
+
+
+class LoggedImpressions(NamedTuple):
+    """What the rows part of a method may look at when it selects impressions."""
+
+    labels: Mapping[str, NDArray[np.integer]]
+    """Label column → (N,), 0 or 1."""
+    tasks: TaskChain
+    pctr: NDArray[np.floating] | None = None
+    """(N,), probability of a click from a network that was not trained on the row; only for parts
+    with `needs_pctr`."""
+    seed: int = 0
+    """Of what a part samples; sampled once per training, not anew for each epoch."""
+
+    @property
+    def clicked(self) -> NDArray[np.bool_]:
+        """bool (N,), impressions with the first task of the chain."""
+        return self.labels[self.tasks[0].label] == 1
+
+    @property
+    def converted(self) -> NDArray[np.bool_]:
+        """bool (N,), impressions with every task of the chain."""
+        return np.logical_and.reduce([self.labels[label] == 1 for label in self.tasks.labels])
+
+    def uniform(self, size: int) -> NDArray[np.float64]:
+        """Numbers in [0, 1) to sample by, (size,), from a stream of their own: a sample must not
+        be correlated with the order of rows, which has the same seed."""
+        return np.random.default_rng([self.seed, _SAMPLING_STREAM]).random(size)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Impressions that a method trains on."""
+
+    rows: NDArray[np.integer]
+    """int (M,), ascending; a row may occur more than once."""
+    weights: NDArray[np.float32] | None = None
+    """float32 (M,), None: all 1."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the selection that a report should show."""
+
+
+@dataclass(frozen=True)
+class Rows(ABC):
+    """Which impressions a method trains on, and with which weight."""
+
+    needs_pctr: ClassVar[bool] = False
+    """Whether `select` looks at a pCTR from networks that were not trained on the row."""
+
+    @abstractmethod
+    def select(self, impressions: LoggedImpressions) -> TrainingRows | None:
+        """What to train on, None being every impression once."""
+
+
+class Head(NamedTuple):
+    """A logit that an objective needs, and what its base rate is."""
+
+    name: str
+    """Of the logit. The name of a task if it is the logit of that task given the one before."""
+    label: str | None = None
+    """The label that it predicts, from which its last bias starts; None: the bias starts as torch
+    initialises it."""
+    given: str | None = None
+    """The label of the impressions over which it predicts; None: all that are trained on."""
+    starts_as: str | None = None
+    """Name of the head whose initial weights it shares; None: its own."""
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """What a method is trained for."""
+
+    @abstractmethod
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """The logits that `loss` needs."""
+
+    @abstractmethod
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """Loss of a batch, float32 (), from float32 logits.
+
+        Over several ranks it is each rank's share of the global mean, see `losses.weighted_mean`.
+        TorchRec's pipelines trace through it with torch.fx, so that its control flow must not
+        depend on the values of tensors.
+        """
+
+    def bind(self, tasks: TaskChain) -> Callable[[Logits, ImpressionBatch], torch.Tensor]:
+        """The loss of one chain, as a train task takes it."""
+        return partial(self.loss, tasks=tasks)
+
+
+@dataclass(frozen=True)
+class Architecture(ABC):
+    """How features become logits."""
+
+    @abstractmethod
+    def build(self, heads: Sequence[Head], builder: Builder) -> nn.Module:
+        """A module that maps `BatchFeatures` to `Logits` with a logit for each head."""
+
+
+@dataclass(frozen=True)
+class BaseRates:
+    """How often each label occurs among the impressions a method trains on, weighted as they are;
+    counts, not shares, so that a share of 0 or 1 of few rows is not taken for certainty."""
+
+    impressions: float
+    positives: Mapping[str, float]
+    """Label → Σ weight over the impressions that have it."""
+
+    def prior(self, label: str, given: str | None) -> float:
+        """Share of `label` among the impressions with `given`, kept half an impression away from
+        0 and 1."""
+        total = self.impressions if given is None else self.positives[given]
+        if total <= 0:
+            return 0.5
+        margin = min(0.5, 0.5 / total)
+        return min(max(self.positives[label] / total, margin), 1 - margin)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What an architecture is built from. Equal heads of two methods start from equal weights:
+    what a comparison finds is then not the luck of the draw."""
+
+    schema: Schema
+    embedding_dim: int
+    layer_sizes: tuple[int, ...]
+    """Widths of the hidden layers of each tower."""
+    dtype: torch.dtype
+    """What the hidden layers of the towers compute in."""
+    seed: int
+    base_rates: BaseRates | None
+    """None: last biases start as torch initialises them."""
+    embedding_device: torch.device | str
+    """"meta" leaves drawing the tables to `sharding.shard`."""
+
+    def features(self, name: str, *, prefix: str = "") -> PooledFeatures:
+        """Embeddings of every id feature, and the dense features.
+
+        Args:
+            name: of the head whose embeddings they are; it and the seed decide the weights.
+            prefix: of the tables' names, for a model with more than one set of tables.
+        """
+        with drawn_from(self.seed, name):
+            collections = embedding_bag_collections(
+                self.schema, self.embedding_dim, device=self.embedding_device, prefix=prefix
+            )
+        return PooledFeatures(*collections, dense_in_features=len(self.schema.dense_features))
+
+    def tower(
+        self, head: Head, in_features: int, *, layer_sizes: Sequence[int] | None = None
+    ) -> Tower:
+        """The tower of a head; the head's name and the seed decide its weights.
+
+        Args:
+            head: whose logit it gives.
+            in_features: F.
+            layer_sizes: widths of the hidden layers; None: those of the options.
+        """
+        prior = None
+        if self.base_rates is not None and head.label is not None:
+            prior = self.base_rates.prior(head.label, head.given)
+        with drawn_from(self.seed, head.starts_as or head.name):
+            return Tower(
+                in_features, layer_sizes or self.layer_sizes, prior=prior, dtype=self.dtype
+            )
+
+    def towers(self, heads: Sequence[Head], in_features: int) -> Towers:
+        """A tower for each head over the same features."""
+        return Towers({head.name: self.tower(head, in_features) for head in heads})
+
+
+@contextmanager
+def drawn_from(seed: int, name: str) -> Iterator[None]:
+    """Draws torch's random numbers from a stream of their own, and leaves the global one alone."""
+    digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest) >> 1)
+        yield

@@ -1,0 +1,1 @@
+"""Which impressions a method trains on: one part per file."""

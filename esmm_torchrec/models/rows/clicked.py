@@ -1,0 +1,46 @@
+"""Clicked impressions alone, as BASE has them, and with copies of the conversions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
+
+
+@dataclass(frozen=True)
+class ClickedRows(Rows):
+    """Train on clicked impressions alone."""
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """The clicked impressions, once each."""
+        return TrainingRows(np.flatnonzero(impressions.clicked))
+
+
+@dataclass(frozen=True)
+class OversampledRows(Rows):
+    """Train on clicked impressions with each conversion repeated.
+
+    pCVR is biased as this must bias it: the odds of a conversion are `rate` times too high.
+
+    Raises:
+        OptionError: the rate is not a whole number above 0.
+    """
+
+    rate: int = 2
+    """Times that each conversion occurs in all."""
+
+    def __post_init__(self) -> None:
+        if self.rate < 1 or self.rate != int(self.rate):
+            raise OptionError(
+                f"rows.rate {self.rate} is not a whole number of copies above 0", "rows.rate"
+            )
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """The clicked impressions, those that converted `rate` times."""
+        clicked = np.flatnonzero(impressions.clicked)
+        return TrainingRows(
+            np.repeat(clicked, np.where(impressions.converted[clicked], self.rate, 1))
+        )

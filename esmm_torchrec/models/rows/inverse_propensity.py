@@ -1,0 +1,83 @@
+"""Clicked impressions made to follow the distribution of all impressions.
+
+The ESMM paper says of UNBIAS only "rejection sampling … pCTR is taken as the rejection
+probability". It is read here as: a click is accepted with a probability proportional to 1 / pCTR
+(p(x | click) ∝ p(click | x)·p(x), so this undoes the selection by clicks). 1 / pCTR is clipped at a
+quantile over the clicks, so that a few near-certain rejections do not decide everything. pCTR must
+come from networks that were not trained on the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
+
+
+@dataclass(frozen=True)
+class RejectionSampledRows(Rows):
+    """Train on clicks accepted with probability ∝ 1 / pCTR.
+
+    Raises:
+        OptionError: the rate is not in (0, 1].
+    """
+
+    rate: float = 0.9
+    """Quantile over the clicks at which 1 / pCTR is clipped."""
+
+    needs_pctr: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise OptionError(
+                f"rows.rate {self.rate:g} is not a quantile above 0 and up to 1", "rows.rate"
+            )
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """The accepted clicks."""
+        clicked, acceptance = self._acceptance(impressions)
+        accepted = impressions.uniform(len(clicked)) < acceptance
+        return TrainingRows(
+            clicked[accepted],
+            notes={
+                "acceptance_rate": float(accepted.mean()),
+                "effective_sample_size": float(accepted.sum()),
+            },
+        )
+
+    def _acceptance(
+        self, impressions: LoggedImpressions
+    ) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
+        """The clicked rows and the probability to accept each."""
+        assert impressions.pctr is not None
+        clicked = np.flatnonzero(impressions.clicked)
+        inverse = 1.0 / impressions.pctr[clicked].astype(np.float64)
+        limit = np.quantile(inverse, self.rate, method="higher")
+        return clicked, np.minimum(inverse, limit) / limit
+
+
+@dataclass(frozen=True)
+class InversePropensityRows(RejectionSampledRows):
+    """Train on every click, weighted ∝ 1 / pCTR instead of rejected.
+
+    Raises:
+        OptionError: the rate is not in (0, 1].
+    """
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """All clicks, with weights of mean 1."""
+        clicked, acceptance = self._acceptance(impressions)
+        weights = (acceptance / acceptance.mean()).astype(np.float32)
+        return TrainingRows(
+            clicked,
+            weights,
+            notes={
+                "acceptance_rate": float(acceptance.mean()),
+                "effective_sample_size": float(acceptance.sum() ** 2 / (acceptance**2).sum()),
+            },
+        )
