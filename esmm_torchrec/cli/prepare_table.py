@@ -1,4 +1,4 @@
-"""esmm-torchrec prepare table: any CSV or Parquet files of impressions → a prepared data set."""
+"""esmm-torchrec prepare table: any files of impressions → a prepared data set."""
 
 from __future__ import annotations
 
@@ -10,42 +10,56 @@ from typing import Annotated, Literal
 import tyro
 
 from esmm_torchrec.cli.prepared_report import report
+from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
 
 
 @dataclass(frozen=True)
 class Options:
-    """Turn any CSV or Parquet files of impressions into a prepared data set.
+    """Turn any text, Parquet or Arrow files of impressions into a prepared data set.
 
-    An option that takes several values takes them one after the other: --id user item. A CSV has a
-    header and is in UTF-8; an empty field is a missing value. A column of a CSV holds integer ids
-    if all its training values are integers, else strings. A column of lists is a multi-valued
-    feature; a CSV has none, take Parquet.
+    An option that takes several values takes them one after the other: --id user item. Text files
+    (CSV, TSV and the like) have a header. Empty text, NaN and NULL are missing values. An id column
+    is integers or text: in a text file it is integers if all its training values are.
     """
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to make."""
 
-    train: tuple[Path, ...]
-    """Files of the training impressions: .csv, .csv.gz, .parquet, .pq."""
+    train: tuple[str, ...]
+    """Files of the training impressions, folders of them, or quoted patterns ("logs/*.tsv.gz"):
+    .csv, .tsv, .tab, .txt, also compressed (.gz, .bz2, .zst, .lz4); .parquet, .pq; .arrow,
+    .feather."""
 
     click: str
-    """Column of 0 or 1: whether the impression was clicked."""
+    """Column that says whether the impression was clicked: 0/1, -1/1, no/yes or false/true."""
 
-    conversion: str
-    """Column of 0 or 1: whether it was clicked and converted."""
+    conversion: str | None = None
+    """Column, in the same form, that says whether it was clicked and converted; it may be empty
+    without a click. Without this option the data set holds clicks alone, for --method ctr."""
 
-    test: tuple[Path, ...] = ()
-    """Files of the test impressions; needed. No rows are split off the training files."""
+    test: tuple[str, ...] = ()
+    """Files of the test impressions, as --train."""
+
+    split: str | None = None
+    """Instead of --test, what becomes training among the rows of --train: time:COL:0.8, the
+    earliest; group:COL:0.8, whole groups (users); share:0.8, rows at random. The rest is test."""
 
     id: tuple[str, ...] = ()
-    """Columns of integers, strings or booleans, or of lists of them; each is a feature with an
+    """Columns of integers, text or booleans, or of lists of them; each is a feature with an
     embedding table. A missing value is an empty bag, one that training does not have is row 0."""
 
     dense: tuple[str, ...] = ()
     """Columns of numbers; each is a feature, standardised with its mean and standard deviation in
-    training. A missing value is a bad row."""
+    training. A missing value is a bad row. A column may be --id, too."""
+
+    text: tuple[str, ...] = ()
+    """Columns of text; each is a feature of its words, in lower case."""
+
+    time_features: tuple[str, ...] = ()
+    """Columns of times; the hour and the weekday (UTC) of each are features, COL__hour and
+    COL__weekday."""
 
     weights: tuple[str, ...] = ()
     """COL:WCOL: the id column COL is weighted by WCOL, a column of the same form."""
@@ -53,24 +67,44 @@ class Options:
     share_table: tuple[str, ...] = ()
     """NAME=COL,COL: id columns that look up one embedding table, NAME."""
 
+    list_separator: str | None = None
+    """What stands between the values of lists in text, such as | in 1|5|9. An id column that holds
+    it anywhere in training is a list."""
+
     sample_id: str | None = None
-    """Column of int64; without it rows are numbered from 0 in each split."""
+    """Column of int64; without it rows are numbered from 0 in each split, or in --train if --split
+    divides it."""
 
     group_id: str | None = None
-    """Column of int64 or strings (hashed) by which gauc groups, a user or a session."""
+    """Column of integers or text (hashed) by which gauc groups, a user or a session. A row without
+    one is a group of its own."""
 
     timestamp: str | None = None
-    """Column of int64."""
+    """Column of times: ISO 8601 text and typed times are stored as seconds since 1970 (UTC),
+    integers as they are."""
+
+    weight: str | None = None
+    """Column of what an impression counts for in training and in metrics, 0 or more."""
 
     true_ctr: str | None = None
-    """Column of the true probability of a click, where it is known."""
+    """Column of the true probability of a click, if it is known."""
 
     true_cvr: str | None = None
-    """Column of the true probability of a conversion behind a click, where it is known."""
+    """Column of the true probability of a conversion after a click, if it is known."""
 
-    min_count: int = 1
+    separator: str | None = None
+    """Between the fields of a text file, \\t for a tab; by default detected in the header, among
+    comma, tab, semicolon and |."""
+
+    encoding: str | None = None
+    """Of text files, such as cp1252; by default UTF-8, or UTF-16 with a byte order mark."""
+
+    quote: str = '"'
+    """Character around fields of text files that hold separators or line ends, or none."""
+
+    min_count: int = 2
     """How often an id must occur in training to have an embedding row of its own; rarer ids share
-    one."""
+    row 0, which ids that training does not have get, too. With 1 that row is not trained."""
 
     unclicked_conversions: Literal["error", "drop", "keep"] = "error"
     """Impressions with a conversion and no click: stop, drop them, or keep them as neither clicked
@@ -78,7 +112,7 @@ class Options:
 
     max_bad_rows: int = 0
     """Broken rows to skip, over all files, before giving up. What is skipped is reported: by its
-    line in a CSV, by its number from 0 in a Parquet file."""
+    line in a text file, by its number from 0 in others."""
 
 
 def _pairs(option: str, given: Iterable[str], separator: str, form: str) -> dict[str, str]:
@@ -97,21 +131,33 @@ def run(options: Options) -> None:
     """Prepares, then prints what is in the data set."""
     weights = _pairs("--weights", options.weights, ":", "COL:WCOL")
     shared = _pairs("--share-table", options.share_table, "=", "NAME=COL,COL")
+    separator = options.separator
+    text_format = TextFormat(
+        separator="\t" if separator in ("\\t", "tab") else separator,
+        encoding=options.encoding,
+        quote=None if options.quote == "none" else options.quote,
+    )
     data_set = prepare_table(
         options.out,
         train=options.train,
-        test=options.test,
+        test=options.test or None,
+        split=options.split,
         click=options.click,
         conversion=options.conversion,
         ids=options.id,
         dense=options.dense,
+        texts=options.text,
+        time_features=options.time_features,
         weights=weights,
         shared_tables={name: columns.split(",") for name, columns in shared.items()},
         sample_id=options.sample_id,
         group_id=options.group_id,
         timestamp=options.timestamp,
+        weight=options.weight,
         true_ctr=options.true_ctr,
         true_cvr=options.true_cvr,
+        list_separator=options.list_separator,
+        text_format=text_format,
         min_count=options.min_count,
         unclicked_conversions=options.unclicked_conversions,
         max_bad_rows=options.max_bad_rows,

@@ -1,9 +1,9 @@
 """Raw rows → prepared columns, the same for what a model is trained on and for what it scores.
 
 `FeatureColumns` reads the features of a block; a `RowEncoder` turns ids into rows of their tables
-and standardises dense values. `data.tabular` uses both to prepare a data set. What a trained model
-needs of them later is dataset.json and the vocabularies alone: `copy_preprocessing` puts these into
-a folder, and `RowEncoder.load` takes new rows from there on.
+and standardises dense values. `data.sources.tabular` uses both to prepare a data set. What a
+trained model needs of them later is dataset.json and the vocabularies alone: `copy_preprocessing`
+puts these into a folder, and `RowEncoder.load` takes new rows from there on.
 
 In this file: n rows of a block.
 """
@@ -11,10 +11,9 @@ In this file: n rows of a block.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,84 +21,13 @@ import pyarrow as pa
 
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import DenseStatistics, impression_columns
-from esmm_torchrec.data.sources.raw_tables import Frame, RawTable, open_raw_tables
-from esmm_torchrec.data.sources.raw_values import (
-    Fault,
-    IdKind,
-    read_ids,
-    read_integers,
-    read_numbers,
-)
+from esmm_torchrec.data.sources.delimited_text import TextFormat
+from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
+from esmm_torchrec.data.sources.raw_tables import Frame, RawRows, RawTable, open_raw_tables
+from esmm_torchrec.data.sources.raw_values import read_integers
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, weight_column
-
-
-class Features(NamedTuple):
-    """Feature values of n rows, not yet encoded. What stands in a row with a fault is arbitrary."""
-
-    ids: dict[str, pa.Array]
-    """By feature, int64 or string: n scalars with null for missing, or n lists without nulls."""
-    weights: dict[str, pa.Array]
-    """By weighted feature, float32: n scalars, null where the id is, or n lists beside the ids."""
-    dense: dict[str, np.ndarray]
-    """By dense feature, float64 (n,)."""
-
-    def filter(self, keep: np.ndarray) -> Features:
-        """The rows where `keep`, bool (n,), is true."""
-        mask = pa.array(keep)
-        return Features(
-            {name: values.filter(mask) for name, values in self.ids.items()},
-            {name: values.filter(mask) for name, values in self.weights.items()},
-            {name: values[keep] for name, values in self.dense.items()},
-        )
-
-
-@dataclass(frozen=True)
-class FeatureColumns:
-    """Which raw columns hold the features, and how. A feature is called as its raw column."""
-
-    id_features: tuple[IdFeature, ...]
-    kinds: Mapping[str, IdKind]
-    """By id feature: what its raw ids are."""
-    weights: Mapping[str, str]
-    """By weighted feature: the raw column of its weights."""
-    dense: tuple[str, ...]
-
-    @property
-    def roles(self) -> list[tuple[str, str]]:
-        """(what it is, name) of every raw column."""
-        return [
-            *(("an id feature", feature.name) for feature in self.id_features),
-            *((f"the weights of {name!r}", column) for name, column in self.weights.items()),
-            *(("a dense feature", name) for name in self.dense),
-        ]
-
-    def read(self, block: pa.Table) -> tuple[Features, list[Fault]]:
-        """The features of a block.
-
-        Raises:
-            DataError: a column is of a type that cannot hold the feature.
-        """
-        features, faults = Features({}, {}, {}), []
-        for feature in self.id_features:
-            weights_name = self.weights.get(feature.name)
-            ids, weights, found = read_ids(
-                block.column(feature.name),
-                feature.name,
-                kind=self.kinds[feature.name],
-                multi_valued=feature.multi_valued,
-                weights=None if weights_name is None else block.column(weights_name),
-                weights_name=weights_name,
-            )
-            features.ids[feature.name] = ids
-            if weights is not None:
-                features.weights[feature.name] = weights
-            faults += found
-        for name in self.dense:
-            features.dense[name], fault = read_numbers(block.column(name), name)
-            faults.append(fault)
-        return features, faults
+from esmm_torchrec.schema import SAMPLE_ID, Schema, Table, weight_column
 
 
 class RowEncoder:
@@ -116,6 +44,7 @@ class RowEncoder:
         vocabularies: by table.
         dense: by dense feature, what it is standardised with.
         sample_id: the raw column of sample ids, if it had one.
+        text_format: how text files are written.
     """
 
     def __init__(
@@ -125,11 +54,13 @@ class RowEncoder:
         dense: Mapping[str, DenseStatistics],
         *,
         sample_id: str | None = None,
+        text_format: TextFormat | None = None,
     ) -> None:
         self.features = features
         self._vocabularies = vocabularies
         self._dense = dense
         self._sample_id = sample_id
+        self._text_format = text_format
 
     @classmethod
     def load(cls, folder: Path | str) -> RowEncoder:
@@ -145,8 +76,15 @@ class RowEncoder:
         data_set = PreparedDataSet.open(folder, data_files=False)
         schema, source = data_set.schema, data_set.source
         vocabularies = {table.name: data_set.vocabulary(table.name) for table in schema.tables}
-        columns = source.get("columns", {}) if source.get("kind") == "table" else {}
-        weights = columns.get("weights", {})
+        if source.get("kind") == "table":
+            reading = RawReading.from_dict(source["reading"])
+            return cls(
+                reading.features,
+                vocabularies,
+                data_set.statistics.dense,
+                sample_id=reading.sample_id,
+                text_format=reading.text_format,
+            )
         features = FeatureColumns(
             id_features=tuple(replace(feature, shared=False) for feature in schema.id_features),
             kinds={
@@ -154,18 +92,13 @@ class RowEncoder:
                 for feature in schema.id_features
             },
             weights={
-                feature.name: weights.get(feature.name, weight_column(feature.name))
+                feature.name: weight_column(feature.name)
                 for feature in schema.id_features
                 if feature.weighted
             },
             dense=schema.dense_features,
         )
-        return cls(
-            features,
-            vocabularies,
-            data_set.statistics.dense,
-            sample_id=columns.get("sample_id") if columns else SAMPLE_ID,
-        )
+        return cls(features, vocabularies, data_set.statistics.dense, sample_id=SAMPLE_ID)
 
     @property
     def schema(self) -> Schema:
@@ -182,7 +115,7 @@ class RowEncoder:
         blocks = list(self.encode_blocks(rows))
         return pa.concat_tables(blocks) if blocks else impression_columns(self.schema).empty_table()
 
-    def encode_blocks(self, rows: Frame) -> Iterator[pa.Table]:
+    def encode_blocks(self, rows: Frame | Sequence[Frame]) -> Iterator[pa.Table]:
         """The impressions columns of the prepared form, block by block in bounded memory.
 
         Ids never seen in training have row 0. `sample_id` is the raw column that held it when the
@@ -190,38 +123,41 @@ class RowEncoder:
         are 0: new rows need none and none are read. There are no optional columns.
 
         Args:
-            rows: a CSV or Parquet file, or rows in memory. In a CSV no feature is multi-valued.
+            rows: files or rows in memory, one or several, as `prepare_table` takes them.
 
         Raises:
             DataError: a column is missing or of another kind than when the data was prepared, or
                 a row cannot be used; names the file, the column and the line or row.
         """
-        (table,) = open_raw_tables(rows, what="input")
-        table.check_columns(self.features.roles)
-        sample_id = self._sample_id if self._sample_id in table.column_names else None
-        columns = dict.fromkeys(name for _, name in self.features.roles)
-        if sample_id is not None:
-            columns[sample_id] = None
+        tables = open_raw_tables(rows, what="input", text_format=self._text_format)
+        for table in tables:
+            table.check_columns(self.features.roles)
         first_row = 0
-        for block in table.blocks(list(columns)):
-            yield self._encode_block(block, table, first_row, sample_id)
-            first_row += len(block)
+        for table in tables:
+            sample_id = self._sample_id if self._sample_id in table.column_names else None
+            columns = dict.fromkeys(name for _, name in self.features.roles)
+            if sample_id is not None:
+                columns[sample_id] = None
+            for block in table.blocks(list(columns)):
+                yield self._encode_block(block, table, first_row, sample_id)
+                first_row += len(block.table)
 
     def _encode_block(
-        self, block: pa.Table, table: RawTable, first_row: int, sample_id: str | None
+        self, block: RawRows, table: RawTable, first_row: int, sample_id: str | None
     ) -> pa.Table:
-        sample_ids = np.arange(first_row, first_row + len(block))
+        size = len(block.table)
+        sample_ids = np.arange(first_row, first_row + size)
         with table.named_in_errors():
-            features, faults = self.features.read(block)
+            features, faults = self.features.read(block.table)
             if sample_id is not None:
-                sample_ids, fault = read_integers(block.column(sample_id), sample_id)
+                sample_ids, fault = read_integers(block.table.column(sample_id), sample_id)
                 faults.append(fault)
         for fault in faults:
             if fault.rows.any():
                 row = int(fault.rows.argmax())
-                (place,) = table.places([first_row + row])
+                place = table.place(int(block.numbers[row]))
                 raise DataError(f"{place}, column {fault.column!r}: {fault.describe(row)}")
-        no_labels = np.zeros(len(block), np.int8)
+        no_labels = np.zeros(size, np.int8)
         with table.named_in_errors():
             encoded = self.encode_features(features)
         columns = [no_labels, no_labels, sample_ids, *encoded.values()]

@@ -25,6 +25,7 @@ from esmm_torchrec.schema import (
     TIMESTAMP,
     TRUE_CTR,
     TRUE_CVR,
+    WEIGHT,
     IdFeature,
     Schema,
     weight_column,
@@ -40,6 +41,7 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     TIMESTAMP: pa.int64(),
     TRUE_CTR: pa.float32(),
     TRUE_CVR: pa.float32(),
+    WEIGHT: pa.float32(),
 }
 """Columns that only some data sets have, in the order they are stored."""
 

@@ -48,7 +48,7 @@ from esmm_torchrec.data.sources.ali_ccp_raw import (
     skeleton_file,
     with_values,
 )
-from esmm_torchrec.data.sources.raw_tables import EXAMPLES, BadRows
+from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
@@ -342,7 +342,7 @@ class _Preparation:
         allowed = self.bad_rows.skip(len(bad))
         if allowed < len(bad):
             raise self.bad_rows.error(f"{file.path}, line {bad[allowed].line}: {bad[allowed].what}")
-        room = EXAMPLES - len(self.bad_rows.examples)
+        room = MAX_EXAMPLES - len(self.bad_rows.examples)
         # These go into the data set, where no path of this machine belongs.
         examples = [f"{file.name}, line {row.line}: {row.what}" for row in bad[:room]]
         for sentence in examples:

@@ -1,44 +1,41 @@
-"""Tables of impressions as people have them: CSV, Parquet, DataFrame; read block by block.
+"""Tables of impressions as people have them: delimited text, Parquet, Arrow, DataFrames.
 
-Every kind gives the same thing, Arrow tables of the columns asked for, so that what follows need
-not know where rows come from. A CSV has no types: all its columns are strings here, and
-`data.encoding` reads the numbers in them, because only it knows which column should hold some and
-only it can say which line does not.
+Every kind gives the same thing, blocks of Arrow columns with the number of each row, so that what
+follows need not know where rows come from. Delimited text has no types: all its columns are strings
+here, and `raw_values` reads the numbers in them, because only there is it known which column should
+hold some.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import itertools
+import glob
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from esmm_torchrec.data.sources.delimited_text import DelimitedText, TextFormat
 from esmm_torchrec.errors import DataError
 
 Frame = Path | str | pd.DataFrame | pa.Table
-"""A path to a CSV or Parquet file, or rows in memory."""
+"""A path to a file, a folder or a pattern of files, or rows in memory."""
 
 ROWS_PER_BLOCK = 1 << 16
-CSV_BYTES_PER_BLOCK = 1 << 23
 
-CSV_NULLS = ("", "NaN", "nan", "NULL", "null")
-"""Fields of a CSV that are missing values. "NA" is not among them: it is Namibia, too."""
-
-_CSV_SUFFIXES = (".csv", ".csv.gz")
+_TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
+_COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+_ARROW_SUFFIXES = (".arrow", ".feather")
 
-EXAMPLES = 10
+MAX_EXAMPLES = 10
 """Bad rows that are named in the end."""
 
 
@@ -62,7 +59,7 @@ class BadRows:
 
     def note(self, sentence: str) -> None:
         """Keeps a sentence on a skipped row, if it is among the first."""
-        if len(self.examples) < EXAMPLES:
+        if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(sentence)
 
     def error(self, sentence: str) -> DataError:
@@ -72,7 +69,15 @@ class BadRows:
                 f"there are more than {self.limit} bad rows (--max-bad-rows), the first one too "
                 f"many: {sentence}"
             )
-        return DataError(f"{sentence}; mend it, or skip up to N bad rows with --max-bad-rows N")
+        return DataError(f"{sentence}; fix it, or skip up to N bad rows with --max-bad-rows N")
+
+
+class RawRows(NamedTuple):
+    """A block of rows."""
+
+    table: pa.Table
+    numbers: np.ndarray
+    """int64, how `RawTable.place` finds each row."""
 
 
 class RawTable(ABC):
@@ -84,32 +89,29 @@ class RawTable(ABC):
     name: str
     file_name: str
     column_names: Sequence[str]
-
-    @property
-    def is_text(self) -> bool:
-        """Whether all columns are strings because the file has no types."""
-        return False
+    is_text = False
+    """Whether all columns are strings because the file has no types."""
 
     @abstractmethod
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         """Arrow types of some columns."""
 
     @abstractmethod
-    def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[pa.Table]:
+    def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[RawRows]:
         """The rows in order, `columns` alone, in blocks of bounded size.
 
         Args:
             columns: those to give, in this order.
-            bad_rows: counts the lines of a CSV that have not as many fields as its header. They
-                are no rows: `places` does not count them either. None allows none.
+            bad_rows: counts the records of a text file that have not as many fields as its header;
+                they are left out. None allows none.
 
         Raises:
-            DataError: the file cannot be read, or there is one bad line too many.
+            DataError: the file cannot be read, or there is one bad record too many.
         """
 
-    def places(self, rows: Sequence[int]) -> list[str]:
-        """How a person finds some rows, given by number from 0, ascending."""
-        return [f"{self.name}, row {row}" for row in rows]
+    def place(self, number: int) -> str:
+        """How a person finds a row; numbers count from 0."""
+        return f"{self.name}, row {number}"
 
     def check_columns(self, wanted: Iterable[tuple[str, str]]) -> None:
         """Checks that columns are there, once each.
@@ -148,12 +150,16 @@ class RawTable(ABC):
         return f"it has {shown}" + (", …" if len(self.column_names) > 8 else "")
 
 
-def open_raw_tables(given: Frame | Sequence[Frame], *, what: str) -> list[RawTable]:
+def open_raw_tables(
+    given: Frame | Sequence[Frame], *, what: str, text_format: TextFormat | None = None
+) -> list[RawTable]:
     """Opens what a caller gave as one split.
 
     Args:
-        given: one frame or several, in the order of their rows.
+        given: one frame or several, in the order of their rows. The files of a folder or a pattern
+            are in the order of their names.
         what: how sentences call it ("train").
+        text_format: how text files are written.
 
     Raises:
         DataError: nothing is given, or a file is missing, empty, broken or of unknown kind.
@@ -161,26 +167,68 @@ def open_raw_tables(given: Frame | Sequence[Frame], *, what: str) -> list[RawTab
     frames = list(given) if isinstance(given, (list, tuple)) else [given]
     if not frames:
         raise DataError(f"there is no {what} file; give at least one with --{what}")
-    return [_open(frame, what) for frame in frames]
+    tables: list[RawTable] = []
+    for frame in frames:
+        if isinstance(frame, pd.DataFrame):
+            tables.append(_DataFrame(frame, f"the {what} DataFrame"))
+        elif isinstance(frame, pa.Table):
+            tables.append(_ArrowTable(frame, f"the {what} table"))
+        elif isinstance(frame, (Path, str)):
+            files = _files_of(Path(frame))
+            tables += [_open_file(path, text_format or TextFormat()) for path in files]
+        else:
+            raise DataError(
+                f"a {type(frame).__name__} is not a table; give paths, DataFrames or Arrow tables"
+            )
+    return tables
 
 
-def _open(frame: Frame, what: str) -> RawTable:
-    if isinstance(frame, pd.DataFrame):
-        return _DataFrame(frame, f"the {what} DataFrame")
-    if isinstance(frame, pa.Table):
-        return _ArrowTable(frame, f"the {what} table")
-    path = Path(frame)
-    lower = path.name.lower()
-    if not lower.endswith(_CSV_SUFFIXES + _PARQUET_SUFFIXES):
-        kinds = ", ".join(_CSV_SUFFIXES + _PARQUET_SUFFIXES)
-        raise DataError(f"{path} is of unknown kind; its name must end in one of {kinds}")
+def _suffixes() -> list[str]:
+    compressed = [text + suffix for text in _TEXT_SUFFIXES for suffix in _COMPRESSIONS]
+    return [*_TEXT_SUFFIXES, *compressed, *_PARQUET_SUFFIXES, *_ARROW_SUFFIXES]
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file, those in the folder, or those that match the pattern."""
     if path.is_dir():
-        raise DataError(f"{path} is a folder; give the files in it")
+        files = sorted(
+            file
+            for file in path.iterdir()
+            if file.is_file() and file.name.lower().endswith(tuple(_suffixes()))
+        )
+        if not files:
+            raise DataError(
+                f"{path} is a folder without any {', '.join(_TEXT_SUFFIXES)} or "
+                f"{', '.join(_PARQUET_SUFFIXES + _ARROW_SUFFIXES)} file"
+            )
+        return files
+    if glob.has_magic(str(path)) and not path.exists():
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise DataError(f"no file matches {path}; check the pattern")
+        return [
+            file for found in files for file in (_files_of(found) if found.is_dir() else [found])
+        ]
+    return [path]
+
+
+def _open_file(path: Path, text_format: TextFormat) -> RawTable:
+    name = path.name.lower()
+    if not name.endswith(tuple(_suffixes())):
+        kinds = ", ".join(_TEXT_SUFFIXES + _PARQUET_SUFFIXES + _ARROW_SUFFIXES)
+        raise DataError(
+            f"{path} is of unknown kind; its name must end in one of {kinds}, text may be "
+            f"compressed ({', '.join(_COMPRESSIONS)})"
+        )
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; give a file with a header and rows")
-    return _CsvFile(path) if lower.endswith(_CSV_SUFFIXES) else _ParquetFile(path)
+    if name.endswith(_PARQUET_SUFFIXES):
+        return _ParquetFile(path)
+    if name.endswith(_ARROW_SUFFIXES):
+        return _ArrowFile(path)
+    return _TextFile(path, text_format)
 
 
 class _ArrowTable(RawTable):
@@ -196,10 +244,10 @@ class _ArrowTable(RawTable):
         self,
         columns: Sequence[str],
         bad_rows: BadRows | None = None,  # noqa: ARG002
-    ) -> Iterator[pa.Table]:
+    ) -> Iterator[RawRows]:
         table = self._table.select(list(columns))
         for start in range(0, len(table), ROWS_PER_BLOCK):
-            yield table.slice(start, ROWS_PER_BLOCK)
+            yield _numbered(table.slice(start, ROWS_PER_BLOCK), start)
 
 
 class _DataFrame(RawTable):
@@ -215,7 +263,7 @@ class _DataFrame(RawTable):
             values = self._frame.iloc[:, list(self.column_names).index(name)]
             try:
                 self._arrow[name] = pa.Array.from_pandas(values)
-            except (pa.ArrowException, TypeError, OverflowError) as error:
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 reason = str(error).partition("\n")[0]
                 raise DataError(
                     f"{self.name}, column {name!r}: its values are not of one type ({reason}); "
@@ -230,11 +278,10 @@ class _DataFrame(RawTable):
         self,
         columns: Sequence[str],
         bad_rows: BadRows | None = None,  # noqa: ARG002
-    ) -> Iterator[pa.Table]:
+    ) -> Iterator[RawRows]:
         for start in range(0, len(self._frame), ROWS_PER_BLOCK):
-            yield pa.table(
-                {name: self._column(name).slice(start, ROWS_PER_BLOCK) for name in columns}
-            )
+            block = {name: self._column(name).slice(start, ROWS_PER_BLOCK) for name in columns}
+            yield _numbered(pa.table(block), start)
 
 
 class _ParquetFile(RawTable):
@@ -249,7 +296,9 @@ class _ParquetFile(RawTable):
 
     def _broken(self, error: Exception) -> DataError:
         reason = str(error).partition("\n")[0].rstrip(".")
-        return DataError(f"{self.name} is no Parquet file, or is broken or cut short ({reason})")
+        return DataError(
+            f"{self.name} is not a Parquet file, or is damaged or cut short ({reason})"
+        )
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         return {name: self._schema.field(name).type for name in columns}
@@ -258,99 +307,90 @@ class _ParquetFile(RawTable):
         self,
         columns: Sequence[str],
         bad_rows: BadRows | None = None,  # noqa: ARG002
-    ) -> Iterator[pa.Table]:
+    ) -> Iterator[RawRows]:
+        rows = 0
         try:
-            with pq.ParquetFile(self._path) as file:
+            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(ROWS_PER_BLOCK, columns=list(columns)):
                     # A name with a dot may bring a column along that nobody asked for.
-                    yield pa.Table.from_batches([batch]).select(list(columns))
+                    table = pa.Table.from_batches([batch]).select(list(columns))
+                    table.validate(full=True)
+                    yield _numbered(table, rows)
+                    rows += len(table)
+                expected = file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
             raise self._broken(error) from None
+        if rows != expected:
+            raise DataError(f"{self.name} holds {rows} rows where its footer says {expected}")
 
 
-class _CsvFile(RawTable):
+class _ArrowFile(RawTable):
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name, self.file_name = str(path), path.name
         try:
-            _, self.column_names = next(self._records())
-        except StopIteration:
-            raise DataError(f"{path} has no header; give a file with a header and rows") from None
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            with pa.memory_map(str(path)) as source:
+                self._schema = pa.ipc.open_file(source).schema
+        except (pa.ArrowException, OSError) as error:
             raise self._broken(error) from None
-
-    @property
-    def is_text(self) -> bool:
-        return True
+        self.column_names = self._schema.names
 
     def _broken(self, error: Exception) -> DataError:
         reason = str(error).partition("\n")[0].rstrip(".")
-        return DataError(f"{self.name} cannot be read as CSV in UTF-8 ({reason})")
+        return DataError(f"{self.name} is not an Arrow file, or is damaged or cut short ({reason})")
 
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """(number of its last line, fields) of the header and of every row, blank lines left out,
-        as pyarrow leaves them out. Slow: for the header and to find lines that are at fault."""
-        with pa.input_stream(str(self._path)) as stream:
-            reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-            for fields in reader:
-                if fields:
-                    yield reader.line_num, fields
+    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
+        return {name: self._schema.field(name).type for name in columns}
 
-    def places(self, rows: Sequence[int]) -> list[str]:
-        width, records = len(self.column_names), itertools.islice(self._records(), 1, None)
-        lines = (line for line, fields in records if len(fields) == width)
-        found, position = [], 0
-        for row in rows:
-            found.append(next(itertools.islice(lines, row - position, None), "?"))
-            position = row + 1
-        return [f"{self.name}, line {line}" for line in found]
+    def blocks(
+        self,
+        columns: Sequence[str],
+        bad_rows: BadRows | None = None,  # noqa: ARG002
+    ) -> Iterator[RawRows]:
+        rows = 0
+        try:
+            with pa.memory_map(str(self._path)) as source:
+                reader = pa.ipc.open_file(source)
+                for number in range(reader.num_record_batches):
+                    batch = reader.get_batch(number)
+                    for start in range(0, len(batch), ROWS_PER_BLOCK):
+                        part = batch.slice(start, ROWS_PER_BLOCK)
+                        table = pa.Table.from_batches([part]).select(list(columns))
+                        table.validate(full=True)
+                        yield _numbered(table, rows)
+                        rows += len(table)
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from None
 
-    def _misfits(self, first: int, past: int) -> list[str]:
-        """Sentences on some of the lines that have not as many fields as the header."""
-        width, records = len(self.column_names), itertools.islice(self._records(), 1, None)
-        sentences = (
-            f"{self.name}, line {line}: {len(fields)} fields where the header has {width}"
-            for line, fields in records
-            if len(fields) != width
-        )
-        return list(itertools.islice(sentences, first, past))
+
+class _TextFile(RawTable):
+    is_text = True
+
+    def __init__(self, path: Path, text_format: TextFormat) -> None:
+        self.name, self.file_name = str(path), path.name
+        self._text = DelimitedText(path, text_format)
+        self.column_names = self._text.column_names
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, line {number}"
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         return {name: pa.string() for name in columns}
 
-    def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[pa.Table]:
-        skipped, refused = 0, False
-
-        def handle(_: pa_csv.InvalidRow) -> str:
-            nonlocal skipped, refused
-            if bad_rows is not None and bad_rows.skip(1):
-                skipped += 1
-                return "skip"
-            refused = True
-            return "error"
-
-        try:
-            reader = pa_csv.open_csv(
-                self._path,
-                read_options=pa_csv.ReadOptions(block_size=CSV_BYTES_PER_BLOCK),
-                parse_options=pa_csv.ParseOptions(
-                    newlines_in_values=True, invalid_row_handler=handle
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    include_columns=list(columns),
-                    column_types=dict.fromkeys(columns, pa.string()),
-                    strings_can_be_null=True,
-                    null_values=list(CSV_NULLS),
-                ),
-            )
-            with reader:
-                for batch in reader:
-                    yield pa.Table.from_batches([batch])
-        except (pa.ArrowException, OSError) as error:
-            if not refused:
-                raise self._broken(error) from None
-            (sentence,) = self._misfits(skipped, skipped + 1)
-            raise (bad_rows.error(sentence) if bad_rows else DataError(sentence)) from None
-        if bad_rows is not None and skipped:
-            for sentence in self._misfits(0, min(skipped, EXAMPLES)):
+    def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[RawRows]:
+        for fields, misfits in self._text.blocks(columns):
+            for misfit in misfits:
+                sentence = (
+                    f"{self.place(misfit.line)}: {misfit.fields} fields where the header has "
+                    f"{len(self.column_names)}"
+                )
+                if bad_rows is None:
+                    raise DataError(sentence)
+                if not bad_rows.skip(1):
+                    raise bad_rows.error(sentence)
                 bad_rows.note(sentence)
+            yield RawRows(fields.table, fields.lines)
+
+
+def _numbered(table: pa.Table, first: int) -> RawRows:
+    return RawRows(table, np.arange(first, first + len(table)))

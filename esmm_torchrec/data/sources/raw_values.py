@@ -1,8 +1,11 @@
-"""The values in raw columns: numbers out of texts, ids as int64 or string, lists and weights.
+"""The values in raw columns: text, numbers, labels.
 
-Everything here takes an Arrow column as somebody's file has it and gives the values with a `Fault`
-for the rows that cannot be used, so that a caller may name them, skip them or stop. A missing id is
-null; a missing number or label is a fault. What is wrong with a column as a whole is raised.
+Everything here takes an Arrow column as somebody's file has it and returns the values with a
+`Fault` for the rows that cannot be used, so that a caller may name them, skip them or stop. A
+missing number is NaN. What is wrong with a column as a whole is raised.
+
+The same value reads the same from every kind of file. Text has the values that CSV has: NULL_TEXTS
+are missing, in Parquet too.
 
 In this file: n rows of a block.
 """
@@ -13,7 +16,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas.util
@@ -27,10 +30,11 @@ pc: Any = pyarrow.compute
 
 _hash_array: Any = pandas.util.hash_array
 
-IdKind = Literal["integer", "text"]
+NULL_TEXTS = ("", "NaN", "nan", "NULL", "null")
+"""Texts that are missing values. "NA" is not among them: it is Namibia, too."""
 
 _INTEGER_TEXT = r"^(0|-?[1-9][0-9]*)$"
-_MAX_INT64 = 2**63 - 1
+MAX_INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -49,49 +53,31 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
 
 
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+def is_number(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is one of numbers, booleans included."""
+    types = pa.types
+    # Integers with missing values come as floats from pandas, keys as decimals from databases.
+    numbers = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean)
+    return any(is_one(kind) for is_one in numbers)
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is one of lists. Views are none: pyarrow 26 casts them wrongly."""
-    is_one = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_kind(kind) for is_kind in is_one)
-
-
-def id_kind(kind: pa.DataType) -> IdKind | None:
-    """Whether ids of an Arrow type, or in lists of it, are integers or text; None where all are
-    null.
-
-    Raises:
-        TypeError: the type is neither.
-    """
-    return _single_id_kind(kind.value_type if is_list(kind) else kind)
-
-
-def _single_id_kind(kind: pa.DataType) -> IdKind | None:
-    kind = _value_type(kind)
-    if is_text(kind):
-        return "text"
-    # Integers with missing values come as floats from pandas, keys as decimals from data bases.
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
-    if any(is_number(kind) for is_number in numbers):
-        return "integer"
-    if pa.types.is_null(kind):
-        return None
-    raise TypeError(f"{kind} is no type for ids")
-
-
-def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column without chunks or a dictionary; text is string, with null for NULL_TEXTS."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if not is_text(array.type):
+        return array
+    array = array.cast(pa.string())
+    is_null = pc.is_in(array, value_set=pa.array(NULL_TEXTS))
+    return pc.if_else(is_null, pa.scalar(None, pa.string()), array)
 
 
-def _is_null(array: pa.Array) -> np.ndarray:
+def is_null(array: pa.Array) -> np.ndarray:
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
-def _cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
+def cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
     """`array` as `kind`, null where a value has no place in it, and a mask of those values. Only
     stretches that hold one are cast piece by piece."""
     try:
@@ -100,8 +86,8 @@ def _cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.
         if len(array) == 1:
             return pa.nulls(1, kind), np.ones(1, np.bool_)
     half = len(array) // 2
-    low, low_failed = _cast_what_can_be(array[:half], kind)
-    high, high_failed = _cast_what_can_be(array[half:], kind)
+    low, low_failed = cast_what_can_be(array[:half], kind)
+    high, high_failed = cast_what_can_be(array[half:], kind)
     return pa.concat_arrays([low, high]), np.concatenate([low_failed, high_failed])
 
 
@@ -113,23 +99,23 @@ def _plain_text(texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(lower, "false"), "0", texts)
 
 
-def _floats(column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
+def _numbers_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """float64, and a mask of texts that are not one."""
+    try:
+        return texts.cast(pa.float64()), np.zeros(len(texts), np.bool_)
+    except pa.ArrowInvalid:
+        return cast_what_can_be(_plain_text(texts), pa.float64())
+
+
+def floats(column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
     """float64 (n,), NaN where a value is missing or is no number."""
-    array = _one_array(column)
+    array = one_array(column)
     kind = array.type
     if is_text(kind):
-        try:
-            array = array.cast(pa.float64())
-        except pa.ArrowInvalid:
-            array, _ = _cast_what_can_be(_plain_text(array), pa.float64())
+        array, _ = _numbers_in(array)
     elif pa.types.is_boolean(kind):
         array = array.cast(pa.uint8())
-    elif not (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_null(kind)
-    ):
+    elif not (is_number(kind) or pa.types.is_null(kind)):
         raise DataError(f"column {name!r} holds {kind} where numbers belong; convert it")
     return array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
@@ -142,42 +128,35 @@ def _integer_texts(texts: pa.Array) -> tuple[pa.Array, pa.Array]:
 
 
 def holds_integers(column: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether all texts of a column of a CSV are integers, of any size, or missing. 7, 7.0, true
-    and false are; 007 is not."""
-    texts = _one_array(column)
-    try:
-        if texts.cast(pa.int64()).cast(pa.string()).equals(texts):
-            return True
-    except pa.ArrowInvalid:
-        pass
-    _, is_integer = _integer_texts(texts)
-    return pc.all(is_integer).as_py() is not False
+    """Whether all texts of a column of a text file are integers of 64 bits, or missing. 7, 7.0,
+    true and false are; 007 is not."""
+    _, failed = integers_in(one_array(column), "")
+    return not failed.any()
 
 
-def _integers(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
+def holds_text(column: pa.Array | pa.ChunkedArray, part: str) -> bool:
+    """Whether any text of a column has this part."""
+    array = one_array(column)
+    return is_text(array.type) and bool(pc.any(pc.match_substring(array, part)).as_py())
+
+
+def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
     """int64, null where a value is missing or is no integer; and a mask of the latter."""
     if is_text(array.type):
-        texts = array.cast(pa.string())
-        try:
-            integers = texts.cast(pa.int64())
-            if integers.cast(pa.string()).equals(texts):
-                return integers, np.zeros(len(texts), np.bool_)
-        except pa.ArrowInvalid:
-            pass
-        plain, is_integer = _integer_texts(texts)
-        integers, failed = _cast_what_can_be(
+        with contextlib.suppress(pa.ArrowInvalid):
+            integers = array.cast(pa.int64())
+            if integers.cast(pa.string()).equals(array):
+                return integers, np.zeros(len(array), np.bool_)
+        plain, is_integer = _integer_texts(array)
+        integers, failed = cast_what_can_be(
             pc.if_else(is_integer, plain, pa.scalar(None, pa.string())), pa.int64()
         )
         not_one = pc.invert(is_integer).fill_null(False).to_numpy(zero_copy_only=False)
         return integers, failed | not_one
-    try:
-        _single_id_kind(array.type)
-    except TypeError:
-        raise DataError(
-            f"column {name!r} holds {array.type} where integers belong; convert it"
-        ) from None
+    if not (is_number(array.type) or pa.types.is_null(array.type)):
+        raise DataError(f"column {name!r} holds {array.type} where integers belong; convert it")
     if not pa.types.is_floating(array.type):
-        return _cast_what_can_be(array, pa.int64())
+        return cast_what_can_be(array, pa.int64())
     floats = array.to_numpy(zero_copy_only=False)
     # Beyond it neighbours are one float: such ids were lost before they came here.
     exact = 2.0 ** (np.finfo(floats.dtype).nmant + 1)
@@ -186,234 +165,102 @@ def _integers(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
     return pa.array(np.where(usable, floats, 0).astype(np.int64), mask=~usable), failed
 
 
-def _describe(array: pa.Array | pa.ChunkedArray, row: int, must_be: str) -> str:
-    value = array[row].as_py()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def describe_row(array: pa.Array | pa.ChunkedArray, row: int, must_be: str) -> str:
+    return describe(array[row].as_py(), must_be)
+
+
+def describe(value: object, must_be: str) -> str:
+    """The end of a sentence on a value that cannot be used."""
+    if value is None or value in NULL_TEXTS or (isinstance(value, float) and math.isnan(value)):
         return f"the value is missing and must be {must_be}"
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} is not {must_be}"
 
 
-def read_labels(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
-    """Labels, int8 (n,), from 0/1 as integers, floats, booleans or text; nothing else is one."""
-    values = _floats(column, name)
-    bad = (values != 0) & (values != 1)
-    labels = np.where(bad, 0, values).astype(np.int8)
-    return labels, Fault(name, bad, lambda row: _describe(column, row, "a label, 0 or 1"))
+class LabelReader:
+    """Reads one label column: 0 and 1, -1 and 1, or words such as yes and no.
+
+    Both 0 and -1 may mean no, but not in one column: where both occur, one of them means something
+    else, perhaps "unknown".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._no: set[float] = set()
+
+    def read(self, column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, Fault, np.ndarray]:
+        """Labels, int8 (n,); the rows without one; those of them that are missing, bool (n,).
+
+        Raises:
+            DataError: the column holds both 0 and -1, or is of a type that holds no labels.
+        """
+        array = one_array(column)
+        if is_text(array.type):
+            words = pc.utf8_lower(pc.utf8_trim_whitespace(array))
+            place = pc.index_in(words, value_set=pa.array(LABEL_WORDS))
+            digit = pc.take(pa.array(["0", "1"] * (len(LABEL_WORDS) // 2)), place)
+            array = pc.coalesce(digit, array)
+        values = floats(array, self.name)
+        self._no |= {no for no in (0.0, -1.0) if (values == no).any()}
+        if len(self._no) > 1:
+            raise DataError(
+                f"column {self.name!r} holds both 0 and -1, and only one of them can mean no; "
+                "leave the other one empty or remove its rows"
+            )
+        bad = ~np.isin(values, (0, 1, -1))
+        fault = Fault(
+            self.name, bad, lambda row: describe_row(column, row, "a label, 0 or 1, no or yes")
+        )
+        return (values == 1).astype(np.int8), fault, is_null(array)
 
 
-def read_numbers(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
-    """float64 (n,) from numbers of any type or text; each must be there and finite."""
-    values = _floats(column, name)
+LABEL_WORDS = ("no", "yes", "false", "true", "n", "y", "f", "t")
+"""Texts that mean 0 and 1, in turn."""
+
+
+def read_numbers(
+    column: pa.Array | pa.ChunkedArray, name: str, *, may_be_missing: bool = False
+) -> tuple[np.ndarray, Fault]:
+    """float64 (n,) from numbers of any type or text, NaN for missing; each must be finite."""
+    values = floats(column, name)
     bad = ~np.isfinite(values)
-    return values, Fault(name, bad, lambda row: _describe(column, row, "a finite number"))
+    if may_be_missing and bad.any():
+        array = one_array(column)
+        missing = is_null(array)
+        if pa.types.is_floating(array.type):
+            missing |= np.isnan(values)
+        bad &= ~missing
+    return values, Fault(name, bad, lambda row: describe_row(column, row, "a finite number"))
+
+
+def read_weights(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
+    """float32 (n,), weights of impressions; each must be finite and 0 or more."""
+    values = float32(floats(column, name))
+    bad = ~((values >= 0) & np.isfinite(values))
+    return values, Fault(name, bad, lambda row: describe_row(column, row, "a weight, 0 or more"))
 
 
 def read_probabilities(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
     """float64 (n,) as `read_numbers`; each must lie in [0, 1]."""
-    values = _floats(column, name)
+    values = floats(column, name)
     bad = ~((values >= 0) & (values <= 1))
-    return values, Fault(name, bad, lambda row: _describe(column, row, "a probability, 0 to 1"))
+    return values, Fault(name, bad, lambda row: describe_row(column, row, "a probability, 0 to 1"))
 
 
 def read_integers(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
     """int64 (n,) from integers, floats without a fraction, or text; each must be there."""
-    integers, failed = _integers(_one_array(column), name)
-    bad = failed | _is_null(integers)
+    integers, failed = integers_in(one_array(column), name)
+    bad = failed | is_null(integers)
     return integers.fill_null(0).to_numpy(), Fault(
-        name, bad, lambda row: _describe(column, row, "an integer of 64 bits")
+        name, bad, lambda row: describe_row(column, row, "an integer of 64 bits")
     )
 
 
-def read_groups(
-    column: pa.Array | pa.ChunkedArray, name: str, kind: IdKind
-) -> tuple[np.ndarray, Fault]:
-    """Group ids, int64 (n,): integers as they are, a text as its pandas.util.hash_array (SipHash
-    under a fixed key: the same on every machine and in every run), read as int64."""
-    if kind == "integer":
-        return read_integers(column, name)
-    texts, failed = _ids(_one_array(column), name, kind)
-    bad = failed | _is_null(texts)
-    encoded = texts.fill_null("").dictionary_encode()
-    distinct = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
-    hashes = np.asarray(_hash_array(distinct, categorize=False)).view(np.int64)
-    return hashes[encoded.indices.to_numpy()], Fault(
-        name, bad, lambda row: _describe(column, row, "a group id")
-    )
+def row_hashes(numbers: np.ndarray) -> np.ndarray:
+    """uint64 (n,), well mixed, the same on every machine, from int64 numbers (n,)."""
+    return np.asarray(_hash_array(numbers, categorize=False))
 
 
-def _texts(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
-    """string, and a mask of values that are none. Integers are written out: 7 is "7"."""
-    if is_text(array.type):
-        return array.cast(pa.string()), np.zeros(len(array), np.bool_)
-    integers, failed = _integers(array, name)
-    return integers.cast(pa.string()), failed
-
-
-def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray]:
-    try:
-        return (_integers if kind == "integer" else _texts)(array, name)
-    except DataError:
-        raise DataError(
-            f"column {name!r} holds {array.type}, and ids are integers or strings; convert it"
-        ) from None
-
-
-def _describe_id(array: pa.Array, row: int) -> str:
-    value = array[row].as_py()
-    if isinstance(value, list):
-        return "the list holds a value that is not an id as the column has them, of int64 or string"
-    if isinstance(value, float) and value == math.floor(value):
-        return f"the id {value} is a float too large to be exact; store such ids as integers"
-    with contextlib.suppress(ValueError, OverflowError):
-        if abs(int(value)) > _MAX_INT64:
-            return f"the id {value} is over {_MAX_INT64}; store such ids as strings"
-    return _describe(array, row, "an integer, as the ids of this column are")
-
-
-def read_ids(
-    column: pa.Array | pa.ChunkedArray,
-    name: str,
-    *,
-    kind: IdKind,
-    multi_valued: bool,
-    weights: pa.Array | pa.ChunkedArray | None = None,
-    weights_name: str | None = None,
-) -> tuple[pa.Array, pa.Array | None, list[Fault]]:
-    """Ids and their weights.
-
-    Args:
-        column: n ids or n lists of ids. Nulls, in lists too, are missing; so is NaN.
-        name: of the column.
-        kind: integers become int64 (a text that spells one, too), text string ("7" for 7).
-        multi_valued: whether the column holds lists.
-        weights: beside the ids, numbers in the same form; None for none. Those of missing ids
-            count for nothing, all others must be finite.
-        weights_name: of their column.
-
-    Returns:
-        Ids, int64 or string, n scalars with null for missing or n lists without nulls; weights,
-        float32 in the same form; faults.
-
-    Raises:
-        DataError: a column is of a type that holds no ids, or no weights, of this form.
-    """
-    raw = _one_array(column)
-    _check_form(raw, name, multi_valued)
-    if weights is None:
-        if multi_valued:
-            return _list_ids(raw, name, kind)
-        ids, failed = _ids(raw, name, kind)
-        return ids, None, [Fault(name, failed, lambda row: _describe_id(raw, row))]
-    assert weights_name is not None
-    raw_weights = _one_array(weights)
-    _check_form(raw_weights, weights_name, multi_valued)
-    if multi_valued:
-        return _weighted_lists(raw, name, kind, raw_weights, weights_name)
-    ids, failed = _ids(raw, name, kind)
-    missing = _is_null(ids)
-    values = _float32(_floats(raw_weights, weights_name))
-    return (
-        ids,
-        pa.array(values, mask=missing),
-        [
-            Fault(name, failed, lambda row: _describe_id(raw, row)),
-            Fault(
-                weights_name,
-                ~np.isfinite(values) & ~missing,
-                lambda row: _describe(raw_weights, row, "a finite weight"),
-            ),
-        ],
-    )
-
-
-def _check_form(array: pa.Array, name: str, multi_valued: bool) -> None:
-    if not pa.types.is_null(array.type) and is_list(array.type) != multi_valued:
-        form = "lists" if multi_valued else "single values"
-        raise DataError(
-            f"column {name!r} holds {array.type} where {form} belong; give it the form it had "
-            "when the data was prepared"
-        )
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
+def float32(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
-
-
-def _lists(array: pa.Array) -> pa.ListArray:
-    if pa.types.is_null(array.type):
-        return array.cast(pa.list_(pa.null()))
-    return array.cast(pa.list_(array.type.value_type))
-
-
-def _lengths(lists: pa.ListArray) -> np.ndarray:
-    return pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
-
-
-def _offsets(lengths: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-
-
-def _list_ids(raw: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, None, list[Fault]]:
-    lists = _lists(raw)
-    lengths = _lengths(lists)
-    parents = np.repeat(np.arange(len(lists)), lengths)
-    ids, failed = _ids(_one_array(lists.flatten()), name, kind)
-    bad = _any_of_rows(failed, parents, len(lists))
-    if ids.null_count:
-        lengths = np.bincount(parents[~_is_null(ids)], minlength=len(lists))
-        ids = ids.drop_null()
-    faults = [Fault(name, bad, lambda row: _describe_id(lists, row))]
-    return pa.ListArray.from_arrays(_offsets(lengths), ids), None, faults
-
-
-def _weighted_lists(
-    raw: pa.Array, name: str, kind: IdKind, raw_weights: pa.Array, weights_name: str
-) -> tuple[pa.Array, pa.Array, list[Fault]]:
-    lists, weight_lists = _lists(raw), _lists(raw_weights)
-    lengths, weight_lengths = _lengths(lists), _lengths(weight_lists)
-    unequal = lengths != weight_lengths
-    faults = [
-        Fault(
-            weights_name,
-            unequal,
-            lambda row: f"{weight_lengths[row]} weights beside {lengths[row]} ids in {name!r}",
-        )
-    ]
-    if unequal.any():  # Without those rows, so that the rest lies side by side.
-        equal = pa.array(np.arange(len(lists)), mask=unequal)
-        lists, weight_lists = lists.take(equal), weight_lists.take(equal)
-    kept_lengths = _lengths(lists)
-    parents = np.repeat(np.arange(len(lists)), kept_lengths)
-    ids, failed = _ids(_one_array(lists.flatten()), name, kind)
-    values = _float32(_floats(weight_lists.flatten(), weights_name))
-    there = ~_is_null(ids)
-    infinite = ~np.isfinite(values) & there
-    faults += [
-        Fault(
-            name,
-            _any_of_rows(failed, parents, len(lists)),
-            lambda row: _describe_id(lists, row),
-        ),
-        Fault(
-            weights_name,
-            _any_of_rows(infinite, parents, len(lists)),
-            lambda _: "the list holds a weight that is missing or not finite",
-        ),
-    ]
-    if not there.all():
-        ids, values = ids.drop_null(), values[there]
-        kept_lengths = np.bincount(parents[there], minlength=len(lists))
-    offsets = _offsets(kept_lengths)
-    return (
-        pa.ListArray.from_arrays(offsets, ids),
-        pa.ListArray.from_arrays(offsets, pa.array(values)),
-        faults,
-    )
-
-
-def _any_of_rows(bad: np.ndarray, parents: np.ndarray, rows: int) -> np.ndarray:
-    of_rows = np.zeros(rows, np.bool_)
-    of_rows[parents[bad]] = True
-    return of_rows

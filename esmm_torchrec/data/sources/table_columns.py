@@ -8,17 +8,18 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
+from esmm_torchrec.data.sources.raw_ids import IdKind, id_kind, is_list
 from esmm_torchrec.data.sources.raw_tables import RawTable
-from esmm_torchrec.data.sources.raw_values import IdKind, id_kind, is_list
+from esmm_torchrec.data.sources.raw_times import TIME_PARTS, TimePart
+from esmm_torchrec.data.sources.raw_values import is_text
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import (
-    CLICK,
-    CONVERSION,
     GROUP_ID,
-    SAMPLE_ID,
+    RESERVED_COLUMNS,
     TIMESTAMP,
     TRUE_CTR,
     TRUE_CVR,
+    WEIGHT,
 )
 
 
@@ -26,60 +27,80 @@ from esmm_torchrec.schema import (
 class TableColumns:
     """What the columns of a raw table are.
 
+    A feature is called as its column. A dense feature whose column is an id feature, too, is called
+    "price__dense"; a feature whose column has the name of a column of prepared data sets is called
+    "timestamp__id"; and the parts of a time are called "shown__hour" and "shown__weekday".
+
     Raises:
         OptionError: a column has two roles that exclude each other, weights or a shared table name
-            no id column, or there is no id column.
+            a column that is not an id column, or there is no feature.
     """
 
     click: str
-    """0 or 1."""
-    conversion: str
-    """0 or 1, 1 only where click is 1."""
-    ids: tuple[str, ...]
-    """Integers, strings, booleans, or lists of them; each is an id feature called as its column."""
+    """0 or 1, -1 or 1, no or yes."""
+    conversion: str | None
+    """As click; yes only if click is yes, and ignored if it is missing without a click. None: no
+    impression has a conversion, only clicks are known."""
+    ids: tuple[str, ...] = ()
+    """Integers, text, booleans, or lists of them; each is an id feature."""
     dense: tuple[str, ...] = ()
     """Numbers; each is a dense feature."""
+    texts: tuple[str, ...] = ()
+    """Text; each is a multi-valued id feature of its words."""
+    time_features: tuple[str, ...] = ()
+    """Times; the hour and the weekday (UTC) of each are id features."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Id column → column of its weights, in the same form."""
     shared_tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Embedding table → the id columns that look it up. An id column that is in none has a table
-    of its own, called as the column."""
+    """Embedding table → the id or text columns that look it up. A feature that is in none has a
+    table of its own, called as the feature."""
     sample_id: str | None = None
     """int64; None numbers the rows of a split from 0."""
     group_id: str | None = None
-    """int64, or strings, of which a 64-bit hash is kept (`raw_values.read_groups`)."""
+    """int64, or text, of which a 64-bit hash is kept (`raw_values.read_groups`). A row without one
+    is a group of its own."""
     timestamp: str | None = None
-    """int64."""
+    """Integers as they are; typed times and ISO 8601 text as seconds since 1970-01-01 UTC."""
+    weight: str | None = None
+    """What an impression counts for, 0 or more."""
     true_ctr: str | None = None
     """Probability of a click, where it is known."""
     true_cvr: str | None = None
     """Probability of a conversion behind a click, where it is known."""
 
     def __post_init__(self) -> None:
-        if not self.ids:
-            raise OptionError("there is no id column; name at least one with --id")
+        if not (self.ids or self.texts or self.time_features or self.dense):
+            raise OptionError("there is no feature; name at least one column with --id or --dense")
         if self.click == self.conversion:
             raise OptionError(f"{self.click!r} is both --click and --conversion; name two columns")
-        features = [*self.ids, *self.dense, *self.weights.values()]
+        features = [column for _, column in self.features]
         for role in ("click", "conversion", "true_ctr", "true_cvr"):
             if getattr(self, role) in features:
                 raise OptionError(
                     f"{getattr(self, role)!r} is --{role.replace('_', '-')} and a feature, too; a "
                     "feature must not know the outcome"
                 )
-        named = [*self.ids, *self.dense]
-        for name in named:
-            if named.count(name) > 1:
-                raise OptionError(f"the column {name!r} is named as a feature twice; name it once")
+        for option, named in (
+            ("--id or --text", [*self.ids, *self.texts]),
+            ("--dense", self.dense),
+            ("--time-features", self.time_features),
+        ):
+            for name in named:
+                if named.count(name) > 1:
+                    raise OptionError(f"{option} names the column {name!r} twice; name it once")
         for name in self.weights:
             if name not in self.ids:
-                raise OptionError(f"--weights names {name!r}, which is no --id column; add it")
+                raise OptionError(f"--weights names {name!r}, which is not an --id column; add it")
+        self._check_shared_tables()
+
+    def _check_shared_tables(self) -> None:
+        columns = [*self.ids, *self.texts]
         tables: dict[str, str] = {}
-        for table, columns in self.shared_tables.items():
-            for name in columns:
-                if name not in self.ids:
+        for table, names in self.shared_tables.items():
+            for name in names:
+                if name not in columns:
                     raise OptionError(
-                        f"--share-table {table} names {name!r}, which is no --id column; add it"
+                        f"--share-table {table} names {name!r}, which is not an --id column; add it"
                     )
                 if name in tables:
                     raise OptionError(
@@ -87,34 +108,62 @@ class TableColumns:
                         "choose one"
                     )
                 tables[name] = table
-        for name in self.ids:
+        for name in columns:
             if name in self.shared_tables and name not in tables:
                 raise OptionError(
                     f"--share-table is called {name!r} as an --id column outside of it; choose "
                     "another name"
                 )
 
-    def table_of(self, name: str) -> str:
-        """The embedding table of an id column."""
+    @property
+    def id_features(self) -> dict[str, str]:
+        """Id feature → raw column."""
+        return {
+            **{
+                f"{name}__id" if name in RESERVED_COLUMNS else name: name
+                for name in (*self.ids, *self.texts)
+            },
+            **{f"{name}__{part}": name for name in self.time_features for part in TIME_PARTS},
+        }
+
+    @property
+    def dense_features(self) -> dict[str, str]:
+        """Dense feature → raw column."""
+        taken = RESERVED_COLUMNS | set(self.id_features)
+        return {f"{name}__dense" if name in taken else name: name for name in self.dense}
+
+    @property
+    def time_parts(self) -> dict[str, TimePart]:
+        """Id feature → which part of a time it is, for those that are one."""
+        return {f"{name}__{part}": part for name in self.time_features for part in TIME_PARTS}
+
+    def table_of(self, feature: str) -> str:
+        """The embedding table of an id feature."""
         for table, columns in self.shared_tables.items():
-            if name in columns:
+            if self.id_features[feature] in columns:
                 return table
-        return name
+        return feature
 
     @property
     def optional(self) -> dict[str, str]:
         """Optional column of the prepared form → raw column, for those that are there."""
-        roles = (GROUP_ID, TIMESTAMP, TRUE_CTR, TRUE_CVR)
-        return {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
+        given = {
+            GROUP_ID: self.group_id,
+            TIMESTAMP: self.timestamp,
+            TRUE_CTR: self.true_ctr,
+            TRUE_CVR: self.true_cvr,
+            WEIGHT: self.weight,
+        }
+        return {role: column for role, column in given.items() if column is not None}
 
     @property
     def roles(self) -> list[tuple[str, str]]:
         """(what it is, raw column) of every column beside the features."""
-        given = {CLICK: self.click, CONVERSION: self.conversion, SAMPLE_ID: self.sample_id}
+        options = ("click", "conversion", "sample_id", "group_id", "timestamp", "weight")
         return [
-            (f"--{role.replace('_', '-')}", column)
-            for role, column in (given | self.optional).items()
-            if column is not None
+            (f"--{role.replace('_', '-')}", getattr(self, role))
+            for role in (*options, "true_ctr", "true_cvr")
+            if getattr(self, role) is not None
         ]
 
     @property
@@ -122,6 +171,8 @@ class TableColumns:
         """(what it is, raw column) of every feature column."""
         return [
             *(("--id", name) for name in self.ids),
+            *(("--text", name) for name in self.texts),
+            *(("--time-features", name) for name in self.time_features),
             *((f"--weights of {name!r}", column) for name, column in self.weights.items()),
             *(("--dense", name) for name in self.dense),
         ]
@@ -135,7 +186,7 @@ class IdForm(NamedTuple):
     where: str
 
     @classmethod
-    def of(cls, table: RawTable, column: str) -> IdForm:
+    def of(cls, table: RawTable, column: str, list_separator: str | None) -> IdForm:
         """The form of a column of a file.
 
         Raises:
@@ -143,13 +194,15 @@ class IdForm(NamedTuple):
         """
         kind = table.types([column])[column]
         if table.is_text:
-            return cls(False, None, f"{table.name} has single values in column {column!r}")
+            multi_valued = None if list_separator else False
+            return cls(multi_valued, None, f"{table.name} has single values in column {column!r}")
         where = f"{table.name} has {kind} in column {column!r}"
         try:
             found = id_kind(kind)
         except TypeError:
-            raise DataError(f"{where}, and ids are integers or strings; convert it") from None
-        return cls(None if pa.types.is_null(kind) else is_list(kind), found, where)
+            raise DataError(f"{where}, and ids are integers or text; convert it") from None
+        unsure = pa.types.is_null(kind) or (list_separator is not None and is_text(kind))
+        return cls(None if unsure else is_list(kind), found, where)
 
 
 def agreed(forms: Sequence[IdForm], what: Literal["multi_valued", "kind"]) -> Any:

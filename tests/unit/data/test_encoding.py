@@ -17,7 +17,7 @@ from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources import raw_tables
+from esmm_torchrec.data.sources import delimited_text, raw_tables
 from esmm_torchrec.data.sources.raw_tables import open_raw_tables
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
@@ -72,17 +72,12 @@ def features(table: pa.Table) -> dict[str, Any]:
     ).to_pydict()
 
 
-def without_bad(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a group."""
-    return frame[frame["city"].notna()]
-
-
 def test_encoding_the_rows_of_the_data_set_gives_what_was_written(
     data_set: PreparedDataSet,
 ) -> None:
     encoder = RowEncoder.load(data_set.path)
     for split, frame in (("train", impressions()), ("test", impressions(150, seed=1))):
-        new = without_bad(frame).drop(columns=["clicked", "bought"])
+        new = frame.drop(columns=["clicked", "bought"])
         encoded = encoder.encode(new)
         written = pa.concat_tables(map(pq.read_table, data_set.impression_files(split)))
         assert features(encoded) == features(written)
@@ -116,6 +111,7 @@ def test_a_csv_is_encoded_as_the_frame_it_was_written_from(tmp_path: Path) -> No
         conversion="bought",
         ids=["user", "city"],
         dense=["age"],
+        min_count=1,
     )
     new = impressions(80, seed=5).assign(city="7")
     new.loc[2, "city"] = "Oslo"
@@ -123,12 +119,12 @@ def test_a_csv_is_encoded_as_the_frame_it_was_written_from(tmp_path: Path) -> No
     encoder = RowEncoder.load(tmp_path / "prepared")
     (from_csv,) = encoder.encode_blocks(tmp_path / "new.csv")
     assert from_csv.equals(encoder.encode(new))
-    # The kind of new ids need not be that of the file the data set was made of.
-    as_numbers = encoder.encode(
-        new.assign(city=7, user=new["user"].astype("Int64").astype("string"))
-    )
-    assert as_numbers["user"].equals(from_csv["user"])
-    assert as_numbers["city"].to_pylist() == [0] * 80
+    # Text that spells an integer is one; a number is never text, it may have been written "007".
+    as_text = encoder.encode(new.assign(user=new["user"].astype("Int64").astype("string")))
+    assert as_text["user"].equals(from_csv["user"])
+    for number in (7, 7.0, True):
+        with pytest.raises(DataError, match=r"'city' holds .* where the ids are text; convert it"):
+            encoder.encode(new.assign(city=number))
 
 
 def test_no_rows_give_no_rows(data_set: PreparedDataSet) -> None:
@@ -290,7 +286,7 @@ def test_another_version_or_a_changed_vocabulary_is_refused(data_set: PreparedDa
 def test_files_are_read_as_pandas_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raw_tables, "CSV_BYTES_PER_BLOCK", 2000)
+    monkeypatch.setattr(delimited_text, "BYTES_PER_BLOCK", 2000)
     monkeypatch.setattr(raw_tables, "ROWS_PER_BLOCK", 50)
     frame = impressions()[["user", "city", "age"]].assign(**{"a.b": 1, "a": "x\ny"})
     frame.to_csv(tmp_path / "a.csv", index=False)
@@ -298,13 +294,13 @@ def test_files_are_read_as_pandas_reads_them(
     (table,) = open_raw_tables(tmp_path / "a.csv", what="input")
     blocks = list(table.blocks(list(table.column_names)))
     assert len(blocks) > 1
-    texts = pa.concat_tables(blocks).to_pandas()
+    texts = pa.concat_tables(block.table for block in blocks).to_pandas().replace("", None)
     expected = pd.read_csv(tmp_path / "a.csv", dtype=str)
     pd.testing.assert_frame_equal(texts.fillna("-"), expected.fillna("-"), check_dtype=False)
     (table,) = open_raw_tables(tmp_path / "a.parquet", what="input")
     blocks = list(table.blocks(["a", "city"]))
     assert len(blocks) == 4
-    found = pa.concat_tables(blocks)
+    found = pa.concat_tables(block.table for block in blocks)
     assert found.column_names == ["a", "city"]
     assert found["city"].to_pylist() == [
         None if pd.isna(city) else city for city in frame["city"].tolist()

@@ -17,7 +17,7 @@ import pytest
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS
 from esmm_torchrec.data.sources.ali_ccp import UNCLICKED_CONVERSIONS, prepare_ali_ccp
-from esmm_torchrec.data.sources.raw_tables import EXAMPLES
+from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
 
 COMMON_FIELDS = ["101", "109_14", "110_14", "127_14", "150_14", "121", "122", "124", "125", "126"]
@@ -463,7 +463,7 @@ def test_a_bad_impression_is_named(tmp_path: Path, what, line):
     with pytest.raises(DataError, match=re.escape(sentence)) as raised:
         small(tmp_path)
     assert "\n" not in str(raised.value)
-    assert str(raised.value).endswith("mend it, or skip up to N bad rows with --max-bad-rows N")
+    assert str(raised.value).endswith("fix it, or skip up to N bad rows with --max-bad-rows N")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 
@@ -519,7 +519,7 @@ def test_bad_rows_are_skipped_and_counted_up_to_the_limit(tmp_path: Path, block_
     for split in SPLITS:
         assert out.dropped[split] == {UNCLICKED_CONVERSIONS: 1, "bad skeleton rows": len(bad)}
     named = [int(re.findall(r"line (\d+):", s)[0]) for s in out.dropped_rows["train"]]
-    assert named == where["train"][:EXAMPLES]
+    assert named == where["train"][:MAX_EXAMPLES]
     assert out.dropped_rows["test"] == (), "the limit is one for both splits"
     assert str(tmp_path) not in (out.path / "dataset.json").read_text()
     last = where["test"][-1]

@@ -1,0 +1,251 @@
+"""The rows of raw tables that become impressions: split, read, and free of faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.data.prepared_form import SplitName
+from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
+from esmm_torchrec.data.sources.raw_ids import IdKind, read_groups
+from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows, RawTable
+from esmm_torchrec.data.sources.raw_times import read_times
+from esmm_torchrec.data.sources.raw_values import (
+    Fault,
+    LabelReader,
+    read_integers,
+    read_probabilities,
+    read_weights,
+    row_hashes,
+)
+from esmm_torchrec.data.sources.row_split import RowSplit
+from esmm_torchrec.data.sources.table_columns import TableColumns
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.schema import (
+    CLICK,
+    CONVERSION,
+    GROUP_ID,
+    SAMPLE_ID,
+    TIMESTAMP,
+    WEIGHT,
+)
+
+UnclickedConversions = Literal["error", "drop", "keep"]
+
+
+class RawBlock(NamedTuple):
+    """Raw rows of one file and one split."""
+
+    table: RawTable
+    rows: pa.Table
+    places: np.ndarray
+    """int64, of the rows in their file, as `RawTable.place` takes them."""
+    numbers: np.ndarray
+    """int64, of the rows in all files of the split."""
+    split: SplitName
+
+
+class Impressions(NamedTuple):
+    """Impressions without a fault."""
+
+    scalars: dict[str, np.ndarray]
+    """Labels, sample_id and optional columns, by their prepared names."""
+    features: Features
+
+
+@dataclass
+class Skipped:
+    """What one reading of a split left out."""
+
+    bad_rows: BadRows
+    unclicked_conversions: int = 0
+
+
+class TableRows:
+    """The rows of raw tables.
+
+    Args:
+        tables: by split. With a rule, those of both splits are the same.
+        split: the rule that divides them.
+        columns: what the columns are.
+        unclicked_conversions: what becomes of rows with a conversion and no click.
+        max_bad_rows: how many may be skipped.
+
+    Raises:
+        DataError: a column is not there.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[SplitName, Sequence[RawTable]],
+        *,
+        split: RowSplit | None,
+        columns: TableColumns,
+        unclicked_conversions: UnclickedConversions,
+        max_bad_rows: int,
+    ) -> None:
+        self.tables = tables
+        self._split = split
+        self._columns = columns
+        self._unclicked_conversions = unclicked_conversions
+        self._max_bad_rows = max_bad_rows
+        self._labels = {
+            role: LabelReader(column)
+            for role, column in ((CLICK, columns.click), (CONVERSION, columns.conversion))
+            if column is not None
+        }
+        self._last_train_time: int | None = None
+        wanted = columns.roles + columns.features
+        if split is not None and split.column is not None:
+            wanted = [*wanted, ("--split", split.column)]
+        self._raw_columns = list(dict.fromkeys(name for _, name in wanted))
+        for table in dict.fromkeys([*tables["train"], *tables["test"]]):
+            table.check_columns(wanted)
+
+    def find_last_train_time(self) -> None:
+        """Reads the times that rows are split by, if they are."""
+        if self._split is None or self._split.kind != "time":
+            return
+        assert self._split.column is not None
+        columns = [self._split.column]
+        self._last_train_time = self._split.last_train_time(
+            rows.table
+            for table in self.tables["train"]
+            for rows in table.blocks(columns, BadRows(self._max_bad_rows))
+        )
+
+    def blocks(self, split: SplitName, bad_rows: BadRows) -> Iterator[RawBlock]:
+        """The rows of a split in order, block by block.
+
+        Raises:
+            DataError: a file cannot be read, or there is one bad record too many.
+        """
+        before = 0
+        for table in self.tables[split]:
+            # Records with too few fields are in neither half; they count as training rows.
+            ignored = BadRows(self._max_bad_rows)
+            counts_all = self._split is None or split == "train"
+            for rows in table.blocks(self._raw_columns, bad_rows if counts_all else ignored):
+                numbers = np.arange(before, before + len(rows.table))
+                before += len(rows.table)
+                block = RawBlock(table, rows.table, rows.numbers, numbers, split)
+                yield block if self._split is None else self._half(block, self._split)
+
+    def _half(self, block: RawBlock, rule: RowSplit) -> RawBlock:
+        with block.table.named_in_errors():
+            is_train = rule.is_train(block.rows, block.numbers, self._last_train_time)
+        mask = is_train if block.split == "train" else ~is_train
+        return block._replace(
+            rows=block.rows.filter(pa.array(mask)),
+            places=block.places[mask],
+            numbers=block.numbers[mask],
+        )
+
+    def usable(
+        self,
+        block: RawBlock,
+        features: FeatureColumns,
+        group_kind: IdKind | None,
+        skipped: Skipped,
+    ) -> Impressions:
+        """The rows of a block that become impressions."""
+        with block.table.named_in_errors():
+            scalars, values, faults = self._values(block, features, group_kind)
+        keep = self._without_faults(block, faults, skipped.bad_rows)
+        click, conversion = scalars[CLICK], scalars[CONVERSION]
+        unclicked = (conversion > click) & keep
+        if unclicked.any():
+            skipped.unclicked_conversions += int(unclicked.sum())
+            if self._unclicked_conversions == "error":
+                place = block.table.place(int(block.places[unclicked.argmax()]))
+                raise DataError(
+                    f"{place}: a conversion ({self._columns.conversion!r} is 1) without a click "
+                    f"({self._columns.click!r} is 0); fix it, or leave such rows out or keep them "
+                    "as unclicked with --unclicked-conversions drop|keep"
+                )
+            if self._unclicked_conversions == "drop":
+                keep &= ~unclicked
+            else:
+                scalars[CONVERSION] = np.minimum(conversion, click)
+        if keep.all():
+            return Impressions(scalars, values)
+        return Impressions(
+            {name: values[keep] for name, values in scalars.items()}, values.filter(keep)
+        )
+
+    def _read_labels(self, block: RawBlock) -> tuple[dict[str, np.ndarray], list[Fault]]:
+        click, fault, _ = self._labels[CLICK].read(block.rows.column(self._columns.click))
+        if self._columns.conversion is None:
+            return {CLICK: click, CONVERSION: np.zeros_like(click)}, [fault]
+        column = block.rows.column(self._columns.conversion)
+        conversion, of_conversion, missing = self._labels[CONVERSION].read(column)
+        of_conversion = replace(
+            of_conversion, rows=of_conversion.rows & ~(missing & (click == 0) & ~fault.rows)
+        )
+        return {CLICK: click, CONVERSION: conversion}, [fault, of_conversion]
+
+    def _values(
+        self, block: RawBlock, features: FeatureColumns, group_kind: IdKind | None
+    ) -> tuple[dict[str, np.ndarray], Features, list[Fault]]:
+        columns, rows = self._columns, block.rows
+        scalars, faults = self._read_labels(block)
+        if self._split is not None:
+            faults += [fault] if (fault := self._split.fault(rows)) is not None else []
+        if columns.sample_id is None:
+            scalars[SAMPLE_ID] = block.numbers
+        else:
+            scalars[SAMPLE_ID], fault = read_integers(
+                rows.column(columns.sample_id), columns.sample_id
+            )
+            faults.append(fault)
+        for role, name in columns.optional.items():
+            values = rows.column(name)
+            if role == GROUP_ID:
+                groups, fault, missing = read_groups(values, name, group_kind or "integer")
+                # Such a row is a group of its own, in training another than in test.
+                alone = row_hashes(2 * block.numbers + (block.split == "test")).view(np.int64)
+                scalars[role] = np.where(missing, alone, groups)
+            elif role == TIMESTAMP:
+                scalars[role], there, fault = read_times(values, name)
+                fault = _required(fault, there)
+            elif role == WEIGHT:
+                scalars[role], fault = read_weights(values, name)
+            else:
+                scalars[role], fault = read_probabilities(values, name)
+            faults.append(fault)
+        values, found = features.read(rows)
+        return scalars, values, faults + found
+
+    def _without_faults(
+        self, block: RawBlock, faults: Sequence[Fault], bad_rows: BadRows
+    ) -> np.ndarray:
+        keep = np.ones(len(block.rows), np.bool_)
+        for fault in faults:
+            keep &= ~fault.rows
+        bad = np.flatnonzero(~keep).tolist()
+        allowed = bad_rows.skip(len(bad))
+        too_many = bad[allowed : allowed + 1]
+        named = too_many or bad[: MAX_EXAMPLES - len(bad_rows.examples)]
+        for row in named:
+            place = block.table.place(int(block.places[row]))
+            fault = next(fault for fault in faults if fault.rows[row])
+            sentence = f"{place}, column {fault.column!r}: {fault.describe(row)}"
+            if too_many:
+                raise bad_rows.error(sentence)
+            bad_rows.note(sentence)
+        return keep
+
+
+def _required(fault: Fault, there: np.ndarray) -> Fault:
+    """The fault, and the rows whose value is missing."""
+    return replace(
+        fault,
+        rows=~there,
+        describe=lambda row: (
+            fault.describe(row) if fault.rows[row] else "the value is missing and must be a time"
+        ),
+    )
