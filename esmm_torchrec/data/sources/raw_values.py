@@ -74,6 +74,7 @@ def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def is_null(array: pa.Array) -> np.ndarray:
+    """Which values are null, bool (n,)."""
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
@@ -166,6 +167,7 @@ def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
 
 
 def describe_row(array: pa.Array | pa.ChunkedArray, row: int, must_be: str) -> str:
+    """The end of a sentence on the value of a row that cannot be used."""
     return describe(array[row].as_py(), must_be)
 
 
@@ -262,5 +264,6 @@ def row_hashes(numbers: np.ndarray) -> np.ndarray:
 
 
 def float32(values: np.ndarray) -> np.ndarray:
+    """float32 (n,) from float64 (n,); what is too large is infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)

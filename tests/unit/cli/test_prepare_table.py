@@ -106,10 +106,13 @@ def test_it_says_what_it_skipped_and_dropped(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--train", "train-1.csv", *LABELS, "--id", "town"], "no test file; give at least one"),
+        (
+            ["--train", "train-1.csv", *LABELS, "--id", "town"],
+            "give either --test files or --split",
+        ),
         (["--test", "test.csv", *LABELS, "--id", "town"], "--train"),
         (["--train", "no.csv", *TOWN[2:]], "no.csv does not exist"),
-        ([*FILES, *LABELS], "there is no id column; name at least one with --id"),
+        ([*FILES, *LABELS], "there is no feature; name at least one column"),
         ([*FILES, *LABELS, "--id", "Town"], "has no column 'Town' (--id); did you mean 'town'"),
         ([*TOWN, "--weights", "town"], "--weights 'town' is not of the form COL:WCOL"),
         ([*TOWN, "--share-table", "a=town", "a=buyer"], "--share-table names 'a' twice"),
