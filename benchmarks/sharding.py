@@ -45,7 +45,6 @@ from esmm_torchrec.models.towers import Tower
 from esmm_torchrec.planning.estimates import Estimate, StepParts, estimate
 from esmm_torchrec.planning.hardware import (
     BYTES_PER_MS,
-    GIB,
     Hardware,
     RankBandwidths,
     TowerDtype,
@@ -66,6 +65,7 @@ from esmm_torchrec.sharding.host import usable_memory
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.planner import SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+from esmm_torchrec.sharding.search import GIB
 from esmm_torchrec.sharding.table_placement import DATA_TYPES
 from esmm_torchrec.training.optimizers import dense_table_optimizer, fuse_optimizer
 

@@ -17,7 +17,7 @@ import numpy as np
 from torchrec.distributed.planner.planners import to_sharding_plan
 
 from esmm_torchrec.planning.hardware import PRESETS
-from esmm_torchrec.planning.placement import Misfit, Placement, fits, place
+from esmm_torchrec.planning.placement import Misfit, Placement, place
 from esmm_torchrec.planning.scenario import (
     Capacity,
     Constraint,
@@ -28,9 +28,9 @@ from esmm_torchrec.planning.scenario import (
 )
 from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables
 from esmm_torchrec.sharding.plan_text import plan_warnings
-from esmm_torchrec.sharding.table_placement import DATA_TYPES
+from esmm_torchrec.sharding.search import imbalance
 
-MOST_RANKS_TRIED = 1024
+MAX_RANKS_TRIED = 1024
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,12 @@ class Placed:
     @property
     def memory_imbalance(self) -> float:
         """The fullest rank's table memory over the mean; 1 is even."""
-        return _imbalance(self.table_bytes.sum(axis=0))
+        return imbalance(self.table_bytes.sum(axis=0).tolist())
 
     @property
     def time_imbalance(self) -> float:
         """The slowest rank's embedding time over the mean; 1 is even."""
-        return _imbalance(self.table_ms.sum(axis=0))
-
-
-def _imbalance(values: np.ndarray) -> float:
-    mean = float(values.mean())
-    return float(values.max()) / mean if mean else 1.0
+        return imbalance(self.table_ms.sum(axis=0).tolist())
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,7 @@ def _remedies(
 
     def first(tried: Iterable[tuple[str, Scenario, int]]) -> Iterator[str]:
         for text, changed, count in tried:
-            if fits(changed, strategy, count):
+            if isinstance(place(changed, strategy, count), Placement):
                 yield text
                 return
 
@@ -240,21 +235,12 @@ def _remedies(
         yield from first(
             (f"{count} {noun}", scenario, count)
             for count in counts
-            if world_size < count <= MOST_RANKS_TRIED and (count < full or count % full == 0)
+            if world_size < count <= MAX_RANKS_TRIED and (count < full or count % full == 0)
         )
     yield from first(
         (f"--batch-size {smaller.batch_size}", smaller, world_size)
         for smaller in _smaller_batches(scenario)
     )
-    halved = tuple(
-        replace(table, data_type="float16")
-        if table.name in names and DATA_TYPES[table.data_type][1] > 2
-        else table
-        for table in scenario.tables.tables
-    )
-    if halved != scenario.tables.tables:
-        changed = replace(scenario, tables=replace(scenario.tables, tables=halved))
-        yield from first([(f"float16 for {which}", changed, world_size)])
     yield from first(
         (
             f"{noun} with {memory_gib:,.0f} GiB each",

@@ -25,11 +25,10 @@ from torchrec.distributed.planner.types import (
 from esmm_torchrec.errors import OptionError, PlanError
 from esmm_torchrec.planning.strict_yaml import load_yaml
 
-GIB = 2**30
 BYTES_PER_MS = 1e6
 """Bytes per millisecond, TorchRec's unit, in one GB/s."""
 
-LARGEST_NUMBER = 1e9
+MAX_NUMBER = 1e9
 """Above every number of a machine, in any of their units."""
 
 TowerDtype = Literal["float32", "bfloat16"]
@@ -70,10 +69,10 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not 0 < value < LARGEST_NUMBER:
+            if isinstance(value, int | float) and not 0 < value < MAX_NUMBER:
                 raise PlanError(
                     f"hardware {self.name!r}: {name} must be above 0 and below "
-                    f"{LARGEST_NUMBER:.0e}, not {value}"
+                    f"{MAX_NUMBER:.0e}, not {value}"
                 )
         for name in ("tower_efficiency", *(f"{kind.value}_efficiency" for kind in CollectiveType)):
             if getattr(self, name) > 1:

@@ -22,9 +22,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from esmm_torchrec.planning.estimates import Estimate, Placed
-from esmm_torchrec.planning.hardware import GIB
-from esmm_torchrec.planning.placement import gib
 from esmm_torchrec.planning.scenario import STRATEGIES, Scenario, Strategy
+from esmm_torchrec.sharding.search import GIB, gib
 
 TABLES_NAMED = 8
 """Tables, or families of tables alike, with a colour of their own in a panel of a plot; the others

@@ -9,9 +9,10 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.planning.hardware import GIB, Hardware, TowerDtype
+from esmm_torchrec.planning.hardware import Hardware, TowerDtype
 from esmm_torchrec.planning.table_list import TableList
 from esmm_torchrec.sharding.planner import STORAGE_MARGIN, SparseOptimizerOption
+from esmm_torchrec.sharding.search import GIB
 from esmm_torchrec.sharding.table_placement import COMPUTE_KERNELS
 
 Strategy = Literal[

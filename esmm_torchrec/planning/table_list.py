@@ -20,6 +20,7 @@ All but the first three fields of a table may be left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,15 @@ from esmm_torchrec.errors import PlanError
 from esmm_torchrec.models.embeddings import module_names
 from esmm_torchrec.planning.strict_yaml import load_yaml
 from esmm_torchrec.schema import Schema
+from esmm_torchrec.sharding.search import Workload
 from esmm_torchrec.sharding.table_placement import COLUMN_MULTIPLE, DATA_TYPES
 
 Pooling = Literal["sum", "mean"]
 
-LARGEST_TABLE = 2**56
+MAX_TABLE_VALUES = 2**56
 """Values, of which the optimiser's state is a multiple: what counts bytes in 64 bits holds them."""
 
-MOST_ALIKE = 10_000
+MAX_COUNT = 10_000
 """Tables, or features of a table, that one entry may stand for."""
 
 REQUIRED_FIELDS = ("name", "num_embeddings", "embedding_dim")
@@ -114,6 +116,15 @@ class TableList:
         """Columns of the towers' input: all features' embeddings and the dense features."""
         return self.dense_features + sum(
             table.embedding_dim * len(table.features) for table in self.tables
+        )
+
+    def workload(self, rows_per_rank: int) -> Workload:
+        """What a batch of a rank holds of the features."""
+        features = [(feature, table) for table in self.tables for feature in table.features]
+        return Workload(
+            rows_per_rank,
+            {feature.name: feature.pooling_factor for feature, _ in features},
+            {f.name: math.ceil(rows_per_rank / table.shared_by) for f, table in features},
         )
 
     def to_module(self) -> nn.Module:
@@ -263,10 +274,10 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
     rows = _whole(entry["num_embeddings"], f"{where}: num_embeddings")
     dim = _whole(entry["embedding_dim"], f"{where}: embedding_dim")
     _check_dim(dim, f"{where}: embedding_dim {dim}")
-    if rows * dim > LARGEST_TABLE:
+    if rows * dim > MAX_TABLE_VALUES:
         raise PlanError(
             f"{where}: num_embeddings {rows} of embedding_dim {dim} are more than the "
-            f"{LARGEST_TABLE} values that a table may have"
+            f"{MAX_TABLE_VALUES} values that a table may have"
         )
     pooling = _choice(entry.get("pooling", "sum"), f"{where}: pooling", ("sum", "mean"))
     data_type = _choice(entry.get("data_type", "float32"), f"{where}: data_type", tuple(DATA_TYPES))
@@ -277,7 +288,7 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
         raise PlanError(
             f"{where}: TorchRec has no weighted mean; use pooling: sum with normalised weights"
         )
-    count = _whole(entry.get("count", 1), f"{where}: count", MOST_ALIKE)
+    count = _whole(entry.get("count", 1), f"{where}: count", MAX_COUNT)
     feature_names = _feature_names(entry.get("features", 1), name, where)
     factors = _factors(entry.get("pooling_factor", 1), len(feature_names), where)
     shared_by = _positive(entry.get("shared_by", 1), f"{where}: shared_by")
@@ -316,7 +327,7 @@ def _feature_names(value: Any, table: str, where: str) -> list[str]:
         if not value or not all(isinstance(name, str) and name for name in value):
             raise PlanError(f"{where}: features must be a list of names, not {value!r}")
         return value
-    number = _whole(value, f"{where}: features (a number or a list of names)", MOST_ALIKE)
+    number = _whole(value, f"{where}: features (a number or a list of names)", MAX_COUNT)
     return [table] if number == 1 else [f"{table}_feature_{index}" for index in range(number)]
 
 

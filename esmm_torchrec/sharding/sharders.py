@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import cast
 
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
 
 class AnyDeviceSharder(EmbeddingBagCollectionSharder):
     """TorchRec's own sharder, which on a CPU also offers what works there but is not listed:
-    row_wise and table_row_wise sharding, and the dense kernel beside the fused one."""
+    row_wise and table_row_wise sharding."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Sharding types that the planner may choose from."""
@@ -20,13 +19,6 @@ class AnyDeviceSharder(EmbeddingBagCollectionSharder):
         if compute_device_type == "cpu":
             types += [ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]
         return types
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Kernels that the planner may choose from for a sharding type."""
-        kernels = super().compute_kernels(sharding_type, compute_device_type)
-        if sharding_type != ShardingType.DATA_PARALLEL.value:
-            kernels += [EmbeddingComputeKernel.DENSE.value]
-        return kernels
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:

@@ -22,6 +22,7 @@ from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, TrainingRow
 from esmm_torchrec.schema import CLICK
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.sharding.search import distinct_shared_rows
 from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
@@ -182,7 +183,7 @@ def build_loop(
         options: of the training.
         ranks: this process among the others.
         part: what to train on.
-        workload: what the planner should expect; the batch size is that of the training.
+        workload: what the planner should expect; rows and shared bags are those of the training.
         callbacks: what takes part in the loop.
     """
     rows_per_step = options.batch_size
@@ -190,7 +191,15 @@ def build_loop(
         rows_per_step = automatic_batch_size(part.num_rows, ranks.device)
     rows_per_rank = -(-rows_per_step // ranks.world_size)
     trainer = build_trainer(
-        split, options, ranks, part=part, workload=replace(workload, batch_size=rows_per_rank)
+        split,
+        options,
+        ranks,
+        part=part,
+        workload=replace(
+            workload,
+            rows_per_rank=rows_per_rank,
+            bags_per_rank=_shared_bags(split, options, rows_per_rank, part.num_rows),
+        ),
     )
     reader = ImpressionReader(
         split,
@@ -212,6 +221,26 @@ def build_loop(
         max_steps=options.max_steps,
         callbacks=callbacks,
     )
+
+
+def _shared_bags(
+    split: MappedSplit, options: TrainOptions, rows_per_rank: int, num_rows: int
+) -> dict[str, int]:
+    """Shared feature → bags of it in a rank's batch, for a training on `num_rows` rows."""
+    if not options.shared_features:
+        return {}
+    return {
+        feature: distinct_shared_rows(
+            rows_per_rank,
+            impressions=num_rows,
+            shared_rows=len(mapped.lengths),
+            shuffle_chunk=options.shuffle_chunk,
+        )
+        for stores in split.bags.values()
+        for mapped in stores
+        if mapped.shared
+        for feature in mapped.features
+    }
 
 
 def fit(

@@ -12,7 +12,7 @@ from torchrec.types import DataType
 
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.planning.table_list import (
-    LARGEST_TABLE,
+    MAX_TABLE_VALUES,
     PlannedFeature,
     PlannedTable,
     TableList,
@@ -139,9 +139,9 @@ def test_mistakes_are_named_with_file_and_entry(tmp_path: Path, text: str, expec
 
 
 def test_the_largest_table_has_sizes_that_torch_can_count(tmp_path: Path) -> None:
-    text = f"tables: [{{name: a, num_embeddings: {LARGEST_TABLE // 4}, embedding_dim: 4}}]"
+    text = f"tables: [{{name: a, num_embeddings: {MAX_TABLE_VALUES // 4}, embedding_dim: 4}}]"
     (parameter,) = read(tmp_path, text).to_module().parameters()
-    assert parameter.numel() * parameter.element_size() == 4 * LARGEST_TABLE
+    assert parameter.numel() * parameter.element_size() == 4 * MAX_TABLE_VALUES
 
 
 def test_a_schema_is_a_list_of_tables() -> None:

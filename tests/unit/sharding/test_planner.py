@@ -131,10 +131,8 @@ def test_auto_on_a_cpu_divides_only_where_whole_tables_leave_a_rank_too_much(
     assert _kinds(two, "auto", even) == {"table_wise"}
     assert _kinds(two, "auto", {"item": 200_000}) == {"row_wise"}
 
-    topology = planner._topology(two)
-    for device in topology.devices:
-        device.storage.ddr = 12_000_000  # item takes 12.8 MB, half of both 11.2
-    monkeypatch.setattr(planner, "_topology", lambda _: topology)
+    # item takes 12.8 MB, half of both 11.2
+    monkeypatch.setattr(planner, "usable_memory", lambda: int(2 * 12_000_000 / 0.85))
     with pytest.raises(PlanError, match="--sharding table_wise on 2 ranks"):
         _kinds(two, "table_wise", even)
     assert "row_wise" in _kinds(two, "auto", even)
@@ -179,8 +177,8 @@ def test_no_rank_is_left_without_a_row(
 
 def test_tables_that_do_not_fit_are_said_to(two: Ranks) -> None:
     sentence = (
-        "TorchRec finds no plan for --sharding row_wise on 2 ranks; where memory is short, use "
-        "more ranks or a smaller --embedding-dim, else another sharding ("
+        "no plan for --sharding row_wise on 2 ranks: table 'history' does not fit (nor do 1 "
+        "others): row_wise puts 1,907 GiB of it on one rank"
     )
     with pytest.raises(PlanError, match="^" + re.escape(sentence)) as error:
         _plan(two, "row_wise", model=Model(rows=4_000_000_000, dim=256))

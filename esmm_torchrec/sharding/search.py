@@ -1,0 +1,441 @@
+"""The search for a sharding plan, one for training and for estimates: TorchRec's planner, told what
+each table may be, what a batch holds and what the machines are.
+
+Tables may be on the meta device; nothing is allocated and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torchrec.optim as torchrec_optim
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.planners import PlannerError
+from torchrec.distributed.planner.proposers import GreedyProposer
+from torchrec.distributed.planner.shard_estimators import (
+    EmbeddingPerfEstimator,
+    EmbeddingStorageEstimator,
+)
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    Enumerator,
+    Proposer,
+    SharderDataMap,
+    ShardEstimator,
+    ShardingOption,
+    Storage,
+    Topology,
+)
+from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.types import DataType
+
+from esmm_torchrec.sharding.sharders import sharders
+
+GIB = 2**30
+
+MAX_IMBALANCE = 1.25
+"""Of the ranks' times with whole tables on a CPU, above which tables may be divided."""
+
+MAX_GREEDY_SHARDS = 4096
+"""Tables times ranks up to which TorchRec's greedy search runs, too."""
+
+_DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
+_DENSE = EmbeddingComputeKernel.DENSE.value
+_FUSED = EmbeddingComputeKernel.FUSED.value
+_IN_HOST_MEMORY = (
+    EmbeddingComputeKernel.FUSED_UVM.value,
+    EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the planner should expect of the data."""
+
+    rows_per_rank: int
+    """Impressions of a rank's batch."""
+    mean_ids_per_bag: Mapping[str, float] = field(default_factory=dict)
+    """Feature → mean number of ids per bag; 1 if not given."""
+    bags_per_rank: Mapping[str, int] = field(default_factory=dict)
+    """Feature → bags of it in a rank's batch; `rows_per_rank` if not given. A feature that
+    impressions share is pooled once per distinct shared row."""
+
+
+def distinct_shared_rows(
+    rows_per_rank: int, *, impressions: int, shared_rows: int, shuffle_chunk: int
+) -> int:
+    """Expected number of distinct shared rows in a rank's batch.
+
+    Args:
+        rows_per_rank: impressions of the batch.
+        impressions: of the whole split.
+        shared_rows: of the whole split.
+        shuffle_chunk: up to this many impressions of one shared row stay together in the order.
+    """
+    # A chunk ends with the impressions of its shared row, however long it may be.
+    chunk = min(shuffle_chunk, max(1.0, impressions / shared_rows))
+    chunks = max(1.0, rows_per_rank / chunk)
+    distinct = -shared_rows * math.expm1(chunks * math.log1p(-1 / shared_rows))
+    return max(1, min(rows_per_rank, round(distinct))) if shared_rows > 1 else 1
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What the planner may choose from for one table."""
+
+    sharding_types: tuple[str, ...]
+    compute_kernels: tuple[str, ...]
+    """dense beside others is for data_parallel, which has no other kernel."""
+    min_shard_width: int
+    """Columns of the narrowest shard that column_wise and grid_shard may cut."""
+    cache: CacheParams | None = None
+    """Of fused_uvm_caching."""
+
+
+class NoPlanError(Exception):
+    """The tables do not fit; the message is a clause that names what does not fit where."""
+
+    def __init__(self, message: str, tables: Sequence[str] = (), *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.tables = tuple(tables)
+        """Tables of which one shard alone exceeds a rank's memory, else all of them."""
+        self.alone = alone
+        """Whether `tables` are too large alone."""
+
+
+def search(
+    module: nn.Module,
+    options: Mapping[str, TableOptions],
+    *,
+    topology: Topology,
+    workload: Workload,
+) -> list[ShardingOption]:
+    """Lets TorchRec choose and place an option for every table.
+
+    Args:
+        module: with EmbeddingBagCollections. If `apply_optimizer_in_backward` gave its parameters
+            their optimisers, the memory of the optimisers' state is counted.
+        options: table name → what it may be.
+        topology: of the ranks, with the memory that tables may fill.
+        workload: what a batch holds.
+
+    Returns:
+        one option per table, its shards with ranks, times and memory; the order is TorchRec's.
+
+    Raises:
+        NoPlanError: the tables do not fit.
+    """
+    whole_only = {
+        name: replace(option, sharding_types=(ShardingType.TABLE_WISE.value,))
+        if ShardingType.TABLE_WISE.value in option.sharding_types
+        else option
+        for name, option in options.items()
+    }
+    if topology.compute_device == "cpu" and whole_only != options:
+        # Ranks on a CPU with equal work train a tenth faster with whole tables
+        # (benchmarks/two_ranks.py); the planner does not see it.
+        try:
+            selected = _plan(module, whole_only, topology, workload)
+        except NoPlanError:
+            pass
+        else:
+            if imbalance(rank_times(selected, topology.world_size)) <= MAX_IMBALANCE:
+                return selected
+    return _plan(module, options, topology, workload)
+
+
+def rank_times(selected: Sequence[ShardingOption], world_size: int) -> list[float]:
+    """Estimated milliseconds per step of each rank."""
+    times = [0.0] * world_size
+    for option in selected:
+        for shard in option.shards:
+            assert shard.perf is not None
+            assert shard.rank is not None
+            times[shard.rank] += shard.perf.total
+    return times
+
+
+def imbalance(values: Sequence[float]) -> float:
+    """The largest value over the mean; 1 is even."""
+    total = sum(values)
+    return max(values) * len(values) / total if total else 1.0
+
+
+def _plan(
+    module: nn.Module,
+    options: Mapping[str, TableOptions],
+    topology: Topology,
+    workload: Workload,
+) -> list[ShardingOption]:
+    constraints = _constraints(module, options, workload)
+    dense = {name for name, option in options.items() if option.compute_kernels == (_DENSE,)}
+    enumerator = EmbeddingEnumerator(
+        topology,
+        batch_size=workload.rows_per_rank,
+        constraints=constraints,
+        estimator=[
+            _PerShape(EmbeddingPerfEstimator(topology, constraints)),
+            _TrainingStorageEstimator(topology, constraints, dense=dense),
+        ],
+    )
+    proposers: list[Proposer] = [_UniformWithExceptions(topology)]
+    if len(options) * topology.world_size <= MAX_GREEDY_SHARDS:
+        proposers.append(GreedyProposer(threshold=50))
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=workload.rows_per_rank,
+        enumerator=enumerator,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        proposer=proposers,
+        stats=NoopEmbeddingStats(),
+        debug=False,
+    )
+    with _planner_log_off():
+        try:
+            planner.plan(module, sharders())
+        except PlannerError as error:
+            space = enumerator.enumerate(module, sharders())
+            raise _explanation(space, topology, str(error)) from None
+    # The accessor is public from TorchRec 1.9 on.
+    accessor: Callable[[], list[ShardingOption]] | None = getattr(
+        planner, "get_selected_options", None
+    )
+    selected = accessor() if accessor is not None else planner._best_plan
+    assert selected is not None
+    for option in selected:
+        if option.name in dense:
+            option.compute_kernel = _DENSE
+    return selected
+
+
+@contextmanager
+def _planner_log_off() -> Iterator[None]:
+    """TorchRec's planner logs at length what `NoPlanError` says in a sentence."""
+    logger = logging.getLogger("torchrec")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _constraints(
+    module: nn.Module, options: Mapping[str, TableOptions], workload: Workload
+) -> dict[str, ParameterConstraints]:
+    constraints: dict[str, ParameterConstraints] = {}
+    collections = (m for m in module.modules() if isinstance(m, EmbeddingBagCollection))
+    for collection in collections:
+        for config in collection.embedding_bag_configs():
+            option, features = options[config.name], config.feature_names
+            kernels = option.compute_kernels
+            if kernels == (_DENSE,) and option.sharding_types != (_DATA_PARALLEL,):
+                # TorchRec's planner refuses dense with other types, which train right with it.
+                kernels = (_FUSED,)
+            constraints[config.name] = ParameterConstraints(
+                sharding_types=list(option.sharding_types),
+                compute_kernels=list(kernels),
+                min_partition=option.min_shard_width,
+                pooling_factors=[workload.mean_ids_per_bag.get(f, 1.0) for f in features],
+                num_poolings=[1.0] * len(features),
+                batch_sizes=[
+                    workload.bags_per_rank.get(f, workload.rows_per_rank) for f in features
+                ],
+                is_weighted=collection.is_weighted(),
+                # fbgemm pools into float32 whatever the type of the rows.
+                output_dtype=DataType.FP32,
+                cache_params=option.cache,
+            )
+    return constraints
+
+
+class _PerShape(ShardEstimator):
+    """Asks another estimator once per distinct shape of a table's shards. TorchRec asks for every
+    shard: for 200 row_wise tables on 128 ranks that is 25,600 times, most of the planning time."""
+
+    def __init__(self, estimator: ShardEstimator) -> None:
+        self._estimator = estimator
+
+    def estimate(
+        self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap
+    ) -> None:
+        all_shards = [option.shards for option in sharding_options]
+        for option in sharding_options:
+            option.shards = list({tuple(shard.size): shard for shard in option.shards}.values())
+        self._estimator.estimate(sharding_options, sharder_data_map)
+        for option, shards in zip(sharding_options, all_shards, strict=True):
+            perf = {tuple(shard.size): shard.perf for shard in option.shards}
+            option.shards = shards
+            for shard in shards:
+                shard.perf = perf[tuple(shard.size)]
+
+
+class _TrainingStorageEstimator(EmbeddingStorageEstimator):
+    """TorchRec's, with memory that it leaves out and fbgemm or torch allocates: a momentum per row
+    *and column shard* of row-wise Adagrad, the gradient of a dense kernel, as large as the table,
+    and the float32 state of fused optimisers beside rows of 16 bits."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints],
+        *,
+        dense: set[str],
+    ) -> None:
+        super().__init__(topology=topology, constraints=constraints)
+        self._dense = dense
+
+    def estimate(
+        self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap
+    ) -> None:
+        super().estimate(sharding_options, sharder_data_map)
+        on_gpu = self._topology.compute_device == "cuda"
+        for option in sharding_options:
+            dense = option.name in self._dense or option.compute_kernel == _DENSE
+            for shard in option.shards:
+                assert shard.storage is not None
+                missing = _uncounted_bytes(option.tensor, shard.size, dense=dense)
+                on_device, on_host = missing, 0
+                if option.compute_kernel in _IN_HOST_MEMORY:
+                    on_device, on_host = missing * (option.cache_load_factor or 0.0), missing
+                shard.storage += Storage(
+                    hbm=math.ceil(on_device) if on_gpu else 0,
+                    ddr=math.ceil(on_host if on_gpu else on_device + on_host),
+                )
+
+
+def _uncounted_bytes(table: torch.Tensor, size: Sequence[int], *, dense: bool) -> float:
+    """Bytes of training one shard that TorchRec does not count."""
+    rows, columns = size
+    values, value_bytes = rows * columns, table.element_size()
+    if dense:
+        return values * value_bytes
+    optimizer: Any = getattr(table, "_optimizer_classes", [None])[0]
+    if optimizer is torchrec_optim.RowWiseAdagrad:
+        return 4 * rows - values * value_bytes / table.shape[1]
+    states = {None: 0, torchrec_optim.SGD: 0, torch.optim.SGD: 0, torchrec_optim.Adam: 2}
+    return states.get(optimizer, 1) * values * (4 - value_bytes)
+
+
+class _UniformWithExceptions(Proposer):
+    """For each sharding type a plan in which every table has it that can, and every other table
+    has the option whose largest shard is smallest; at last a plan in which all tables have that.
+
+    TorchRec's UniformProposer gives a type up as soon as one table cannot have it, and its
+    GreedyProposer changes one table per proposal: for 200 tables on 128 ranks 400 proposals, four
+    minutes and a plan a fifth slower than what this finds in three proposals.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._capacity = topology.devices[0].storage
+        self._waiting: list[list[ShardingOption]] = []
+
+    def load(
+        self,
+        search_space: list[ShardingOption],
+        enumerator: Enumerator | None = None,  # noqa: ARG002
+    ) -> None:
+        # TorchRec intersects sets of names, whose order changes from process to process.
+        search_space.sort(key=lambda o: (o.name, o.sharding_type, o.compute_kernel))
+        by_table: dict[str, list[ShardingOption]] = {}
+        for option in search_space:
+            by_table.setdefault(option.name, []).append(option)
+        smallest = {name: min(options, key=largest_shard) for name, options in by_table.items()}
+        proposals = [
+            [
+                min(
+                    (
+                        option
+                        for option in options
+                        if option.sharding_type == kind
+                        and largest_shard(option).fits_in(self._capacity)
+                    ),
+                    key=lambda option: max(
+                        shard.perf.total for shard in option.shards if shard.perf
+                    ),
+                    default=smallest[name],
+                )
+                for name, options in by_table.items()
+            ]
+            for kind in dict.fromkeys(option.sharding_type for option in search_space)
+        ]
+        proposals.append(list(smallest.values()))
+        different = {tuple(map(id, proposal)): proposal for proposal in proposals}
+        self._waiting = list(different.values())
+
+    def propose(self) -> list[ShardingOption] | None:
+        return self._waiting[0] if self._waiting else None
+
+    def feedback(
+        self,
+        partitionable: bool,  # noqa: ARG002
+        plan: list[ShardingOption] | None = None,  # noqa: ARG002
+        perf_rating: float | None = None,  # noqa: ARG002
+        storage_constraint: Topology | None = None,  # noqa: ARG002
+    ) -> None:
+        del self._waiting[0]
+
+
+def largest_shard(option: ShardingOption) -> Storage:
+    """The most memory of each kind that one shard of an option takes."""
+    storages = [shard.storage for shard in option.shards if shard.storage is not None]
+    return Storage(max(s.hbm for s in storages), max(s.ddr for s in storages))
+
+
+def _explanation(space: Sequence[ShardingOption], topology: Topology, reason: str) -> NoPlanError:
+    """Why the planner found nothing, from the options with the smallest shards."""
+    on_gpu = topology.compute_device == "cuda"
+    capacity = topology.devices[0].storage
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in space:
+        by_table.setdefault(option.name, []).append(option)
+    smallest = [min(options, key=largest_shard) for options in by_table.values()]
+    for kind, where in (
+        ("hbm", "GPU"),
+        ("ddr", "GPU's share of host memory" if on_gpu else "rank"),
+    ):
+        have = getattr(capacity, kind)
+        need = {option.name: getattr(largest_shard(option), kind) for option in smallest}
+        too_large = [option for option in smallest if need[option.name] > have]
+        if too_large:
+            option = max(too_large, key=lambda o: need[o.name])
+            others = f" (nor do {len(too_large) - 1} others)" if len(too_large) > 1 else ""
+            return NoPlanError(
+                f"table {option.name!r} does not fit{others}: {option.sharding_type} puts "
+                f"{gib(need[option.name])} of it on one {where}, which has {gib(have)} for tables, "
+                f"{gib(need[option.name] - have)} too little",
+                [option.name for option in too_large],
+                alone=True,
+            )
+        total = sum(getattr(o.total_storage, kind) for o in smallest)
+        if total > have * topology.world_size:
+            return NoPlanError(
+                f"all tables together need {gib(total)} and the {topology.world_size} "
+                f"{'GPUs' if on_gpu else 'ranks'} have {gib(have * topology.world_size)} for them",
+                list(by_table),
+            )
+    last = " ".join(reason.partition("Last planner error:")[2].split())
+    return NoPlanError(
+        f"TorchRec's planner finds no place for every table, though all of them together are small "
+        f"enough ({last[:200]})",
+        list(by_table),
+    )
+
+
+def gib(nbytes: float) -> str:
+    """A number of bytes for a person."""
+    amount = nbytes / GIB
+    digits = 0 if amount >= 100 else 1 if amount >= 1 else 3
+    return f"{amount:,.{digits}f} GiB"
