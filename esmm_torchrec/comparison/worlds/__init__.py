@@ -10,20 +10,25 @@ world stand in datasets/synthetic.md.
     exposure      who is shown what: profiles, histories, items, crosses
     world         settings, the two probabilities, what comes of each impression
     ali_ccp_text  impressions → bytes of the raw Ali-CCP files
+    raw_ids       the raw ids that numbers of a world stand for
     files         the folder of a world: raw files, truth.parquet, world.json
+    drawn         a world as mapped splits, without raw files on the way
 """
 
 from esmm_torchrec.comparison.worlds.catalogue import Split
+from esmm_torchrec.comparison.worlds.drawn import DrawnWorld, draw_mapped
 from esmm_torchrec.comparison.worlds.files import GeneratedSplit, GeneratedWorld, generate
 from esmm_torchrec.comparison.worlds.world import Block, Simulation, World, draw
 
 __all__ = [
     "Block",
+    "DrawnWorld",
     "GeneratedSplit",
     "GeneratedWorld",
     "Simulation",
     "Split",
     "World",
     "draw",
+    "draw_mapped",
     "generate",
 ]

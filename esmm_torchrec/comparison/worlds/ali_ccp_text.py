@@ -8,43 +8,16 @@ way values are written are those of the real files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from esmm_torchrec.comparison.worlds.catalogue import PROFILE_VALUES, Catalogue, Ints, Streams
-from esmm_torchrec.comparison.worlds.exposure import MAX_TIMES, POSITION_SHARES, Counts
+from esmm_torchrec.comparison.worlds.catalogue import PROFILE_VALUES, Catalogue, Ints
+from esmm_torchrec.comparison.worlds.exposure import MAX_TIMES, Counts
+from esmm_torchrec.comparison.worlds.raw_ids import WEIGHTED_FIELDS, RawIds
 from esmm_torchrec.comparison.worlds.world import Block
-
-ID_RANGES: Mapping[str, tuple[int, int]] = {
-    "101": (1, 449_000),
-    "109_14": (449_000, 460_000),
-    "110_14": (1_400_000, 1_850_000),
-    "121": (3_438_656, 3_438_754),
-    "122": (3_438_754, 3_438_768),
-    "124": (3_438_768, 3_438_770),
-    "125": (3_438_770, 3_438_777),
-    "126": (3_438_777, 3_438_780),
-    "127": (3_438_780, 3_438_783),
-    "127_14": (3_490_000, 3_820_000),
-    "128": (3_864_885, 3_864_887),
-    "129": (3_864_887, 3_864_891),
-    "150_14": (3_870_000, 3_941_000),
-    "205": (4_900_000, 6_500_000),
-    "206": (8_310_000, 8_321_000),
-    "207": (8_330_000, 9_025_000),
-    "210": (9_030_000, 9_115_000),
-    "216": (9_120_000, 9_351_000),
-    "301": (9_351_665, 9_351_668),
-    "508": (9_355_000, 9_366_000),
-    "509": (9_370_000, 9_700_000),
-    "702": (9_710_000, 9_940_000),
-    "853": (9_950_000, 10_050_000),
-}
-"""Field → first id, end of ids. Each field has a range of its own, near that of the real files."""
 
 LABELS = pa.array([",0,0,", ",1,0,", ",1,1,"])
 """Click and conversion by their sum: there is no conversion without a click."""
@@ -60,24 +33,10 @@ class AliCcpText:
 
     def __init__(self, catalogue: Catalogue, *, num_users: int, seed: int) -> None:
         self._catalogue = catalogue
-        self._streams = Streams(seed)
         self._weights = pa.array(["", *map(weight_text, range(1, MAX_TIMES + 1))])
-        sizes = {
-            "109_14": catalogue.num_categories,
-            "110_14": catalogue.num_shops,
-            "127_14": catalogue.num_brands,
-            "150_14": catalogue.num_nodes,
-            "508": catalogue.num_categories,
-            "509": catalogue.num_shops,
-            "702": catalogue.num_brands,
-            "853": catalogue.num_nodes,
-        }
-        self._weighted = {field: self._starts(field, size) for field, size in sizes.items()}
-        self._one_hot = {
-            field: self._features(field, size) for field, size in PROFILE_VALUES.items()
-        }
-        self._one_hot |= {"101": self._features("101", num_users)}
-        self._one_hot |= {"301": self._features("301", len(POSITION_SHARES))}
+        self._ids = RawIds(catalogue, num_users=num_users, seed=seed)
+        self._weighted = {field: self._starts(field) for field in WEIGHTED_FIELDS}
+        self._one_hot = {field: self._features(field) for field in (*PROFILE_VALUES, "101", "301")}
         self._items = self._item_texts()
         self._item_features = 3 + (catalogue.brand >= 0) + catalogue.nodes.lengths
 
@@ -142,16 +101,15 @@ class AliCcpText:
             "\n",
         )
 
-    def _starts(self, field: str, size: int) -> pa.Array:
-        """(size + 1,) features up to their value, a separator first; nothing for -1."""
-        low, end = ID_RANGES[field]
-        raw = self._streams.generator(f"ids of {field}").choice(end - low, size, replace=False)
-        texts = _joined(f"\x01{field}\x02", pa.array(low + raw).cast(pa.string()), "\x03")
+    def _starts(self, field: str) -> pa.Array:
+        """(values + 1,) features up to their weight, a separator first; nothing for -1."""
+        raw = pa.array(self._ids.of(field)).cast(pa.string())
+        texts = _joined(f"\x01{field}\x02", raw, "\x03")
         return pa.concat_arrays([texts, pa.array([""])])
 
-    def _features(self, field: str, size: int) -> pa.Array:
-        """(size + 1,) one-hot features, a separator first; nothing for -1."""
-        texts = _joined(self._starts(field, size)[:-1], "1.0")
+    def _features(self, field: str) -> pa.Array:
+        """(values + 1,) one-hot features, a separator first; nothing for -1."""
+        texts = _joined(self._starts(field)[:-1], "1.0")
         return pa.concat_arrays([texts, pa.array([""])])
 
     def _lists(self, field: str, counts: Counts) -> pa.Array:
@@ -165,13 +123,13 @@ class AliCcpText:
     def _item_texts(self) -> pa.Array:
         """(items,) what every impression of an item has, without a separator first."""
         catalogue = self._catalogue
-        nodes = _take(self._features("210", catalogue.num_nodes), catalogue.nodes.values)
+        nodes = _take(self._features("210"), catalogue.nodes.values)
         parts = [
-            self._features("205", catalogue.num_items)[:-1],
-            _take(self._features("206", catalogue.num_categories), catalogue.category),
-            _take(self._features("207", catalogue.num_shops), catalogue.shop),
+            self._features("205")[:-1],
+            _take(self._features("206"), catalogue.category),
+            _take(self._features("207"), catalogue.shop),
             _joined_lists(catalogue.nodes.offsets, nodes),
-            _take(self._features("216", catalogue.num_brands), catalogue.brand),
+            _take(self._features("216"), catalogue.brand),
         ]
         # The real rows follow no order of fields, so no reader may count on one.
         items = [np.arange(turn, catalogue.num_items, len(parts)) for turn in range(len(parts))]

@@ -139,7 +139,7 @@ def _write(world: World, folder: Path, visits_per_block: int) -> GeneratedWorld:
             common = _CommonRows(folder / f"common_features_{split}.csv")
             with (folder / f"sample_skeleton_{split}.csv").open("wb") as skeleton, common:
                 stretches = simulation.stretches(split, visits_per_block)
-                for rendered in _ordered_map(render, stretches):
+                for rendered in ordered_map(render, stretches):
                     skeleton.write(text_bytes(rendered.skeleton))
                     common.add(rendered.common, rendered.common_index)
                     truth.write_table(_truth(rendered.block))
@@ -266,7 +266,7 @@ class _Ranking:
         return float(self._positive @ below / pairs)
 
 
-def _ordered_map(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
+def ordered_map(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
     """`function` of each input, on several threads, in order, few results ahead."""
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     pending: deque[Future[R]] = deque()
