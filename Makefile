@@ -5,8 +5,9 @@
 # make check     format, lint, types, layers
 # make docs      the site, in site/
 # make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
-# make paper     the methods compared: table, figure, report; make paper-full: more seeds, fractions;
-#                make paper-small: a minute of it; make paper-grid: over correlation, volume, confounding
+# make paper     the methods compared at the paper's rates and at dense ones: tables, figures, reports;
+#                make paper-full: at the rates of the paper's Public data set as well; make paper-small:
+#                a minute of it; make paper-grid: over CVR, correlation and volume
 # make bench     the figures of speed, the short form; make bench-full: all of them
 # DEVICE=cuda    CUDA builds and NCCL instead of the CPU and gloo
 
@@ -62,21 +63,22 @@ $(VENV)/.installed-docs: requirements/docs.txt $(INSTALLED)
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
 
-# The search of the methods' settings, the same wherever they are compared.
-SEARCH := --trials 8 --epochs 4
-
+# The two regimes side by side: the paper's rates, then a dense world that takes away what ESMM is for.
+# esmm_torchrec/comparison/data.py says why.
 paper: install
-	$(BIN)/esmm-torchrec compare --out paper --methods all --seeds 5 --fractions 0.1 0.3 1 $(SEARCH)
+	$(BIN)/esmm-torchrec compare --out paper --regime paper --seeds 5 --batch-size 8192
+	$(BIN)/esmm-torchrec compare --out paper/dense --regime dense --seeds 5 --fractions 0.1 0.3 1
 
-paper-full: install
-	$(BIN)/esmm-torchrec compare --out paper-full --methods all --seeds 10 --fractions 0.1 0.2 0.3 0.5 1 $(SEARCH)
+# The ratio of conversions to impressions in the paper's Public data set beside them.
+paper-full: paper
+	$(BIN)/esmm-torchrec compare --out paper/public --regime public --seeds 5 --batch-size 16384
 
 paper-small: install
 	$(BIN)/esmm-torchrec compare --out paper-small --seeds 2 --trials 1 --epochs 1 --fractions 0.3 1 \
 		--batch-size 512 --test-impressions 5000 --world.impressions 20000
 
-paper-grid: paper
-	$(BIN)/python benchmarks/methods_grid.py --out bench/methods-grid --remembered paper/trials $(SEARCH)
+paper-grid: install
+	$(BIN)/python benchmarks/methods_grid.py --out bench/methods-grid
 
 bench: install
 	mkdir -p bench

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from esmm_torchrec.comparison.data import HeldOutBy
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import CLICK_METHOD, METHODS
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
@@ -68,9 +69,13 @@ class ComparisonOptions:
     """Settings tried for each method in tuning, the same number for all."""
     epochs: int = 3
     """Tuning chooses among 1 to this many passes of a method over its own training rows."""
+    held_out_by: HeldOutBy = "auto"
+    """With --data, what stays together when training users are held out or a fraction of them is
+    drawn: impressions of a group_id, of a shared row, or each impression by itself; auto: of a
+    shared row if there are any. --group-id of prepare table decides metrics alone."""
     validation_share: float = 0.2
     """Part of the training users to tune on; chosen methods are retrained on all."""
-    test_impressions: int = 300_000
+    test_impressions: int = 1_500_000
     """Test impressions scored, at most about; users are drawn from the test half by hash."""
     embedding_dim: int = 8
     """Columns of every embedding table; a multiple of 4."""
@@ -100,14 +105,13 @@ class ComparisonOptions:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise OptionError(
-                    f"--fractions {fraction:g} is no part of the training half; give numbers above "
-                    "0 up to 1"
+                    f"--fractions {fraction:g} is not a fraction; give numbers above 0 up to 1"
                 )
         if not self.fractions:
             raise OptionError("--fractions needs at least one number above 0 up to 1")
         if not 0 < self.validation_share < 1:
             raise OptionError(
-                f"--validation-share {self.validation_share:g} is no part; give one between 0 and 1"
+                f"--validation-share {self.validation_share:g} is not between 0 and 1; give a share"
             )
         self.train(CLICK_NETWORK, Trial(SETTINGS[0], None), seed=0)
 
@@ -117,7 +121,7 @@ class ComparisonOptions:
         for name in self.methods:
             if name not in (*COMPARED, "all"):
                 raise OptionError(
-                    f"--methods {name} is no method to compare; there are: all, "
+                    f"--methods {name} is not a method to compare; choose from all, "
                     f"{', '.join(COMPARED)}"
                 )
         if not self.methods:

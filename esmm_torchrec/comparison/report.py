@@ -37,6 +37,8 @@ def format_table(results: Results) -> str:
     """The headline and the verdicts, for a terminal."""
     lines = [*aligned(tables.headline_rows(results, truth=False)), "", regime(results)]
     lines += verdicts(results, _ON_A_TERMINAL)
+    lines += ["", "To train each with what was chosen for it:"]
+    lines += [f"  {command}" for command in results["train_commands"].values()]
     if results["protocol"]["seeds"] == 1:
         lines.append("One seed gives no interval and no verdict; give --seeds 5 for them.")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ seconds            {"tuning": {method: …}, "methods": {method: {fraction: …}
                    "common_ctr", "out_of_fold_pctr", "total"}: to train and to score
 curves, points     {method: …} at the largest fraction: calibration of the first seed, and a
                    sample of its pCVR beside the truth
+train_commands     {method: the `train` command with what was chosen}
 tuning             {method: {"chosen", "tried", "at_edge": what of it was chosen at the end of
                    what was tried, "seconds"}}
 protocol, source, environment, command
@@ -31,7 +32,9 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from esmm_torchrec.comparison.handover import chosen_options, train_command
 from esmm_torchrec.comparison.options import ComparisonOptions
+from esmm_torchrec.comparison.selection import Chosen
 from esmm_torchrec.comparison.statistics import (
     CONFIDENCE,
     bootstrap_interval,
@@ -75,6 +78,7 @@ def assemble(
     options: ComparisonOptions,
     records: Records,
     *,
+    chosen: Mapping[str, Chosen],
     tuning: Mapping[str, Any],
     tuning_networks: Mapping[str, float],
     source: Mapping[str, Any],
@@ -86,6 +90,7 @@ def assemble(
     Args:
         options: what was compared.
         records: one of each method, seed and fraction.
+        chosen: method by its title → what tuning chose.
         tuning: method → what was tried and chosen.
         tuning_networks: network that tuning needed → its seconds.
         source: {"world": settings} or {"data": folder}.
@@ -121,6 +126,18 @@ def assemble(
         "training": each(_training),
         "curves": {name: by_run[name, largest][0]["curves"] for name in names},
         "points": {name: by_run[name, largest][0]["points"] for name in names},
+        "train_commands": {
+            METHODS[method].title: train_command(
+                chosen_options(
+                    options,
+                    method,
+                    chosen[METHODS[method].title],
+                    batch_size=by_run[METHODS[method].title, largest][0]["batch_size"],
+                ),
+                str(source.get("data", "PREPARED")),
+            )
+            for method in options.chosen_methods
+        },
         "tuning": dict(tuning),
         "seconds": _seconds(each, tuning, [tuning_networks, *(r["networks"] for r in records)]),
         "protocol": asdict(options)

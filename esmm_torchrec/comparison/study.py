@@ -34,6 +34,7 @@ from esmm_torchrec.comparison.data import (
     world_of_seed,
     world_source,
 )
+from esmm_torchrec.comparison.handover import best_method, chosen_options
 from esmm_torchrec.comparison.options import (
     CLICK_NETWORK,
     ComparisonOptions,
@@ -62,6 +63,7 @@ from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import CLICK, CONVERSION
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.run import train
 
 COMMON_CTR_SEED = 500_009
 """Added to the seed of the common click network, so that no method's own click network is it."""
@@ -80,6 +82,7 @@ def compare(
     command: str,
     tune_on: World | None = None,
     trials: Path | None = None,
+    keep_best: Path | None = None,
 ) -> dict[str, Any]:
     """Compares methods; every rank calls it, rank 0 writes below `out`.
 
@@ -93,6 +96,8 @@ def compare(
         tune_on: settings of the world to tune on, where several comparisons are to have methods
             tuned alike; None: those of `world`.
         trials: folder of what is remembered; None: below `out`.
+        keep_best: run folder to leave the best method in, trained with what was chosen for it; it
+            needs `data`. The best is chosen on the held-out users, not on the test half.
 
     Returns:
         the content of results.json.
@@ -109,7 +114,9 @@ def compare(
             return world_source(
                 of_world, out / "worlds", ranks, test_impressions=options.test_impressions
             )
-        return prepared_source(data, test_impressions=options.test_impressions)
+        return prepared_source(
+            data, held_out_by=options.held_out_by, test_impressions=options.test_impressions
+        )
 
     if data is None:
         _check_expected_conversions(options, world)
@@ -135,6 +142,7 @@ def compare(
     results = assemble(
         options,
         records,
+        chosen={METHODS[method].title: of for method, of in chosen.items()},
         tuning=study.tuning,
         tuning_networks=study.tuning_networks,
         source={"data": str(data)} if data is not None else {"world": asdict(world)},
@@ -150,6 +158,18 @@ def compare(
         _log_time(out, time.time() - started)
 
     ranks.from_first(write)
+    if keep_best is not None:
+        assert data is not None
+        best = best_method({method: chosen[method] for method in options.chosen_methods})
+        batch_size = next(r["batch_size"] for r in records if r["method"] == METHODS[best].title)
+        train(
+            data,
+            keep_best,
+            chosen_options(options, best, chosen[best], batch_size=batch_size),
+            ranks,
+        )
+        if ranks.is_first:
+            print(f"{METHODS[best].title}, the best on the held-out users, is kept in {keep_best}")
     return json.loads(text)
 
 
@@ -167,9 +187,10 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _closing(source: Source) -> Iterator[Source]:
-    # Left in place after an error: what was generated serves the next start.
-    yield source
-    source.close()
+    try:
+        yield source
+    finally:
+        source.close()
 
 
 def _check_fractions(options: ComparisonOptions, source: Source) -> None:
@@ -185,7 +206,7 @@ def _check_fractions(options: ComparisonOptions, source: Source) -> None:
 
 
 def _check_expected_conversions(options: ComparisonOptions, world: World) -> None:
-    """Before a world is generated, by the rates it is to have."""
+    """Before a world is drawn, by the rates it is to have."""
     for fraction in options.ascending_fractions:
         impressions = world.split_impressions["train"] * fraction
         conversions = impressions * world.ctr * world.cvr
@@ -371,7 +392,7 @@ class _Study:
                         training,
                         training.part(_of_all_rows(stage, pctr)),
                         common_ctr=common.scores,
-                        resampling=_resampling(source, stage) if resample else None,
+                        resampling=_resampling(source) if resample else None,
                     )
                     return _with_networks(record, common, pctr)
 
@@ -453,9 +474,8 @@ def _stage_key(key: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in key.items() if name not in own}
 
 
-def _resampling(source: Source, stage: Stage) -> UserBootstrap:
-    users = source.data.test.scalars[source.data.user_column]
-    return UserBootstrap(users if stage.scored_rows is None else users[stage.scored_rows])
+def _resampling(source: Source) -> UserBootstrap:
+    return UserBootstrap(source.data.test_users)
 
 
 def _run_line(label: str, record: Mapping[str, Any]) -> str:

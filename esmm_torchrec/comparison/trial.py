@@ -68,7 +68,7 @@ class Stage:
             rows["kept"],
             data.train,
             rows["held out"],
-            dict(data.dataset.statistics.mean_values_per_bag),
+            dict(data.mean_values_per_bag),
         )
 
     @classmethod
@@ -78,13 +78,11 @@ class Stage:
         if fraction < 1:
             rows = rows_between(train, 0.0, fraction, purpose="volume")
             known = {
-                table: count >= max(1, data.dataset.min_count)
+                table: count >= max(1, data.min_count)
                 for table, count in count_ids(train, rows).items()
             }
             train, test = without_ids(train, known), without_ids(test, known)
-        return cls(
-            train, rows, test, data.test_rows, dict(data.dataset.statistics.mean_values_per_bag)
-        )
+        return cls(train, rows, test, data.test_rows, dict(data.mean_values_per_bag))
 
     @cached_property
     def scored_ids(self) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from esmm_torchrec.comparison.data import DEFAULT_WORLD
+from esmm_torchrec.comparison.data import DEFAULT_WORLD, REGIMES, Regime
 from esmm_torchrec.comparison.options import ComparisonOptions
 from esmm_torchrec.comparison.report import format_table, write_report
 from esmm_torchrec.comparison.study import compare
@@ -21,31 +21,51 @@ class Options(ComparisonOptions):
     """Compare conversion methods: tune each by the same rule, retrain it, score the test half once.
 
     Without --data, each seed is a generated world with known probabilities. The folder gets
-    results.json, report.html, table.csv, table.md and plots; a comparison that was stopped goes on
-    when it is called again.
+    results.json, report.html, table.csv, table.md and plots. Rerun the command to resume a
+    comparison that was stopped.
     """
 
     out: Path
     """Folder of the results."""
     data: Path | None = None
-    """A prepared data set for all seeds, in place of generated worlds."""
+    """A prepared data set for all seeds, instead of generated worlds."""
+    keep_best: Path | None = None
+    """Run folder to leave the best method in (with --data): the best on the held-out users, trained
+    with what was chosen for it."""
+    regime: Regime | None = None
+    """Rates and size of the generated worlds by name, instead of --world. paper: CTR .039, CVR .02;
+    public: CVR .0055, as in the paper's Public data set; dense: CTR .09, CVR .18."""
     world: World = field(default_factory=lambda: DEFAULT_WORLD)
-    """Settings of the generated worlds; seed n has the world of seed world.seed + n."""
+    """Settings of the generated worlds, the paper regime by default; seed n has the world of seed
+    world.seed + n."""
 
 
 def run(options: Options) -> None:
     """Compares on the ranks torchrun started, or on one."""
-    if options.data is not None and options.world != DEFAULT_WORLD:
+    if options.data is not None and (options.world != DEFAULT_WORLD or options.regime is not None):
         raise OptionError(
-            "--world has no meaning beside --data, which is compared on as it is; leave one out"
+            "--world and --regime describe generated worlds and --data is not one; leave one out"
         )
+    if options.regime is not None and options.world != DEFAULT_WORLD:
+        raise OptionError("--regime sets what --world sets; give one of the two")
+    if options.keep_best is not None and options.data is None:
+        raise OptionError(
+            "--keep-best needs --data, the prepared data set that the run folder is of"
+        )
+    world = options.world if options.regime is None else REGIMES[options.regime]
     own = ComparisonOptions(
         **{item.name: getattr(options, item.name) for item in fields(ComparisonOptions)}
     )
     command = shlex.join(["esmm-torchrec", *sys.argv[1:]])
     with process_group(options.device) as ranks:
         results = compare(
-            own, options.out, ranks, data=options.data, world=options.world, command=command
+            own,
+            options.out,
+            ranks,
+            data=options.data,
+            world=world,
+            command=command,
+            keep_best=options.keep_best,
         )
         if ranks.is_first:
             write_report(results, options.out)

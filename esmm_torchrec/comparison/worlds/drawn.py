@@ -35,7 +35,6 @@ from esmm_torchrec.schema import (
     SHARED_ROW,
     TRUE_CTR,
     TRUE_CVR,
-    IdFeature,
     Schema,
     Table,
     weight_column,
@@ -47,7 +46,6 @@ _WEIGHTS = np.array([0.0, *(float(weight_text(n)) for n in range(1, MAX_TIMES + 
 _COLUMNS = (GROUP_ID, TRUE_CTR, TRUE_CVR)
 
 _SHARED_ROWS_PER_BLOCK = 8192
-BY_IMPRESSIONS = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def draw_mapped(world: World, folder: Path, *, min_count: int) -> DrawnWorld:
     Args:
         world: its settings.
         folder: of the splits; it must not exist.
-        min_count: in how many training impressions an id must occur to have a row of its own.
+        min_count: how often an id must occur in the stored training rows to have a row of its own.
     """
     folder.mkdir(parents=True)
     simulation = Simulation(world)
@@ -124,7 +122,7 @@ class _Drawing:
         self._raw_ids = raw_ids
         self._folder = folder
         self.counts = {name: np.zeros(len(ids), np.int64) for name, ids in raw_ids.items()}
-        """Field → occurrences of each of its numbers in training impressions."""
+        """Field → occurrences of each of its numbers in stored training rows."""
 
     def scratch(self, split: Split) -> Path:
         """File of the impressions of a split."""
@@ -135,9 +133,7 @@ class _Drawing:
         with pa.memory_map(str(self.scratch(split))) as file, pa.ipc.open_stream(file) as batches:
             yield from batches
 
-    def draw(
-        self, split: Split, on_impressions: Callable[[int], object]
-    ) -> list[pa.RecordBatch]:
+    def draw(self, split: Split, on_impressions: Callable[[int], object]) -> list[pa.RecordBatch]:
         """Draws the impressions into the scratch file; gives the shared rows in their order."""
         simulation = self._simulation
         num_visits = simulation.num_visits(split)
@@ -215,27 +211,11 @@ class _Drawing:
 
     def _count(self, rendered: _Rendered) -> None:
         for feature in FIELDS:
-            numbers, counts = _occurrences(feature, rendered)
+            batch = rendered.shared if feature.shared else rendered.impressions
+            column = batch.column(feature.name)
+            numbers = column.flatten() if feature.multi_valued else column.drop_null()
             known = self.counts[feature.name]
-            known += np.bincount(numbers, counts, minlength=len(known)).astype(np.int64)
-
-
-def _occurrences(feature: IdFeature, rendered: _Rendered) -> tuple[Ints, Ints | None]:
-    """Numbers of a feature in a block, and in how many impressions each occurrence is."""
-    batch = rendered.shared if feature.shared else rendered.impressions
-    column = batch.column(feature.name)
-    uses = None
-    if feature.shared and BY_IMPRESSIONS:
-        rows = rendered.impressions.column(SHARED_ROW).to_numpy()
-        starts = np.flatnonzero(np.diff(rows, prepend=-1))
-        uses = np.diff(starts, append=len(rows))
-    if feature.multi_valued:
-        if uses is not None:
-            uses = np.repeat(uses, column.value_lengths().to_numpy())
-        return column.flatten().to_numpy(), uses
-    if uses is not None:
-        uses = uses[column.is_valid().to_numpy(zero_copy_only=False)]
-    return column.drop_null().to_numpy(), uses
+            known += np.bincount(numbers.to_numpy(), minlength=len(known))
 
 
 def _vocabulary(raw_ids: Ints, counts: Ints, min_count: int) -> Vocabulary:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from esmm_torchrec.comparison.data import Source
+from esmm_torchrec.cli import train as train_cli
+from esmm_torchrec.cli.main import parse_options
+from esmm_torchrec.comparison.data import Source, prepared_source
+from esmm_torchrec.comparison.handover import chosen_options, train_command
 from esmm_torchrec.comparison.options import (
     COMPARED,
     SETTINGS,
@@ -35,6 +39,7 @@ from esmm_torchrec.comparison.verdicts import verdicts
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.data.prepared_form import sha256_of
 from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
 from tests.prepared_data import write_data_set
@@ -56,8 +61,21 @@ FIXED = replace(OPTIONS, methods=("base", "shared-bottom"), fractions=(1.0,), tr
 
 
 def _compare_all(folder: Path) -> dict[str, Any]:
-    def run(name: str, options: ComparisonOptions, data: Path | None = None) -> dict[str, Any]:
-        return compare(options, folder / name, ranks, data=data, world=WORLD, command="test")
+    def run(
+        name: str,
+        options: ComparisonOptions,
+        data: Path | None = None,
+        keep_best: Path | None = None,
+    ) -> dict[str, Any]:
+        return compare(
+            options,
+            folder / name,
+            ranks,
+            data=data,
+            world=WORLD,
+            command="test",
+            keep_best=keep_best,
+        )
 
     with process_group("cpu") as ranks:
         torch.set_num_threads(2)
@@ -74,7 +92,7 @@ def _compare_all(folder: Path) -> dict[str, Any]:
             "resumed": resumed,
             "removed": [path.name for path in removed],
             "worlds left": list((folder / "worlds" / "worlds").glob("*")),
-            "fixed": run("fixed", FIXED, folder / "data"),
+            "fixed": run("fixed", FIXED, folder / "data", folder / "kept"),
             "other test half": run("other-test", FIXED, folder / "other-test-data"),
             "no truth": run("no-truth", replace(FIXED, seeds=1), folder / "no-truth-data"),
         }
@@ -477,11 +495,36 @@ def test_a_method_is_chosen_by_the_mean_of_the_papers_two_figures() -> None:
 
 
 def test_a_test_half_without_conversions_is_refused(tmp_path: Path) -> None:
-    dataset = write_data_set(tmp_path / "data", train=200, test=200)
-    empty = replace(
-        dataset,
-        splits=dict(dataset.splits) | {"test": replace(dataset.splits["test"], conversions=0)},
-    )
-    source = Source({}, open_dataset=lambda: empty, test_impressions=100)
+    write_data_set(tmp_path / "data", train=200, test=200)
+    data = prepared_source(tmp_path / "data", held_out_by="auto", test_impressions=100).data
+    scalars = data.test.scalars
+    none = dict(scalars) | {"conversion": np.zeros_like(scalars["conversion"])}
+    source = Source({}, open_data=lambda: replace(data, test=replace(data.test, scalars=none)))
     with pytest.raises(DataError, match="no conversions"):
         _ = source.data
+
+
+def test_the_command_of_a_method_trains_with_what_was_chosen(compared: dict[str, Any]) -> None:
+    commands = compared["fixed"]["train_commands"]
+    assert set(commands) == {"BASE", "shared-bottom"}
+    for method in ("aman", "esmm"):
+        trial = OPTIONS.trials_of(method)[1]
+        chosen = chosen_options(OPTIONS, method, Chosen(trial, 3, 0.7), batch_size=97)
+        words = shlex.split(train_command(chosen, "DATA"))
+        assert words[:2] == ["esmm-torchrec", "train"]
+        parsed = parse_options(train_cli.Options, "train", words[2:])
+        names = [field.name for field in fields(TrainOptions)]
+        found = TrainOptions(**{name: getattr(parsed, name) for name in names})
+        assert found.to_dict() == chosen.to_dict()
+        assert (found.epochs, found.batch_size) == (3, 97)
+
+
+def test_the_best_method_is_kept_as_a_run(compared: dict[str, Any], folder: Path) -> None:
+    metrics = json.loads((folder / "kept" / "metrics.json").read_text())
+    tuning = compared["fixed"]["tuning"]
+    best = max(("BASE", "shared-bottom"), key=lambda name: tuning[name]["chosen"]["score"])
+    of_best = compared["fixed"]["methods"][best]["1"]["cvr_auc"]["runs"]
+    if compared["fixed"]["training"][best]["1"]["unknown_share"] == 0:
+        assert metrics["test"]["cvr_auc"] == pytest.approx(of_best[0], abs=1e-4)
+    config = json.loads((folder / "kept" / "config.json").read_text())
+    assert METHODS[config["options"]["method"]].title == best

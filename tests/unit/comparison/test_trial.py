@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from esmm_torchrec.comparison.data import ComparisonData
+from esmm_torchrec.comparison.data import ComparisonData, with_users
 from esmm_torchrec.comparison.trial import Stage
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.subsets import count_ids
+from esmm_torchrec.errors import OptionError
 from tests.prepared_data import write_data_set
 
 USERS = 150
@@ -21,7 +24,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ComparisonData:
     write_data_set(path, train=600, test=600, users=USERS)
     dataset = PreparedDataSet.open(path)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
-    return ComparisonData(dataset, train, test, None)
+    return ComparisonData(
+        train, test, None, dataset.statistics.mean_values_per_bag, dataset.min_count
+    )
 
 
 def test_tuning_holds_out_whole_users(data: ComparisonData) -> None:
@@ -43,12 +48,12 @@ def test_a_part_of_the_users_has_a_vocabulary_of_its_own(data: ComparisonData) -
     occurs = count_ids(data.train, stage.train_rows)
     lost = 0
     for table, ids in count_ids(stage.scored, None).items():
-        enough = occurs[table] >= data.dataset.min_count
+        enough = occurs[table] >= data.min_count
         assert not ids[1:][~enough[1:]].any(), table
         lost += int(count_ids(data.test, None)[table][1:][~enough[1:]].sum())
     assert lost > 0, "some ids of the test half must be too rare in the part"
     for table, ids in count_ids(stage.train, stage.train_rows).items():
-        assert not ids[1:][occurs[table][1:] < data.dataset.min_count].any()
+        assert not ids[1:][occurs[table][1:] < data.min_count].any()
 
 
 def test_smaller_parts_lie_in_larger_ones(data: ComparisonData) -> None:
@@ -69,3 +74,20 @@ def test_every_row_is_trained_on_at_full_volume_and_scored(data: ComparisonData)
     np.testing.assert_array_equal(
         stage.clicked_train_rows(), np.flatnonzero(data.train.scalars["click"] == 1)
     )
+
+
+def test_group_id_does_not_decide_what_is_held_out(data: ComparisonData) -> None:
+    """It is for metrics alone, unless users are to be held out by it."""
+    without = replace(
+        data.train, scalars={k: v for k, v in data.train.scalars.items() if k != "group_id"}
+    )
+    held_out = [
+        Stage.validation(replace(data, train=with_users(train, "auto")), 0.3).scored_rows
+        for train in (data.train, without)
+    ]
+    np.testing.assert_array_equal(*held_out)
+    by_group = Stage.validation(replace(data, train=with_users(data.train, "group")), 0.3)
+    group = data.train.scalars["group_id"]
+    assert not set(group[by_group.scored_rows]) & set(group[by_group.train_rows])
+    with pytest.raises(OptionError, match="--held-out-by group"):
+        with_users(without, "group")

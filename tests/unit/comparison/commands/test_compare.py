@@ -29,6 +29,9 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--fractions", "0.00001", "--device", "cpu"], ["--fractions 1e-05", "conversions"]),
         (["--world.ctr", "2"], ["--ctr is 2"]),
         (["--data", "nowhere", "--world.seed", "3"], ["--world", "--data"]),
+        (["--data", "nowhere", "--regime", "dense"], ["--regime", "--data"]),
+        (["--regime", "dense", "--world.seed", "3"], ["--regime", "--world"]),
+        (["--keep-best", "run"], ["--keep-best", "--data"]),
     ],
 )
 def test_wrong_options_are_one_sentence(

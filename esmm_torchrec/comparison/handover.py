@@ -1,0 +1,64 @@
+"""From a comparison to a model: the `train` command of a method with what tuning chose."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from esmm_torchrec.comparison.options import ComparisonOptions
+from esmm_torchrec.comparison.selection import Chosen
+from esmm_torchrec.models.methods import METHODS
+from esmm_torchrec.training.options import TrainOptions
+
+_PARTS = ("rows", "architecture", "objective")
+
+
+def chosen_options(
+    options: ComparisonOptions, method: str, chosen: Chosen, *, batch_size: int
+) -> TrainOptions:
+    """The options with which `train` repeats the first seed of a method.
+
+    Args:
+        options: of the comparison.
+        method: by its name in `METHODS`.
+        chosen: what tuning chose for it.
+        batch_size: rows of a step, which the comparison derived from the updates of a pass.
+    """
+    return replace(
+        options.train(method, chosen.trial, seed=0, epochs=chosen.epochs), batch_size=batch_size
+    )
+
+
+def train_command(options: TrainOptions, data: str) -> str:
+    """The command that trains with these options; defaults are left out."""
+    words = ["esmm-torchrec", "train", "--data", data, "--out", "RUN", "--method", options.method]
+    for field in fields(TrainOptions):
+        value = getattr(options, field.name)
+        if field.name in (*_PARTS, "method") or value in (field.default, None):
+            continue
+        words += [f"--{field.name.replace('_', '-')}", *_words(value)]
+    preset = METHODS[options.method]
+    for part in _PARTS:
+        chosen, default = getattr(options, part), getattr(preset, part)
+        if chosen is None:
+            continue
+        for field in fields(chosen):
+            value = getattr(chosen, field.name)
+            if value != getattr(default, field.name, MISSING):
+                words += [f"--{part}.{field.name.replace('_', '-')}", *_words(value)]
+    return shlex.join(words)
+
+
+def _words(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, tuple | list) else [str(value)]
+
+
+def best_method(chosen: Mapping[str, Chosen]) -> str:
+    """The method with the best score on the held-out users; the test half decides nothing.
+
+    Args:
+        chosen: method → what tuning chose for it.
+    """
+    return max(chosen, key=lambda method: chosen[method].score)
