@@ -290,7 +290,7 @@ class _ParquetFile(RawTable):
         self.name, self.file_name = str(path), path.name
         try:
             self._schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._broken(error) from None
         self.column_names = self._schema.names
 
@@ -318,7 +318,7 @@ class _ParquetFile(RawTable):
                     yield _numbered(table, rows)
                     rows += len(table)
                 expected = file.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._broken(error) from None
         if rows != expected:
             raise DataError(f"{self.name} holds {rows} rows where its footer says {expected}")
@@ -331,7 +331,7 @@ class _ArrowFile(RawTable):
         try:
             with pa.memory_map(str(path)) as source:
                 self._schema = pa.ipc.open_file(source).schema
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._broken(error) from None
         self.column_names = self._schema.names
 
@@ -359,7 +359,7 @@ class _ArrowFile(RawTable):
                         table.validate(full=True)
                         yield _numbered(table, rows)
                         rows += len(table)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._broken(error) from None
 
 
