@@ -46,6 +46,8 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
 """Columns that only some data sets have, in the order they are stored."""
 
 DESCRIPTION = "dataset.json"
+MAX_FILE_NAME = 150
+"""Characters of a table's name in that of its file; longer ones end in a hash."""
 PREPARE_AGAIN = "prepare the data set again"
 
 
@@ -237,8 +239,11 @@ def sha256_of(path: Path) -> str:
 
 def vocabulary_file(table: str) -> str:
     """Where the vocabulary of a table is, relative to the data set."""
-    # Tables may be called after the columns of a stranger's file.
-    return f"vocabulary/{quote(table, safe=' ')}.parquet"
+    # Tables may be called after the columns of a stranger's file, which may be long and in Chinese.
+    name = quote(table, safe=" ")
+    if len(name) > MAX_FILE_NAME:
+        name = f"{name[:MAX_FILE_NAME]}-{hashlib.sha256(table.encode()).hexdigest()[:16]}"
+    return f"vocabulary/{name}.parquet"
 
 
 def partial_folder(path: Path) -> Path:

@@ -164,6 +164,7 @@ class PreparedWriter:
         columns: which of OPTIONAL_COLUMNS the impressions have.
         source: how the data set is made, for dataset.json. No paths of this machine, no times.
         min_count: the least count of an id in the vocabularies.
+        has_conversions: False if clicks alone are known, so that conversion is 0 everywhere.
 
     Raises:
         DataError: `path` exists already; a table written is not as declared; in the end a split
@@ -179,8 +180,10 @@ class PreparedWriter:
         columns: Iterable[str] = (),
         source: Mapping[str, Any],
         min_count: int,
+        has_conversions: bool = True,
     ) -> None:
         self.path = Path(path)
+        self._has_conversions = has_conversions
         self._root = partial_folder(self.path)
         self._id_features = tuple(id_features)
         self._dense_features = tuple(dense_features)
@@ -369,7 +372,7 @@ class PreparedWriter:
             )
         if name == "train":
             for what, count in (("click", split.clicks), ("conversion", split.conversions)):
-                if count == 0:
+                if count == 0 and (what == "click" or self._has_conversions):
                     raise DataError(
                         f"the train split holds {split.impressions} impressions and no {what}, "
                         f"nothing to learn from; check the {what} column or take more data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -67,12 +68,12 @@ class Predictor:
             logits = self.task.model(batch.to(self.device).features)
         return Logits({name: logit.cpu() for name, logit in logits.items()})
 
-    def score(self, rows: Frame, *, batch_size: int = 8192) -> pd.DataFrame:
+    def score(self, rows: Frame | Sequence[Frame], *, batch_size: int = 8192) -> pd.DataFrame:
         """Scores raw rows, in their order.
 
         Args:
-            rows: a DataFrame, an Arrow table, or a CSV or Parquet file; the columns are those the
-                training data were prepared from, labels not needed.
+            rows: DataFrames, Arrow tables or files, one or several, as `prepare_table` takes them;
+                the columns are those the training data were prepared from, labels not needed.
             batch_size: impressions at a time.
 
         Returns:

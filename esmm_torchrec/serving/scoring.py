@@ -7,7 +7,7 @@ scores are written as they come.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -74,12 +74,12 @@ def check_preprocessing(run: RunFolder) -> None:
         )
 
 
-def encode_rows(run: RunFolder, rows: Frame, folder: Path) -> MappedSplit:
+def encode_rows(run: RunFolder, rows: Frame | Sequence[Frame], folder: Path) -> MappedSplit:
     """Lays out raw rows for a run's model, encoded as its training data were.
 
     Args:
         run: whose vocabularies and statistics are used.
-        rows: a CSV or Parquet file, a DataFrame or an Arrow table; no labels needed.
+        rows: files, DataFrames or Arrow tables, one or several; no labels needed.
         folder: to be made, for the rows laid out.
 
     Raises:

@@ -6,7 +6,7 @@ here that part is made, with the base rates that its towers start at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -85,11 +85,19 @@ def training_part(
         options.seed,
     )
     chosen = options.parts.rows.select(impressions)
-    return part_of(split, chosen, name=METHODS[options.method].title, within=within)
+    learned = {head.label for head in options.parts.objective.heads(tasks)}
+    return part_of(
+        split, chosen, name=METHODS[options.method].title, within=within, learned=learned
+    )
 
 
 def part_of(
-    split: MappedSplit, chosen: TrainingRows | None, *, name: str, within: np.ndarray | None = None
+    split: MappedSplit,
+    chosen: TrainingRows | None,
+    *,
+    name: str,
+    within: np.ndarray | None = None,
+    learned: Container[str] | None = None,
 ) -> TrainingPart:
     """The impressions that a method chose, with the base rates among them.
 
@@ -98,6 +106,7 @@ def part_of(
         chosen: as `Rows.select` gives it for the rows of `within`.
         name: of the method, for the sentence of an error.
         within: as in `training_part`.
+        learned: labels that the method learns, so that some rows must have them; None: all.
 
     Raises:
         DataError: as `training_part`.
@@ -114,7 +123,7 @@ def part_of(
     for task in split.schema.tasks:
         happened &= split.scalars[task.label][kept] == 1
         positives[task.label] = float(happened @ each)
-        if not positives[task.label]:
+        if not positives[task.label] and (learned is None or task.label in learned):
             raise DataError(
                 f"{name} is left with {num_rows:,} impressions and no {task.name} to train on; "
                 "give it more data or a larger fraction"

@@ -20,6 +20,9 @@ from esmm_torchrec.data.sources.raw_values import Fault, read_numbers
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
 
+CONSTANT = "__constant"
+"""The id feature of a table that has no other: a model looks up at least one table."""
+
 
 class Features(NamedTuple):
     """Feature values of n rows, not yet encoded. What stands in a row with a fault is arbitrary."""
@@ -71,7 +74,11 @@ class FeatureColumns:
     def roles(self) -> list[tuple[str, str]]:
         """(what it is, name) of every raw column."""
         return [
-            *(("an id feature", self.column_of(feature.name)) for feature in self.id_features),
+            *(
+                ("an id feature", self.column_of(feature.name))
+                for feature in self.id_features
+                if feature.name != CONSTANT
+            ),
             *((f"the weights of {name!r}", column) for name, column in self.weights.items()),
             *(("a dense feature", self.column_of(name)) for name in self.dense),
         ]
@@ -85,6 +92,9 @@ class FeatureColumns:
         features, faults = Features({}, {}, {}), []
         for feature in self.id_features:
             name, column = feature.name, self.column_of(feature.name)
+            if name == CONSTANT:
+                features.ids[name] = pa.array(np.zeros(len(block), np.int64))
+                continue
             if name in self.time_parts:
                 features.ids[name], fault = read_time_part(
                     block.column(column), column, self.time_parts[name]

@@ -206,8 +206,10 @@ class TableRows:
             values = rows.column(name)
             if role == GROUP_ID:
                 groups, fault, missing = read_groups(values, name, group_kind or "integer")
-                # Such a row is a group of its own, in training another than in test.
-                alone = row_hashes(2 * block.numbers + (block.split == "test")).view(np.int64)
+                # Such a row is a group of its own, in training another than in test. The hash of a
+                # small number may be small itself.
+                alone = row_hashes((1 << 62) + 2 * block.numbers + (block.split == "test"))
+                alone = alone.view(np.int64)
                 scalars[role] = np.where(missing, alone, groups)
             elif role == TIMESTAMP:
                 scalars[role], there, fault = read_times(values, name)

@@ -23,7 +23,7 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, DenseStatistics, SplitName, impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.delimited_text import TextFormat
-from esmm_torchrec.data.sources.feature_columns import FeatureColumns, RawReading
+from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
 from esmm_torchrec.data.sources.raw_tables import (
     BadRows,
@@ -204,6 +204,7 @@ def prepare_table(
         columns=columns.optional,
         source=source,
         min_count=min_count,
+        has_conversions=columns.conversion is not None,
     ) as writer:
         preparation.write(writer, counted)
     return PreparedDataSet.open(out)
@@ -306,12 +307,16 @@ class _Preparation:
             )
             for name, column in columns.id_features.items()
         }
+        if not id_features:
+            id_features = {CONSTANT: IdFeature(CONSTANT, table=CONSTANT)}
         renamed = columns.id_features | columns.dense_features
         return FeatureColumns(
             id_features=tuple(id_features.values()),
             kinds={
-                name: "integer" if name in parts else self._kinds[column]
-                for name, column in columns.id_features.items()
+                name: "integer"
+                if name in parts or name == CONSTANT
+                else self._kinds[columns.id_features[name]]
+                for name in id_features
             },
             weights={
                 name: columns.weights[columns.id_features[name]]

@@ -104,10 +104,22 @@ def reference_rows(content: bytes) -> list[list[str]]:
     return [row for row in csv.reader(text, strict=True) if row]
 
 
+LABELS = {"no": 0, "n": 0, "false": 0, "f": 0, "yes": 1, "y": 1, "true": 1, "t": 1}
+
+
+def label(text: str) -> float:
+    text = text.strip().lower()
+    try:
+        return LABELS[text] if text in LABELS else float(text)
+    except ValueError:
+        return np.nan
+
+
 def usable(values: dict[str, str]) -> bool:
-    if any(values[name].strip() not in ("0", "1") for name in ("visit", "conversion")):
-        return False
-    return values["conversion"] <= values["visit"]
+    visit, conversion = label(values["visit"]), label(values["conversion"])
+    if visit == 0 and values["conversion"] in ("", "NaN", "nan", "NULL", "null"):
+        return True
+    return visit in (0, 1) and conversion in (0, 1) and conversion <= visit
 
 
 def test_the_reference_agrees_on_the_log_itself(tmp_path: Path) -> None:
