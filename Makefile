@@ -54,7 +54,7 @@ $(NEWEST)/.installed: requirements/newest.txt requirements/common.txt pyproject.
 	touch $@
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(VENV)/.installed-docs: requirements/docs.txt $(INSTALLED)
 	$(BIN)/pip install -r requirements/docs.txt

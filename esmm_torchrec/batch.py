@@ -56,11 +56,10 @@ class BatchFeatures(NamedTuple):
 class ImpressionBatch(Pipelineable):
     """B impressions with their labels, ready for TorchRec's pipelines.
 
-    A row of weight 0 is padding: all its bags are empty.
+    A row of weight 0 is padding: all its bags are empty. `BatchFeatures` documents the arguments
+    that are not listed here.
 
     Args:
-        sparse_features, weighted_sparse_features, shared_sparse_features,
-        shared_weighted_sparse_features, shared_index, dense_features: see `BatchFeatures`.
         click: float32 (B,), 0 or 1.
         conversion: float32 (B,), 0 or 1; 1 only where click is 1.
         labels: instead of click and conversion, for another chain of tasks: label → float32 (B,).

@@ -12,7 +12,7 @@ optimizer = torch.optim.Adagrad(task.parameters(), lr=0.01)
 
 features = KeyedJaggedTensor.from_lengths_sync(
     keys=["item", "seen"],
-    values=torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]),  # an item each; 2, 0, 1 and 1 items seen before
+    values=torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]),  # one item each; 2, 0, 1 and 1 items seen before
     lengths=torch.tensor([1, 1, 1, 1, 2, 0, 1, 1]),
 )
 click, conversion = torch.tensor([[1.0, 1, 1, 0], [1.0, 0, 0, 0]])

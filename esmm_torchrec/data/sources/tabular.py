@@ -95,6 +95,10 @@ def prepare_table(
             weights={"history": "history_weights"},
         )
 
+    The arguments that are not listed here name raw columns, see `TableColumns`. A missing id (null,
+    NaN, one of `raw_values.NULL_TEXTS`) is an empty bag; a missing dense value or
+    label is a bad row.
+
     Args:
         out: the folder to make; it must not exist.
         train: paths or rows, one or several; all vocabularies and statistics are theirs. A path
@@ -102,10 +106,6 @@ def prepare_table(
         test: in the same form; ids that training does not have become row 0.
         split: instead of `test`: which of the rows in `train` become test rows, a `RowSplit` or
             "time:COL:0.8", "group:COL:0.8" or "share:0.8".
-        click, conversion, ids, dense, texts, time_features, weights, shared_tables, sample_id,
-            group_id, timestamp, weight, true_ctr, true_cvr: the raw columns, see `TableColumns`. A
-            missing id (null, NaN, one of `raw_values.NULL_TEXTS`) is an empty bag; a missing dense
-            value or label is a bad row.
         list_separator: what stands between the values of lists that are written as text ("1|5|9").
             An id column of text that holds it anywhere in training is multi-valued.
         text_format: how text files are written.
