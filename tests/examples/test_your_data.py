@@ -1,0 +1,43 @@
+"""The page on somebody's own data, run from its first line to its last."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from esmm_torchrec.cli.main import main
+
+PAGE = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text()
+
+
+def test_its_file_becomes_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    exec(program, {})
+    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL).replace("\\\n", " ")
+    commands = re.findall(r"^    esmm-torchrec (.*)$", text, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["prepare", "train", "score"]
+    for command in commands:
+        main(shlex.split(command))
+
+    description = json.loads(Path("prepared/dataset.json").read_text())
+    log = pd.read_csv("log.tsv", sep="\t")
+    splits = description["splits"]
+    assert splits["train"]["impressions"] + splits["test"]["impressions"] == len(log) == 6000
+    for split, rows in (("train", log[:4800]), ("test", log[4800:])):
+        assert splits[split]["clicks"] == (rows["clicked"] == "Yes").sum()
+        assert splits[split]["conversions"] == (rows["booked"] == "Yes").sum()
+    features = {feature["name"]: feature for feature in description["schema"]["id_features"]}
+    assert list(features) == ["user", "seen", "query", "shown__hour", "shown__weekday"]
+    assert [name for name, of in features.items() if of["multi_valued"]] == ["seen", "query"]
+    assert "prepared data set: prepared" in capsys.readouterr().out
+    scores = pd.read_parquet("scores.parquet")
+    assert scores["sample_id"].tolist() == list(range(50))
+    assert scores[["pctr", "pcvr", "pctcvr"]].stack().between(0, 1, inclusive="neither").all()
