@@ -7,9 +7,9 @@ preset is a best case; `benchmarks/sharding.py` writes a file with what was meas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from torchrec.distributed.planner.types import (
@@ -24,6 +24,7 @@ from torchrec.distributed.planner.types import (
 
 from esmm_torchrec.errors import OptionError, PlanError
 from esmm_torchrec.planning.strict_yaml import load_yaml
+from esmm_torchrec.sharding.forms import checked
 
 BYTES_PER_MS = 1e6
 """Bytes per millisecond, TorchRec's unit, in one GB/s."""
@@ -355,43 +356,18 @@ def read_hardware(path: Path | str) -> Hardware:
     """
     values = load_yaml(Path(path))
     if not isinstance(values, dict):
-        raise PlanError(f"{path} must be a mapping of the fields of a machine, one a line")
+        raise PlanError(f"{path} must be a mapping of the fields of a machine")
     base = values.pop("base", None)
-    known = {each.name: each for each in fields(Hardware)}
+    known = [field.name for field in fields(Hardware)]
     for name in values:
         if name not in known:
             raise PlanError(f"{path}: there is no field {name!r}; use base, {', '.join(known)}")
-    for name, value in values.items():
-        _check_field(str(path), name, value)
-    if "sources" in values:
-        values["sources"] = tuple(values["sources"])
     if base is not None:
         if not isinstance(base, str) or base.lower() not in PRESETS:
             raise PlanError(f"{path}: base {base!r} is none of {', '.join(PRESETS)}")
-        return replace(PRESETS[base.lower()], **{"name": Path(path).stem, "sources": (), **values})
-    missing = [
-        name for name, each in known.items() if each.default is MISSING and name not in values
-    ]
-    if missing:
-        raise PlanError(f"{path} lacks {missing[0]!r}; give it, or a 'base' to take it from")
-    return Hardware(**values)
-
-
-def _check_field(path: str, name: str, value: Any) -> None:
-    if name == "name":
-        right, what = isinstance(value, str), "a text"
-    elif name == "device":
-        choices = get_args(Literal["cuda", "cpu"])
-        right, what = value in choices, " or ".join(choices)
-    elif name == "sources":
-        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        what = "a list of texts"
-    elif name == "ranks_per_host":
-        right, what = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    else:
-        right, what = isinstance(value, int | float) and not isinstance(value, bool), "a number"
-    if not right:
-        raise PlanError(f"{path}: {name} must be {what}, not {value!r}")
+        own = {"name": Path(path).stem, "sources": []}
+        values = PRESETS[base.lower()].to_dict() | own | values
+    return checked(values, Hardware, str(path))
 
 
 def write_hardware(hardware: Hardware, path: Path | str) -> None:

@@ -21,22 +21,25 @@ All but the first three fields of a table may be left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
-from esmm_torchrec.models.embeddings import module_names
+from esmm_torchrec.models.embeddings import DIM_MULTIPLE, module_names
 from esmm_torchrec.planning.strict_yaml import load_yaml
 from esmm_torchrec.schema import Schema
+from esmm_torchrec.sharding.forms import Form, PositiveFloat, PositiveInt, checked
+from esmm_torchrec.sharding.planner import embedding_bag_collections_of
 from esmm_torchrec.sharding.search import Workload
-from esmm_torchrec.sharding.table_placement import COLUMN_MULTIPLE, DATA_TYPES
+from esmm_torchrec.sharding.table_placement import DATA_TYPES
 
 Pooling = Literal["sum", "mean"]
 
@@ -46,16 +49,8 @@ MAX_TABLE_VALUES = 2**56
 MAX_COUNT = 10_000
 """Tables, or features of a table, that one entry may stand for."""
 
-REQUIRED_FIELDS = ("name", "num_embeddings", "embedding_dim")
-OPTIONAL_FIELDS = (
-    "features",
-    "pooling",
-    "pooling_factor",
-    "weighted",
-    "data_type",
-    "shared_by",
-    "count",
-)
+Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+FeatureName = Annotated[str, Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -113,10 +108,27 @@ class TableList:
 
     @property
     def tower_width(self) -> int:
-        """Columns of the towers' input: all features' embeddings and the dense features."""
-        return self.dense_features + sum(
-            table.embedding_dim * len(table.features) for table in self.tables
-        )
+        """Columns of a tower's input: all features' embeddings and the dense features. A feature
+        that two networks look up in tables of their own counts once."""
+        columns = {f.name: table.embedding_dim for table in self.tables for f in table.features}
+        return self.dense_features + sum(columns.values())
+
+    @property
+    def not_trainable(self) -> str | None:
+        """Why `train` cannot have such tables, in a clause; None: it can."""
+        for table in self.tables:
+            if table.data_type != "float32":
+                return f"its tables are float32, and table {table.name!r} is {table.data_type}"
+            if table.pooling != "sum":
+                return f"its bags are sums, and table {table.name!r} has {table.pooling} pooling"
+        widths = {table.embedding_dim: table.name for table in self.tables}
+        if len(widths) > 1:
+            (first, a), (second, b) = list(widths.items())[:2]
+            return (
+                f"its tables have one embedding_dim, and tables {a!r} and {b!r} have {first} and "
+                f"{second}"
+            )
+        return None
 
     def workload(self, rows_per_rank: int) -> Workload:
         """What a batch of a rank holds of the features."""
@@ -167,51 +179,62 @@ def _config(table: PlannedTable) -> EmbeddingBagConfig:
     )
 
 
-def tables_of_schema(
+def tables_of_model(
+    module: nn.Module,
     schema: Schema,
-    embedding_dim: int,
     *,
-    mean_values_per_bag: Mapping[str, float],
-    impressions_per_shared_row: float | None,
+    mean_ids_per_bag: Mapping[str, float],
+    shared_by: float,
     source: str,
 ) -> TableList:
-    """The tables of a prepared data set, all of one width.
+    """The tables that a model of a prepared data set has, by the names that the model gives them.
 
     Args:
+        module: the model, its tables on the meta device.
         schema: of the data set.
-        embedding_dim: columns of every table.
-        mean_values_per_bag: feature → mean ids per stored row; 1 where a feature is not named.
-        impressions_per_shared_row: of the features that the schema calls shared.
+        mean_ids_per_bag: feature → mean ids per stored row; 1 if a feature is not named.
+        shared_by: impressions of a rank's batch per distinct shared row.
         source: what messages call the list.
     """
-    _check_dim(embedding_dim, f"embedding dim {embedding_dim}")
-    shared = {
-        feature.table
-        for name, features in schema.collections.items()
-        for feature in features
-        if name.startswith("shared_")
-    }
-    shared_by = impressions_per_shared_row or 1.0
-    names = module_names(table.name for table in schema.tables)
+    shared = {feature.name for feature in schema.id_features if feature.shared}
     return TableList(
         tables=tuple(
             PlannedTable(
-                name=names[table.name],
-                num_embeddings=table.num_embeddings,
-                embedding_dim=embedding_dim,
+                name=config.name,
+                num_embeddings=config.num_embeddings,
+                embedding_dim=config.embedding_dim,
                 features=tuple(
-                    PlannedFeature(feature.name, mean_values_per_bag.get(feature.name, 1.0))
-                    for feature in schema.id_features
-                    if feature.table == table.name
+                    PlannedFeature(name, mean_ids_per_bag.get(name, 1.0))
+                    for name in config.feature_names
                 ),
-                weighted=table.name in schema.weighted_tables,
-                shared_by=shared_by if table.name in shared else 1.0,
+                weighted=collection.is_weighted(),
+                shared_by=shared_by if shared.intersection(config.feature_names) else 1.0,
             )
-            for table in schema.tables
+            for collection in embedding_bag_collections_of(module).values()
+            for config in collection.embedding_bag_configs()
         ),
         dense_features=len(schema.dense_features),
         source=source,
     )
+
+
+class _TableForm(Form):
+    name: Annotated[str, Meta(min_length=1)]
+    num_embeddings: PositiveInt
+    embedding_dim: PositiveInt
+    features: Count | Annotated[list[FeatureName], Meta(min_length=1)] = 1
+    pooling: Pooling = "sum"
+    pooling_factor: PositiveFloat | list[PositiveFloat] = 1.0
+    weighted: bool = False
+    data_type: Literal["float32", "float16", "bfloat16"] = "float32"
+    shared_by: Annotated[float, Meta(ge=1)] = 1.0
+    count: Count = 1
+
+
+class _ListForm(Form):
+    tables: Annotated[list[Any], Meta(min_length=1)]
+    """Each a `_TableForm`, checked one by one so that messages name the table."""
+    batch_size: PositiveInt | None = None
 
 
 def read_tables(path: Path | str) -> TableList:
@@ -220,22 +243,11 @@ def read_tables(path: Path | str) -> TableList:
     Raises:
         PlanError: the file is not such a list; the sentence names the file and the entry.
     """
-    values = load_yaml(Path(path))
     where = str(path)
-    if not isinstance(values, dict):
-        raise PlanError(f"{where} must be a mapping with 'tables' and perhaps 'batch_size'")
-    for name in values:
-        if name not in ("batch_size", "tables"):
-            raise PlanError(f"{where}: there is no field {name!r}; use batch_size or tables")
-    batch_size = None
-    if "batch_size" in values:
-        batch_size = _whole(values["batch_size"], f"{where}: batch_size")
-    entries = values.get("tables")
-    if not isinstance(entries, list) or not entries:
-        raise PlanError(f"{where}: 'tables' must be a list with at least one table")
+    form = checked(load_yaml(Path(path)), _ListForm, where)
     tables: list[PlannedTable] = []
     seen: dict[tuple[str, str], str] = {}
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(form.tables, start=1):
         label = f"table {number}"
         if isinstance(entry, dict) and isinstance(entry.get("name"), str):
             label += f" ({entry['name']!r})"
@@ -249,52 +261,41 @@ def read_tables(path: Path | str) -> TableList:
                     )
                 seen[kind, name] = label
             tables.append(table)
-    return TableList(tables=tuple(tables), batch_size=batch_size, source=where)
+    return TableList(tables=tuple(tables), batch_size=form.batch_size, source=where)
 
 
 def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
-    if not isinstance(entry, dict):
-        raise PlanError(f"{where} must be a mapping with {', '.join(REQUIRED_FIELDS)}")
-    known = (*REQUIRED_FIELDS, *OPTIONAL_FIELDS)
-    for name in entry:
-        if name not in known:
-            raise PlanError(f"{where}: there is no field {name!r}; use {', '.join(known)}")
-    for name in REQUIRED_FIELDS:
-        if name not in entry:
-            raise PlanError(f"{where} lacks {name!r}")
-    name = entry["name"]
-    if not isinstance(name, str) or not name or "." in name:
-        raise PlanError(f"{where}: name must be a text without dots, not {name!r}")
+    form = checked(entry, _TableForm, where)
+    name, rows, dim = form.name, form.num_embeddings, form.embedding_dim
     legal = module_names([name])[name]
     if legal != name:
         raise PlanError(
             f"{where}: TorchRec cannot hold a table of the name {name!r}, which is taken in its "
             f"modules; call it {legal!r}"
         )
-    rows = _whole(entry["num_embeddings"], f"{where}: num_embeddings")
-    dim = _whole(entry["embedding_dim"], f"{where}: embedding_dim")
     _check_dim(dim, f"{where}: embedding_dim {dim}")
     if rows * dim > MAX_TABLE_VALUES:
         raise PlanError(
             f"{where}: num_embeddings {rows} of embedding_dim {dim} are more than the "
             f"{MAX_TABLE_VALUES} values that a table may have"
         )
-    pooling = _choice(entry.get("pooling", "sum"), f"{where}: pooling", ("sum", "mean"))
-    data_type = _choice(entry.get("data_type", "float32"), f"{where}: data_type", tuple(DATA_TYPES))
-    weighted = entry.get("weighted", False)
-    if not isinstance(weighted, bool):
-        raise PlanError(f"{where}: weighted must be true or false, not {weighted!r}")
-    if weighted and pooling == "mean":
+    if form.weighted and form.pooling == "mean":
         raise PlanError(
             f"{where}: TorchRec has no weighted mean; use pooling: sum with normalised weights"
         )
-    count = _whole(entry.get("count", 1), f"{where}: count", MAX_COUNT)
-    feature_names = _feature_names(entry.get("features", 1), name, where)
-    factors = _factors(entry.get("pooling_factor", 1), len(feature_names), where)
-    shared_by = _positive(entry.get("shared_by", 1), f"{where}: shared_by")
-    if shared_by < 1:
-        raise PlanError(f"{where}: shared_by must be at least 1, not {shared_by:g}")
-    suffixes = [""] if count == 1 else [f"_{number}" for number in range(count)]
+    features = form.features
+    if isinstance(features, int):
+        numbered = [f"{name}_feature_{index}" for index in range(features)]
+        features = [name] if features == 1 else numbered
+    factors = form.pooling_factor
+    if not isinstance(factors, list):
+        factors = [factors] * len(features)
+    if len(factors) != len(features):
+        raise PlanError(
+            f"{where}: pooling_factor has {len(factors)} numbers for {len(features)} features; "
+            "give one each"
+        )
+    suffixes = [""] if form.count == 1 else [f"_{number}" for number in range(form.count)]
     return [
         PlannedTable(
             name=name + suffix,
@@ -302,59 +303,21 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
             embedding_dim=dim,
             features=tuple(
                 PlannedFeature(feature + suffix, factor)
-                for feature, factor in zip(feature_names, factors, strict=True)
+                for feature, factor in zip(features, factors, strict=True)
             ),
-            pooling="mean" if pooling == "mean" else "sum",
-            weighted=weighted,
-            data_type=data_type,
-            shared_by=shared_by,
-            family=name if count > 1 else "",
+            pooling=form.pooling,
+            weighted=form.weighted,
+            data_type=form.data_type,
+            shared_by=form.shared_by,
+            family=name if form.count > 1 else "",
         )
         for suffix in suffixes
     ]
 
 
 def _check_dim(dim: int, what: str) -> None:
-    if dim < COLUMN_MULTIPLE or dim % COLUMN_MULTIPLE:
+    if dim < DIM_MULTIPLE or dim % DIM_MULTIPLE:
         raise PlanError(
-            f"{what} is not a positive multiple of {COLUMN_MULTIPLE}, which the fused kernels "
+            f"{what} is not a positive multiple of {DIM_MULTIPLE}, which the fused kernels "
             "require; take the next one up"
         )
-
-
-def _feature_names(value: Any, table: str, where: str) -> list[str]:
-    if isinstance(value, list):
-        if not value or not all(isinstance(name, str) and name for name in value):
-            raise PlanError(f"{where}: features must be a list of names, not {value!r}")
-        return value
-    number = _whole(value, f"{where}: features (a number or a list of names)", MAX_COUNT)
-    return [table] if number == 1 else [f"{table}_feature_{index}" for index in range(number)]
-
-
-def _factors(value: Any, number: int, where: str) -> Sequence[float]:
-    what = f"{where}: pooling_factor"
-    if not isinstance(value, list):
-        return [_positive(value, what)] * number
-    if len(value) != number:
-        raise PlanError(f"{what} has {len(value)} numbers for {number} features; give one each")
-    return [_positive(item, what) for item in value]
-
-
-def _whole(value: Any, what: str, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PlanError(f"{what} must be a whole number of at least 1, not {value!r}")
-    if most is not None and value > most:
-        raise PlanError(f"{what} must be at most {most}, not {value}")
-    return value
-
-
-def _positive(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-        raise PlanError(f"{what} must be a number above 0, not {value!r}")
-    return float(value)
-
-
-def _choice(value: Any, what: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise PlanError(f"{what} must be {' or '.join(choices)}, not {value!r}")
-    return value

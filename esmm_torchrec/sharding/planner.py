@@ -19,10 +19,11 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.models.embeddings import DIM_MULTIPLE
 from esmm_torchrec.sharding.host import usable_memory
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.search import NoPlanError, TableOptions, Workload, search
-from esmm_torchrec.sharding.table_placement import COLUMN_MULTIPLE, every_part_has_a_row
+from esmm_torchrec.sharding.table_placement import every_part_has_a_row
 
 ShardingOption = Literal[
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"
@@ -148,7 +149,7 @@ def _table_options(
     options: dict[str, TableOptions] = {}
     for collection in embedding_bag_collections_of(module).values():
         for config in collection.embedding_bag_configs():
-            columns = config.embedding_dim // COLUMN_MULTIPLE
+            columns = config.embedding_dim // DIM_MULTIPLE
             shards = max(n for n in range(1, ranks.world_size + 1) if columns % n == 0)
             options[config.name] = TableOptions(
                 sharding_types=sharding_types(

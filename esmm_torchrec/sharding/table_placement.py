@@ -14,6 +14,7 @@ from torchrec.distributed.types import (
 from torchrec.types import DataType
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.models.embeddings import DIM_MULTIPLE
 
 SHARDING_TYPES = tuple(kind.value for kind in ShardingType)
 COMPUTE_KERNELS = tuple(
@@ -33,9 +34,6 @@ DATA_TYPES: dict[str, tuple[DataType, int]] = {
     "bfloat16": (DataType.BF16, 2),
 }
 """Name → TorchRec's data type, bytes of one value."""
-
-COLUMN_MULTIPLE = 4
-"""The fused kernels take only shards whose width is a multiple of this."""
 
 
 class Shard(NamedTuple):
@@ -154,15 +152,13 @@ def _check_hosts(sharding_type: str, ranks: Sequence[int], local_world_size: int
 
 
 def _even_width(sharding_type: str, columns: int, parts: int) -> int:
-    if not parts or columns % parts or (columns // parts) % COLUMN_MULTIPLE:
+    if not parts or columns % parts or (columns // parts) % DIM_MULTIPLE:
         fitting = [
-            n
-            for n in range(1, columns // COLUMN_MULTIPLE + 1)
-            if not columns % (n * COLUMN_MULTIPLE)
+            n for n in range(1, columns // DIM_MULTIPLE + 1) if not columns % (n * DIM_MULTIPLE)
         ]
         raise PlanError(
             f"{sharding_type} cannot cut {columns} columns into {parts} equal parts whose width is "
-            f"a multiple of {COLUMN_MULTIPLE}; use {either(fitting)}"
+            f"a multiple of {DIM_MULTIPLE}; use {either(fitting)}"
         )
     return columns // parts
 
@@ -213,11 +209,11 @@ def check_placement(table: TablePlacement, world_size: int, local_world_size: in
         ShardingType.COLUMN_WISE.value,
         ShardingType.TABLE_COLUMN_WISE.value,
     ):
-        narrow = [shard for shard in table.shards if shard.size[1] % COLUMN_MULTIPLE]
+        narrow = [shard for shard in table.shards if shard.size[1] % DIM_MULTIPLE]
         if narrow:
             raise PlanError(
                 f"a shard of {narrow[0].size[1]} columns cannot be trained; widths must be "
-                f"multiples of {COLUMN_MULTIPLE}"
+                f"multiples of {DIM_MULTIPLE}"
             )
         if any(shard.size[0] != table.num_embeddings for shard in table.shards):
             raise PlanError(f"{table.sharding_type} cuts columns only; each shard needs all rows")

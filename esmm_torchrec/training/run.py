@@ -30,7 +30,8 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.schema import CLICK
-from esmm_torchrec.sharding.plan_file import PlanFile, read_plan, write_plan
+from esmm_torchrec.sharding.plan_file import PlanFile
+from esmm_torchrec.sharding.plan_json import read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks

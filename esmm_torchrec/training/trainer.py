@@ -17,7 +17,8 @@ from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.sharding.apply import shard
-from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables, read_plan
+from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables
+from esmm_torchrec.sharding.plan_json import read_plan
 from esmm_torchrec.sharding.planner import (
     Workload,
     choose_kernel,

@@ -23,7 +23,7 @@ from esmm_torchrec.cli.main import main
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.planning.hardware import read_hardware
 from esmm_torchrec.sharding.apply import shard
-from esmm_torchrec.sharding.plan_file import read_plan
+from esmm_torchrec.sharding.plan_json import read_plan
 from esmm_torchrec.sharding.plan_text import compare_plans
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions

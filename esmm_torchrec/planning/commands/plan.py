@@ -9,6 +9,7 @@ from typing import Any
 
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError, PlanError
+from esmm_torchrec.models.methods import ModelOptions, build_train_task
 from esmm_torchrec.planning.estimates import Estimate, estimate
 from esmm_torchrec.planning.hardware import Hardware, TowerDtype, preset, read_hardware
 from esmm_torchrec.planning.plan_report import (
@@ -26,10 +27,11 @@ from esmm_torchrec.planning.scenario import (
     Strategy,
     parse_constraint,
 )
-from esmm_torchrec.planning.table_list import TableList, read_tables, tables_of_schema
+from esmm_torchrec.planning.table_list import TableList, read_tables, tables_of_model
 from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.sharding.plan_file import write_plan
+from esmm_torchrec.sharding.plan_json import write_plan
 from esmm_torchrec.sharding.planner import STORAGE_MARGIN, SparseOptimizerOption
+from esmm_torchrec.sharding.search import distinct_shared_rows
 
 FORMAT_VERSION = 1
 
@@ -77,6 +79,8 @@ class Options:
     """Widths of the hidden layers of each of the two towers, estimated beside the tables."""
     tower_dtype: TowerDtype = "float32"
     """What the towers compute in."""
+    method: str = "esmm"
+    """With --data: the method to train, as in train; some have two sets of tables."""
     embedding_dim: int = 16
     """Columns of every table, with --data."""
     shuffle_chunk: int = 8
@@ -146,36 +150,28 @@ def _hardware(options: Options) -> Hardware:
 
 def _tables_of_data(options: Options) -> TableList:
     assert options.data is not None
+    if options.shuffle_chunk < 1:
+        raise OptionError(f"--shuffle-chunk {options.shuffle_chunk} is not at least 1")
     data = PreparedDataSet.open(options.data, data_files=False)
-    batch_size = options.batch_size or DEFAULT_BATCH_SIZE
-    return tables_of_schema(
-        data.schema,
-        options.embedding_dim,
-        mean_values_per_bag=data.statistics.mean_values_per_bag,
-        impressions_per_shared_row=_impressions_per_pooled_row(
-            batch_size,
-            impressions=data.splits["train"].impressions,
-            shared_rows=data.splits["train"].shared_rows,
+    counts, rows_per_rank = data.splits["train"], options.batch_size or DEFAULT_BATCH_SIZE
+    shared_by = 1.0
+    if counts.shared_rows:
+        shared_by = rows_per_rank / distinct_shared_rows(
+            rows_per_rank,
+            impressions=counts.impressions,
+            shared_rows=counts.shared_rows,
             shuffle_chunk=options.shuffle_chunk,
-        ),
+        )
+    model = ModelOptions(
+        method=options.method, embedding_dim=options.embedding_dim, tower=options.tower
+    )
+    return tables_of_model(
+        build_train_task(data.schema, model),
+        data.schema,
+        mean_ids_per_bag=data.statistics.mean_values_per_bag,
+        shared_by=shared_by,
         source=str(options.data),
     )
-
-
-def _impressions_per_pooled_row(
-    batch_size: int, *, impressions: int, shared_rows: int, shuffle_chunk: int
-) -> float | None:
-    """Impressions of a batch over its distinct shared rows, for a shuffled order in which chunks
-    of up to `shuffle_chunk` impressions of one shared row stay together."""
-    if not shared_rows:
-        return None
-    if shuffle_chunk < 1:
-        raise OptionError(f"--shuffle-chunk {shuffle_chunk} is not at least 1")
-    # However long a chunk may be, it ends where the impressions of its row do.
-    chunk = min(shuffle_chunk, max(1.0, impressions / shared_rows))
-    chunks = max(1.0, batch_size / chunk)
-    distinct = shared_rows * (1 - (1 - 1 / shared_rows) ** chunks)
-    return max(1.0, batch_size / distinct)
 
 
 def _write(experiment: Experiment, tables: TableList, out: Path) -> None:
@@ -205,6 +201,7 @@ def _write(experiment: Experiment, tables: TableList, out: Path) -> None:
         "column_width": scenario.column_width,
         "towers": {"hidden": list(scenario.towers), "dtype": scenario.tower_dtype},
         "hardware": scenario.hardware.to_dict(),
+        "not_trainable_with_train": tables.not_trainable,
         "fastest": {str(n): best.strategy if best else None for n, best in fastest.items()},
         "plans": entries,
     }
@@ -224,5 +221,9 @@ def _summary(experiment: Experiment, out: Path) -> str:
     for (strategy, text), counts in reasons.items():
         lines.append(f"no plan for {strategy} on {', '.join(counts)} {noun}s: {text}")
     lines.append("All numbers are estimates, made without the machines; * marks the shortest step.")
-    lines.append(f"wrote {out / 'report.html'}, plans.json and the plans for 'train --plan'")
+    obstacle = experiment.scenario.tables.not_trainable
+    purpose = "the plans for 'train --plan'"
+    if obstacle:
+        purpose = f"plans, which 'train' cannot use ({obstacle}); use them in your own pipeline"
+    lines.append(f"wrote {out / 'report.html'}, plans.json and {purpose}")
     return "\n".join(lines)

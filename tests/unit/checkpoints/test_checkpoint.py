@@ -31,7 +31,7 @@ from esmm_torchrec.checkpoints.checkpoint import (
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.schema import IdFeature, Schema, Table
-from esmm_torchrec.sharding.plan_file import write_plan
+from esmm_torchrec.sharding.plan_json import write_plan
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption, Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions

@@ -11,15 +11,17 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.types import DataType
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.models.methods import ModelOptions, build_train_task
 from esmm_torchrec.planning.table_list import (
     MAX_TABLE_VALUES,
     PlannedFeature,
     PlannedTable,
     TableList,
     read_tables,
-    tables_of_schema,
+    tables_of_model,
 )
 from esmm_torchrec.schema import IdFeature, Schema, Table
+from esmm_torchrec.sharding.plan_file import embedding_tables
 
 PLANS = Path(__file__).parents[3] / "examples" / "plans"
 
@@ -94,34 +96,34 @@ tables:
 
 ITEM = "name: item, num_embeddings: 10, embedding_dim: 16"
 MISTAKES = [
-    ("tables: []", "at least one table"),
-    ("{}", "'tables' must be a list"),
-    ("- a", "must be a mapping"),
-    (f"batchsize: 3\ntables: [{{{ITEM}}}]", "no field 'batchsize'"),
-    (f"batch_size: 0\ntables: [{{{ITEM}}}]", "batch_size must be a whole number"),
-    ("tables: [item]", "table 1 must be a mapping"),
-    ("tables: [{name: item, embedding_dim: 16}]", r"table 1 \('item'\) lacks 'num_embeddings'"),
-    (f"tables: [{{{ITEM}, colour: red}}]", r"table 1 \('item'\): there is no field 'colour'"),
-    ("tables: [{name: item, num_embeddings: 1e6, embedding_dim: 16}]", "not '1e6'"),
+    ("tables: []", "tables: expected `array` of length >= 1"),
+    ("{}", "missing required field `tables`"),
+    ("- a", "expected `object`, got `array`"),
+    (f"batchsize: 3\ntables: [{{{ITEM}}}]", "unknown field `batchsize`; use tables or batch_size"),
+    (f"batch_size: 0\ntables: [{{{ITEM}}}]", "batch_size: expected `int` >= 1"),
+    ("tables: [item]", "table 1: expected `object`, got `str`"),
+    ("tables: [{name: item, embedding_dim: 16}]", r"table 1 \('item'\): .* `num_embeddings`"),
+    (f"tables: [{{{ITEM}, colour: red}}]", r"1 \('item'\): .* unknown field `colour`"),
+    ("tables: [{name: item, num_embeddings: 1e6, embedding_dim: 16}]", "expected `int`, got"),
     ("tables: [{name: item, num_embeddings: 10, embedding_dim: 18}]", "18 is not a positive mult"),
-    ("tables: [{name: a.b, num_embeddings: 10, embedding_dim: 16}]", "without dots"),
+    ("tables: [{name: a.b, num_embeddings: 10, embedding_dim: 16}]", "call it 'a_b'"),
     ("tables: [{name: items, num_embeddings: 1, embedding_dim: 16}]", "call it 'items_table'"),
     ("tables: [{name: keys, num_embeddings: 1, embedding_dim: 16}]", "call it 'keys_table'"),
     ("tables: [{name: training, num_embeddings: 1, embedding_dim: 16}]", "name 'training'"),
     ("tables: [{name: forward, num_embeddings: 1, embedding_dim: 16}]", "name 'forward'"),
     ("tables: [{name: a, num_embeddings: 100000000000000000000, embedding_dim: 4}]", "more than"),
     (f"tables: [{{name: a, num_embeddings: {2**62}, embedding_dim: 4}}]", "more than the"),
-    (f"tables: [{{{ITEM}, count: 1000000000}}]", "count must be at most 10000"),
-    (f"tables: [{{{ITEM}, features: 1000000000}}]", "must be at most 10000"),
-    (f"tables: [{{{ITEM}, pooling: max}}]", "pooling must be sum or mean, not 'max'"),
-    (f"tables: [{{{ITEM}, data_type: int4}}]", "data_type must be float32 or float16 or bfloat16"),
-    (f"tables: [{{{ITEM}, weighted: 1}}]", "weighted must be true or false"),
+    (f"tables: [{{{ITEM}, count: 1000000000}}]", "count: expected `int` <= 10000"),
+    (f"tables: [{{{ITEM}, features: 1000000000}}]", "features: expected `int` <= 10000"),
+    (f"tables: [{{{ITEM}, pooling: max}}]", "pooling: invalid enum value 'max'; use sum or mean"),
+    (f"tables: [{{{ITEM}, data_type: int4}}]", "value 'int4'; use float32, float16"),
+    (f"tables: [{{{ITEM}, weighted: 1}}]", "weighted: expected `bool`, got `int`"),
     (f"tables: [{{{ITEM}, weighted: true, pooling: mean}}]", "no weighted mean"),
-    (f"tables: [{{{ITEM}, pooling_factor: 0}}]", "pooling_factor must be a number above 0"),
+    (f"tables: [{{{ITEM}, pooling_factor: 0}}]", "pooling_factor: expected `float` > 0.0"),
     (f"tables: [{{{ITEM}, pooling_factor: [1, 2]}}]", "has 2 numbers for 1 features"),
-    (f"tables: [{{{ITEM}, shared_by: 0.5}}]", "shared_by must be at least 1"),
-    (f"tables: [{{{ITEM}, count: 0}}]", "count must be a whole number of at least 1"),
-    (f"tables: [{{{ITEM}, features: []}}]", "features must be a list of names"),
+    (f"tables: [{{{ITEM}, shared_by: 0.5}}]", "shared_by: expected `float` >= 1.0"),
+    (f"tables: [{{{ITEM}, count: 0}}]", "count: expected `int` >= 1"),
+    (f"tables: [{{{ITEM}, features: []}}]", "features: expected `array` of length >= 1"),
     (f"tables: [{{{ITEM}}}, {{{ITEM}}}]", r"table 2 \('item'\): the table name 'item' is taken"),
     (f"tables: [{{{ITEM}}}, {{name: b, num_embeddings: 1, embedding_dim: 4, features: [item]}}]",
      "the feature name 'item' is taken by table 1"),
@@ -144,33 +146,63 @@ def test_the_largest_table_has_sizes_that_torch_can_count(tmp_path: Path) -> Non
     assert parameter.numel() * parameter.element_size() == 4 * MAX_TABLE_VALUES
 
 
-def test_a_schema_is_a_list_of_tables() -> None:
+def test_the_tables_of_a_model_have_its_names() -> None:
     schema = Schema(
-        tables=(Table("shop", 100), Table("age", 9), Table("history", 50)),
+        tables=(Table("a.shop", 100), Table("items", 9), Table("history", 50)),
         id_features=(
-            IdFeature("age", "age", shared=True),
-            IdFeature("shop", "shop"),
-            IdFeature("bought", "shop", shared=True),
+            IdFeature("age", "items", shared=True),
+            IdFeature("shop", "a.shop"),
             IdFeature("clicked", "history", multi_valued=True, weighted=True, shared=True),
         ),
         dense_features=("price", "rank"),
     )
-    tables = tables_of_schema(
-        schema,
-        16,
-        mean_values_per_bag={"clicked": 70.0, "age": 0.9},
-        impressions_per_shared_row=58.0,
-        source="data",
+
+    def listed(method: str) -> TableList:
+        options = ModelOptions(method=method, embedding_dim=16, tower=(8,))
+        return tables_of_model(
+            build_train_task(schema, options),
+            schema,
+            mean_ids_per_bag={"clicked": 70.0, "age": 0.9},
+            shared_by=58.0,
+            source="data",
+        )
+
+    one = listed("esmm")
+    by_feature = {table.features[0].name: table for table in one.tables}
+    assert len(one.tables) == len(by_feature) == 3
+    shop, age, clicked = (by_feature[name] for name in ("shop", "age", "clicked"))
+    assert (shop.name, shop.num_embeddings, shop.shared_by) == ("a_shop", 100, 1.0)
+    assert (age.name, age.shared_by, age.features[0].pooling_factor) == ("items_table", 58.0, 0.9)
+    assert (clicked.weighted, clicked.features[0].pooling_factor) == (True, 70.0)
+    assert one.tower_width == 3 * 16 + 2
+    assert one.not_trainable is None
+
+    # Two networks have two sets of tables, and each looks up every feature once.
+    two = listed("division")
+    model = build_train_task(schema, ModelOptions(method="division", tower=(8,)))
+    assert {table.name for table in two.tables} == set(embedding_tables(model))
+    assert len(two.tables) == 6
+    assert two.tower_width == one.tower_width
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ("data_type: float16", "table 'b' is float16"),
+        ("pooling: mean", "table 'b' has mean pooling"),
+        ("embedding_dim: 8", "tables 'a' and 'b' have 16 and 8"),
+        ("weighted: true", None),
+    ],
+)
+def test_what_train_cannot_have_is_said(tmp_path: Path, fields: str, reason: str | None) -> None:
+    dim = "" if "embedding_dim" in fields else "embedding_dim: 16, "
+    tables = read(
+        tmp_path,
+        "tables:\n  - {name: a, num_embeddings: 5, embedding_dim: 16}\n"
+        f"  - {{name: b, num_embeddings: 5, {dim}{fields}}}",
     )
-    # A table that also serves a feature of the impression is pooled for every impression.
-    assert tables.tables == (
-        PlannedTable("shop", 100, 16, (PlannedFeature("shop"), PlannedFeature("bought"))),
-        PlannedTable("age", 9, 16, (PlannedFeature("age", 0.9),), shared_by=58.0),
-        PlannedTable(
-            "history", 50, 16, (PlannedFeature("clicked", 70.0),), weighted=True, shared_by=58.0
-        ),
-    )
-    assert tables.tower_width == 4 * 16 + 2
+    found = tables.not_trainable
+    assert found is None if reason is None else reason in str(found)
 
 
 @pytest.mark.parametrize(

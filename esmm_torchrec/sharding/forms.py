@@ -1,0 +1,45 @@
+"""Files that people edit, checked against what they must hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import msgspec
+
+from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding.table_placement import either
+
+T = TypeVar("T")
+
+NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
+
+
+class Form(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Base of what a file holds. A field that is not one of the form's is an error."""
+
+
+def checked(values: Any, form: type[T], where: str) -> T:
+    """Plain values as a form.
+
+    Args:
+        values: as JSON or YAML has them.
+        form: a `Form`, or a dataclass.
+        where: what messages begin with: the file, and the entry in it.
+
+    Raises:
+        PlanError: the values are not those of the form; one sentence that names the field.
+    """
+    try:
+        return msgspec.convert(values, form)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        name = path.removesuffix("`").removeprefix(".")
+        if message.startswith("Invalid enum value"):
+            choices = get_args(get_type_hints(form, include_extras=True).get(name))
+            message += f"; use {either(choices)}" if choices else ""
+        if message.startswith("Object contains unknown field"):
+            message += f"; use {either(get_type_hints(form))}"
+        message = message[0].lower() + message[1:]
+        raise PlanError(f"{where}: {f'{name}: ' if name else ''}{message}") from None
