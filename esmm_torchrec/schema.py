@@ -63,6 +63,11 @@ def weight_column(feature: str) -> str:
     return f"{feature}__weight"
 
 
+def missing_column(feature: str) -> str:
+    """Name of the dense feature that says where a dense feature is missing."""
+    return f"{feature}__missing"
+
+
 @dataclass(frozen=True)
 class Table:
     """One embedding table."""

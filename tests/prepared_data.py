@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.vocabulary import Vocabulary
@@ -58,7 +59,7 @@ def write_data_set(
             vocabulary = Vocabulary.from_counts(np.arange(rows), np.full(rows, 3), 1)
             writer.write_vocabulary(table, vocabulary)
         for name, (mean, std) in DENSE.items():
-            writer.record_dense(name, mean=mean, std=std)
+            writer.record_dense(name, DenseTransform("standard", mean, std))
         for split, size in (("train", train), ("test", test)):
             ages = rng.integers(0, ROWS["age"] + 1, users).astype(np.int32)
             lengths = rng.integers(0, 9, users)

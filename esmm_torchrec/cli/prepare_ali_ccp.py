@@ -24,8 +24,8 @@ class Options:
     """Folder to make."""
 
     min_count: int = 10
-    """Least number of times an id must occur in training to get an embedding of its own. A common
-    row counts once, however many impressions share it."""
+    """In how many training impressions an id must occur to have an embedding row of its own; rarer
+    ids share one. An id of a common row counts once for each impression that shares the row."""
 
     max_bad_rows: int = 0
     """Broken rows to skip, over all files, before giving up. They are counted and the first ones

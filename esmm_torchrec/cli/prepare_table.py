@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from esmm_torchrec.cli.prepared_report import report
+from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
@@ -51,8 +52,10 @@ class Options:
     embedding table. A missing value is an empty bag, one that training does not have is row 0."""
 
     dense: tuple[str, ...] = ()
-    """Columns of numbers; each is a feature, standardised with its mean and standard deviation in
-    training. A missing value is a bad row. A column may be --id, too."""
+    """Columns of numbers, COL or COL:METHOD; each is a feature. METHOD auto, the default, clips
+    outliers, takes the signed logarithm if the training values are skewed, and standardises;
+    standard only standardises; the others are log, quantile (ranks) and as-is. A missing value is
+    the training mean; a feature COL__missing says so. A column may be --id, too."""
 
     text: tuple[str, ...] = ()
     """Columns of text; each is a feature of its words, in lower case."""
@@ -103,7 +106,7 @@ class Options:
     """Character around fields of text files that hold separators or line ends, or none."""
 
     min_count: int = 2
-    """How often an id must occur in training to have an embedding row of its own; rarer ids share
+    """In how many training impressions an id must occur to have an embedding row; rarer ids share
     row 0, which ids that training does not have get, too. With 1 that row is not trained."""
 
     unclicked_conversions: Literal["error", "drop", "keep"] = "error"
@@ -145,7 +148,7 @@ def run(options: Options) -> None:
         click=options.click,
         conversion=options.conversion,
         ids=options.id,
-        dense=options.dense,
+        dense=dict(map(DenseTransform.parse, options.dense)),
         texts=options.text,
         time_features=options.time_features,
         weights=weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 
@@ -13,7 +13,7 @@ from esmm_torchrec.training.table import aligned, percentage
 
 
 def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
-    """Counts by split, what was dropped, tables with their rows, the command to train on it.
+    """Counts by split, what was dropped, tables, missing and unknown values, the command to train.
 
     Args:
         data_set: just made; its `source` has "unclicked_conversion_rows" by split.
@@ -45,17 +45,33 @@ def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
         counts.append(
             row(f"dropped: {reason}", lambda name, _, r=reason: f"{dropped[name].get(r, 0):,}")
         )
-    tables = [["table", "rows", "id features"]]
+    statistics = data_set.statistics
+    tables = [["table", "rows", "distinct ids", "id features"]]
     for table in schema.tables:
         features = [feature for feature in schema.id_features if feature.table == table.name]
         tables.append(
-            [table.name, f"{table.num_embeddings:,}", ", ".join(map(_described, features))]
+            [
+                table.name,
+                f"{table.num_embeddings:,}",
+                f"{statistics.tables[table.name].distinct_ids:,}",
+                ", ".join(map(_described, features)),
+            ]
         )
-    sections = [aligned(counts), aligned(tables)]
+
+    def shares(of_splits: Mapping[SplitName, float]) -> list[str]:
+        return [f"{of_splits[name]:.1%}" for name in SPLITS]
+
+    missing = [f"missing in {name}" for name in SPLITS]
+    ids = [["id feature", *missing, *(f"unknown in {name}" for name in SPLITS)]]
+    for feature in schema.id_features:
+        of_feature = statistics.missing[feature.name], statistics.unknown[feature.name]
+        ids.append([feature.name, *shares(of_feature[0]), *shares(of_feature[1])])
+    sections = [aligned(counts), aligned(tables), aligned(ids)]
     if schema.dense_features:
-        dense = [["dense feature", "mean", "std"]]
-        for name, of in data_set.statistics.dense.items():
-            dense.append([name, f"{of.mean:.6g}", f"{of.std:.6g}"])
+        dense = [["dense feature", "method", "mean", "std", *missing]]
+        for name, of in statistics.dense.items():
+            numbers = [f"{of.mean:.6g}", f"{of.std:.6g}"]
+            dense.append([name, of.method, *numbers, *shares(statistics.missing[name])])
         sections.append(aligned(dense))
     examples = [sentence for name in SPLITS for sentence in data_set.dropped_rows[name]]
     if examples:

@@ -19,15 +19,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import DenseStatistics, impression_columns
+from esmm_torchrec.data.prepared_form import (
+    DESCRIPTION,
+    dense_features,
+    impression_columns,
+    vocabulary_file,
+)
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
 from esmm_torchrec.data.sources.raw_tables import Frame, RawRows, RawTable, open_raw_tables
 from esmm_torchrec.data.sources.raw_values import read_integers
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import SAMPLE_ID, Schema, Table, weight_column
+from esmm_torchrec.schema import SAMPLE_ID, Schema, Table, missing_column, weight_column
 
 
 class RowEncoder:
@@ -42,7 +49,7 @@ class RowEncoder:
     Args:
         features: the raw columns.
         vocabularies: by table.
-        dense: by dense feature, what it is standardised with.
+        dense: by dense column, what its values are encoded with.
         sample_id: the raw column of sample ids, if it had one.
         text_format: how text files are written.
     """
@@ -51,7 +58,7 @@ class RowEncoder:
         self,
         features: FeatureColumns,
         vocabularies: Mapping[str, Vocabulary],
-        dense: Mapping[str, DenseStatistics],
+        dense: Mapping[str, DenseTransform],
         *,
         sample_id: str | None = None,
         text_format: TextFormat | None = None,
@@ -88,7 +95,7 @@ class RowEncoder:
         features = FeatureColumns(
             id_features=tuple(replace(feature, shared=False) for feature in schema.id_features),
             kinds={
-                feature.name: "text" if vocabularies[feature.table].holds_strings else "integer"
+                feature.name: data_set.statistics.tables[feature.table].kind
                 for feature in schema.id_features
             },
             weights={
@@ -96,7 +103,7 @@ class RowEncoder:
                 for feature in schema.id_features
                 if feature.weighted
             },
-            dense=schema.dense_features,
+            dense=tuple(data_set.statistics.dense),
         )
         return cls(features, vocabularies, data_set.statistics.dense, sample_id=SAMPLE_ID)
 
@@ -107,7 +114,11 @@ class RowEncoder:
         return Schema(
             tables=tuple(Table(name, self._vocabularies[name].num_embeddings) for name in tables),
             id_features=self.features.id_features,
-            dense_features=self.features.dense,
+            dense_features=tuple(
+                name
+                for column in self.features.dense
+                for name in dense_features(column, self._dense[column])
+            ),
         )
 
     def encode(self, rows: pa.Table | pd.DataFrame) -> pa.Table:
@@ -165,7 +176,7 @@ class RowEncoder:
 
     def encode_features(self, features: Features) -> dict[str, pa.Array]:
         """The feature columns of the impressions, by name, in their order: ids as int32 rows of
-        the tables, weights as they are, dense values float32 (value - mean) / std."""
+        the tables, weights as they are, dense values float32 by the transform of their column."""
         columns: dict[str, pa.Array] = {}
         for feature in self.features.id_features:
             raw = features.ids[feature.name]
@@ -179,37 +190,40 @@ class RowEncoder:
             if feature.weighted:
                 columns[weight_column(feature.name)] = features.weights[feature.name]
         for name, values in features.dense.items():
-            statistics = self._dense[name]
-            with np.errstate(over="ignore"):
-                standard = ((values - statistics.mean) / statistics.std).astype(np.float32)
-            if not np.isfinite(standard).all():
-                raise DataError(
-                    f"column {name!r} holds {np.abs(values).max():g}, too far from its mean in "
-                    "training for a 32-bit float; mend it"
-                )
-            columns[name] = pa.array(standard)
+            transform = self._dense[name]
+            encoded = {name: transform.encode(values, name)}
+            if transform.has_indicator:
+                encoded[missing_column(name)] = np.isnan(values).astype(np.float32)
+            columns |= {column: pa.array(of_column) for column, of_column in encoded.items()}
         return columns
 
 
 def copy_preprocessing(data_set: Path | str, destination: Path | str) -> None:
     """Copies what `RowEncoder.load` needs, dataset.json and the vocabularies, into a new folder.
-    Does nothing where `destination` holds that very copy already.
+    Does nothing if `destination` holds that very copy already.
 
     Raises:
-        DataError: `data_set` is no prepared data set, or `destination` holds something else.
+        DataError: `data_set` is not a prepared data set, `destination` holds something else, or a
+            vocabulary of either is not the one that was written.
     """
     source, destination = Path(data_set), Path(destination)
     opened = PreparedDataSet.open(source, data_files=False)
+    vocabularies = [vocabulary_file(table.name) for table in opened.schema.tables]
     if destination.exists():
-        if PreparedDataSet.open(destination, data_files=False).fingerprint == opened.fingerprint:
-            return
-        raise DataError(
-            f"{destination} belongs to another data set than {source}; choose another folder"
-        )
+        copy = PreparedDataSet.open(destination, data_files=False)
+        if copy.fingerprint != opened.fingerprint:
+            raise DataError(
+                f"{destination} belongs to another data set than {source}; choose another folder"
+            )
+        for name in vocabularies:
+            copy.check_checksum(name)
+        return
+    for name in vocabularies:
+        opened.check_checksum(name)
     partial = destination.with_name(f"{destination.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    shutil.copytree(source / "vocabulary", partial / "vocabulary")
-    shutil.copyfile(source / "dataset.json", partial / "dataset.json")
-    partial.rename(destination)
+    for name in (*vocabularies, DESCRIPTION):
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, partial / name)
+    publish(partial, destination)

@@ -42,6 +42,7 @@ from esmm_torchrec.schema import (
     SHARED_ROW,
     TRUE_CTR,
     TRUE_CVR,
+    WEIGHT,
     CollectionName,
     IdFeature,
     Schema,
@@ -64,6 +65,7 @@ _SCALARS: dict[str, str] = {
     GROUP_ID: "int64",
     TRUE_CTR: "float32",
     TRUE_CVR: "float32",
+    WEIGHT: "float32",
 }
 
 

@@ -17,26 +17,23 @@ A data set is written beside its final name and renamed last: whatever opens is 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
     FORMAT_VERSION,
-    OPTIONAL_COLUMNS,
     PREPARE_AGAIN,
     SPLITS,
-    DenseStatistics,
-    Split,
+    Description,
     SplitName,
-    Statistics,
     check_values,
     first_true,
     impression_columns,
@@ -48,101 +45,64 @@ from esmm_torchrec.data.prepared_form import (
 )
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import (
-    SHARED_ROW,
-    Schema,
-)
+from esmm_torchrec.schema import SHARED_ROW
 
 
 @dataclass(frozen=True)
-class PreparedDataSet:
+class PreparedDataSet(Description):
     """A prepared data set that has been opened: its description is valid, its files are there."""
 
     path: Path
-    schema: Schema
-    splits: Mapping[SplitName, Split]
-    columns: frozenset[str]
-    """Which of OPTIONAL_COLUMNS the impressions have."""
-    statistics: Statistics
-    source: Mapping[str, Any]
-    """How it was made: the kind, the options, the names of the input files."""
-    dropped: Mapping[SplitName, Mapping[str, int]]
-    """Raw rows that did not become impressions, by reason."""
-    dropped_rows: Mapping[SplitName, Sequence[str]]
-    """A sentence on each of the first few of them that were broken."""
-    min_count: int
-    checksums: Mapping[str, str]
-    """sha256 of each file, by its path in the data set."""
     fingerprint: str
     """sha256 of dataset.json; as that holds every checksum, it stands for the whole data set."""
 
     @classmethod
     def open(cls, path: Path | str, *, data_files: bool = True) -> PreparedDataSet:
         """Opens a data set after cheap checks: the description, and the presence, columns and
-        number of rows of every file. `checked_rows` and `verify` look at the values.
+        number of rows of every file. `vocabulary`, `checked_rows` and `verify` look at the values.
 
         Args:
             path: the folder.
-            data_files: False where the files of the splits need not be there, as in a copy of the
+            data_files: False if the files of the splits need not be there, as in a copy of the
                 description and the vocabularies alone (`data.encoding.copy_preprocessing`).
 
         Raises:
-            DataError: `path` is no prepared data set, is of another format version, or a file is
-                missing or is not what the description says.
+            DataError: `path` is not a prepared data set, is of another format version, or a file
+                is missing or is not what the description says.
         """
         path = Path(path)
         try:
             content = (path / DESCRIPTION).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            hint = "make one with 'esmm-torchrec prepare'"
+            hint = "create one with 'esmm-torchrec prepare'"
             if partial_folder(path).exists():
                 hint = f"its preparation was interrupted: {PREPARE_AGAIN}"
             raise DataError(
-                f"{path} is no prepared data set, it has no {DESCRIPTION}; {hint}"
+                f"{path} is not a prepared data set ({DESCRIPTION} is missing); {hint}"
             ) from None
-        data_set = cls._from_json(path, content)
+        data_set = cls._decode(path, content)
         data_set._check_vocabularies()
         if data_files:
             data_set._check_data_files()
         return data_set
 
     @classmethod
-    def _from_json(cls, path: Path, content: bytes) -> PreparedDataSet:
-        broken = f"{path / DESCRIPTION} is broken"
+    def _decode(cls, path: Path, content: bytes) -> PreparedDataSet:
         try:
-            values = json.loads(content)
-            version = values["format_version"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{broken}; {PREPARE_AGAIN}") from None
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path} is a prepared data set of format version {version} and this is version "
-                f"{FORMAT_VERSION} of the reader; {PREPARE_AGAIN}"
-            )
-        try:
-            statistics = values["statistics"]
-            data_set = cls(
-                path=path,
-                schema=Schema.from_dict(values["schema"]),
-                splits={name: _split_from_dict(values["splits"][name]) for name in SPLITS},
-                columns=frozenset(name for name in OPTIONAL_COLUMNS if values["columns"][name]),
-                statistics=Statistics(
-                    mean_values_per_bag=dict(statistics["mean_values_per_bag"]),
-                    impressions_per_shared_row=statistics["impressions_per_shared_row"],
-                    dense={
-                        name: DenseStatistics(**both) for name, both in statistics["dense"].items()
-                    },
-                ),
-                source=dict(values["source"]),
-                dropped={name: dict(values["dropped"][name]) for name in SPLITS},
-                dropped_rows={name: tuple(values["dropped_rows"][name]) for name in SPLITS},
-                min_count=int(values["min_count"]),
-                checksums=dict(values["checksums"]),
-                fingerprint=hashlib.sha256(content).hexdigest(),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
-            raise DataError(f"{broken} ({error}); {PREPARE_AGAIN}") from None
-        return data_set
+            version = msgspec.json.decode(content, type=_Version).format_version
+            if version == FORMAT_VERSION:
+                described = Description.decode(content)
+                return cls(
+                    **{field.name: getattr(described, field.name) for field in fields(described)},
+                    path=path,
+                    fingerprint=hashlib.sha256(content).hexdigest(),
+                )
+        except ValueError as error:
+            raise DataError(f"{path / DESCRIPTION} is broken ({error}); {PREPARE_AGAIN}") from None
+        raise DataError(
+            f"{path} is a prepared data set of format version {version}, and this library reads "
+            f"version {FORMAT_VERSION}; {PREPARE_AGAIN}"
+        )
 
     def impression_files(self, split: SplitName) -> list[Path]:
         """Files of the impressions of a split, in the order of the source."""
@@ -156,9 +116,11 @@ class PreparedDataSet:
         """The vocabulary of a table; features that share a table share it.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: the file cannot be read or is not the one that was written.
         """
-        return Vocabulary.read(self.path / vocabulary_file(table))
+        file = vocabulary_file(table)
+        self.check_checksum(file)
+        return Vocabulary.read(self.path / file)
 
     @property
     def impression_columns(self) -> pa.Schema:
@@ -213,7 +175,7 @@ class PreparedDataSet:
         of_split = self.splits[split]
         names = of_split.impression_files if kind == "impressions" else of_split.shared_files
         for name in names:
-            self._check_checksum(name)
+            self.check_checksum(name)
             with pq.ParquetFile(self.path / name) as file:
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group)
@@ -236,17 +198,32 @@ class PreparedDataSet:
             ):
                 pass
         for table in self.schema.tables:
-            self._check_checksum(vocabulary_file(table.name))
             self.vocabulary(table.name)
 
-    def _check_checksum(self, name: str) -> None:
+    def check_checksum(self, name: str) -> None:
+        """Compares a file with what was written.
+
+        Raises:
+            DataError: it is another file.
+        """
         if name not in self.checksums:
             raise DataError(f"{self.path / DESCRIPTION} has no checksum of {name}; {PREPARE_AGAIN}")
-        if sha256_of(self.path / name) != self.checksums[name]:
+        try:
+            checksum = sha256_of(self.path / name)
+        except OSError as error:
+            raise DataError(
+                f"{self.path / name} cannot be read ({error.strerror}); {PREPARE_AGAIN}"
+            ) from None
+        if checksum != self.checksums[name]:
             raise DataError(
                 f"{self.path / name} was changed after it was written (its checksum differs); "
-                f"{PREPARE_AGAIN}"
+                f"restore it from a copy or {PREPARE_AGAIN}"
             )
+
+
+@dataclass(frozen=True)
+class _Version:
+    format_version: int
 
 
 def _check_shared_row(table: pa.Table, shared_rows: int, *, where: str) -> None:
@@ -259,17 +236,6 @@ def _check_shared_row(table: pa.Table, shared_rows: int, *, where: str) -> None:
         )
 
 
-def _split_from_dict(values: Mapping[str, Any]) -> Split:
-    return Split(
-        impressions=int(values["impressions"]),
-        clicks=int(values["clicks"]),
-        conversions=int(values["conversions"]),
-        shared_rows=int(values["shared_rows"]),
-        impression_files=tuple(map(str, values["impression_files"])),
-        shared_files=tuple(map(str, values["shared_files"])),
-    )
-
-
 def _parquet_rows(file: Path, columns: pa.Schema | None) -> int:
     try:
         with pq.ParquetFile(file) as parquet:
@@ -277,7 +243,7 @@ def _parquet_rows(file: Path, columns: pa.Schema | None) -> int:
             rows = parquet.metadata.num_rows
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {PREPARE_AGAIN}") from None
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError, ValueError):
         raise DataError(f"{file} is broken or cut short; {PREPARE_AGAIN}") from None
     if wrong:
         raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")

@@ -1,4 +1,4 @@
-"""The form of a prepared data set on disk: its files, their columns, and what their values may be.
+"""The form of a prepared data set on disk: its files, their columns, and which values they hold.
 
 `prepared` opens and checks a data set of this form, `prepared_writer` writes one.
 """
@@ -9,12 +9,15 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.vocabulary import IdKind
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
     CLICK,
@@ -28,13 +31,18 @@ from esmm_torchrec.schema import (
     WEIGHT,
     IdFeature,
     Schema,
+    missing_column,
     weight_column,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since 2, ids are counted per impression, and dense columns are clipped and may be logged."""
 
 SplitName = Literal["train", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "test")
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     GROUP_ID: pa.int64(),
@@ -55,32 +63,100 @@ PREPARE_AGAIN = "prepare the data set again"
 class Split:
     """What one split holds; files are relative to the data set."""
 
-    impressions: int
-    clicks: int
-    conversions: int
-    shared_rows: int
-    """0 where no feature is shared."""
+    impressions: Count
+    clicks: Count
+    conversions: Count
+    shared_rows: Count
+    """0 if no feature is shared."""
     impression_files: tuple[str, ...]
     shared_files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class DenseStatistics:
-    """What a dense feature was standardised with: (value - mean) / std, over the training split."""
+class TableStatistics:
+    """What the training rows say of the raw ids of an embedding table."""
 
-    mean: float
-    std: float
+    kind: IdKind
+    distinct_ids: Count
+    """Raw ids that occur, rare ones included."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the training split alone."""
+    """What the values are like. Everything that values are encoded with comes from the training
+    split alone; shares are of each split."""
 
     mean_values_per_bag: Mapping[str, float]
-    """By id feature: ids per stored row (a shared row counts once), missing ones included."""
+    """By id feature: ids per stored training row (a shared row counts once), missing ones
+    included."""
     impressions_per_shared_row: float | None
-    """Impressions divided by the shared rows they use; None where no feature is shared."""
-    dense: Mapping[str, DenseStatistics]
+    """Training impressions divided by the shared rows they use; None if no feature is shared."""
+    dense: Mapping[str, DenseTransform]
+    """By raw dense column."""
+    tables: Mapping[str, TableStatistics]
+    missing: Mapping[str, Mapping[SplitName, Share]]
+    """By id feature and dense column: share of the split's impressions without a value."""
+    unknown: Mapping[str, Mapping[SplitName, Share]]
+    """By id feature: share of the ids in the split's impressions that have row 0."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of dataset.json, without the format version."""
+
+    source: Mapping[str, Any]
+    """How the data set was made: the kind, the options, the names of the input files."""
+    min_count: Count
+    schema: Schema
+    splits: Mapping[SplitName, Split]
+    columns: frozenset[str]
+    """Which of OPTIONAL_COLUMNS the impressions have."""
+    statistics: Statistics
+    dropped: Mapping[SplitName, Mapping[str, Count]]
+    """Raw rows that did not become impressions, by reason."""
+    dropped_rows: Mapping[SplitName, tuple[str, ...]]
+    """A sentence on each of the first few of them that were broken."""
+    checksums: Mapping[str, str]
+    """sha256 of each file, by its path in the data set."""
+
+    def __post_init__(self) -> None:
+        for of_split in (self.splits, self.dropped, self.dropped_rows):
+            if set(of_split) != set(SPLITS):
+                raise ValueError(f"the splits are {' and '.join(SPLITS)}")
+        tables = {table.name for table in self.schema.tables}
+        if set(self.statistics.tables) != tables:
+            raise ValueError("its statistics are of other tables than its schema")
+        dense = [
+            name
+            for column, transform in self.statistics.dense.items()
+            for name in dense_features(column, transform)
+        ]
+        if sorted(dense) != sorted(self.schema.dense_features):
+            raise ValueError("its statistics are of other dense features than its schema")
+
+    @classmethod
+    def decode(cls, content: bytes) -> Description:
+        """The description that `encode` gave.
+
+        Raises:
+            ValueError: it is not one of this format; the message says where.
+        """
+        try:
+            return msgspec.json.decode(content, type=cls)
+        except (UnicodeDecodeError, DataError) as error:
+            raise ValueError(str(error)) from None
+
+    def encode(self) -> bytes:
+        """As indented JSON; the same values give the same bytes."""
+        values = {"format_version": FORMAT_VERSION, **msgspec.to_builtins(self)}
+        values["columns"] = [name for name in OPTIONAL_COLUMNS if name in self.columns]
+        values["checksums"] = dict(sorted(self.checksums.items()))
+        return msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n"
+
+
+def dense_features(column: str, transform: DenseTransform) -> list[str]:
+    """Dense features that a raw dense column becomes."""
+    return [column, missing_column(column)] if transform.has_indicator else [column]
 
 
 def _feature_fields(features: Iterable[IdFeature]) -> Iterator[pa.Field]:
@@ -178,6 +254,11 @@ def check_values(table: pa.Table, schema: Schema, expected: pa.Schema, *, where:
                 bad = first_true((truth < 0) | (truth > 1))
                 if bad is not None:
                     raise fail(name, bad, f"{truth[bad]} is not a probability")
+        if WEIGHT in expected.names:
+            given = table.column(WEIGHT).to_numpy()
+            bad = first_true(given < 0)
+            if bad is not None:
+                raise fail(WEIGHT, bad, f"the weight {given[bad]} is negative")
 
     for feature in schema.id_features:
         if feature.name not in expected.names:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -15,16 +14,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esmm_torchrec.data.counting import IdCounts, SharedRowUse
+from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
-    FORMAT_VERSION,
     OPTIONAL_COLUMNS,
     SPLITS,
-    DenseStatistics,
+    Description,
     Split,
     SplitName,
     Statistics,
+    TableStatistics,
     check_values,
+    dense_features,
     impression_columns,
     partial_folder,
     same_columns,
@@ -130,12 +133,15 @@ class _Files:
 
 @dataclass
 class _Counts:
+    """Of one split."""
+
+    ids: dict[str, IdCounts]
+    """By feature."""
     impressions: int = 0
     clicks: int = 0
     conversions: int = 0
-    highest_shared_row: int = -1
-    shared_row_is_used: np.ndarray = field(default_factory=lambda: np.zeros(0, np.bool_))
-    ids: dict[str, int] = field(default_factory=dict)
+    shared_row_use: SharedRowUse = field(default_factory=SharedRowUse)
+    missing_dense: Counter[str] = field(default_factory=Counter)
 
 
 class PreparedWriter:
@@ -160,7 +166,8 @@ class PreparedWriter:
     Args:
         path: the folder to make; it must not exist.
         id_features: in the order they are stored and carried in a batch.
-        dense_features: in the order they are stored and carried in a batch.
+        dense_features: raw dense columns, in the order they are stored and carried in a batch. An
+            indicator of missing values, if there is one, follows its column.
         columns: which of OPTIONAL_COLUMNS the impressions have.
         source: how the data set is made, for dataset.json. No paths of this machine, no times.
         min_count: the least count of an id in the vocabularies.
@@ -194,8 +201,12 @@ class PreparedWriter:
         self._num_embeddings: dict[str, int] = {}
         self._schema: Schema | None = None
         self._files: dict[tuple[SplitName, str], _Files] = {}
-        self._counts = {name: _Counts() for name in SPLITS}
-        self._dense: dict[str, DenseStatistics] = {}
+        self._counts = {
+            split: _Counts({feature.name: IdCounts() for feature in self._id_features})
+            for split in SPLITS
+        }
+        self._dense: dict[str, DenseTransform] = {}
+        self._tables: dict[str, TableStatistics] = {}
         self._dropped: dict[SplitName, dict[str, int]] = {name: {} for name in SPLITS}
         self._dropped_rows: dict[SplitName, list[str]] = {name: [] for name in SPLITS}
         self._checksums: dict[str, str] = {}
@@ -234,13 +245,17 @@ class PreparedWriter:
 
     @property
     def schema(self) -> Schema:
-        """The schema; there once the vocabulary of every table is written."""
+        """The schema; complete once every vocabulary is written and every dense column recorded."""
         if self._schema is None:
             names = dict.fromkeys(feature.table for feature in self._id_features)
             self._schema = Schema(
                 tables=tuple(Table(name, self._num_embeddings[name]) for name in names),
                 id_features=self._id_features,
-                dense_features=self._dense_features,
+                dense_features=tuple(
+                    name
+                    for column in self._dense_features
+                    for name in dense_features(column, self._dense[column])
+                ),
             )
         return self._schema
 
@@ -250,6 +265,7 @@ class PreparedWriter:
         vocabulary.write(self._root / file)
         self._checksums[file] = sha256_of(self._root / file)
         self._num_embeddings[table] = vocabulary.num_embeddings
+        self._tables[table] = TableStatistics(vocabulary.kind, vocabulary.distinct_ids)
 
     def write_impressions(self, split: SplitName, table: pa.Table) -> None:
         """Appends impressions: the columns `impression_columns` of the schema gives, in order.
@@ -267,13 +283,7 @@ class PreparedWriter:
             rows = table.column(SHARED_ROW).to_numpy()
             if rows.min() < 0:
                 raise DataError(f"{split}: a shared row is below 0")
-            counts.highest_shared_row = max(counts.highest_shared_row, int(rows.max()))
-            used = counts.shared_row_is_used
-            if len(used) <= counts.highest_shared_row:
-                size = max(2 * len(used), counts.highest_shared_row + 1)
-                used = np.concatenate([used, np.zeros(size - len(used), np.bool_)])
-                counts.shared_row_is_used = used
-            used[rows] = True
+            counts.shared_row_use.add(rows)
 
     def write_shared(self, split: SplitName, table: pa.Table) -> None:
         """Appends shared rows: the columns `shared_columns` of the schema gives, in order.
@@ -308,12 +318,18 @@ class PreparedWriter:
                 ids = len(column) - column.null_count
                 if feature.multi_valued:
                     ids = sum(len(chunk.flatten()) for chunk in column.chunks)
-                counts[feature.name] = counts.get(feature.name, 0) + ids
+                counts[feature.name].stored_ids += ids
+                if kind == "impressions":
+                    counts[feature.name].add(column, None)
         return table
 
-    def record_dense(self, feature: str, *, mean: float, std: float) -> None:
-        """Notes what a dense feature was standardised with."""
-        self._dense[feature] = DenseStatistics(mean=float(mean), std=float(std))
+    def record_dense(self, column: str, transform: DenseTransform) -> None:
+        """Notes what the values of a dense column are encoded with, before any are written."""
+        self._dense[column] = transform
+
+    def record_missing_dense(self, split: SplitName, column: str, count: int) -> None:
+        """Notes impressions, written or to be written, that lack the value of a dense column."""
+        self._counts[split].missing_dense[column] += count
 
     def record_dropped(
         self, split: SplitName, reason: str, count: int, examples: Sequence[str] = ()
@@ -330,21 +346,19 @@ class PreparedWriter:
         for name in SPLITS:
             self._check_split(name)
         shutil.rmtree(self._root / "scratch", ignore_errors=True)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "source": self.source,
-            "min_count": self._min_count,
-            "schema": self.schema.to_dict(),
-            "splits": {name: asdict(self._split(name)) for name in SPLITS},
-            "columns": {name: name in self.columns for name in OPTIONAL_COLUMNS},
-            "statistics": asdict(self._statistics()),
-            "dropped": self._dropped,
-            "dropped_rows": self._dropped_rows,
-            "checksums": dict(sorted(self._checksums.items())),
-        }
-        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
-        (self._root / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-        self._root.rename(self.path)
+        description = Description(
+            source=self.source,
+            min_count=self._min_count,
+            schema=self.schema,
+            splits={name: self._split(name) for name in SPLITS},
+            columns=frozenset(self.columns),
+            statistics=self._statistics(),
+            dropped=self._dropped,
+            dropped_rows={name: tuple(self._dropped_rows[name]) for name in SPLITS},
+            checksums=self._checksums,
+        )
+        (self._root / DESCRIPTION).write_bytes(description.encode())
+        publish(self._root, self.path)
 
     def _names(self, split: SplitName, kind: Literal["impressions", "shared"]) -> tuple[str, ...]:
         files = self._files.get((split, kind))
@@ -362,7 +376,7 @@ class PreparedWriter:
         )
 
     def _check_split(self, name: SplitName) -> None:
-        split, highest = self._split(name), self._counts[name].highest_shared_row
+        split, highest = self._split(name), self._counts[name].shared_row_use.highest
         if split.impressions == 0:
             raise DataError(f"the {name} split holds no impression; check its input files")
         if highest >= split.shared_rows:
@@ -379,13 +393,45 @@ class PreparedWriter:
                     )
 
     def _statistics(self) -> Statistics:
+        for split in SPLITS:
+            self._count_shared_ids(split)
         train, counts = self._split("train"), self._counts["train"]
         means = {
-            feature.name: counts.ids.get(feature.name, 0)
+            feature.name: counts.ids[feature.name].stored_ids
             / max(1, train.shared_rows if feature.shared else train.impressions)
             for feature in self._id_features
         }
-        used = int(counts.shared_row_is_used.sum())
-        ratio = train.impressions / used if used else None
-        assert all(math.isfinite(mean) for mean in means.values())
-        return Statistics(means, ratio, dict(self._dense))
+        used = int(np.count_nonzero(counts.shared_row_use.impressions(train.shared_rows)))
+        missing: dict[str, dict[SplitName, float]] = {}
+        unknown: dict[str, dict[SplitName, float]] = {}
+        for split in SPLITS:
+            of_split = self._counts[split]
+            for name, of_feature in of_split.ids.items():
+                missing.setdefault(name, {})[split] = of_feature.missing / of_split.impressions
+                share = of_feature.unknown_ids / max(1, of_feature.ids)
+                unknown.setdefault(name, {})[split] = share
+            for name in self._dense_features:
+                share = of_split.missing_dense[name] / of_split.impressions
+                missing.setdefault(name, {})[split] = share
+        return Statistics(
+            mean_values_per_bag=means,
+            impressions_per_shared_row=train.impressions / used if used else None,
+            dense=self._dense,
+            tables=self._tables,
+            missing=missing,
+            unknown=unknown,
+        )
+
+    def _count_shared_ids(self, split: SplitName) -> None:
+        """Reads the shared rows back: only now is it known how many impressions use each."""
+        counts, first = self._counts[split], 0
+        impressions = counts.shared_row_use.impressions(self._split(split).shared_rows)
+        for name in self._names(split, "shared"):
+            with pq.ParquetFile(self._root / name) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group)
+                    times = impressions[first : first + len(table)]
+                    first += len(table)
+                    for feature in self._id_features:
+                        if feature.shared:
+                            counts.ids[feature.name].add(table.column(feature.name), times)

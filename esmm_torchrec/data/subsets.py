@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from esmm_torchrec.data.hashing import splitmix64
 from esmm_torchrec.data.mapped import Bags, MappedBags, MappedSplit
 from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, UNKNOWN_ROW
 
@@ -23,17 +24,6 @@ Purpose = Literal["validation", "volume", "fold", "sample"]
 
 _SALTS: dict[Purpose, int] = {"validation": 1, "volume": 2, "fold": 3, "sample": 4}
 _ROWS_PER_BLOCK = 1 << 16
-
-
-def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), uint64 → uint64: a hash
-    that depends on no library's version."""
-    z = values.astype(np.uint64)
-    with np.errstate(over="ignore"):
-        z = z + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def user_column(split: MappedSplit) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,9 +42,11 @@ _TEXT = pa.large_string()
 _HAS_SEARCH_SORTED = "search_sorted" in pc.list_functions()  # since pyarrow 24
 
 
-def describe_id_type(kind: pa.DataType) -> str:
-    """The word for ids of an Arrow type, for messages."""
-    return "text" if kind == _TEXT else "integer"
+IdKind = Literal["integer", "text"]
+
+
+def _kind(ids: pa.DataType) -> IdKind:
+    return "text" if ids == _TEXT else "integer"
 
 
 def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
@@ -80,13 +82,17 @@ class Vocabulary:
     """Which raw id has which row of one table.
 
     `raw_ids` (int64 or large_string) and `counts` (int64) are in row order; the first has row 1.
-    Make one with `from_counts` or `IdCounter.vocabulary`.
+    Create one with `from_counts` or `IdCounter.vocabulary`.
     """
 
-    def __init__(self, raw_ids: pa.Array, counts: np.ndarray) -> None:
+    def __init__(
+        self, raw_ids: pa.Array, counts: np.ndarray, *, distinct_ids: int | None = None
+    ) -> None:
         assert len(raw_ids) == len(counts)
         self.raw_ids = raw_ids
         self.counts = counts
+        self.distinct_ids = len(raw_ids) if distinct_ids is None else distinct_ids
+        """Ids that were counted, those too rare for a row included."""
 
     @classmethod
     def from_counts(
@@ -113,7 +119,11 @@ class Vocabulary:
                 f"{len(table)} ids occur {min_count} times or more and a table holds {MAX_IDS}; "
                 "give a higher minimum count"
             )
-        return cls(table.column("raw_id").combine_chunks(), table.column("count").to_numpy())
+        return cls(
+            table.column("raw_id").combine_chunks(),
+            table.column("count").to_numpy(),
+            distinct_ids=len(counts),
+        )
 
     @property
     def num_embeddings(self) -> int:
@@ -121,9 +131,9 @@ class Vocabulary:
         return len(self.raw_ids) + 1
 
     @property
-    def holds_strings(self) -> bool:
-        """Whether raw ids are strings and not integers."""
-        return self.raw_ids.type == _TEXT
+    def kind(self) -> IdKind:
+        """What the raw ids are."""
+        return _kind(self.raw_ids.type)
 
     def encode(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> np.ndarray:
         """Rows of `raw_ids`, int32 of the same length.
@@ -139,11 +149,10 @@ class Vocabulary:
             return np.full(len(ids), UNKNOWN_ROW, np.int32)
         if ids.type != self.raw_ids.type:
             raise DataError(
-                f"{describe_id_type(ids.type)} ids cannot be looked up among "
-                f"{describe_id_type(self.raw_ids.type)} ids; give the column the type it had when "
-                "the data set was prepared"
+                f"{_kind(ids.type)} ids cannot be looked up among {self.kind} ids; give the column "
+                "the type it had when the data set was prepared"
             )
-        if self.holds_strings:
+        if ids.type == _TEXT:
             encoded = ids.dictionary_encode()
             rows = np.append(self._encode_texts(encoded.dictionary), np.int32(UNKNOWN_ROW))
             return rows[encoded.indices.fill_null(-1).to_numpy()]
@@ -243,10 +252,13 @@ class IdCounter:
 
     Integers in a narrow range are counted in one array; other integers, and strings, in lists of
     (id, count) that are merged whenever they have doubled.
+
+    Args:
+        kind: of the ids; None: that of the first ids that come.
     """
 
-    def __init__(self) -> None:
-        self._type: pa.DataType | None = None
+    def __init__(self, kind: IdKind | None = None) -> None:
+        self._type = None if kind is None else {"integer": pa.int64(), "text": _TEXT}[kind]
         self._low = 0
         self._dense = np.zeros(0, np.int64)
         self._merged: pa.Table | None = None
@@ -277,8 +289,8 @@ class IdCounter:
             return
         if self._type is not None and self._type != ids.type:
             raise DataError(
-                f"{describe_id_type(ids.type)} ids occur beside {describe_id_type(self._type)} ids "
-                "of the same table; use the same type for both"
+                f"{_kind(ids.type)} ids occur beside {_kind(self._type)} ids of the same table; "
+                "use the same type for both"
             )
         self._type = ids.type
         if pa.types.is_int64(ids.type) and not self._pending and self._merged is None:
@@ -334,6 +346,8 @@ class IdCounter:
         """The vocabulary of the ids counted so far that occur `min_count` times or more."""
         if self._merged is None and not self._pending:
             ids, counts = self._dense_counts()
+            if self._type == _TEXT:
+                ids = ids.cast(_TEXT)
             return Vocabulary.from_counts(ids, counts.to_numpy(), min_count)
         if self._pending:
             self._merge()

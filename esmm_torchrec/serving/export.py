@@ -21,6 +21,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import vocabulary_file
+from esmm_torchrec.data.prepared_form import dense_features, vocabulary_file
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.schema import UNKNOWN_ROW, Schema
@@ -244,8 +245,14 @@ def _description(predictor: Predictor, outputs: list[str]) -> dict[str, Any]:
             for feature in schema.id_features
         ],
         "dense_features": [
-            {"name": name, "mean": of.mean, "std": of.std}
-            for name, of in data_set.statistics.dense.items()
+            {
+                "name": name,
+                "of": column,
+                "is": "value" if name == column else "1 if the value is missing, else 0",
+                "transform": asdict(transform) if name == column else None,
+            }
+            for column, transform in data_set.statistics.dense.items()
+            for name in dense_features(column, transform)
         ],
         "outputs": outputs,
     }
@@ -277,7 +284,7 @@ _TAKES = {
     "values": "int64 (L,) by id feature: ids of the first impression, then of the second, ...",
     "lengths": "int64 (B,) by id feature: how many ids each impression has, 0 where it is missing",
     "weights": "float32 (L,) by weighted feature: beside its values, as in the raw data",
-    "dense": "float32 (B, D): (value - mean) / std, in the order of dense_features",
+    "dense": "float32 (B, D): dense_features in their order, values by their transform",
 }
 
 _GIVES = {

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from esmm_torchrec.data.counting import SharedRowUse
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns, shared_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
@@ -271,6 +272,11 @@ def _encoded(
     return table
 
 
+def _read_scratch(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
 @dataclass(frozen=True)
 class _Impressions:
     """A block of a skeleton, joined."""
@@ -296,9 +302,11 @@ class _Preparation:
     truth: Path | None
     progress: bool
     counters: dict[str, IdCounter] = field(
-        default_factory=lambda: {feature.table: IdCounter() for feature in FIELDS}
+        default_factory=lambda: {feature.table: IdCounter("integer") for feature in FIELDS}
     )
     vocabularies: dict[str, Vocabulary] = field(default_factory=dict)
+    shared_row_use: SharedRowUse = field(default_factory=SharedRowUse)
+    """By training impressions."""
     scratch_files: dict[str, list[Path]] = field(
         default_factory=lambda: {"impressions": [], "shared": []}
     )
@@ -311,6 +319,7 @@ class _Preparation:
             counts[split] = self._read_skeleton(sources[split], split, common)
             sources[split].close()
             if split == "train":
+                self._count_shared_ids()
                 for table, counter in self.counters.items():
                     self.vocabularies[table] = counter.vocabulary(self.min_count)
                     self.writer.write_vocabulary(table, self.vocabularies[table])
@@ -349,17 +358,33 @@ class _Preparation:
             self.bad_rows.note(sentence)
         self.writer.record_dropped(split, layout.reason, len(bad), examples)
 
-    def _count(self, table: pa.Table, features: Sequence[IdFeature]) -> None:
-        for feature in features:
+    def _count(self, table: pa.Table) -> None:
+        """Counts the ids of training impressions, and how many of these use each shared row."""
+        for feature in SKELETON.features:
             column = array_of(table, feature.name)
             self.counters[feature.table].add(column.flatten() if feature.multi_valued else column)
+        self.shared_row_use.add(array_of(table, SHARED_ROW).to_numpy())
+
+    def _count_shared_ids(self) -> None:
+        """Counts the ids of shared rows once for each training impression that uses the row."""
+        first = 0
+        for path in self.scratch_files["shared"]:
+            table = _read_scratch(path)
+            impressions = self.shared_row_use.impressions(first + len(table))[first:]
+            first += len(table)
+            for feature in COMMON.features:
+                column, times = array_of(table, feature.name), impressions
+                if feature.multi_valued:
+                    times = np.repeat(times, column.value_lengths().to_numpy())
+                    column = column.flatten()
+                self.counters[feature.table].add(column, times)
 
     def _store(
         self, split: SplitName, kind: Literal["impressions", "shared"], table: pa.Table
     ) -> None:
         if split == "train":
-            features = (COMMON if kind == "shared" else SKELETON).features
-            self._count(table, features)
+            if kind == "impressions":
+                self._count(table)
             files = self.scratch_files[kind]
             files.append(self.writer.scratch / f"{kind}-{len(files)}.arrow")
             with pa.OSFile(str(files[-1]), "wb") as file, pa.ipc.new_file(file, table.schema) as to:
@@ -481,8 +506,7 @@ class _Preparation:
                 if stop.is_set():
                     return
                 size = path.stat().st_size
-                with pa.OSFile(str(path)) as file:
-                    table = pa.ipc.open_file(file).read_all()
+                table = _read_scratch(path)
                 self._write("train", kind, _encoded(table, features, self.vocabularies))
                 path.unlink()
                 with lock:
@@ -517,7 +541,7 @@ def prepare_ali_ccp(
             or one folder down, or `sample_{train,test}.tar.gz`. Its `truth.parquet` (sample_id,
             split, true_ctr, true_cvr) is joined if present.
         out: the folder to make.
-        min_count: how often an id must occur in the stored training rows to have a row of its own.
+        min_count: in how many training impressions an id must occur to have a row of its own.
         max_bad_rows: broken rows to skip, over all files, before giving up.
         unclicked_purchases: what becomes of impressions with a purchase and no click, a fault of
             the logging: "drop" leaves them out, "keep" keeps them as neither clicked nor

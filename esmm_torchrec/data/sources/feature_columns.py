@@ -63,8 +63,6 @@ class FeatureColumns:
     """By id feature that is a part of a time: which."""
     list_separator: str | None = None
     """What stands between the values of lists that are written as text."""
-    dense_may_be_missing: bool = False
-    """Whether a missing dense value is NaN in `Features`; else its row has a fault."""
 
     def column_of(self, feature: str) -> str:
         """The raw column of a feature."""
@@ -120,7 +118,7 @@ class FeatureColumns:
         for name in self.dense:
             column = self.column_of(name)
             features.dense[name], fault = read_numbers(
-                block.column(column), column, may_be_missing=self.dense_may_be_missing
+                block.column(column), column, may_be_missing=True
             )
             faults.append(fault)
         return features, faults

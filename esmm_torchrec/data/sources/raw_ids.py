@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas.util
@@ -30,13 +30,12 @@ from esmm_torchrec.data.sources.raw_values import (
     is_text,
     one_array,
 )
+from esmm_torchrec.data.vocabulary import IdKind
 from esmm_torchrec.errors import DataError
 
 pc: Any = pyarrow.compute
 
 _hash_array: Any = pandas.util.hash_array
-
-IdKind = Literal["integer", "text"]
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -1,13 +1,12 @@
 """Any table of impressions → a prepared data set: delimited text, Parquet, Arrow, DataFrames.
 
-Two passes over the training rows, a block at a time: the first counts ids and takes the moments of
-dense columns, the second encodes. The test rows are encoded in one pass with what training gave.
+Two passes over the training rows, a block at a time: the first counts ids and samples dense
+columns, the second encodes. The test rows are encoded in one pass with what training gave.
 Memory holds the distinct ids and a block.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from esmm_torchrec.data.dense import DENSE_METHODS, DenseFitter, DenseMethod, DenseTransform
 from esmm_torchrec.data.encoding import RowEncoder
-from esmm_torchrec.data.moments import Moments
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SPLITS, DenseStatistics, SplitName, impression_columns
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, RawReading
@@ -62,7 +61,7 @@ def prepare_table(
     click: str,
     conversion: str | None,
     ids: Sequence[str] = (),
-    dense: Sequence[str] = (),
+    dense: Sequence[str] | Mapping[str, DenseMethod] = (),
     texts: Sequence[str] = (),
     time_features: Sequence[str] = (),
     weights: Mapping[str, str] | None = None,
@@ -96,8 +95,8 @@ def prepare_table(
         )
 
     The arguments that are not listed here name raw columns, see `TableColumns`. A missing id (null,
-    NaN, one of `raw_values.NULL_TEXTS`) is an empty bag; a missing dense value or
-    label is a bad row.
+    NaN, one of `raw_values.NULL_TEXTS`) is an empty bag, a missing dense value the training mean; a
+    missing label is a bad row. `dense` may map columns to the methods of `data.dense`.
 
     Args:
         out: the folder to make; it must not exist.
@@ -109,7 +108,7 @@ def prepare_table(
         list_separator: what stands between the values of lists that are written as text ("1|5|9").
             An id column of text that holds it anywhere in training is multi-valued.
         text_format: how text files are written.
-        min_count: how often an id must occur in training to have an embedding row of its own. The
+        min_count: in how many training impressions an id must occur to have an embedding row. The
             others share row 0, also with ids that training does not have; with 1 that row is never
             trained.
         unclicked_conversions: what becomes of rows with conversion 1 and click 0: "error" refuses
@@ -148,6 +147,15 @@ def prepare_table(
         raise OptionError(f"--min-count must be 1 or more, not {min_count}")
     if max_bad_rows < 0:
         raise OptionError(f"--max-bad-rows must be 0 or more, not {max_bad_rows}")
+    methods: dict[str, DenseMethod] = dict.fromkeys(map(str, dense), "auto")
+    if isinstance(dense, Mapping):
+        methods |= {str(name): method for name, method in dense.items()}
+    for name, method in methods.items():
+        if method not in DENSE_METHODS:
+            raise OptionError(
+                f"the method {method!r} of the dense column {name!r} is not one of "
+                f"{', '.join(DENSE_METHODS)}"
+            )
     if unclicked_conversions not in get_args(UnclickedConversions):
         raise OptionError(
             f"--unclicked-conversions is error, drop or keep, not {unclicked_conversions!r}"
@@ -175,6 +183,7 @@ def prepare_table(
         },
         "split": None if rule is None else asdict(rule),
         "columns": asdict(columns),
+        "dense_methods": methods,
         "max_bad_rows": max_bad_rows,
         "unclicked_conversions": unclicked_conversions,
     }
@@ -188,6 +197,7 @@ def prepare_table(
         ),
         columns=columns,
         list_separator=list_separator,
+        dense_methods=methods,
         min_count=min_count,
         unclicked_conversions=unclicked_conversions,
         max_bad_rows=max_bad_rows,
@@ -215,7 +225,7 @@ class _Counted(NamedTuple):
 
     counters: dict[str, IdCounter]
     """By table."""
-    dense: dict[str, DenseStatistics]
+    dense: dict[str, DenseTransform]
     rows: int
 
 
@@ -228,6 +238,7 @@ class _Preparation:
         rows: TableRows,
         columns: TableColumns,
         list_separator: str | None,
+        dense_methods: Mapping[str, DenseMethod],
         min_count: int,
         unclicked_conversions: UnclickedConversions,
         max_bad_rows: int,
@@ -236,6 +247,7 @@ class _Preparation:
         self._rows = rows
         self._columns = columns
         self._list_separator = list_separator
+        self._dense_methods = dense_methods
         self._min_count = min_count
         self._unclicked_conversions = unclicked_conversions
         self._max_bad_rows = max_bad_rows
@@ -352,8 +364,10 @@ class _Preparation:
     def _try_to_count(self, bar: tqdm) -> _Counted | None:
         """None if a list or a text turned up where none was expected; it is known then."""
         columns = self.features
-        counters = {feature.table: IdCounter() for feature in columns.id_features}
-        moments = Moments(len(columns.dense))
+        counters = {
+            feature.table: IdCounter(columns.kinds[feature.name]) for feature in columns.id_features
+        }
+        fitter = DenseFitter(len(columns.dense))
         count, skipped = 0, Skipped(BadRows(self._max_bad_rows))
         for block in self._rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):
@@ -363,17 +377,13 @@ class _Preparation:
                 ids = features.ids[feature.name]
                 counters[feature.table].add(ids.flatten() if feature.multi_valued else ids)
             if columns.dense:
-                moments.add(np.stack(list(features.dense.values()), axis=1))
+                fitter.add(np.stack(list(features.dense.values()), axis=1))
             count += len(block.rows)
             bar.update(len(block.rows))
-        dense = dict(zip(columns.dense, moments.statistics(), strict=True))
-        for name, of in dense.items():
-            if not (math.isfinite(of.mean) and math.isfinite(of.std)):
-                raise DataError(
-                    f"the dense column {name!r} holds values too far apart to be standardised; "
-                    "take their logarithm or fix them"
-                )
-        return _Counted(counters, dense, count)
+        methods: dict[str, DenseMethod] = {
+            name: self._dense_methods[columns.column_of(name)] for name in columns.dense
+        }
+        return _Counted(counters, fitter.fit(methods), count)
 
     def _meets_lists(self, block: RawBlock) -> bool:
         if self._list_separator is None:
@@ -411,8 +421,8 @@ class _Preparation:
         }
         for table, vocabulary in vocabularies.items():
             writer.write_vocabulary(table, vocabulary)
-        for name, statistics in counted.dense.items():
-            writer.record_dense(name, mean=statistics.mean, std=statistics.std)
+        for name, transform in counted.dense.items():
+            writer.record_dense(name, transform)
         encoder = RowEncoder(self.features, vocabularies, counted.dense)
         bad_rows, unclicked = BadRows(self._max_bad_rows), {}
         for split in SPLITS:
@@ -443,6 +453,8 @@ class _Preparation:
                     columns = rows.scalars | encoder.encode_features(rows.features)
                 arrays = [pa.array(columns[column.name], column.type) for column in types]
                 writer.write_impressions(split, pa.table(arrays, schema=types))
+                for name, values in rows.features.dense.items():
+                    writer.record_missing_dense(split, name, int(np.isnan(values).sum()))
                 bar.update(len(block.rows))
 
     def _bar(self, description: str, total: int | None) -> tqdm:

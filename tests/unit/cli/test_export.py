@@ -126,9 +126,10 @@ def test_what_the_program_takes_is_described(run: Path, tmp_path: Path) -> None:
         assert (one["multi_valued"], one["weighted"]) == (feature.multi_valued, feature.weighted)
         vocabulary = pd.read_parquet(out / one["vocabulary"])
         assert len(vocabulary) == ROWS[feature.table]
-    assert inputs["dense_features"] == [
-        {"name": name, "mean": mean, "std": std} for name, (mean, std) in DENSE.items()
-    ]
+    assert [
+        (one["name"], one["transform"]["mean"], one["transform"]["std"])
+        for one in inputs["dense_features"]
+    ] == [(name, mean, std) for name, (mean, std) in DENSE.items()]
     readme = (out / "README.txt").read_text()
     for name in ("model.pt2", "values", "lengths", "weights", "dense", "pctcvr"):
         assert name in readme

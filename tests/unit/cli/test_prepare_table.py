@@ -76,11 +76,13 @@ def test_it_prints_what_the_data_set_holds(
     ):
         assert re.search(rf"^{label} +{numbers[0]} +{numbers[1]}$", printed, re.MULTILINE)
     people = data_set.schema.table("people").num_embeddings
-    features_line = rf"^people +{people}  buyer \(weighted\), seller \(weighted\)$"
+    features_line = rf"^people +{people} +\d+  buyer \(weighted\), seller \(weighted\)$"
     assert re.search(features_line, printed, re.MULTILINE)
-    assert re.search(r"^town +3  town$", printed, re.MULTILINE)
+    assert re.search(r"^town +3 +\d+  town$", printed, re.MULTILINE)
     of_price = data_set.statistics.dense["price"]
-    assert re.search(rf"^price +{of_price.mean:.6g} +{of_price.std:.6g}$", printed, re.MULTILINE)
+    assert re.search(
+        rf"^price +log +{of_price.mean:.6g} +{of_price.std:.6g} +0.0% +0.0%$", printed, re.MULTILINE
+    )
     assert printed.endswith(
         "prepared data set: out\n"
         "next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data out --out runs/out\n"

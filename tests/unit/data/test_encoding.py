@@ -56,7 +56,7 @@ def data_set(tmp_path: Path) -> PreparedDataSet:
         click="clicked",
         conversion="bought",
         ids=["user", "city", "items"],
-        dense=["price", "age"],
+        dense={"price": "auto", "age": "standard"},
         weights={"items": "strength"},
         sample_id="key",
         group_id="city",
@@ -236,8 +236,8 @@ def test_shared_features_are_written_out_per_row(tmp_path: Path) -> None:
         ({"city": ...}, "the input table has no column 'city' (an id feature); did you mean"),
         ({"strength": ...}, "has no column 'strength' (the weights of 'items')"),
         ({"price": ...}, "has no column 'price' (a dense feature)"),
-        ({"price": np.nan}, "the input table, row 0, column 'price': the value is missing"),
-        ({"price": 1e300}, "the input table: column 'price' holds 1e+300, too far from its mean"),
+        ({"price": np.inf}, "the input table, row 0, column 'price': inf is not a finite number"),
+        ({"age": 1e300}, "the input table: column 'age' holds 1e+300, too far from its training"),
         ({"user": "x"}, "row 0, column 'user': 'x' is not an integer"),
         ({"user": pd.Timestamp("2026-01-01")}, "column 'user' holds timestamp"),
         ({"items": 5}, "column 'items' holds int64 where lists belong"),
@@ -264,7 +264,8 @@ def test_a_bad_row_of_a_file_is_named_by_its_place_in_the_file(
 ) -> None:
     monkeypatch.setattr(raw_tables, "ROWS_PER_BLOCK", 16)
     rows = impressions(60)
-    rows.loc[41, "age"] = np.nan
+    rows["age"] = rows["age"].astype(float)
+    rows.loc[41, "age"] = np.inf
     rows.to_parquet(tmp_path / "new.parquet")
     with pytest.raises(DataError, match=r"new\.parquet, row 41, column 'age'"):
         list(RowEncoder.load(data_set.path).encode_blocks(tmp_path / "new.parquet"))
@@ -307,3 +308,72 @@ def test_files_are_read_as_pandas_reads_them(
     ]
     with pytest.raises(DataError, match=r"has no column 'town' \(asked for\)"):
         table.check_columns([("asked for", "town")])
+
+
+def test_missing_dense_values_are_the_mean_with_an_indicator_and_are_counted(tmp_path: Path):
+    train, test = impressions(400), impressions(100, seed=1)
+    train.loc[:99, "price"] = np.nan
+    test.loc[:9, ["price", "age"]] = np.nan
+    data_set = prepare_table(
+        tmp_path / "prepared",
+        train=train,
+        test=test,
+        click="clicked",
+        conversion="bought",
+        ids=["city"],
+        dense=["price", "age"],
+    )
+    # No training row lacks an age, so there is nothing to learn from an indicator of it.
+    assert data_set.schema.dense_features == ("price", "price__missing", "age")
+    assert data_set.statistics.missing["price"] == {"train": 0.25, "test": 0.1}
+    assert data_set.statistics.missing["age"] == {"train": 0.0, "test": 0.1}
+    (file,) = data_set.impression_files("test")
+    rows = pq.read_table(file).to_pandas()
+    assert rows["price__missing"].tolist() == [1.0] * 10 + [0.0] * 90
+    assert not rows.loc[:9, ["price", "age"]].any(axis=None)
+    new = RowEncoder.load(data_set.path).encode(test.drop(columns=["clicked", "bought"]))
+    for name in data_set.schema.dense_features:
+        np.testing.assert_array_equal(new[name], rows[name])
+    # A CSV says the same with an empty field.
+    test[["city", "price", "age"]].to_csv(tmp_path / "new.csv", index=False)
+    in_csv = RowEncoder.load(data_set.path).encode(pd.read_csv(tmp_path / "new.csv"))
+    np.testing.assert_array_equal(in_csv["price__missing"], rows["price__missing"])
+
+
+def test_the_kind_of_ids_is_kept_if_no_id_has_a_row(tmp_path: Path) -> None:
+    rows = impressions(100).assign(code=[f"{n:03}" for n in range(100)])
+    data_set = prepare_table(
+        tmp_path / "prepared",
+        train=rows,
+        test=rows,
+        click="clicked",
+        conversion="bought",
+        ids=["code", "city"],
+    )
+    assert data_set.schema.table("code").num_embeddings == 1
+    assert data_set.statistics.tables["code"].kind == "text"
+    assert data_set.statistics.tables["code"].distinct_ids == 100
+    assert data_set.statistics.unknown["code"] == {"train": 1.0, "test": 1.0}
+    assert RowEncoder.load(data_set.path).features.kinds == {"code": "text", "city": "text"}
+
+
+@pytest.mark.parametrize("where", ["data set", "copy"])
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9])
+def test_a_damaged_vocabulary_encodes_and_copies_nothing(
+    where: str, place: float, data_set: PreparedDataSet, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run" / "preprocessing"
+    copy_preprocessing(data_set.path, copy)
+    damaged = (data_set.path if where == "data set" else copy) / "vocabulary" / "user.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[int(len(content) * place)] ^= 0x10
+    damaged.write_bytes(content)
+    folder = damaged.parent.parent
+    with pytest.raises(DataError, match=r"user\.parquet"):
+        RowEncoder.load(folder)
+    with pytest.raises(DataError, match=r"user\.parquet"):
+        copy_preprocessing(folder, tmp_path / "other")
+    if where == "copy":
+        with pytest.raises(DataError, match=r"user\.parquet"):
+            copy_preprocessing(data_set.path, copy)
+    assert not (tmp_path / "other").exists()

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from esmm_torchrec.data import prepared_writer
+from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import DenseStatistics, Split, sha256_of
+from esmm_torchrec.data.prepared_form import Split, sha256_of
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
@@ -25,6 +27,7 @@ FEATURES = (
     IdFeature("a.b", "shop/1", weighted=True),
     IdFeature("tags", "shop/1", multi_valued=True),
 )
+PRICE = DenseTransform("standard", 3.0, 1.5, -4.5, 10.5)
 
 
 def ints(values: list) -> pa.Array:
@@ -70,13 +73,13 @@ def writer(path: Path) -> PreparedWriter:
 def write_vocabularies(to: PreparedWriter) -> None:
     to.write_vocabulary("item", ITEMS)
     to.write_vocabulary("shop/1", SHOPS)
+    to.record_dense("price", PRICE)
 
 
 def write(path: Path, pieces: int = 1) -> PreparedDataSet:
     with writer(path) as to:
         write_vocabularies(to)
         (to.scratch / "something").write_text("x")
-        to.record_dense("price", mean=3.0, std=1.5)
         to.record_dropped("train", "bad rows", 2, ["line 3: bad"])
         for split in ("train", "test"):
             to.write_shared(split, shared())
@@ -104,7 +107,7 @@ def test_what_is_opened_is_what_was_written(tmp_path: Path):
     assert data_set.dropped == {"train": {"bad rows": 2}, "test": {}}
     assert data_set.dropped_rows == {"train": ("line 3: bad",), "test": ()}
     assert data_set.min_count == 1
-    assert data_set.statistics.dense == {"price": DenseStatistics(3.0, 1.5)}
+    assert data_set.statistics.dense == {"price": PRICE}
     # ids / rows: three in three shared rows; of four impressions three, three and five.
     assert data_set.statistics.mean_values_per_bag == {
         "history": 1.0,
@@ -286,25 +289,30 @@ def change_description(path: Path, change: Callable[[dict], Any]) -> None:
 
 
 def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
-    with pytest.raises(DataError, match=r"has no dataset\.json; make one with"):
+    with pytest.raises(DataError, match=r"dataset\.json is missing\); create one with"):
         PreparedDataSet.open(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is no prepared data set"):
+    with pytest.raises(DataError, match="is not a prepared data set"):
         PreparedDataSet.open(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda d: d.update(format_version=9), "format version 9 and this is version 1"),
+        (
+            lambda d: d.update(format_version=9),
+            "format version 9, and this library reads version 2",
+        ),
         (lambda d: d.pop("format_version"), r"dataset\.json is broken"),
         (lambda d: d["splits"].pop("test"), r"dataset\.json is broken"),
         (lambda d: d["splits"]["test"].update(impressions="x"), r"dataset\.json is broken"),
         (lambda d: d["splits"]["test"].update(impressions=5), "test has 4 rows in its impression"),
         (lambda d: d["splits"]["train"].update(shared_rows=2), "train has 3 rows in its shared"),
         (lambda d: d["schema"]["tables"][0].update(num_embeddings=9), "has 3 ids where .* says 8"),
-        (lambda d: d["schema"].update(dense_features=[]), "has the foreign column 'price'"),
-        (lambda d: d["columns"].update(timestamp=True), "lacks the column 'timestamp'"),
+        (lambda d: d["schema"].update(dense_features=[]), "other dense features than its schema"),
+        (lambda d: d["columns"].remove("true_cvr"), "has the foreign column 'true_cvr'"),
+        (lambda d: d["splits"]["test"].update(clicks=-1), r"`int` >= 0 - at `\$\.splits"),
+        (lambda d: d["columns"].append("timestamp"), "lacks the column 'timestamp'"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change, sentence):
@@ -312,6 +320,58 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change, sent
     change_description(path, change)
     with pytest.raises(DataError, match=sentence):
         PreparedDataSet.open(path)
+
+
+def test_what_an_earlier_version_wrote_says_so(tmp_path: Path):
+    """Its description has other fields, too."""
+    path = write(tmp_path / "ds").path
+    old = {"format_version": 1, "columns": {"group_id": True}, "statistics": {"dense": {}}}
+    (path / "dataset.json").write_text(json.dumps(old))
+    with pytest.raises(DataError, match="of format version 1, and this library reads version 2;"):
+        PreparedDataSet.open(path)
+
+
+def test_impressions_may_have_weights(tmp_path: Path):
+    given = pa.array([0.5, 2.0, 0.0, 1.0], pa.float32())
+    with PreparedWriter(
+        tmp_path / "ds",
+        id_features=[IdFeature("item", "item")],
+        columns=["sample_weight"],
+        source={},
+        min_count=1,
+    ) as to:
+        to.write_vocabulary("item", ITEMS)
+        names = ["click", "conversion", "sample_id", "sample_weight", "item"]
+        table = impressions(sample_weight=given).select(names)
+        for split in ("train", "test"):
+            to.write_impressions(split, table)
+        place = names.index("sample_weight")
+        negative = table.set_column(place, names[place], pa.array([0, -1, 0, 0], pa.float32()))
+        with pytest.raises(DataError, match=r"row 1: the weight -1\.0 is negative"):
+            to.write_impressions("train", negative)
+    data_set = PreparedDataSet.open(tmp_path / "ds")
+    split = MappedSplit.open(data_set, "train")
+    assert split.scalars["sample_weight"].tolist() == given.to_pylist()
+
+
+def test_shares_are_of_impressions_also_where_rows_are_shared(tmp_path: Path):
+    statistics = write(tmp_path / "ds").statistics
+    # Of four impressions, three use the shared row with two ids and one the row with one.
+    assert statistics.missing["history"] == {"train": 0.0, "test": 0.0}
+    assert statistics.unknown["history"] == {"train": 0.0, "test": 0.0}
+    assert statistics.missing["item"] == {"train": 0.25, "test": 0.25}
+    assert statistics.unknown["item"]["test"] == pytest.approx(1 / 3)
+    assert statistics.missing["tags"]["train"] == 0.25
+    assert statistics.unknown["tags"]["train"] == pytest.approx(1 / 5)
+    with writer(tmp_path / "other") as to:
+        write_vocabularies(to)
+        history = pa.array([[0, 3], [], [2]], LISTS)
+        for split in ("train", "test"):
+            to.write_impressions(split, impressions(shared_row=ints([0, 0, 2, 1])))
+            to.write_shared(split, shared(history=history))
+    statistics = PreparedDataSet.open(tmp_path / "other").statistics
+    assert statistics.missing["history"]["test"] == 0.25
+    assert statistics.unknown["history"]["test"] == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize(

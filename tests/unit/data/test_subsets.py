@@ -125,7 +125,7 @@ def _ids(split: MappedSplit) -> dict[str, list[list[int]]]:
         "shared_sparse_features",
         "shared_weighted_sparse_features",
     ):
-        features = getattr(batch, name)
+        features = getattr(batch.features, name)
         for key in features.keys() if features is not None else ():
             jagged = features[key]
             ends = jagged.lengths().cumsum(0).tolist()

@@ -5,8 +5,8 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SPLITS
+from esmm_torchrec.data.prepared_form import SPLITS, Statistics
 from esmm_torchrec.data.sources.ali_ccp import UNCLICKED_CONVERSIONS, prepare_ali_ccp
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
@@ -72,8 +72,8 @@ def plain(raw: Path, split: str) -> Plain:
 
 def expected_vocabularies(train: Plain, min_count: int) -> dict[str, dict[int, int]]:
     counts: dict[str, Counter] = {name: Counter() for name in COMMON_FIELDS + SKELETON_FIELDS}
-    for bags in train.common + [impression["own"] for impression in train.impressions]:
-        for name, bag in bags.items():
+    for impression in train.impressions:
+        for name, bag in (impression["shared"] | impression["own"]).items():
             counts[name].update(number for number, _ in bag)
     vocabularies = {}
     for name, counted in counts.items():
@@ -146,6 +146,12 @@ def assert_equals_plain(data_set: PreparedDataSet, raw: Path, min_count: int) ->
                     for number, value in bags.get(name, [])
                 ]
                 assert row["bags"][name] == expected, (split, row["sample_id"], name)
+        for name in COMMON_FIELDS + SKELETON_FIELDS:
+            ids = [number for row in found for number, _ in row["bags"][name]]
+            missing = sum(not row["bags"][name] for row in found) / len(found)
+            assert data_set.statistics.missing[name][split] == pytest.approx(missing)
+            unknown = ids.count(0) / max(1, len(ids))
+            assert data_set.statistics.unknown[name][split] == pytest.approx(unknown)
 
 
 # Raw files
@@ -355,6 +361,14 @@ def test_reversing_the_common_files_moves_no_impression(tmp_path: Path):
     assert after.statistics == before.statistics
 
 
+def of_training(statistics: Statistics) -> Statistics:
+    def shares(of_splits: Mapping) -> dict:
+        return {name: {"train": of_split["train"]} for name, of_split in of_splits.items()}
+
+    missing, unknown = shares(statistics.missing), shares(statistics.unknown)
+    return replace(statistics, missing=missing, unknown=unknown)
+
+
 def test_the_test_split_moves_no_vocabulary_and_no_statistic(tmp_path: Path):
     raw = write_random(tmp_path / "raw")
     before = prepare_ali_ccp(raw, tmp_path / "a", min_count=2)
@@ -364,7 +378,7 @@ def test_the_test_split_moves_no_vocabulary_and_no_statistic(tmp_path: Path):
     after = prepare_ali_ccp(raw, tmp_path / "b", min_count=2)
     kept = [name for name in before.checksums if not name.startswith("test/")]
     assert [after.checksums[n] for n in kept] == [before.checksums[n] for n in kept]
-    assert after.statistics == before.statistics
+    assert of_training(after.statistics) == of_training(before.statistics)
     assert after.schema == before.schema
     assert after.splits["test"] != before.splits["test"]
     assert_equals_plain(after, raw, 2)
@@ -588,7 +602,7 @@ def test_a_stop_midway_leaves_nothing_and_a_rerun_ends_the_same(tmp_path: Path):
     with pytest.raises(DataError, match=r"sample_skeleton_test\.csv, line 2"):
         small(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-    with pytest.raises(DataError, match="is no prepared data set"):
+    with pytest.raises(DataError, match="is not a prepared data set"):
         PreparedDataSet.open(tmp_path / "out")
     (tmp_path / "raw" / "sample_skeleton_test.csv").write_text("".join(TEST))
     (tmp_path / "out.partial" / "scratch").mkdir(parents=True)

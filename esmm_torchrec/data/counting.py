@@ -1,0 +1,70 @@
+"""Counts of what the rows of one split hold, per impression, from rows that come in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.schema import UNKNOWN_ROW
+
+
+class SharedRowUse:
+    """How many impressions use each shared row, from impressions that come in blocks."""
+
+    def __init__(self) -> None:
+        self._impressions = np.zeros(0, np.int64)
+        self.highest = -1
+
+    def add(self, rows: np.ndarray) -> None:
+        """Takes the shared row of each impression of a block, int (n,), none negative."""
+        if len(rows) == 0:
+            return
+        lowest = int(rows.min())
+        counts = np.bincount(rows - lowest)
+        end = lowest + len(counts)
+        self.highest = max(self.highest, end - 1)
+        if end > len(self._impressions):
+            size = max(2 * len(self._impressions), end)
+            self._impressions = np.pad(self._impressions, (0, size - len(self._impressions)))
+        self._impressions[lowest:end] += counts
+
+    def impressions(self, rows: int) -> np.ndarray:
+        """int64 (rows,), of the first `rows` shared rows."""
+        return np.pad(self._impressions, (0, max(0, rows - len(self._impressions))))[:rows]
+
+
+@dataclass
+class IdCounts:
+    """What one split holds of an id feature."""
+
+    stored_ids: int = 0
+    """Of a shared row once."""
+    ids: int = 0
+    """From here on, of a shared row once for each impression that uses it."""
+    unknown_ids: int = 0
+    missing: int = 0
+    """Impressions without an id."""
+
+    def add(self, column: pa.ChunkedArray, impressions: np.ndarray | None) -> None:
+        """Counts stored rows, each of which stands for 1 or for `impressions` of them."""
+        first = 0
+        for chunk in column.chunks:
+            times = None if impressions is None else impressions[first : first + len(chunk)]
+            first += len(chunk)
+            if pa.types.is_list(chunk.type):
+                lengths, ids = np.diff(chunk.offsets.to_numpy()), chunk.flatten().to_numpy()
+            else:
+                lengths = chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
+                ids = chunk.drop_null().to_numpy()
+            unknown = ids == UNKNOWN_ROW
+            if times is None:
+                self.ids += len(ids)
+                self.unknown_ids += int(np.count_nonzero(unknown))
+                self.missing += int(np.count_nonzero(lengths == 0))
+            else:
+                times_of_id = np.repeat(times, lengths)
+                self.ids += int(times_of_id.sum())
+                self.unknown_ids += int(times_of_id[unknown].sum())
+                self.missing += int(times[lengths == 0].sum())
