@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torchrec.metrics.metric_module import RecMetricModule
 from tqdm import tqdm
 
-from esmm_torchrec.checkpoints.checkpoint import save_checkpoint
+from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.checkpoints.run_folder import RunFolder
-from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.training.evaluation import known_tasks, windowed_output
 from esmm_torchrec.training.history import History
 from esmm_torchrec.training.loop import Callback, TrainingLoop
+from esmm_torchrec.training.nonfinite import check_weights
+from esmm_torchrec.training.running_figures import RunningFigures
 
-MAX_STEPS_PER_LINE = 20
-"""Steps between two lines of history.jsonl, at most."""
+MIN_STEPS_PER_LINE = 20
+"""Steps between two lines of history.jsonl in a long run, at least."""
 
 MIN_LINES = 10
 """Lines of history.jsonl in a run with at least as many steps."""
 
-WINDOW_SIZE = 200_000
-"""Impressions that the running figures cover."""
+WINDOW_SIZE = 100_000
+"""Impressions that the running figures cover, and impressions between two lines in a long run, so
+that the figures see each impression about once."""
 
 
 class LogFigures(Callback):
@@ -39,52 +38,42 @@ class LogFigures(Callback):
     def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._history: History | None = None
-        self._window: RecMetricModule | None = None
+        self._figures: RunningFigures | None = None
+        self._states: Sequence[Mapping[str, Any]] = ()
         self._every = 1
-        self._losses: list[torch.Tensor] = []
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Opens the history behind the step to start from."""
-        ranks = loop.ranks
-        self._every = max(1, min(MAX_STEPS_PER_LINE, loop.last_step // MIN_LINES))
-        self._window = metric_module(
-            batch_size=loop.reader.batch_size,
-            world_size=ranks.world_size,
-            rank=ranks.rank,
-            device=ranks.device,
-            window_size=max(WINDOW_SIZE, loop.reader.global_batch_size),
-        )
-        if ranks.is_first:
+        """Opens the history at the step to start from."""
+        rows = loop.reader.global_batch_size
+        every = max(MIN_STEPS_PER_LINE, -(-WINDOW_SIZE // rows))
+        self._every = max(1, min(every, loop.last_step // MIN_LINES))
+        self._figures = RunningFigures(loop.ranks, window_size=max(WINDOW_SIZE, rows))
+        if self._states:
+            self._figures.load_state_dicts(self._states)
+        if loop.ranks.is_first:
             self._history = History(self._run, after=loop.step)
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:
-        """Adds to the window, and writes a line now and then and after the last step."""
-        assert self._window is not None
-        self._losses.append(output.loss)
-        self._window.update(windowed_output(output))
-        if loop.step % self._every == 0 or loop.step == loop.last_step:
-            seconds = loop.seconds
-            with loop.off_the_clock():
-                self._write(loop, output, seconds)
-
-    def _write(self, loop: TrainingLoop, output: TrainOutput, seconds: float) -> None:
-        assert self._window is not None
-        known = known_tasks(output.logits)
-        figures = {
-            name: value
-            for name, value in windowed_figures(self._window.compute()).items()
-            if name.partition("_")[0] in known
-        }
-        loss = torch.stack(self._losses).mean()
-        dist.all_reduce(loss)
-        self._losses.clear()
+        """Adds to the window, and writes a line if it is time and after the last step."""
+        assert self._figures is not None
+        self._figures.add(output)
+        if loop.step % self._every and loop.step != loop.last_step:
+            return
+        figures = self._figures.compute()
         if self._history is not None:
             loop.figures = {
                 "epoch": loop.reader.epoch,
-                "loss": loss.item() / loop.ranks.world_size,
-                "samples_per_second": loop.reader.rows_done / seconds,
+                "samples_per_second": loop.reader.rows_done / loop.seconds,
             } | figures
             self._history.write(loop.step, loop.figures)
+
+    def rank_state(self) -> dict[str, Any]:
+        """The running figures, so that a resumed run logs what an uninterrupted one does."""
+        return {} if self._figures is None else self._figures.state_dict()
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continues the running figures."""
+        self._states = states
 
     def close(self) -> None:
         """Ends the history."""
@@ -132,12 +121,12 @@ class SaveCheckpoints(Callback):
     """Saves a checkpoint every few steps and after the last one.
 
     Args:
-        folder: of the checkpoints.
+        checkpoints: manages the checkpoints of the run.
         every: steps between checkpoints; 0: only at the end.
     """
 
-    def __init__(self, folder: Path, *, every: int) -> None:
-        self._folder = folder
+    def __init__(self, checkpoints: CheckpointManager, *, every: int) -> None:
+        self._checkpoints = checkpoints
         self._every = every
         self._last_saved = 0
 
@@ -148,23 +137,29 @@ class SaveCheckpoints(Callback):
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
         """Saves if it is time."""
         if self._every and loop.step % self._every == 0:
-            self._save(loop)
+            self.save(loop)
 
     def on_end(self, loop: TrainingLoop) -> None:
-        """Saves the end."""
+        """Saves the last step."""
         if self._last_saved < loop.step:
-            self._save(loop)
+            self.save(loop)
 
-    def _save(self, loop: TrainingLoop) -> None:
+    def save(self, loop: TrainingLoop, *, best: bool = False) -> None:
+        """Saves the current step.
+
+        Raises:
+            RunError: it cannot be written, or the loss or the weights are not finite.
+        """
         with loop.off_the_clock():
-            progress = loop.state_dict()
-            save_checkpoint(
-                self._folder,
+            loop.check()
+            check_weights(loop)
+            self._checkpoints.save(
                 step=loop.step,
                 model=loop.trainer.model,
                 optimizer=loop.trainer.optimizer,
-                progress={name: progress[name] for name in ("reader", "seconds")},
-                ranks=loop.ranks,
+                progress=loop.state_dict(),
+                rank_state=loop.rank_state(),
+                best=best,
             )
         self._last_saved = loop.step
 
@@ -176,5 +171,6 @@ def _short(figures: dict[str, float]) -> str:
         for task in ("ctr", "cvr", "ctcvr")
         if f"{task}_auc" in figures and f"{task}_ne" in figures
     ]
+    loss = f"loss {figures['loss']:.4f}" if "loss" in figures else "loss not finite"
     measured = f", AUC/NE {' '.join(tasks)}" if tasks else ""
-    return f"loss {figures['loss']:.4f}{measured}"
+    return f"{loss}{measured}"

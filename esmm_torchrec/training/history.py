@@ -26,7 +26,7 @@ class History:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds a line."""
-        self._file.write(json.dumps({"step": step} | dict(figures)) + "\n")
+        self._file.write(json.dumps({"step": step} | dict(figures), allow_nan=False) + "\n")
         self._file.flush()
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)

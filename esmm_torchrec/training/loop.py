@@ -6,7 +6,7 @@ The loop counts steps and time; everything else that happens while a model train
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,18 @@ class Callback:
 
     def on_end(self, loop: TrainingLoop) -> None:
         """After the last step; not after an error."""
+
+    def check(self, loop: TrainingLoop) -> None:
+        """Before a checkpoint is saved; raises if the state must not be saved."""
+
+    def rank_state(self) -> dict[str, Any]:
+        """Tensors, numbers, strings and containers of them that belong to this rank and go into a
+        checkpoint; empty for a callback without state."""
+        return {}
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continues from the `rank_state` of each rank that saved a checkpoint, before `on_start`.
+        There may have been more ranks than now, or fewer."""
 
     def close(self) -> None:
         """At the end in any case, also after an error."""
@@ -105,10 +117,31 @@ class TrainingLoop:
         """Position and time; JSON-compatible."""
         return {"step": self.step, "seconds": self.seconds, "reader": self.reader.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a `state_dict`, on any number of ranks."""
+    def rank_state(self) -> dict[str, Any]:
+        """State of the callbacks of this rank, by class; to be called on every rank."""
+        states = {type(callback).__name__: callback.rank_state() for callback in self.callbacks}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], rank_states: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Continues from a `state_dict` on any number of ranks.
+
+        Args:
+            state: position and time.
+            rank_states: the `rank_state` of each rank that was saved with it, if known.
+        """
         self.step, self._seconds = state["step"], state["seconds"]
         self.reader.load_state_dict(state["reader"])
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            if rank_states and all(name in own for own in rank_states):
+                callback.load_rank_states([own[name] for own in rank_states])
+
+    def check(self) -> None:
+        """Makes sure that the current state may be saved; see `Callback.check`."""
+        for callback in self.callbacks:
+            callback.check(self)
 
     def stop(self) -> None:
         """Ends training after the current step; to be called on every rank."""

@@ -23,6 +23,8 @@ from esmm_torchrec.models.registry import part_to_dict
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 
+NonfiniteOption = Literal["stop", "skip"]
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -79,6 +81,9 @@ class TrainOptions:
     """Of the initial weights and of the order of impressions."""
     device: DeviceOption = "auto"
     """auto: CUDA where there is a GPU for each rank."""
+    on_nonfinite: NonfiniteOption = "stop"
+    """If the loss of a step is not finite: stop the run and save the batch for replay, or skip the
+    step, which costs a synchronisation of the ranks in every step."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     resume: str = "auto"

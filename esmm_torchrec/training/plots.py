@@ -31,6 +31,7 @@ def plot_history(history: Path, out: Path) -> None:
     first epoch these were never seen, behind it they were. Dashed lines part the epochs.
     """
     lines = [json.loads(line) for line in history.read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     borders = epoch_borders(lines)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, auc = figure.subplots(1, 2)
@@ -84,7 +85,10 @@ def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
         if prediction is None:
             continue
         kept = slice(None) if rows is None else rows
-        _calibration(axes, prediction[kept], label[kept], colour=TASKS[task][1])
+        if np.isfinite(prediction.values[kept]).all():
+            _calibration(axes, prediction[kept], label[kept], colour=TASKS[task][1])
+        else:
+            axes.text(0.5, 0.5, "scores are not finite", ha="center", transform=axes.transAxes)
     _save(figure, out)
 
 

@@ -18,11 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from esmm_torchrec.checkpoints.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    step_of,
-)
+from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, step_of
+from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
@@ -39,6 +36,7 @@ from esmm_torchrec.training.callbacks import LogFigures, ProgressBar, SaveCheckp
 from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_part
 from esmm_torchrec.training.loop import TrainingLoop
+from esmm_torchrec.training.nonfinite import WatchLoss
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
 
@@ -100,12 +98,14 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         return run
 
     run = ranks.from_first(start)
+    checkpoints = CheckpointManager(run.checkpoints, ranks=ranks)
     loop.callbacks = (
+        WatchLoss(run.path / "nonfinite", options.on_nonfinite),
         LogFigures(run),
-        SaveCheckpoints(run.checkpoints, every=options.checkpoint_every),
+        SaveCheckpoints(checkpoints, every=options.checkpoint_every),
         ProgressBar(),
     )
-    checkpoint = _resume(loop, run, options, ranks)
+    checkpoint = _resume(loop, run, checkpoints, options)
     if ranks.is_first:
         copy_preprocessing(dataset.path, run.preprocessing)
         _announce(dataset, loop, options)
@@ -115,7 +115,8 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         if checkpoint is not None:
             print(f"resuming from step {loop.step} ({checkpoint})", flush=True)
         _keep_plan(loop.trainer.plan, run.path / "plan.json")
-    loop.run()
+    with checkpoints:
+        loop.run()
     throughput = {
         "train_samples_per_second": loop.reader.rows_done / loop.seconds if loop.seconds else None,
         "train_seconds": loop.seconds,
@@ -131,9 +132,9 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
     def report() -> dict[str, Any]:
         assert scored is not None
         metrics = measure(scored) | {"throughput": throughput}
+        run.write_json("metrics.json", metrics)
         plot_history(run.history, run.path / "plots" / "history.png")
         plot_calibration(scored, run.path / "plots" / "calibration.png")
-        run.write_json("metrics.json", metrics)
         return metrics
 
     return ranks.from_first(report)
@@ -263,17 +264,22 @@ def _placement(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _resume(loop: TrainingLoop, run: RunFolder, options: TrainOptions, ranks: Ranks) -> Path | None:
+def _resume(
+    loop: TrainingLoop, run: RunFolder, checkpoints: CheckpointManager, options: TrainOptions
+) -> Path | None:
     """Loads the checkpoint to resume from, if there is one, and forgets what came after it."""
     if options.resume == "never":
         return None
     wanted = int(options.resume) if options.resume.isdigit() else None
-    checkpoint = ranks.from_first(lambda: find_checkpoint(run.checkpoints, wanted))
+    checkpoint = checkpoints.find(wanted)
     if checkpoint is None:
         return None
-    trainer = loop.trainer
+    trainer, ranks = loop.trainer, loop.ranks
+    loaded = checkpoints.load(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
+    rank_states = [loaded.rank_state(rank) for rank in range(loaded.num_ranks)]
     loop.load_state_dict(
-        load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
+        {"step": loaded.step} | dict(loaded.progress),
+        [state for state in rank_states if state is not None],
     )
     if wanted is not None or loop.step < loop.last_step:
         ranks.from_first(lambda: run.go_on_from(loop.step, _placement(options, ranks)))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.schema import UNKNOWN_ROW
@@ -88,7 +92,7 @@ class Trainer:
                 device=ranks.device,
             )
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed, zero_row=UNKNOWN_ROW)
-        _take_weights_as_data(self.model)
+        self._weights_as_data = _WeightsAsData(self.model)
         self.optimizer = build_optimizer(
             self.model,
             optimizer,
@@ -97,16 +101,20 @@ class Trainer:
             weight_decay=options.weight_decay,
         )
         self._device = ranks.device
+        self._pipeline = (
+            _FiniteStepsPipeline if options.on_nonfinite == "skip" else TrainPipelineSparseDist
+        )
 
     def steps(self, reader: ImpressionReader, num_steps: int) -> Generator[TrainOutput, None, None]:
         """Trains for at most the rest of the reader's epoch, one step at a time, and advances the
         reader's position with each. Close the generator to stop early: until it has ended, the
         model cannot be called."""
         self.model.train()
-        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self._device)
+        pipeline = self._pipeline(self.model, self.optimizer, self._device)
         stream = iter(reader)
         for _ in range(num_steps):
             output = pipeline.progress(stream)
+            self._weights_as_data.check()
             reader.advance()
             try:
                 yield output
@@ -117,25 +125,76 @@ class Trainer:
         pipeline.detach()
 
 
-def _take_weights_as_data(model: nn.Module) -> None:
-    """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids, which
-    they do unless told otherwise and which costs as much as the update of the tables."""
-    collections = [m for m in model.modules() if isinstance(m, ShardedEmbeddingBagCollection)]
-    # TorchRec keeps the look-ups of a collection out of its tree of modules.
-    for lookup in (lookup for collection in collections for lookup in collection._lookups):
-        for module in lookup.modules():
-            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                module.register_forward_pre_hook(_without_weight_gradients, with_kwargs=True)
+class _FiniteStepsPipeline(TrainPipelineSparseDist[ImpressionBatch, TrainOutput]):
+    """Leaves out the backward pass and the update of a step whose loss is not finite on any rank.
+    The fused kernels update tables in the backward pass, so this is decided before it."""
+
+    _finite = True
+
+    def _backward(self, losses: torch.Tensor) -> None:
+        finite = losses.detach().sum().isfinite().float()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        self._finite = bool(finite)
+        if self._finite:
+            super()._backward(losses)
+
+    def _optimizer_step(self) -> None:
+        if self._finite:
+            super()._optimizer_step()
 
 
-def _without_weight_gradients(
-    kernel: SplitTableBatchedEmbeddingBagsCodegen,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    weights = keywords.get("per_sample_weights")
-    if weights is not None:
-        num_features = len(kernel.feature_table_map)
-        flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
-        keywords = keywords | {"feature_requires_grad": flags}
-    return arguments, keywords
+class _WeightsAsData:
+    """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
+    unless told otherwise, and it costs as much as the update of the tables.
+
+    TorchRec has no option for it, so the kernels are reached through a private attribute; `check`
+    reports it if that stops working.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._expected = False
+        self._fired = False
+        for collection in model.modules():
+            if not isinstance(collection, ShardedEmbeddingBagCollection):
+                continue
+            # TorchRec keeps the look-ups of a collection out of its tree of modules.
+            lookups = getattr(collection, "_lookups", ())
+            kernels = [
+                module
+                for lookup in lookups
+                for module in lookup.modules()
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
+            ]
+            for kernel in kernels:
+                kernel.register_forward_pre_hook(self._without_gradients, with_kwargs=True)
+            self._expected |= getattr(collection, "_is_weighted", True) and _has_fused(collection)
+
+    def check(self) -> None:
+        """Warns if a step did not go through the hook though it has weighted bags."""
+        if self._expected and not self._fired:
+            warnings.warn(
+                "this version of TorchRec differentiates the weights of bags, which makes training "
+                "slower; the results are the same",
+                stacklevel=2,
+            )
+        self._expected = False
+
+    def _without_gradients(
+        self,
+        kernel: SplitTableBatchedEmbeddingBagsCodegen,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        weights = keywords.get("per_sample_weights")
+        if weights is not None:
+            self._fired = True
+            num_features = len(kernel.feature_table_map)
+            flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
+            keywords = keywords | {"feature_requires_grad": flags}
+        return arguments, keywords
+
+
+def _has_fused(collection: ShardedEmbeddingBagCollection) -> bool:
+    """Whether this rank holds a part of a table that the fused kernel updates."""
+    parameters = collection.fused_optimizer.params.values()
+    return any(value.local_shards() for value in parameters if isinstance(value, ShardedTensor))

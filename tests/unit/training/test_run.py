@@ -319,3 +319,17 @@ def test_what_does_not_identify_a_run_may_change(
     out, metrics = trained
     value = {"sharding": "row_wise", "checkpoint_every": 3, "device": "cpu"}[option]
     assert _train(data, out, replace(OPTIONS, **{option: value}))["test"] == metrics["test"]
+
+
+def test_the_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
+    data: Path, tmp_path: Path
+) -> None:
+    """Stopped between two lines, so that losses and windows are carried over."""
+    options = replace(OPTIONS, checkpoint_every=10)
+    _train(data, tmp_path / "whole", options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    _train(data, tmp_path / "resumed", replace(options, resume="10"))
+    histories = [_history(tmp_path / name) for name in ("whole", "resumed")]
+    for line in (line for history in histories for line in history):
+        del line["samples_per_second"]
+    assert histories[0] == histories[1]

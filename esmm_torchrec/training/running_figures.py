@@ -1,0 +1,120 @@
+"""Figures that follow a model while it trains: the mean loss, and TorchRec's metrics over a window.
+
+Updating TorchRec's metrics costs a large part of a training step. Here a step only keeps its
+outputs; the metrics see the whole window in one update, when figures are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
+from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.evaluation import known_tasks, windowed_output
+
+
+class RunningFigures:
+    """The mean loss since the figures were last computed, and normalised entropy, AUC and
+    calibration of the impressions of the last steps.
+
+    Args:
+        ranks: this process among the others.
+        window_size: impressions over all ranks that the metrics cover, at least one step.
+    """
+
+    def __init__(self, ranks: Ranks, *, window_size: int) -> None:
+        self._ranks = ranks
+        self._rows = max(1, window_size // ranks.world_size)
+        self._window: deque[dict[str, torch.Tensor]] = deque()
+        self._losses: list[torch.Tensor] = []
+        self._earlier_losses: list[float] = []
+        self._tasks: frozenset[str] = frozenset()
+
+    def add(self, output: TrainOutput) -> None:
+        """Takes the outputs of a step of this rank."""
+        self._losses.append(output.loss)
+        self._tasks = known_tasks(output.logits)
+        self._window.append(windowed_output(output))
+        self._trim()
+
+    def compute(self) -> dict[str, float]:
+        """The figures, by the names of metrics.json, and "loss"; to be called on every rank.
+
+        Figures that are not finite are left out: the result is valid JSON.
+
+        Returns:
+            on rank 0 the figures, on the others an empty dictionary.
+        """
+        losses = self._global_losses()
+        self._earlier_losses.clear()
+        figures = self._metrics()
+        if not self._ranks.is_first:
+            return {}
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        known = {k: v for k, v in figures.items() if k.partition("_")[0] in self._tasks}
+        return ({"loss": math.fsum(finite) / len(finite)} if finite else {}) | known
+
+    def state_dict(self) -> dict[str, Any]:
+        """The part of this rank, on the CPU; to be called on every rank."""
+        return {
+            "losses": self._global_losses(),
+            "tasks": sorted(self._tasks),
+            "window": [
+                {name: value.cpu() for name, value in step.items()} for step in self._window
+            ],
+        }
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continues from the states of all ranks of an earlier training, which may have been more
+        or fewer."""
+        self._earlier_losses = list(states[0]["losses"])
+        self._tasks = frozenset(states[0]["tasks"])
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        own, rows = states, slice(rank, None, world_size)
+        if len(states) == world_size:  # to the last bit the sums of an uninterrupted training
+            own, rows = states[rank : rank + 1], slice(None)
+        self._window = deque(
+            {
+                name: torch.cat([part[name] for part in parts])[rows].to(self._ranks.device)
+                for name in parts[0]
+            }
+            for parts in zip(*(state["window"] for state in own), strict=True)
+        )
+
+    def _trim(self) -> None:
+        rows = sum(len(step["weight"]) for step in self._window)
+        while rows > self._rows and len(self._window) > 1:
+            rows -= len(self._window.popleft()["weight"])
+
+    def _global_losses(self) -> list[float]:
+        """The loss of each step since the last figures."""
+        if self._losses:
+            losses = torch.stack(self._losses)
+            dist.all_reduce(losses)
+            self._earlier_losses += (losses / self._ranks.world_size).tolist()
+            self._losses.clear()
+        return list(self._earlier_losses)
+
+    def _metrics(self) -> dict[str, float]:
+        names = tuple(self._window[-1])
+        window = {name: torch.cat([step[name] for step in self._window]) for name in names}
+        # A skipped step has no figures to give.
+        finite = torch.stack(list(window.values())).isfinite().all(dim=0)
+        window = {name: torch.where(finite, value, 0.0) for name, value in window.items()}
+        size = len(finite)
+        module = metric_module(
+            batch_size=size,
+            world_size=self._ranks.world_size,
+            rank=self._ranks.rank,
+            device=self._ranks.device,
+            window_size=size * self._ranks.world_size,
+        )
+        module.update(window)
+        return windowed_figures(module.compute())
