@@ -19,7 +19,7 @@ from esmm_torchrec.data.subsets import only_ids_of, user_hash
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.models.methods import CLICK_METHOD, METHODS, build_train_task
 from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, TrainingRows
-from esmm_torchrec.schema import CLICK
+from esmm_torchrec.schema import CLICK, WEIGHT
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.search import distinct_shared_rows
@@ -99,7 +99,8 @@ def part_of(
     within: np.ndarray | None = None,
     learned: Container[str] | None = None,
 ) -> TrainingPart:
-    """The impressions that a method chose, with the base rates among them.
+    """The impressions that a method chose, with the base rates among them. Weights of the data set
+    multiply those of the method.
 
     Args:
         split: the training half.
@@ -115,6 +116,10 @@ def part_of(
     if chosen is not None:
         rows = chosen.rows if within is None else within[chosen.rows]
         weights = chosen.weights
+    if WEIGHT in split.scalars:
+        rows = np.arange(split.impressions) if rows is None else rows
+        own = split.scalars[WEIGHT][rows].astype(np.float32)
+        weights = own if weights is None else weights * own
     kept = slice(None) if rows is None else rows
     num_rows = len(split.scalars[CLICK][kept])
     each = np.ones(num_rows) if weights is None else weights

@@ -105,6 +105,8 @@ class TrainOptions:
                 raise OptionError(f"{option} {value} is not positive; give a number above 0")
         if not self.tower or min(self.tower) < 1:
             raise OptionError("--tower needs the widths of the hidden layers, such as 360 200 80")
+        if self.seed < 0:
+            raise OptionError(f"--seed {self.seed} is negative; give 0 or more")
         if self.weight_decay < 0:
             raise OptionError(f"--weight-decay {self.weight_decay} is negative; give 0 or more")
         if self.checkpoint_every < 0:
@@ -112,7 +114,9 @@ class TrainOptions:
                 f"--checkpoint-every {self.checkpoint_every} is negative; give 0 or more"
             )
         _ = self.parts
-        if self.resume not in ("auto", "never") and not self.resume.isdigit():
+        if self.resume not in ("auto", "never") and not (
+            self.resume.isascii() and self.resume.isdigit()
+        ):
             raise OptionError(f"--resume {self.resume} is not auto, never or the number of a step")
 
     @property

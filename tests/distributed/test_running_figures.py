@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from esmm_torchrec.models.esmm import Labels, Logits, TrainOutput
+from esmm_torchrec.batch import Logits, NamedTensors
+from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.running_figures import RunningFigures
 from tests.ranks import run_on_ranks
@@ -23,22 +24,26 @@ def _steps() -> list[TrainOutput]:
     for step in range(STEPS):
         click = (torch.rand(ROWS, generator=rng) < 0.4).float()
         conversion = click * (torch.rand(ROWS, generator=rng) < 0.5)
-        logits = Logits(*(torch.randn(ROWS, generator=rng) for _ in range(2)), None)
-        labels = Labels(click, conversion, torch.rand(ROWS, generator=rng))
-        steps.append(TrainOutput(torch.tensor(float(step)), logits, labels))
+        logits = {name: torch.randn(ROWS, generator=rng) for name in ("click", "conversion")}
+        labels = {"click": click, "conversion": conversion}
+        labels["weight"] = torch.rand(ROWS, generator=rng)
+        steps.append(_output(float(step), logits, labels))
     return steps
 
 
 def _slice(step: TrainOutput, rank: int, world_size: int) -> TrainOutput:
     own = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    click, conversion, _ = step.logits
-    assert click is not None
-    assert conversion is not None
-    return TrainOutput(
-        step.loss,
-        Logits(click[own], conversion[own], None),
-        Labels(*(label[own] for label in step.labels)),
+    return _output(
+        float(step.loss),
+        {name: value[own] for name, value in step.logits.items()},
+        {name: value[own] for name, value in step.labels.items()},
     )
+
+
+def _output(
+    loss: float, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]
+) -> TrainOutput:
+    return TrainOutput(torch.tensor(loss), Logits(logits), NamedTensors(labels))
 
 
 def _compute(first: int, last: int, states: list[dict[str, Any]]) -> Any:

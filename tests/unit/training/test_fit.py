@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.training.fit import automatic_batch_size
+from esmm_torchrec.training.fit import automatic_batch_size, training_part
 from esmm_torchrec.training.options import TrainOptions
+from tests.prepared_data import write_data_set
 
 
 @pytest.mark.parametrize(
@@ -22,3 +31,35 @@ def test_the_automatic_batch_size_follows_the_rows(rows: int, device: str, size:
 def test_a_batch_size_is_auto_or_positive() -> None:
     with pytest.raises(OptionError, match="--batch-size 0 is not positive"):
         TrainOptions(batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seed": -1}, "--seed -1 is negative"), ({"resume": "²"}, "--resume ² is not auto")],
+)
+def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        TrainOptions(**options)
+
+
+@pytest.mark.parametrize("method", ["esmm", "base"])
+def test_weights_of_the_data_count_in_the_loss_and_the_base_rates(
+    method: str, tmp_path: Path
+) -> None:
+    write_data_set(tmp_path / "data", train=300, test=10)
+    split = MappedSplit.open(PreparedDataSet.open(tmp_path / "data"), "train")
+    weight = np.random.default_rng(0).uniform(0.5, 3.0, 300).astype(np.float32)
+    weighted = replace(split, scalars=split.scalars | {"sample_weight": weight})
+    part = training_part(weighted, TrainOptions(method=method))
+    click, conversion = (split.scalars[name] == 1 for name in ("click", "conversion"))
+    rows = np.flatnonzero(click) if method == "base" else np.arange(300)
+    assert part.selection is not None
+    np.testing.assert_array_equal(part.selection.rows, rows)
+    np.testing.assert_array_equal(part.selection.weights, weight[rows])
+    assert part.base_rates.impressions == pytest.approx(weight[rows].sum())
+    assert part.base_rates.prior("conversion", "click") == pytest.approx(
+        weight[click & conversion].sum() / weight[click].sum()
+    )
+    (batch,) = ImpressionReader(weighted, batch_size=300, selection=part.selection)
+    assert batch.weight is not None
+    assert float(batch.weight.sum()) == pytest.approx(weight[rows].sum(), rel=1e-6)

@@ -85,7 +85,7 @@ def test_the_batch_of_the_step_is_saved_for_replay(data: Path, tmp_path: Path) -
     saved = torch.load(path, weights_only=False)
     assert path.name == f"step-{saved['step']:08d}-rank-0.pt"
     assert saved["reader"] == {"epoch": 0, "row": 20 * (saved["step"] - 1)}
-    assert saved["batch"].dense_features.isnan().any()
+    assert saved["batch"].features.dense_features.isnan().any()
 
 
 def test_a_skipped_step_changes_nothing(
