@@ -21,8 +21,10 @@ import numpy as np
 import tyro
 from alternate import publish
 
+from esmm_torchrec.metrics.probability import Prediction
 from esmm_torchrec.metrics.ranking import auc
-from esmm_torchrec.metrics.report import ScoredImpressions, measure
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.metrics.scored import ScoredImpressions
 
 CLICK_RATE = 0.039
 CONVERSION_RATE = 0.0054
@@ -58,11 +60,12 @@ def draw(options: Options) -> ScoredImpressions:
     ctcvr_score = click_logit + conversion_logit
     users = random.integers(0, max(n // IMPRESSIONS_PER_USER, 1), n) if options.report else None
     return ScoredImpressions(
-        click=click,
-        conversion=conversion,
-        click_logit=click_logit,
-        conversion_logit=conversion_logit,
-        ctcvr_score=ctcvr_score,
+        labels={"click": click, "conversion": conversion},
+        scores={
+            "ctr": Prediction(click_logit, "logit"),
+            "cvr": Prediction(conversion_logit, "logit"),
+            "ctcvr": Prediction(ctcvr_score, "logit"),
+        },
         group_id=users,
     )
 
@@ -90,20 +93,14 @@ def timed(figure: str, call: Callable[[], object]) -> tuple[object, Row]:
 
 def main(options: Options) -> None:
     scored = draw(options)
-    click_logit, conversion_logit, ctcvr_score = (
-        scored.click_logit,
-        scored.conversion_logit,
-        scored.ctcvr_score,
-    )
-    assert click_logit is not None
-    assert conversion_logit is not None
-    assert ctcvr_score is not None
+    click_logit, conversion_logit, ctcvr_logit = (score.values for score in scored.scores.values())
     columns = peak_bytes()
-    clicked = scored.click == 1
+    click, conversion = scored.labels.values()
+    clicked = click == 1
     rows = [
-        timed("ctr_auc", lambda: auc(click_logit, scored.click))[1],
-        timed("cvr_auc", lambda: auc(conversion_logit[clicked], scored.conversion[clicked]))[1],
-        timed("ctcvr_auc", lambda: auc(ctcvr_score, scored.conversion))[1],
+        timed("ctr_auc", lambda: auc(click_logit, click))[1],
+        timed("cvr_auc", lambda: auc(conversion_logit[clicked], conversion[clicked]))[1],
+        timed("ctcvr_auc", lambda: auc(ctcvr_logit, conversion))[1],
     ]
     if options.report:
         report, row = timed("measure()", lambda: measure(scored))
@@ -111,7 +108,7 @@ def main(options: Options) -> None:
         assert isinstance(report, dict)
         print(json.dumps(report["test"], indent=2))
 
-    clicks, conversions = int(scored.click.sum()), int(scored.conversion.sum())
+    clicks, conversions = int(click.sum()), int(conversion.sum())
     print(f"{options.impressions:,} impressions, {clicks:,} clicks, {conversions:,} conversions")
     print(f"columns in memory: peak {columns / GIB:.2f} GiB while drawing")
     print(f"{'figure':12}{'value':>10}{'seconds':>10}{'CPU s':>10}{'peak GiB':>10}")

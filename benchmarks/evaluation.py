@@ -28,9 +28,9 @@ from training_speed import library  # noqa: E402
 
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
+from esmm_torchrec.serving.scorer import score_split  # noqa: E402
 from esmm_torchrec.serving.scoring import score  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
-from esmm_torchrec.training.evaluation import score_split  # noqa: E402
 
 WARM_UP_STEPS = 3
 

@@ -47,9 +47,9 @@ from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp  # noqa: E402
 from esmm_torchrec.metrics.report import measure as measure_scores  # noqa: E402
 from esmm_torchrec.models.esmm import TrainOutput  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
+from esmm_torchrec.serving.scorer import score_split  # noqa: E402
 from esmm_torchrec.sharding.planner import Workload  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
-from esmm_torchrec.training.evaluation import score_split  # noqa: E402
 from esmm_torchrec.training.fit import build_trainer, fit, training_part  # noqa: E402
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 

@@ -40,9 +40,10 @@ from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
 from esmm_torchrec.metrics.ranking import auc  # noqa: E402
 from esmm_torchrec.metrics.windowed import metric_module  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
+from esmm_torchrec.serving.scorer import score_split  # noqa: E402
 from esmm_torchrec.sharding.planner import SparseOptimizerOption, Workload  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
-from esmm_torchrec.training.evaluation import score_split, windowed_output  # noqa: E402
+from esmm_torchrec.training.evaluation import windowed_output  # noqa: E402
 from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 from esmm_torchrec.training.trainer import Trainer  # noqa: E402
@@ -183,9 +184,7 @@ def library(
             trainer.model, test, ranks, batch_size=options.batch_size, progress=False
         )
         assert scored is not None
-        assert scored.click_logit is not None
-        assert scored.conversion_logit is not None
-        return scored.click_logit, scored.conversion_logit
+        return scored.scores["ctr"].values, scored.scores["cvr"].values
 
     return trainer, Contender(steps(), score)
 

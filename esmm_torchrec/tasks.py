@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from esmm_torchrec.errors import OptionError
 
@@ -66,6 +66,19 @@ class Task:
         if self.given is None:
             return self.score
         return f"p{self.joint}" if self.joint_short is not None else f"p_{self.joint}"
+
+
+class TaskProbability(NamedTuple):
+    """A probability that scores and metrics have a name for."""
+
+    name: str
+    """In metrics: "ctr", "cvr", "ctcvr"."""
+    column: str
+    """In scores: "pctr", "pcvr", "pctcvr"."""
+    task: Task
+    """What it is the probability of, and of all tasks between `given` and it."""
+    given: Task | None
+    """Impressions with this task are the space of the metrics; None: all impressions."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,23 @@ class TaskChain(Sequence[Task]):
     def prefix(self, task: Task) -> tuple[Task, ...]:
         """The tasks up to and including `task`, whose probabilities multiply to its joint one."""
         return (*self._before(task), task)
+
+    @property
+    def probabilities(self) -> tuple[TaskProbability, ...]:
+        """Task by task, P(task | given), then P(task and all tasks before it)."""
+        found = []
+        for task in self.tasks:
+            found.append(TaskProbability(task.rate, task.score, task, self.given(task)))
+            if task.given is not None:
+                found.append(TaskProbability(task.joint, task.joint_score, task, None))
+        return tuple(found)
+
+    def describe(self, probability: TaskProbability) -> str:
+        """For tables and plots: "click", "conversion if click", "click and conversion"."""
+        task, given = probability.task, probability.given
+        if given is not None:
+            return f"{task.name} if {given.name}"
+        return " and ".join(other.name for other in self.prefix(task))
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain values for JSON; `from_list` is its inverse."""

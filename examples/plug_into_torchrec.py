@@ -42,6 +42,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from esmm_torchrec import ESMM, EsmmTowers, EsmmTrainTask, ImpressionBatch
 from esmm_torchrec.metrics.windowed import metric_module, model_output, windowed_figures
+from esmm_torchrec.models.scores import probabilities
 
 USERS, ITEMS, HISTORY = 200, 100, 5
 DENSE_FEATURES = 2
@@ -177,9 +178,7 @@ def train(options: Options, device: torch.device) -> None:
     for step in range(int(progress) + 1, options.steps + 1):
         output = pipeline.progress(batches)
         logits, labels = output.logits, output.labels
-        metrics.update(
-            model_output(logits.click, logits.conversion, labels.click, labels.conversion)
-        )
+        metrics.update(model_output(probabilities(logits), labels))
         loss += output.loss / options.report_every
         if metrics.should_compute():
             figures = windowed_figures(metrics.compute())

@@ -11,14 +11,14 @@ import tyro
 
 from esmm_torchrec.checkpoints.restore import restore
 from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.cli.terminal import format_metrics
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, is_finished
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
-from esmm_torchrec.training.evaluation import score_split
-from esmm_torchrec.training.table import format_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
     if scored is None:
         return
     metrics = measure(scored)
-    print(format_metrics(metrics).replace("test half", f"{options.split} half", 1))
+    print(format_metrics(metrics, scored.tasks).replace("test half", f"{options.split} half", 1))
     print(described(folder, step))
     if options.json is not None:
         figures = {

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 
+from esmm_torchrec.cli.terminal import aligned, percentage
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, Split, SplitName
 from esmm_torchrec.schema import IdFeature
-from esmm_torchrec.training.table import aligned, percentage
 
 
 def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:

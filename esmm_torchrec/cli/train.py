@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from esmm_torchrec.cli.method_options import MethodOptions
+from esmm_torchrec.cli.terminal import format_metrics
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
-from esmm_torchrec.training.table import format_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.comparison import tables
 from esmm_torchrec.comparison.plots import draw_plots
 from esmm_torchrec.comparison.results import DIFFERENCES
 from esmm_torchrec.comparison.verdicts import regime, verdicts
 from esmm_torchrec.models.methods import METHODS
-from esmm_torchrec.training.table import aligned
 
 Results = Mapping[str, Any]
 

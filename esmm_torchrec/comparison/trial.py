@@ -18,11 +18,12 @@ from esmm_torchrec.data.reader import Selection
 from esmm_torchrec.data.subsets import count_ids, rows_between, without_ids
 from esmm_torchrec.metrics.probability import Prediction, reliability_curve
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
-from esmm_torchrec.metrics.report import ScoredImpressions, measure
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import (
     TrainingPart,
     batch_of_equal_updates,
@@ -182,7 +183,7 @@ class Training:
         part = self.part(None)
         model = self.fit(part)
         scored = self.score(model, ids_known_to(self.stage, part.selection).scored)
-        return None if scored is None else scored.click_logit
+        return None if scored is None else scored.scores["ctr"].values
 
     def clicked_pctr(self) -> np.ndarray:
         """pCTR of the clicked training rows, out of fold, in their order."""
@@ -285,15 +286,16 @@ def resampled_figures(
     resampling: UserBootstrap, scored: ScoredImpressions
 ) -> dict[str, list[float | None]]:
     """Figures whose differences between methods are given, in each resampling of the test users."""
-    assert scored.cvr is not None
-    scores = scored.cvr.values
-    figures = {"cvr_auc": resampling.auc(scores, scored.converted, scored.clicked)}
+    cvr = scored.scores["cvr"]
+    scores = cvr.values
+    clicked, converted = scored.happened("click"), scored.happened("conversion").astype(np.int8)
+    figures = {"cvr_auc": resampling.auc(scores, converted, clicked)}
     for name, product in (
         ("ctcvr_auc_common_ctr", scored.ctcvr_common_ctr),
-        ("ctcvr_auc", scored.ctcvr),
+        ("ctcvr_auc", scored.scores.get("ctcvr")),
     ):
         if product is not None:
-            figures[name] = resampling.auc(product.values, scored.converted)
+            figures[name] = resampling.auc(product.values, converted)
     if scored.true_cvr is not None and scored.true_ctr is not None:
         figures |= {
             "cvr_auc_entire_space": resampling.auc(scores, scored.true_cvr),
@@ -301,7 +303,7 @@ def resampled_figures(
                 scores, scored.true_cvr, scored.true_ctr
             ),
             "cvr_excess_log_loss_entire_space": resampling.mean(
-                _excess_log_losses(scored.cvr, scored.true_cvr)
+                _excess_log_losses(cvr, scored.true_cvr)
             ),
         }
     return figures
@@ -332,11 +334,15 @@ def _references(
 ) -> dict[str, dict[str, float | None]]:
     """What other probabilities reach when they are used as the conversion score."""
     rows: dict[str, dict[str, float | None]] = {}
-    clicked = scored.clicked
-    for name, logit in (("pCTR", scored.common_ctr_logit), ("pCTCVR", scored.ctcvr_score)):
+    clicked, converted = scored.happened("click"), scored.happened("conversion")
+    ctcvr = scored.scores.get("ctcvr")
+    for name, logit in (
+        ("pCTR", scored.common_ctr_logit),
+        ("pCTCVR", None if ctcvr is None else ctcvr.values),
+    ):
         if logit is None:
             continue
-        rows[name] = {"cvr_auc": auc(logit[clicked], scored.converted[clicked])}
+        rows[name] = {"cvr_auc": auc(logit[clicked], converted[clicked])}
         if scored.true_cvr is not None and scored.true_ctr is not None:
             rows[name]["cvr_auc_entire_space"] = soft_auc(logit, scored.true_cvr)
             rows[name]["cvr_auc_entire_space_within_ctr_strata"] = auc_within_strata(
@@ -354,11 +360,10 @@ def _references(
 
 def _curves(scored: ScoredImpressions) -> dict[str, Any]:
     """Predicted and observed conversion rates in bins of equal size."""
-    assert scored.cvr is not None
-    clicked = scored.clicked
-    curves = {"clicked": _curve(scored.cvr[clicked], scored.converted[clicked])}
+    cvr, clicked = scored.scores["cvr"], scored.happened("click")
+    curves = {"clicked": _curve(cvr[clicked], scored.happened("conversion")[clicked])}
     if scored.true_cvr is not None:
-        curves["entire space"] = _curve(scored.cvr, scored.true_cvr)
+        curves["entire space"] = _curve(cvr, scored.true_cvr)
     return curves
 
 
@@ -372,10 +377,11 @@ def _curve(prediction: Prediction, target: np.ndarray) -> dict[str, list[float]]
 
 def _points(scored: ScoredImpressions) -> dict[str, list[float]] | None:
     """pCVR against the true one, of impressions at even distances."""
-    if scored.true_cvr is None or scored.cvr is None:
+    cvr = scored.scores.get("cvr")
+    if scored.true_cvr is None or cvr is None:
         return None
-    rows = np.linspace(0, len(scored.click) - 1, min(POINTS, len(scored.click))).astype(int)
-    probability = scored.cvr.block(slice(None)).probability[rows]
+    rows = np.linspace(0, scored.size - 1, min(POINTS, scored.size)).astype(int)
+    probability = cvr.block(slice(None)).probability[rows]
     return {
         "true": [round(value, 5) for value in scored.true_cvr[rows].tolist()],
         "predicted": [round(value, 5) for value in probability.tolist()],

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from esmm_torchrec.metrics.ranking import equal_mass_edges
 
 LARGEST_PROBABILITY = 1.0 - float(np.finfo(np.float32).eps)
-"""Where log loss cuts a ratio of probabilities that exceeds it. scikit-learn cuts float32
-probabilities at the same place."""
+"""Where log loss clips a ratio of probabilities that exceeds it. scikit-learn clips float32
+probabilities at the same value."""
 
 _BLOCK = 1 << 18
 
@@ -47,28 +47,15 @@ def log1mexp(log_probability: NDArray[np.floating]) -> Floats:
     return result
 
 
-def ctcvr_logit(
-    click_logit: NDArray[np.floating], conversion_logit: NDArray[np.floating]
-) -> Floats:
-    """Logit of pCTR · pCVR, float64: −log(e^−a + e^−b + e^(−a−b)) for logits a and b.
-
-    Its log-sigmoids are the product's log-probability and the log of the complement; taking
-    log1mexp of the product's log-probability instead gives −inf where that rounds to 0.
-    """
-    a = click_logit.astype(np.float64, copy=False)
-    b = conversion_logit.astype(np.float64, copy=False)
-    return -np.logaddexp(np.logaddexp(-a, -b), -a - b)
-
-
 class ProbabilityBlock(NamedTuple):
     """Some rows of a `Prediction`; float64 (rows,) each."""
 
     probability: Floats
-    """As predicted; above 1 where a ratio is."""
+    """As predicted; a ratio may exceed 1."""
     log_probability: Floats
-    """Cut at LARGEST_PROBABILITY where a ratio exceeds it."""
+    """Clipped at LARGEST_PROBABILITY, which a ratio may exceed."""
     log_complement: Floats
-    """log(1 − probability), after the same cut."""
+    """log(1 − probability) of the clipped probability."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +63,21 @@ class Prediction:
     """Predicted probabilities of n rows, in a form that keeps their precision."""
 
     values: NDArray[np.floating]
-    """(n,), float32 or float64. What rows are ranked by, whichever form it is."""
+    """(n,), float32 or float64. What rows are ranked by, in either form."""
     form: Literal["logit", "log_probability"]
-    """A log-probability may be above 0: the ratio of two networks is (DIVISION of the ESMM
-    paper). It is ranked and averaged as it is and cut for log loss only."""
+    """A log-probability may be above 0 if it is the ratio of two networks (DIVISION of the ESMM
+    paper). It is ranked and averaged as it is and clipped for log loss only."""
 
     def __getitem__(self, rows: NDArray[np.bool_] | slice) -> Prediction:
         """The prediction of some rows."""
         return Prediction(self.values[rows], self.form)
+
+    @property
+    def probability(self) -> NDArray[np.float32]:
+        """float32 (n,); a ratio is not clipped at 1."""
+        values = self.values.astype(np.float64)
+        log_probability = log_sigmoid(values) if self.form == "logit" else values
+        return np.exp(log_probability).astype(np.float32)
 
     def block(self, rows: slice) -> ProbabilityBlock:
         """Probabilities of some rows, float64."""
@@ -91,15 +85,41 @@ class Prediction:
         if self.form == "logit":
             log_probability = log_sigmoid(values)
             return ProbabilityBlock(np.exp(log_probability), log_probability, log_sigmoid(-values))
-        cut = np.minimum(values, math.log(LARGEST_PROBABILITY))
-        return ProbabilityBlock(np.exp(values), cut, log1mexp(cut))
+        clipped = np.minimum(values, math.log(LARGEST_PROBABILITY))
+        return ProbabilityBlock(np.exp(values), clipped, log1mexp(clipped))
+
+
+def product(first: Prediction, second: Prediction) -> Prediction:
+    """The product of two probabilities of n rows, in their dtype.
+
+    Of two logits a and b it is the exact logit −log(e^−a + e^−b + e^(−a−b)), whose log-sigmoids
+    are the product's log-probability and the log of the complement; log1mexp of the product's
+    log-probability is −inf if that rounds to 0. Otherwise it is a log-probability.
+    """
+    exact = first.form == second.form == "logit"
+    values = np.empty(first.values.size, np.result_type(first.values, second.values))
+    # Scores that are not finite stay so, and are reported as such.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows in _blocks(values.size):
+            a, b = (each.values[rows].astype(np.float64) for each in (first, second))
+            if exact:
+                values[rows] = -np.logaddexp(np.logaddexp(-a, -b), -a - b)
+            else:
+                log_probability = [
+                    log_sigmoid(each) if prediction.form == "logit" else each
+                    for prediction, each in ((first, a), (second, b))
+                ]
+                values[rows] = sum(log_probability)
+    return Prediction(values, "logit" if exact else "log_probability")
 
 
 @dataclass(frozen=True)
 class ProbabilityFit:
-    """Sums over rows, from which every figure of fit follows. Of two sets of rows, they add up."""
+    """Weighted sums over rows, from which every figure of fit follows. Those of two sets of rows
+    add up."""
 
-    rows: int
+    rows: float
+    """Σ weight: the number of rows if there are no weights."""
     predicted: float
     """Σ predicted probability."""
     observed: float
@@ -124,7 +144,7 @@ class ProbabilityFit:
     def normalised_entropy(self) -> float | None:
         """Log loss over the entropy of the base rate: 1 is what predicting the base rate for
         every row gives, lower is better. TorchRec's NE; He et al., "Practical Lessons from
-        Predicting Clicks on Ads at Facebook", ADKDD 2014. None where one class has no row."""
+        Predicting Clicks on Ads at Facebook", ADKDD 2014. None if one class has no row."""
         if not 0 < self.observed < self.rows:
             return None
         base = self.observed / self.rows
@@ -134,33 +154,41 @@ class ProbabilityFit:
     @property
     def calibration(self) -> float | None:
         """Σ predicted / Σ target, TorchRec's name; PCOC ("predicted click over click") is the
-        same quantity. 1 is right, above 1 predicts too much. None where no target is positive."""
+        same quantity. 1 is right, above 1 predicts too much. None if no target is positive."""
         return self.predicted / self.observed if self.observed > 0 else None
 
 
-def fit(prediction: Prediction, target: NDArray[np.generic]) -> ProbabilityFit:
+def fit(
+    prediction: Prediction,
+    target: NDArray[np.generic],
+    weights: NDArray[np.floating] | None = None,
+) -> ProbabilityFit:
     """The sums behind log loss, normalised entropy and calibration.
 
     Args:
         prediction: n rows, finite values.
         target: (n,), labels or true probabilities, in [0, 1].
+        weights: (n,), not negative; None: all 1.
     """
-    predicted = observed = loss = oracle_loss = 0.0
+    total = predicted = observed = loss = oracle_loss = 0.0
     for rows in _blocks(target.size):
         block = prediction.block(rows)
         t = target[rows].astype(np.float64)
-        predicted += float(block.probability.sum())
-        observed += float(t.sum())
-        loss -= float((t * block.log_probability + (1.0 - t) * block.log_complement).sum())
-        oracle_loss += float(_entropy(t).sum())
-    return ProbabilityFit(target.size, predicted, observed, loss, oracle_loss)
+        w = np.ones_like(t) if weights is None else weights[rows].astype(np.float64)
+        total += float(w.sum())
+        predicted += float((w * block.probability).sum())
+        observed += float((w * t).sum())
+        loss -= float((w * (t * block.log_probability + (1.0 - t) * block.log_complement)).sum())
+        oracle_loss += float((w * _entropy(t)).sum())
+    return ProbabilityFit(total, predicted, observed, loss, oracle_loss)
 
 
 class ReliabilityCurve(NamedTuple):
-    """Predicted against observed probability in equal-mass bins; each (bins,), empty bins left
-    out, by ascending prediction."""
+    """Predicted against observed probability in bins of equally many rows; each (bins,), by
+    ascending prediction, without empty bins."""
 
-    rows: NDArray[np.int64]
+    rows: Floats
+    """Σ weight of each bin: its number of rows if there are no weights."""
     mean_prediction: Floats
     mean_target: Floats
 
@@ -176,39 +204,47 @@ class ReliabilityCurve(NamedTuple):
 
 
 def reliability_curve(
-    prediction: Prediction, target: NDArray[np.generic], *, num_bins: int = 15
+    prediction: Prediction,
+    target: NDArray[np.generic],
+    weights: NDArray[np.floating] | None = None,
+    *,
+    num_bins: int = 15,
 ) -> ReliabilityCurve:
     """The curve that a calibration plot shows.
 
     Args:
         prediction: n rows, finite values.
         target: (n,), labels or true probabilities.
+        weights: (n,), not negative; None: all 1. Bins do not depend on them.
         num_bins: bins of n / num_bins rows each; equal predictions share a bin, so bins can be
-            uneven, or fewer, where many are equal.
+            uneven, or fewer, if many are equal.
     """
     if target.size == 0:
-        return ReliabilityCurve(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
-    rows = np.zeros(num_bins, np.int64)
+        return ReliabilityCurve(np.zeros(0), np.zeros(0), np.zeros(0))
+    rows = np.zeros(num_bins)
     predicted = np.zeros(num_bins)
     observed = np.zeros(num_bins)
     edges = equal_mass_edges(prediction.values, num_bins)
     for block in _blocks(target.size):
         bins = np.searchsorted(edges, prediction.values[block], side="right")
         probability = prediction.block(block).probability
-        rows += np.bincount(bins, minlength=num_bins)
-        predicted += np.bincount(bins, weights=probability, minlength=num_bins)
-        observed += np.bincount(bins, weights=target[block], minlength=num_bins)
+        w = np.ones(bins.size) if weights is None else weights[block].astype(np.float64)
+        rows += np.bincount(bins, weights=w, minlength=num_bins)
+        predicted += np.bincount(bins, weights=w * probability, minlength=num_bins)
+        observed += np.bincount(
+            bins, weights=w * target[block].astype(np.float64), minlength=num_bins
+        )
     used = rows > 0
     return ReliabilityCurve(rows[used], predicted[used] / rows[used], observed[used] / rows[used])
 
 
-def mean_entropy(probability: NDArray[np.floating]) -> float | None:
-    """Log loss of the true probability itself, in nats: the least any prediction reaches. None
-    without rows."""
-    if probability.size == 0:
-        return None
-    total = sum(float(_entropy(probability[rows]).sum()) for rows in _blocks(probability.size))
-    return total / probability.size
+def mean_entropy(
+    probability: NDArray[np.floating], weights: NDArray[np.floating] | None = None
+) -> float | None:
+    """Log loss of the true probability itself, in nats: the least that any prediction reaches.
+    None without rows of positive weight."""
+    sums = fit(Prediction(np.zeros_like(probability), "logit"), probability, weights)
+    return sums.oracle_loss / sums.rows if sums.rows else None
 
 
 def _blocks(size: int) -> Iterator[slice]:

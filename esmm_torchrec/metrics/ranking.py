@@ -38,7 +38,7 @@ def auc(
         weights: (n,), not negative; None: all 1. A pair counts the product of its weights.
 
     Returns:
-        from 0 to 1; None where the rows are all of one class, or one class has no weight.
+        from 0 to 1; None if all rows are of one class, or one class has no weight.
 
     Raises:
         OptionError: the lengths differ, a score is NaN, a label is neither 0 nor 1, or a weight
@@ -48,14 +48,15 @@ def auc(
     positive = _positive(labels)
     if weights is None:
         return _auc_of_classes(scores[positive], scores[~positive])
-    _check(scores, weights=weights)
-    if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise OptionError("weights must be finite and not negative")
-    weights = weights.astype(np.float64, copy=False)
+    weights = _checked_weights(scores, weights)
     return _auc_of_masses(scores, weights * positive, weights * ~positive)
 
 
-def soft_auc(scores: Scores, probability: NDArray[np.floating]) -> float | None:
+def soft_auc(
+    scores: Scores,
+    probability: NDArray[np.floating],
+    weights: NDArray[np.floating] | None = None,
+) -> float | None:
     """AUC against known probabilities, free of the noise of drawn labels.
 
     Row i counts as a positive of weight pᵢ and, at once, as a negative of weight 1 − pᵢ:
@@ -71,15 +72,20 @@ def soft_auc(scores: Scores, probability: NDArray[np.floating]) -> float | None:
     Args:
         scores: (n,).
         probability: (n,), in [0, 1].
+        weights: (n,), not negative; None: all 1. A pair counts the product of its weights.
 
     Raises:
-        OptionError: the lengths differ, a score is NaN, or a probability is outside [0, 1].
+        OptionError: the lengths differ, a score is NaN, a probability is outside [0, 1], or a
+            weight is negative or not finite.
     """
     _check(scores, probability=probability)
     if not ((probability >= 0) & (probability <= 1)).all():
         raise OptionError("probability must lie between 0 and 1")
     probability = probability.astype(np.float64, copy=False)
-    return _auc_of_masses(scores, probability, 1.0 - probability)
+    if weights is None:
+        return _auc_of_masses(scores, probability, 1.0 - probability)
+    weights = _checked_weights(scores, weights)
+    return _auc_of_masses(scores, weights * probability, weights * (1.0 - probability))
 
 
 class GroupedAuc(NamedTuple):
@@ -88,13 +94,16 @@ class GroupedAuc(NamedTuple):
     auc: float | None
     """Mean over the groups that have both classes, weighted by their rows; None: no such group."""
     coverage: float
-    """Share of rows that lie in such groups; 0 where there is no row."""
+    """Share of rows that lie in such groups; 0 if there is no row. Rows count their weights."""
     num_groups: int
     """Groups that have both classes."""
 
 
 def grouped_auc(
-    scores: Scores, labels: Labels, groups: NDArray[np.integer] | NDArray[np.str_]
+    scores: Scores,
+    labels: Labels,
+    groups: NDArray[np.integer] | NDArray[np.str_],
+    weights: NDArray[np.floating] | None = None,
 ) -> GroupedAuc:
     """AUC within each group (a user, a session), averaged over groups by their number of rows.
 
@@ -106,9 +115,12 @@ def grouped_auc(
         labels: (n,), each 0 or 1.
         groups: (n,), integers or strings. Integers in [0, n) are used as they are, which spares
             a sort.
+        weights: (n,), not negative; None: all 1. A pair counts the product of its weights, a
+            group the sum of the weights of its rows.
 
     Raises:
-        OptionError: the lengths differ, a score is NaN, or a label is neither 0 nor 1.
+        OptionError: the lengths differ, a score is NaN, a label is neither 0 nor 1, or a weight
+            is negative or not finite.
     """
     _check(scores, labels=labels, groups=groups)
     positive = _positive(labels)
@@ -116,6 +128,8 @@ def grouped_auc(
     if n == 0:
         return GroupedAuc(None, 0.0, 0)
     codes = _dense_codes(groups)
+    if weights is not None:
+        return _grouped_auc_of_masses(scores, positive, codes, _checked_weights(scores, weights))
     rows = np.bincount(codes)
     positives = np.bincount(codes[positive], minlength=rows.size)
     mixed = (positives > 0) & (positives < rows)
@@ -152,21 +166,23 @@ def auc_within_strata(
     scores: Scores,
     target: NDArray[np.floating] | NDArray[np.integer],
     strata_score: Scores,
+    weights: NDArray[np.floating] | None = None,
     *,
     num_strata: int = 20,
 ) -> float | None:
     """AUC within equal-mass strata of another score, averaged by their number of rows.
 
-    Where clicks and conversions go together, a conversion score is rewarded for knowing pCTR
-    alone. Within a stratum of pCTR that knowledge is worth little.
+    If clicks and conversions go together, a conversion score is rewarded for knowing pCTR alone.
+    Within a stratum of pCTR that knowledge is worth little.
 
     Strata are cut at the quantiles of `strata_score`; equal values stay in one stratum, so strata
-    can be uneven, or fewer, where it has many ties. A stratum with one class is left out.
+    can be uneven, or fewer, if it has many ties. A stratum with one class is left out.
 
     Args:
         scores: (n,).
         target: (n,), labels or probabilities in [0, 1], see `soft_auc`.
         strata_score: (n,), any monotone function of pCTR.
+        weights: (n,), not negative; None: all 1. Strata do not depend on them.
         num_strata: number of strata.
 
     Raises:
@@ -183,14 +199,15 @@ def auc_within_strata(
     stratum = np.searchsorted(edges, strata_score, side="right")
     order = np.argsort(stratum, kind="stable")
     bounds = np.searchsorted(stratum[order], np.arange(num_strata + 1))
-    total = 0.0
-    covered = 0
+    total = covered = 0.0
     for start, stop in pairwise(bounds):
         rows = order[start:stop]
-        value = soft_auc(scores[rows], target[rows].astype(np.float64, copy=False))
+        own = None if weights is None else weights[rows]
+        value = soft_auc(scores[rows], target[rows].astype(np.float64, copy=False), own)
         if value is not None:
-            total += value * rows.size
-            covered += rows.size
+            size = rows.size if own is None else float(own.sum(dtype=np.float64))
+            total += value * size
+            covered += size
     return total / covered if covered else None
 
 
@@ -216,9 +233,16 @@ def _check(scores: Scores, **columns: NDArray[np.generic]) -> None:
         raise OptionError(f"scores must be float32 or float64, not {scores.dtype}")
     for name, column in columns.items():
         if column.shape != scores.shape:
-            raise OptionError(f"{name} has shape {column.shape} where scores has {scores.shape}")
+            raise OptionError(f"{name} has shape {column.shape}, but scores {scores.shape}")
     if np.isnan(scores).any():
         raise OptionError(f"{int(np.isnan(scores).sum())} of {scores.size} scores are NaN")
+
+
+def _checked_weights(scores: Scores, weights: NDArray[np.floating]) -> NDArray[np.float64]:
+    _check(scores, weights=weights)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise OptionError("weights must be finite and not negative")
+    return weights.astype(np.float64, copy=False)
 
 
 def _positive(labels: Labels) -> NDArray[np.bool_]:
@@ -261,6 +285,36 @@ def _auc_of_masses(
         return None
     below = np.cumsum(negative) - negative
     return float((positive * (below + 0.5 * negative)).sum()) / pairs
+
+
+def _grouped_auc_of_masses(
+    scores: Scores,
+    positive: NDArray[np.bool_],
+    codes: NDArray[np.integer],
+    weights: NDArray[np.float64],
+) -> GroupedAuc:
+    """`grouped_auc` of rows with weights."""
+    order = np.lexsort((scores, codes))
+    ordered, code = scores[order], codes[order]
+    is_first = np.append(True, (ordered[1:] != ordered[:-1]) | (code[1:] != code[:-1]))
+    starts = np.flatnonzero(is_first)
+    mass = weights[order]
+    positives = np.add.reduceat(mass * positive[order], starts)
+    negatives = np.add.reduceat(mass * ~positive[order], starts)
+    group = code[starts]
+    num_groups = int(codes.max()) + 1
+    of_group = [np.bincount(group, each, num_groups) for each in (positives, negatives)]
+    # Negatives of lower score in the same group.
+    before_group = np.cumsum(of_group[1]) - of_group[1]
+    below = np.cumsum(negatives) - negatives - before_group[group]
+    ordered_pairs = np.bincount(group, positives * (below + 0.5 * negatives), num_groups)
+    pairs, size = of_group[0] * of_group[1], of_group[0] + of_group[1]
+    mixed = pairs > 0
+    covered, total = float(size[mixed].sum()), float(size.sum())
+    if covered == 0:
+        return GroupedAuc(None, 0.0, 0)
+    mean = float((ordered_pairs[mixed] / pairs[mixed] * size[mixed]).sum()) / covered
+    return GroupedAuc(mean, covered / total, int(mixed.sum()))
 
 
 def _dense_codes(groups: NDArray[np.integer] | NDArray[np.str_]) -> NDArray[np.integer]:

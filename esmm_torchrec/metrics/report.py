@@ -1,20 +1,27 @@
 """What is reported of a model's scores: the parts "test" and "truth" of metrics.json.
 
 Spaces: ctr_* and ctcvr_* are over all impressions, cvr_* over the clicked ones, as in the ESMM
-paper. `truth` looks at conversion scores over the entire space as well, clicked or not, which
-only data with known probabilities allows.
+paper. In a longer chain, the rate of each task is over the impressions with the task before it, and
+each joint probability over all impressions. "truth" measures conversion scores over the entire
+space as well, clicked or not, which requires data with known probabilities.
 
-"test" — against the labels. `<task>` is ctr, cvr or ctcvr; log losses are in nats:
+If impressions have weights, every figure but the counts is a weighted one.
 
-    impressions, clicks, conversions   rows; conversions count clicked impressions only
+"test": against the labels. `<task>` is a name of `TaskChain.probabilities`, by default ctr, cvr or
+ctcvr; log losses are in nats:
+
+    impressions, clicks, conversions   numbers of rows, one for each task; conversions count clicked
+                                       impressions only
+    sum_of_weights                     of all impressions, if they have weights
     <task>_auc                         exact, tie-aware AUC
-    <task>_auc_torchrec                TorchRec's own, to compare with: it orders ties by chance and
-                                       sums in one piece, so that it is given only for as many
+    <task>_auc_torchrec                TorchRec's own, for comparison: it orders ties by chance and
+                                       sums in one piece, so it is given only for as many
                                        impressions as a window of `metrics.windowed` holds
     ctcvr_auc_common_ctr               AUC of pCTR · pCVR, pCTR from one CTR network common to all
                                        methods: the paper's protocol. With `common_ctr_logit`
     cvr_auc_by_pctr                    reference: pCTR used as the conversion score, on clicks
-    cvr_auc_by_pctcvr                  reference: pCTCVR used so
+    cvr_auc_by_pctcvr                  reference: pCTCVR used as the conversion score
+                                       In a longer chain, <task>_auc_by_<score> of each task
     gauc_<task>                        AUC within groups, averaged by their rows. With `group_id`
     gauc_<task>_coverage               share of the task's rows in groups with both classes
     <task>_log_loss                    mean cross entropy
@@ -22,17 +29,18 @@ only data with known probabilities allows.
     <task>_calibration                 Σ predicted / Σ label: TorchRec's name for the
     <task>_pcoc                        same number, "predicted over observed" in the literature
     <task>_ece                         expected calibration error, 15 bins of equal mass
-    cvr_share_above_one                share of impressions whose pCVR exceeds 1. With `log_pcvr`
+    <task>_share_above_one             share of impressions whose probability exceeds 1, if it is a
+                                       quotient
     reasons                            {key: one sentence} for each value that is None
 
-"truth" — against the true probabilities, where `true_ctr` and `true_cvr` are known. "soft" means
-the true probability as the label, which has no label noise; "excess" means above the log loss of
-the true probability, which no model can beat:
+"truth": against the true probabilities of the default chain, if `true_ctr` and `true_cvr` are
+known. "soft" means the true probability as the label, which has no label noise; "excess" means
+above the log loss of the true probability, which no model can beat:
 
     cvr_auc_entire_space               soft AUC of the conversion score over all impressions
     cvr_auc_entire_space_within_ctr_strata
-                                       the same within 20 equal-mass strata of the true pCTR, where
-                                       leaking pCTR into the conversion score no longer pays
+                                       the same within 20 equal-mass strata of the true pCTR,
+                                       within which pCTR is of no use as a conversion score
     cvr_log_loss_entire_space, cvr_excess_log_loss_entire_space
     cvr_pcoc_entire_space, cvr_pcoc_clicked, cvr_pcoc_unclicked
                                        Σ pCVR / Σ true pCVR over those impressions
@@ -56,137 +64,31 @@ the true probability, which no model can beat:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torchrec.metrics.auc import compute_auc
 
-from esmm_torchrec.errors import OptionError
-from esmm_torchrec.metrics.probability import (
-    Prediction,
-    ctcvr_logit,
-    fit,
-    log_sigmoid,
-    mean_entropy,
-    reliability_curve,
-)
+from esmm_torchrec.metrics.probability import Prediction, fit, mean_entropy, reliability_curve
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, grouped_auc, soft_auc
+from esmm_torchrec.metrics.scored import ScoredImpressions, Scores
 from esmm_torchrec.metrics.windowed import WINDOW_SIZE
-
-Scores = NDArray[np.floating]
-_BLOCK = 1 << 18
-
-
-@dataclass(frozen=True)
-class ScoredImpressions:
-    """n impressions with a model's scores and what is known of them; every column (n,), no
-    padding, any order.
-
-    A model without a click score (a conversion network alone) or without a conversion score
-    leaves the column None; what needs it is reported as None, with the reason.
-
-    Raises:
-        OptionError: columns differ in length, a label is neither 0 nor 1, scores are not
-            floating, both forms of the conversion score are given, or only one of the true
-            probabilities is.
-    """
-
-    click: NDArray[np.integer]
-    """int8, 0 or 1."""
-    conversion: NDArray[np.integer]
-    """int8, 0 or 1; read where click is 1, taken for 0 elsewhere."""
-    click_logit: Scores | None = None
-    """float32, logit of pCTR."""
-    conversion_logit: Scores | None = None
-    """float32, logit of pCVR."""
-    log_pcvr: Scores | None = None
-    """float32, log of pCVR, instead of its logit: for a ratio, which may exceed 1."""
-    ctcvr_score: Scores | None = None
-    """float32, exact logit of pCTCVR; None: computed where both logits are given."""
-    common_ctr_logit: Scores | None = None
-    """float32, logit of the pCTR of a network common to the methods compared."""
-    group_id: NDArray[np.integer] | None = None
-    """int64, what gauc_* groups by."""
-    true_ctr: Scores | None = None
-    """float32, true probability of a click."""
-    true_cvr: Scores | None = None
-    """float32, true probability of a conversion given a click."""
-
-    def __post_init__(self) -> None:
-        size = self.click.shape
-        for field in fields(self):
-            column = getattr(self, field.name)
-            if column is None:
-                continue
-            if column.ndim != 1 or column.shape != size:
-                raise OptionError(f"{field.name} has shape {column.shape} where click has {size}")
-            if field.name in ("click", "conversion"):
-                if not ((column == 0) | (column == 1)).all():
-                    raise OptionError(f"{field.name} must be 0 or 1 for every impression")
-            elif field.name != "group_id" and column.dtype not in (np.float32, np.float64):
-                raise OptionError(f"{field.name} must be float32, not {column.dtype}")
-        if self.conversion_logit is not None and self.log_pcvr is not None:
-            raise OptionError("give conversion_logit or log_pcvr, not both")
-        if (self.true_ctr is None) != (self.true_cvr is None):
-            raise OptionError("give both true_ctr and true_cvr, or neither")
-
-    @cached_property
-    def clicked(self) -> NDArray[np.bool_]:
-        """bool, which impressions were clicked."""
-        return self.click == 1
-
-    @cached_property
-    def converted(self) -> NDArray[np.int8]:
-        """int8, click · conversion, the label of pCTCVR."""
-        return (self.click * self.conversion).astype(np.int8, copy=False)
-
-    @property
-    def ctr(self) -> Prediction | None:
-        """pCTR of all impressions."""
-        return None if self.click_logit is None else Prediction(self.click_logit, "logit")
-
-    @property
-    def cvr(self) -> Prediction | None:
-        """pCVR of all impressions."""
-        if self.log_pcvr is not None:
-            return Prediction(self.log_pcvr, "log_probability")
-        if self.conversion_logit is not None:
-            return Prediction(self.conversion_logit, "logit")
-        return None
-
-    @cached_property
-    def ctcvr(self) -> Prediction | None:
-        """The model's own pCTCVR of all impressions."""
-        if self.ctcvr_score is not None:
-            return Prediction(self.ctcvr_score, "logit")
-        if self.click_logit is not None and self.conversion_logit is not None:
-            return Prediction(_product_score(self.click_logit, self), "logit")
-        return None
-
-    @cached_property
-    def ctcvr_common_ctr(self) -> Prediction | None:
-        """pCTCVR from the common network's pCTR and the model's own pCVR."""
-        if self.common_ctr_logit is None or self.cvr is None:
-            return None
-        return Prediction(_product_score(self.common_ctr_logit, self), self.cvr.form)
+from esmm_torchrec.tasks import DEFAULT_TASKS, Task
 
 
 def measure(scored: ScoredImpressions) -> dict[str, dict[str, Any]]:
     """Everything in the table of this module's docstring.
 
     Returns:
-        {"test": {…}} and, where the true probabilities are known, {"truth": {…}} beside it;
-        values are int, float or None (and the dicts named above), ready for JSON.
+        {"test": {…}} and, if the true probabilities are known, {"truth": {…}} beside it; values
+        are int, float or None (and the dicts named above), ready for JSON.
 
     Raises:
-        OptionError: a true probability is outside [0, 1].
+        OptionError: a true probability is outside [0, 1], or a weight is negative or not finite.
     """
     report = {"test": _measure_against_labels(scored)}
-    if scored.true_cvr is not None:
+    if scored.true_cvr is not None and scored.tasks == DEFAULT_TASKS:
         report["truth"] = _measure_against_truth(scored)
     return report
 
@@ -209,167 +111,145 @@ class _Part:
         return {**self.values, "reasons": self.reasons}
 
 
+class _Space:
+    """Labels, weights and groups of the impressions that the figures of a task are over."""
+
+    def __init__(self, scored: ScoredImpressions, task: Task, given: Task | None) -> None:
+        self.rows = slice(None) if given is None else scored.happened(given.name)
+        self.label = scored.happened(task.name)[self.rows]
+        self.weights = None if scored.weight is None else scored.weight[self.rows]
+        self.groups = None if scored.groups is None else scored.groups[self.rows]
+        self.reason = self._reason(task, given)
+        """Why labels allow no comparison; empty if they do."""
+
+    def _reason(self, task: Task, given: Task | None) -> str:
+        within = "" if given is None else f" with {given.name} = 1"
+        if self.label.size == 0:
+            return f"there is no impression{within}"
+        for value in (0, 1):
+            if (self.label == value).all():
+                return f"{task.name} is {value} for all {self.label.size} impressions{within}"
+        if self.weights is not None and not (
+            self.weights[self.label].any() and self.weights[~self.label].any()
+        ):
+            return f"all impressions{within} of one class of {task.name} have weight 0"
+        return ""
+
+    def of(self, prediction: Prediction | None) -> Prediction | None:
+        """The scores of these impressions."""
+        return None if prediction is None else prediction[self.rows]
+
+
 def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
     part = _Part()
-    clicked, converted = scored.clicked, scored.converted
-    part.values["impressions"] = clicked.size
-    part.values["clicks"] = int(clicked.sum())
-    part.values["conversions"] = int(converted.sum())
-    groups = None
-    if scored.group_id is not None:
-        groups = np.unique(scored.group_id, return_inverse=True)[1]
-    groups_of_clicked = None if groups is None else groups[clicked]
-    converted_of_clicked = converted[clicked]
-
-    def of_clicked(prediction: Prediction | None) -> Prediction | None:
-        return None if prediction is None else prediction[clicked]
-
-    _put_task(part, "ctr", scored.ctr, scored.click, groups)
-    _put_task(part, "cvr", of_clicked(scored.cvr), converted_of_clicked, groups_of_clicked)
-    _put_task(part, "ctcvr", scored.ctcvr, converted, groups)
-    for task, prediction in (("ctr", scored.ctr), ("ctcvr", scored.ctcvr)):
-        _put_auc(
-            part,
-            f"cvr_auc_by_p{task}",
-            of_clicked(prediction),
-            converted_of_clicked,
-            score_of=task,
-            label_of="cvr",
-        )
+    part.values["impressions"] = scored.size
+    for task in scored.tasks:
+        part.values[f"{task.name}s"] = int(scored.happened(task.name).sum())
+    if scored.weight is not None:
+        part.values["sum_of_weights"] = float(scored.weight.sum(dtype=np.float64))
+    for name, _, task, given in scored.tasks.probabilities:
+        space = _Space(scored, task, given)
+        _put_task(part, name, space.of(scored.scores.get(name)), space)
+    for task in scored.tasks:
+        given = scored.tasks.given(task)
+        if given is None:
+            continue
+        space = _Space(scored, task, given)
+        for name, column in ((given.joint, given.joint_score), (task.joint, task.joint_score)):
+            key = f"{task.rate}_auc_by_{column}"
+            _put_auc(part, key, name, space.of(scored.scores.get(name)), space)
     if scored.common_ctr_logit is not None:
         product = scored.ctcvr_common_ctr
-        score_of = "cvr" if product is None else "ctcvr"
-        key = "ctcvr_auc_common_ctr"
-        _put_auc(part, key, product, converted, score_of=score_of, label_of="ctcvr")
-    if scored.log_pcvr is not None:
-        share = float((scored.log_pcvr > 0).mean()) if clicked.size else None
-        part.put("cvr_share_above_one", share, "there is no impression")
+        name = "cvr" if product is None else "ctcvr"
+        space = _Space(scored, scored.tasks.task("conversion"), None)
+        _put_auc(part, "ctcvr_auc_common_ctr", name, product, space)
+    for name, score in scored.scores.items():
+        if score.form == "log_probability":
+            above = (score.values > 0).astype(np.float64)
+            share = np.average(above, weights=scored.weight) if above.size else None
+            part.put(f"{name}_share_above_one", share, "there is no impression")
     return part.finished()
 
 
-def _put_task(
-    part: _Part,
-    task: str,
-    prediction: Prediction | None,
-    label: NDArray[np.integer],
-    groups: NDArray[np.integer] | None,
-) -> None:
-    _put_auc(part, f"{task}_auc", prediction, label, score_of=task, label_of=task)
-    _put_torchrec_auc(part, task, prediction, label)
-    flaw = _flaw(task, prediction)
-    one_class = _one_class(task, label)
-    sums = None if prediction is None or flaw else fit(prediction, label)
-    for name, value, reason in (
-        ("log_loss", sums and sums.log_loss, one_class),
-        ("ne", sums and sums.normalised_entropy, one_class),
-        ("calibration", sums and sums.calibration, one_class),
-        ("pcoc", sums and sums.calibration, one_class),
+def _put_task(part: _Part, name: str, prediction: Prediction | None, space: _Space) -> None:
+    _put_auc(part, f"{name}_auc", name, prediction, space)
+    _put_torchrec_auc(part, name, prediction, space)
+    flaw = _flaw(name, prediction)
+    usable = None if flaw else prediction
+    sums = usable and fit(usable, space.label, space.weights)
+    curve = usable and reliability_curve(usable, space.label, space.weights)
+    for figure, value in (
+        ("log_loss", sums and sums.log_loss),
+        ("ne", sums and sums.normalised_entropy),
+        ("calibration", sums and sums.calibration),
+        ("pcoc", sums and sums.calibration),
+        ("ece", curve and curve.expected_calibration_error),
     ):
-        part.put(f"{task}_{name}", value, flaw or reason)
-    ece = None
-    if prediction is not None and not flaw:
-        ece = reliability_curve(prediction, label).expected_calibration_error
-    part.put(f"{task}_ece", ece, flaw or one_class)
-    if groups is None:
+        part.put(f"{name}_{figure}", value, flaw or space.reason)
+    if space.groups is None:
         return
-    value, coverage = None, None
-    if prediction is not None and not flaw:
-        grouped = grouped_auc(prediction.values, label, groups)
-        value, coverage = grouped.auc, grouped.coverage
-    reason = flaw or one_class or f"no group has both classes of {_LABEL[task]}"
-    part.put(f"gauc_{task}", value, reason)
-    part.put(f"gauc_{task}_coverage", coverage, reason)
+    grouped = usable and grouped_auc(usable.values, space.label, space.groups, space.weights)
+    reason = flaw or space.reason or "no group has both classes"
+    part.put(f"gauc_{name}", grouped and grouped.auc, reason)
+    part.put(f"gauc_{name}_coverage", grouped and grouped.coverage, reason)
 
 
 def _put_auc(
-    part: _Part,
-    key: str,
-    prediction: Prediction | None,
-    label: NDArray[np.integer],
-    *,
-    score_of: str,
-    label_of: str,
+    part: _Part, key: str, score_name: str, prediction: Prediction | None, space: _Space
 ) -> None:
-    flaw = _flaw(score_of, prediction)
-    value = None if prediction is None or flaw else auc(prediction.values, label)
-    part.put(key, value, flaw or _one_class(label_of, label))
-
-
-def _put_torchrec_auc(
-    part: _Part, task: str, prediction: Prediction | None, label: NDArray[np.integer]
-) -> None:
-    if label.size > WINDOW_SIZE:
-        return
-    flaw = _flaw(task, prediction) or _one_class(task, label)
+    flaw = _flaw(score_name, prediction)
     value = None
     if prediction is not None and not flaw:
-        scores = torch.from_numpy(prediction.values.astype(np.float64))[None]
-        labels = torch.from_numpy(label.astype(np.float64))[None]
-        value = float(compute_auc(1, [scores], [labels], [torch.ones_like(labels)]))
-    part.put(f"{task}_auc_torchrec", value, flaw)
+        value = auc(prediction.values, space.label, space.weights)
+    part.put(key, value, flaw or space.reason)
 
 
-_SCORE = {"ctr": "click", "cvr": "conversion", "ctcvr": "click-and-conversion"}
-_LABEL = {"ctr": "click", "cvr": "conversion", "ctcvr": "click and conversion"}
+def _put_torchrec_auc(part: _Part, name: str, prediction: Prediction | None, space: _Space) -> None:
+    if space.label.size > WINDOW_SIZE:
+        return
+    reason = _flaw(name, prediction) or space.reason
+    value = None
+    if prediction is not None and not reason:
+        scores, labels = (
+            torch.from_numpy(column.astype(np.float64))[None]
+            for column in (prediction.values, space.label)
+        )
+        weights = torch.ones_like(labels)
+        if space.weights is not None:
+            weights = torch.from_numpy(space.weights.astype(np.float64))[None]
+        value = float(compute_auc(1, [scores], [labels], [weights]))
+    part.put(f"{name}_auc_torchrec", value, reason)
 
 
-def _flaw(task: str, prediction: Prediction | None) -> str:
-    """Why a prediction cannot be measured; empty where it can."""
+def _flaw(name: str, prediction: Prediction | None) -> str:
+    """Why a prediction cannot be measured; empty if it can."""
     if prediction is None:
-        return f"the model gives no {_SCORE[task]} score"
+        return f"the model gives no {name} score"
     broken = prediction.values.size - int(np.isfinite(prediction.values).sum())
     if broken:
-        return f"{broken} of {prediction.values.size} {_SCORE[task]} scores are not finite"
+        return f"{broken} of {prediction.values.size} {name} scores are not finite"
     return ""
-
-
-def _one_class(task: str, label: NDArray[np.integer]) -> str:
-    """Why labels allow no comparison; empty where they do."""
-    space = "clicked impression" if task == "cvr" else "impression"
-    if label.size == 0:
-        return f"there is no {space}"
-    positives = int(label.sum())
-    if positives == 0:
-        return f"none of {label.size} {space}s has a {_LABEL[task]}"
-    if positives == label.size:
-        return f"each of {label.size} {space}s has a {_LABEL[task]}"
-    return ""
-
-
-def _product_score(click_logit: Scores, scored: ScoredImpressions) -> NDArray[np.float32]:
-    """What pCTR · pCVR is ranked by, float32 (n,): the exact logit of the product, or its
-    log-probability where pCVR is a ratio."""
-    score = np.empty(click_logit.size, np.float32)
-    # Scores that are not finite stay so, and are reported as such.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, score.size, _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            if scored.conversion_logit is not None:
-                score[rows] = ctcvr_logit(click_logit[rows], scored.conversion_logit[rows])
-            else:
-                assert scored.log_pcvr is not None
-                score[rows] = log_sigmoid(click_logit[rows]) + scored.log_pcvr[rows]
-    return score
 
 
 def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
     part = _Part()
     assert scored.true_ctr is not None
     assert scored.true_cvr is not None
-    true_ctr, true_cvr = scored.true_ctr, scored.true_cvr
+    true_ctr, true_cvr, weights = scored.true_ctr, scored.true_cvr, scored.weight
     true_ctcvr = true_ctr.astype(np.float64) * true_cvr
-    clicked = scored.clicked
+    clicked = scored.happened("click")
     none = "there is no impression"
     nowhere = none if clicked.size == 0 else "a true probability is 0 or 1 for every impression"
 
-    flaw = _flaw("cvr", scored.cvr)
-    cvr = None if flaw else scored.cvr
-    whole = cvr and fit(cvr, true_cvr)
+    cvr = scored.scores.get("cvr")
+    flaw = _flaw("cvr", cvr)
+    cvr = None if flaw else cvr
+    whole = cvr and fit(cvr, true_cvr, weights)
     for key, value, reason in (
-        ("cvr_auc_entire_space", cvr and soft_auc(cvr.values, true_cvr), nowhere),
+        ("cvr_auc_entire_space", cvr and soft_auc(cvr.values, true_cvr, weights), nowhere),
         (
             "cvr_auc_entire_space_within_ctr_strata",
-            cvr and auc_within_strata(cvr.values, true_cvr, true_ctr),
+            cvr and auc_within_strata(cvr.values, true_cvr, true_ctr, weights),
             nowhere,
         ),
         ("cvr_log_loss_entire_space", whole and whole.log_loss, none),
@@ -381,32 +261,32 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
         ("clicked", clicked, "there is no clicked impression"),
         ("unclicked", ~clicked, "there is no unclicked impression"),
     ):
-        of_space = cvr and fit(cvr[rows], true_cvr[rows])
+        own = None if weights is None else weights[rows]
+        of_space = cvr and fit(cvr[rows], true_cvr[rows], own)
         part.put(f"cvr_pcoc_{space}", of_space and of_space.calibration, flaw or empty)
         part.put(f"cvr_ne_{space}", of_space and of_space.normalised_entropy, flaw or empty)
-        ece = cvr and reliability_curve(cvr[rows], true_cvr[rows]).expected_calibration_error
-        part.put(f"cvr_ece_{space}", ece, flaw or empty)
+        curve = cvr and reliability_curve(cvr[rows], true_cvr[rows], own)
+        part.put(f"cvr_ece_{space}", curve and curve.expected_calibration_error, flaw or empty)
 
-    for task, prediction, truth in (
-        ("ctr", scored.ctr, true_ctr),
-        ("ctcvr", scored.ctcvr, true_ctcvr),
-    ):
+    for task, truth in (("ctr", true_ctr), ("ctcvr", true_ctcvr)):
+        prediction = scored.scores.get(task)
         flaw = _flaw(task, prediction)
         usable = None if flaw else prediction
-        sums = usable and fit(usable, truth)
-        part.put(f"{task}_auc_soft", usable and soft_auc(usable.values, truth), flaw or nowhere)
+        sums = usable and fit(usable, truth, weights)
+        soft = usable and soft_auc(usable.values, truth, weights)
+        part.put(f"{task}_auc_soft", soft, flaw or nowhere)
         part.put(f"{task}_log_loss_soft", sums and sums.log_loss, flaw or none)
         part.put(f"{task}_excess_log_loss", sums and sums.excess_log_loss, flaw or none)
 
     report = part.finished()
     reasons = report.pop("reasons")
     report["oracle"] = {
-        "ctr_auc": auc(true_ctr, scored.click),
-        "ctcvr_auc": auc(true_ctcvr, scored.converted),
+        "ctr_auc": auc(true_ctr, clicked, weights),
+        "ctcvr_auc": auc(true_ctcvr, scored.happened("conversion"), weights),
         **_as_conversion_score(scored, true_cvr),
-        "cvr_log_loss_entire_space": mean_entropy(true_cvr),
-        "ctr_auc_soft": soft_auc(true_ctr, true_ctr),
-        "ctcvr_auc_soft": soft_auc(true_ctcvr, true_ctcvr),
+        "cvr_log_loss_entire_space": mean_entropy(true_cvr, weights),
+        "ctr_auc_soft": soft_auc(true_ctr, true_ctr, weights),
+        "ctcvr_auc_soft": soft_auc(true_ctcvr, true_ctcvr, weights),
     }
     report["pctr as conversion score"] = _as_conversion_score(scored, true_ctr)
     report["pctcvr as conversion score"] = _as_conversion_score(scored, true_ctcvr)
@@ -417,10 +297,11 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
 def _as_conversion_score(scored: ScoredImpressions, score: Scores) -> dict[str, float | None]:
     assert scored.true_ctr is not None
     assert scored.true_cvr is not None
+    space = _Space(scored, scored.tasks.task("conversion"), scored.tasks.task("click"))
     return {
-        "cvr_auc": auc(score[scored.clicked], scored.converted[scored.clicked]),
-        "cvr_auc_entire_space": soft_auc(score, scored.true_cvr),
+        "cvr_auc": auc(score[space.rows], space.label, space.weights),
+        "cvr_auc_entire_space": soft_auc(score, scored.true_cvr, scored.weight),
         "cvr_auc_entire_space_within_ctr_strata": auc_within_strata(
-            score, scored.true_cvr, scored.true_ctr
+            score, scored.true_cvr, scored.true_ctr, scored.weight
         ),
     }

@@ -1,27 +1,29 @@
 """TorchRec's own metrics over a sliding window, to follow a model while it trains.
 
 `metric_module` builds a `torchrec.metrics.metric_module.RecMetricModule` with normalised entropy,
-AUC and calibration of three tasks: "ctr" over impressions, "cvr" over clicked impressions, "ctcvr"
-over impressions. It takes what `model_output` makes of logits and labels, and is a RecMetricModule
-like any other, in this library's trainer or in somebody's pipeline:
+AUC and calibration of every probability of a chain of tasks: by default "ctr" over impressions,
+"cvr" over clicked impressions, "ctcvr" over impressions. It takes what `model_output` makes of
+probabilities and labels, and is a RecMetricModule like any other, in this library's trainer or in
+somebody's pipeline:
 
     metrics = metric_module(batch_size=4096, world_size=2, rank=rank, device=device)
     for batch in batches:
         …
-        metrics.update(model_output(logits.click, logits.conversion, batch.click,
-                                    batch.conversion, batch.weight))
+        metrics.update(model_output(probabilities(logits), batch.labels, batch.weight))
         if metrics.should_compute():                    # every compute_interval_steps, all ranks
             figures = windowed_figures(metrics.compute())                   # on rank 0
 
+where `esmm_torchrec.models.scores.probabilities` reads the probabilities of a model's logits.
+
 These are running figures. TorchRec's AUC ranks float32 probabilities and orders ties by chance
-(constant scores give 0 or 1 by the order of rows), and says 0.5 where a class is missing;
+(constant scores give 0 or 1 by the order of rows), and is 0.5 if a class is missing;
 `metrics.ranking` gives the figure of record.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -36,25 +38,39 @@ from torchrec.metrics.metrics_config import (
 )
 
 from esmm_torchrec.errors import OptionError
-
-CTR, CVR, CTCVR = "ctr", "cvr", "ctcvr"
+from esmm_torchrec.tasks import DEFAULT_TASKS, Task, TaskChain
 
 WINDOW_SIZE = 500_000
 """Impressions, over all ranks. TorchRec's AUC gathers and sorts the window at each `compute`:
 about 0.1 s on one core for this many."""
 
 
-def tasks() -> list[RecTaskInfo]:
-    """The three tasks, by the keys of `model_output`."""
+def rec_tasks(tasks: TaskChain = DEFAULT_TASKS) -> list[RecTaskInfo]:
+    """One for each probability of the chain, by the keys of `model_output`."""
     return [
-        RecTaskInfo(CTR, label_name="click", prediction_name="pctr", weight_name="weight"),
-        RecTaskInfo(CVR, label_name="ctcvr", prediction_name="pcvr", weight_name="click_weight"),
-        RecTaskInfo(CTCVR, label_name="ctcvr", prediction_name="pctcvr", weight_name="weight"),
+        RecTaskInfo(
+            name,
+            label_name=_label(task),
+            prediction_name=column,
+            weight_name=_weight(given),
+        )
+        for name, column, task, given in tasks.probabilities
     ]
+
+
+def _label(task: Task) -> str:
+    """Whether the task and all tasks before it happened."""
+    return f"{task.name}_label"
+
+
+def _weight(given: Task | None) -> str:
+    """0 for impressions without the task."""
+    return "weight" if given is None else f"{given.name}_weight"
 
 
 def metrics_config(
     *,
+    tasks: TaskChain = DEFAULT_TASKS,
     window_size: int = WINDOW_SIZE,
     compute_interval_steps: int = 100,
     metrics: Iterable[RecMetricEnum] = (
@@ -63,13 +79,13 @@ def metrics_config(
         RecMetricEnum.CALIBRATION,
     ),
 ) -> MetricsConfig:
-    """TorchRec's configuration of the three tasks, to be used whole or changed by
-    `dataclasses.replace`.
+    """TorchRec's configuration, to be used whole or changed by `dataclasses.replace`.
 
-    The tasks are computed together (FUSED_TASKS_COMPUTATION), which halves the cost of an update:
-    every task always has all rows of the batch, some with weight 0.
+    The probabilities are measured together (FUSED_TASKS_COMPUTATION), which halves the cost of an
+    update: each always has all rows of the batch, some with weight 0.
 
     Args:
+        tasks: the chain.
         window_size: impressions over all ranks; of NE and calibration TorchRec keeps the last
             1000 batches of each rank at most.
         compute_interval_steps: updates between two `compute` calls, see
@@ -77,9 +93,10 @@ def metrics_config(
         metrics: which of TorchRec's metrics. Grouped AUC is not among those that work here.
     """
     return MetricsConfig(
-        rec_tasks=tasks(),
+        rec_tasks=rec_tasks(tasks),
         rec_metrics={
-            metric: RecMetricDef(rec_tasks=tasks(), window_size=window_size) for metric in metrics
+            metric: RecMetricDef(rec_tasks=rec_tasks(tasks), window_size=window_size)
+            for metric in metrics
         },
         rec_compute_mode=RecComputeMode.FUSED_TASKS_COMPUTATION,
         compute_interval_steps=compute_interval_steps,
@@ -92,6 +109,7 @@ def metric_module(
     world_size: int,
     rank: int,
     device: torch.device,
+    tasks: TaskChain = DEFAULT_TASKS,
     window_size: int = WINDOW_SIZE,
     compute_interval_steps: int = 100,
     process_group: dist.ProcessGroup | None = None,
@@ -103,7 +121,8 @@ def metric_module(
         batch_size: impressions per rank in one update.
         world_size: number of ranks.
         rank: this rank.
-        device: where logits and labels are.
+        device: where probabilities and labels are.
+        tasks: the chain.
         window_size: impressions over all ranks.
         compute_interval_steps: updates between two `compute` calls.
         process_group: ranks that share the figures; None: all.
@@ -118,7 +137,9 @@ def metric_module(
         )
     return generate_metric_module(
         RecMetricModule,
-        metrics_config(window_size=window_size, compute_interval_steps=compute_interval_steps),
+        metrics_config(
+            tasks=tasks, window_size=window_size, compute_interval_steps=compute_interval_steps
+        ),
         batch_size=batch_size,
         world_size=world_size,
         my_rank=rank,
@@ -130,68 +151,72 @@ def metric_module(
 
 @torch.no_grad()
 def model_output(
-    click_logit: torch.Tensor,
-    conversion_logit: torch.Tensor,
-    click: torch.Tensor,
-    conversion: torch.Tensor,
+    probabilities: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
     weight: torch.Tensor | None = None,
+    *,
+    tasks: TaskChain = DEFAULT_TASKS,
 ) -> dict[str, torch.Tensor]:
     """What `RecMetricModule.update` needs to know of a batch. All (B,), on one device.
 
-    TorchRec keeps these tensors for the length of the window; they are new ones, so that no
-    batch is kept alive by them.
+    TorchRec keeps these tensors for the length of the window. Labels and weights are copied, so
+    that they keep no batch alive.
 
     Args:
-        click_logit: logit of pCTR.
-        conversion_logit: logit of pCVR.
-        click: 0 or 1.
-        conversion: 0 or 1.
+        probabilities: by `TaskProbability.name`, as `models.scores.probabilities` gives them. A
+            missing one is 0: leave its figures out, see `windowed_figures`.
+        labels: by label of the tasks, 0 or 1.
         weight: weight of each impression, 0 for padding; None: all 1.
+        tasks: the chain.
 
     Returns:
-        float32 (B,): pctr, pcvr, pctcvr, click, ctcvr (click · conversion), weight, and
-        click_weight (click · weight).
+        float32 (B,) by the names of `rec_tasks`, for the default chain: pctr, pcvr, pctcvr,
+        click_label, conversion_label (click · conversion), weight and click_weight (click ·
+        weight).
     """
-    pctr, pcvr = click_logit.float().sigmoid(), conversion_logit.float().sigmoid()
     # `to(copy=True)`: labels and weights may be views of the batch's memory.
-    click = click.to(torch.float32, copy=True)
-    weight = torch.ones_like(click) if weight is None else weight.to(torch.float32, copy=True)
-    return {
-        "pctr": pctr,
-        "pcvr": pcvr,
-        "pctcvr": pctr * pcvr,
-        "click": click,
-        "ctcvr": click * conversion,
-        "weight": weight,
-        "click_weight": click * weight,
-    }
+    so_far = torch.ones_like(labels[tasks.labels[0]], dtype=torch.float32)
+    weight = so_far.clone() if weight is None else weight.to(torch.float32, copy=True)
+    output = {_weight(None): weight}
+    for task in tasks:
+        so_far = so_far * labels[task.label]
+        output[_label(task)] = so_far
+        if task is not tasks[-1]:
+            output[_weight(task)] = so_far * weight
+    for name, column, *_ in tasks.probabilities:
+        probability = probabilities.get(name)
+        output[column] = (
+            torch.zeros_like(so_far) if probability is None else probability.detach().float()
+        )
+    return output
 
 
-def windowed_figures(computed: DeferrableMetrics | MetricsResult) -> dict[str, float]:
+def windowed_figures(
+    computed: DeferrableMetrics | MetricsResult, known: Iterable[str] | None = None
+) -> dict[str, float]:
     """Figures of the window by the names of metrics.json: ctr_ne, cvr_auc, ctcvr_calibration, …
 
-    Empty on ranks other than 0. A task without a positive in the window is left out, where its
-    calibration says so: TorchRec then gives an AUC of 0.5, a calibration of 0 and an NE of
-    anything.
+    Empty on ranks other than 0. A probability without a positive in the window is left out; its
+    calibration shows that. TorchRec then gives an AUC of 0.5, a calibration of 0 and an arbitrary
+    NE.
 
     Args:
         computed: what `RecMetricModule.compute` gave.
+        known: names of the probabilities that the model gives; None: all.
     """
     result = computed.resolve() if isinstance(computed, DeferrableMetrics) else computed
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for key, value in result.items():
         # TorchRec's keys read like "ne-ctr|window_ne".
-        metric_and_task, _, name = key.partition("|")
-        metric, _, task = metric_and_task.partition("-")
-        if name == f"window_{metric}":
-            figures[f"{task}_{metric}"] = float(value)
-    untold = {
-        key.partition("_")[0]
-        for key, value in figures.items()
-        if value == 0 and key.endswith("_calibration")
-    }
+        metric_and_name, _, window = key.partition("|")
+        metric, _, name = metric_and_name.partition("-")
+        if window == f"window_{metric}":
+            figures.setdefault(name, {})[metric] = float(value)
+    wanted = figures if known is None else set(known)
     return {
-        key: value
-        for key, value in figures.items()
-        if key.partition("_")[0] not in untold and math.isfinite(value)
+        f"{name}_{metric}": value
+        for name, of_name in figures.items()
+        if name in wanted and of_name.get("calibration") != 0
+        for metric, value in of_name.items()
+        if math.isfinite(value)
     }

@@ -62,3 +62,10 @@ def read_scores(
             product = losses.product_logit([logit for logit in conditional if logit is not None])
             scores[task.joint] = Score(product, "logit")
     return scores
+
+
+def probabilities(
+    logits: Mapping[str, torch.Tensor], tasks: TaskChain = DEFAULT_TASKS
+) -> dict[str, torch.Tensor]:
+    """The probabilities of `read_scores`, float32 (B,) by the same names: "ctr", "cvr", "ctcvr"."""
+    return {name: score.probability for name, score in read_scores(logits, tasks).items()}

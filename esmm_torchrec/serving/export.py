@@ -36,9 +36,10 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import dense_features, vocabulary_file
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.embeddings import PooledFeatures
+from esmm_torchrec.models.scores import probabilities
 from esmm_torchrec.schema import UNKNOWN_ROW, Schema
 from esmm_torchrec.serving.predictor import Predictor
-from esmm_torchrec.serving.scoring import check_preprocessing, probabilities_of
+from esmm_torchrec.serving.scoring import check_preprocessing
 
 PROGRAM = "model.pt2"
 DESCRIPTION = "inputs.json"
@@ -117,6 +118,7 @@ class _Program(nn.Module):
                 if isinstance(child, PooledFeatures):
                     setattr(parent, name, _PlainFeatures(child))
         self.model = model.requires_grad_(False)
+        self._tasks = schema.tasks
         self._normalised = {
             feature.name
             for feature in schema.id_features
@@ -139,10 +141,9 @@ class _Program(nn.Module):
             for feature, weight in weights.items()
         }
         logits = self.model(_PlainInputs(_Bags(values, lengths, used), dense))
+        known = probabilities(logits, self._tasks)
         return {
-            name: probability
-            for name, probability in probabilities_of(logits).items()
-            if probability is not None
+            column: known[name] for name, column, *_ in self._tasks.probabilities if name in known
         }
 
 

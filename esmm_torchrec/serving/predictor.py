@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
+import pyarrow as pa
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
@@ -20,7 +21,8 @@ from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step
-from esmm_torchrec.serving.scoring import encode_rows, scores_of
+from esmm_torchrec.serving.scorer import scores_of
+from esmm_torchrec.serving.scoring import encode_rows, score_table
 
 
 class Predictor:
@@ -92,7 +94,11 @@ class Predictor:
 
     def _score(self, split: MappedSplit, batch_size: int) -> pd.DataFrame:
         reader = ImpressionReader(split, batch_size=batch_size, shuffle=False)
-        parts = [pd.DataFrame(scores_of(self.logits(batch))) for batch in reader]
-        scores = pd.concat(parts, ignore_index=True).iloc[: split.impressions]
-        scores.insert(0, SAMPLE_ID, split.scalars[SAMPLE_ID])
-        return scores
+        tasks = self.run.schema.tasks
+        sample_ids = split.scalars[SAMPLE_ID]
+        parts = []
+        for batch, start in zip(reader, range(0, split.impressions, batch_size), strict=True):
+            rows = sample_ids[start : start + batch_size]
+            scores = scores_of(self.logits(batch), tasks, len(rows))
+            parts.append(score_table(scores, tasks, rows))
+        return pa.concat_tables(parts).to_pandas()

@@ -7,14 +7,13 @@ scores are written as they come.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.checkpoints.run_folder import RunFolder
@@ -23,42 +22,24 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.errors import DataError, RunError
-from esmm_torchrec.models.scores import read_scores
-from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import SAMPLE_ID
-from esmm_torchrec.sharding.prediction import predict
+from esmm_torchrec.serving.scorer import Scores, score_stream
 from esmm_torchrec.sharding.process_group import Ranks
-
-SCORE_COLUMNS = pa.schema(
-    [
-        pa.field(SAMPLE_ID, pa.int64()),
-        pa.field("pctr", pa.float32()),
-        pa.field("pcvr", pa.float32()),
-        pa.field("pctcvr", pa.float32()),
-    ]
-)
-"""What `score` writes."""
+from esmm_torchrec.tasks import TaskChain
 
 
-def probabilities_of(logits: Logits) -> dict[str, torch.Tensor | None]:
-    """pctr, pcvr and pctcvr of a model's logits, float32 (B,); None where the method has no such
-    score. A quotient of probabilities (DIVISION's pcvr) is not cut at 1."""
-    scores = read_scores(logits)
-    return {
-        f"p{rate}": scores[rate].probability if rate in scores else None
-        for rate in ("ctr", "cvr", "ctcvr")
-    }
-
-
-def scores_of(logits: Logits) -> dict[str, np.ndarray]:
-    """The same as NumPy arrays; NaN where the method has no such score."""
-    columns = probabilities_of(logits)
-    size = next(len(column) for column in columns.values() if column is not None)
-    return {
-        name: np.full(size, np.nan, np.float32) if column is None else column.numpy()
-        for name, column in columns.items()
-    }
+def score_table(scores: Scores, tasks: TaskChain, sample_ids: np.ndarray) -> pa.Table:
+    """Columns sample_id int64 and, for each probability of the chain, float32: by default pctr,
+    pcvr and pctcvr. A score that the model does not give is NaN; a quotient of probabilities
+    (DIVISION's pcvr) may exceed 1."""
+    size = len(sample_ids)
+    columns = {SAMPLE_ID: pa.array(sample_ids, pa.int64())}
+    for name, column, *_ in tasks.probabilities:
+        score = scores.get(name)
+        values = np.full(size, np.nan, np.float32) if score is None else score.probability
+        columns[column] = pa.array(values, pa.float32())
+    return pa.table(columns)
 
 
 def check_preprocessing(run: RunFolder) -> None:
@@ -134,20 +115,26 @@ def score(
         shuffle=False,
         pin_memory=ranks.device.type == "cuda",
     )
-    steps = predict(model, reader, ranks)
+    tasks = split.schema.tasks
+    sample_ids = split.scalars[SAMPLE_ID]
+    partial = out.with_name(f"{out.name}.partial")
+    steps = score_stream(model, reader, ranks)
     if not ranks.is_first:
         for _ in steps:
             pass
         return
-    partial = out.with_name(f"{out.name}.partial")
+    schema = score_table({}, tasks, sample_ids[:0]).schema
     try:
         with (
-            pq.ParquetWriter(partial, SCORE_COLUMNS, compression="zstd") as writer,
+            pq.ParquetWriter(partial, schema, compression="zstd") as writer,
             progress_bar("Scoring", split.impressions, "rows") as bar,
         ):
-            for table in _tables(steps, split):
-                writer.write_table(table)
-                bar.update(len(table))
+            starts = range(0, split.impressions, reader.global_batch_size)
+            for start, scores in zip(starts, steps, strict=True):
+                assert scores is not None
+                rows = sample_ids[start : start + reader.global_batch_size]
+                writer.write_table(score_table(scores, tasks, rows))
+                bar.update(len(rows))
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -158,21 +145,6 @@ def refuse_existing(out: Path) -> None:
     if out.exists():
         raise RunError(f"{out} exists already; remove it or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _tables(steps: Iterator[Logits | None], split: MappedSplit) -> Iterator[pa.Table]:
-    """Scores beside their sample ids, without the padding of the last step."""
-    sample_ids = split.scalars[SAMPLE_ID]
-    done = 0
-    for logits in steps:
-        assert logits is not None
-        columns = scores_of(logits)
-        size = min(len(columns["pctr"]), len(sample_ids) - done)
-        columns = {name: value[:size] for name, value in columns.items()}
-        columns[SAMPLE_ID] = sample_ids[done : done + size]
-        done += size
-        table = pa.table(columns).select(SCORE_COLUMNS.names)
-        yield table.cast(SCORE_COLUMNS)
 
 
 def remove(folder: Path) -> None:

@@ -47,7 +47,9 @@ class LogFigures(Callback):
         rows = loop.reader.global_batch_size
         every = max(MIN_STEPS_PER_LINE, -(-WINDOW_SIZE // rows))
         self._every = max(1, min(every, loop.last_step // MIN_LINES))
-        self._figures = RunningFigures(loop.ranks, window_size=max(WINDOW_SIZE, rows))
+        self._figures = RunningFigures(
+            loop.ranks, loop.reader.split.schema.tasks, window_size=max(WINDOW_SIZE, rows)
+        )
         if self._states:
             self._figures.load_state_dicts(self._states)
         if loop.ranks.is_first:
@@ -166,10 +168,11 @@ class SaveCheckpoints(Callback):
 
 def _short(figures: dict[str, float]) -> str:
     """The figures beside the progress bar."""
+    names = [key.removesuffix("_auc") for key in figures if key.endswith("_auc")]
     tasks = [
-        f"{task} {figures[f'{task}_auc']:.3f}/{figures[f'{task}_ne']:.3f}"
-        for task in ("ctr", "cvr", "ctcvr")
-        if f"{task}_auc" in figures and f"{task}_ne" in figures
+        f"{name} {figures[f'{name}_auc']:.3f}/{figures[f'{name}_ne']:.3f}"
+        for name in names
+        if f"{name}_ne" in figures
     ]
     loss = f"loss {figures['loss']:.4f}" if "loss" in figures else "loss not finite"
     measured = f", AUC/NE {' '.join(tasks)}" if tasks else ""

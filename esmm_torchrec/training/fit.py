@@ -20,10 +20,10 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.models.methods import CLICK_METHOD, METHODS, build_train_task
 from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, TrainingRows
 from esmm_torchrec.schema import CLICK, WEIGHT
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.search import distinct_shared_rows
-from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.trainer import Trainer
@@ -354,7 +354,7 @@ def out_of_fold_pctr(
             progress=False,
         )
         logit = ranks.from_first(
-            lambda scored=scored: None if scored is None else scored.click_logit
+            lambda scored=scored: None if scored is None else scored.scores["ctr"].values
         )
         assert logit is not None
         pctr[wanted] = 1 / (1 + np.exp(-logit.astype(np.float64)))

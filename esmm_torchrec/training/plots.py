@@ -13,18 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from esmm_torchrec.metrics.probability import Prediction, reliability_curve
-from esmm_torchrec.metrics.report import ScoredImpressions
+from esmm_torchrec.metrics.probability import ReliabilityCurve, reliability_curve
+from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
-TASKS = {
-    "ctr": ("click", "tab:blue"),
-    "cvr": ("conversion, of clicked", "tab:orange"),
-    "ctcvr": ("click and conversion", "tab:green"),
-}
 CALIBRATION_BINS = 15
 
 
-def plot_history(history: Path, out: Path) -> None:
+def plot_history(history: Path, out: Path, tasks: TaskChain = DEFAULT_TASKS) -> None:
     """Loss and TorchRec's windowed AUCs over the steps of history.jsonl, as a PNG.
 
     The AUCs are of scores given just before a step trains on the impressions: up to the end of the
@@ -38,10 +34,12 @@ def plot_history(history: Path, out: Path) -> None:
     steps = [line["step"] for line in lines]
     loss.plot(steps, [line["loss"] for line in lines], color="tab:gray")
     loss.set(xlabel="step", title="Training loss")
-    for task, (label, colour) in TASKS.items():
-        known = [(line["step"], line[f"{task}_auc"]) for line in lines if f"{task}_auc" in line]
+    for number, probability in enumerate(tasks.probabilities):
+        key = f"{probability.name}_auc"
+        known = [(line["step"], line[key]) for line in lines if key in line]
         if known:
-            auc.plot(*zip(*known, strict=True), label=label, color=colour)
+            label = tasks.describe(probability)
+            auc.plot(*zip(*known, strict=True), label=label, color=f"C{number}")
     for number, border in enumerate(borders):
         loss.axvline(border, color="tab:gray", linewidth=0.8, linestyle="--")
         auc.axvline(
@@ -72,28 +70,28 @@ def epoch_borders(lines: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
-    """Observed against predicted rates in bins of equal size, one panel a task, as a PNG."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    clicked = scored.clicked
-    panels = (
-        ("ctr", scored.ctr, scored.click, None),
-        ("cvr", scored.cvr, scored.conversion, clicked),
-        ("ctcvr", scored.ctcvr, scored.converted, None),
-    )
-    for axes, (task, prediction, label, rows) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.set_title(f"{TASKS[task][0]}")
+    """Observed against predicted rates in bins of equal size, one panel per rate, as a PNG."""
+    panels = scored.tasks.probabilities
+    figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
+    subplots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for number, (axes, probability) in enumerate(zip(subplots, panels, strict=True)):
+        axes.set_title(scored.tasks.describe(probability))
+        prediction = scored.scores.get(probability.name)
         if prediction is None:
             continue
-        kept = slice(None) if rows is None else rows
-        if np.isfinite(prediction.values[kept]).all():
-            _calibration(axes, prediction[kept], label[kept], colour=TASKS[task][1])
-        else:
+        given = probability.given
+        rows = slice(None) if given is None else scored.happened(given.name)
+        label = scored.happened(probability.task.name)[rows]
+        weights = None if scored.weight is None else scored.weight[rows]
+        if not np.isfinite(prediction[rows].values).all():
             axes.text(0.5, 0.5, "scores are not finite", ha="center", transform=axes.transAxes)
+            continue
+        curve = reliability_curve(prediction[rows], label, weights, num_bins=CALIBRATION_BINS)
+        _calibration(axes, curve, colour=f"C{number}")
     _save(figure, out)
 
 
-def _calibration(axes: Axes, prediction: Prediction, label: np.ndarray, *, colour: str) -> None:
-    curve = reliability_curve(prediction, label, num_bins=CALIBRATION_BINS)
+def _calibration(axes: Axes, curve: ReliabilityCurve, *, colour: str) -> None:
     predicted, observed = curve.mean_prediction, curve.mean_target
     top = max(predicted.max(initial=0.0), observed.max(initial=0.0)) * 1.05 or 1.0
     axes.plot([0, top], [0, top], color="tab:gray", linewidth=0.8, linestyle=":")

@@ -27,13 +27,13 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.schema import CLICK
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.callbacks import LogFigures, ProgressBar, SaveCheckpoints
-from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_part
 from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.nonfinite import WatchLoss
@@ -133,7 +133,7 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
         assert scored is not None
         metrics = measure(scored) | {"throughput": throughput}
         run.write_json("metrics.json", metrics)
-        plot_history(run.history, run.path / "plots" / "history.png")
+        plot_history(run.history, run.path / "plots" / "history.png", scored.tasks)
         plot_calibration(scored, run.path / "plots" / "calibration.png")
         return metrics
 

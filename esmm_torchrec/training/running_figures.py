@@ -17,6 +17,7 @@ import torch.distributed as dist
 from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.tasks import TaskChain
 from esmm_torchrec.training.evaluation import known_tasks, windowed_output
 
 
@@ -26,22 +27,24 @@ class RunningFigures:
 
     Args:
         ranks: this process among the others.
+        tasks: the chain.
         window_size: impressions over all ranks that the metrics cover, at least one step.
     """
 
-    def __init__(self, ranks: Ranks, *, window_size: int) -> None:
+    def __init__(self, ranks: Ranks, tasks: TaskChain, *, window_size: int) -> None:
         self._ranks = ranks
+        self._chain = tasks
         self._rows = max(1, window_size // ranks.world_size)
         self._window: deque[dict[str, torch.Tensor]] = deque()
         self._losses: list[torch.Tensor] = []
         self._earlier_losses: list[float] = []
-        self._tasks: frozenset[str] = frozenset()
+        self._known: frozenset[str] = frozenset()
 
     def add(self, output: TrainOutput) -> None:
         """Takes the outputs of a step of this rank."""
         self._losses.append(output.loss)
-        self._tasks = known_tasks(output.logits)
-        self._window.append(windowed_output(output))
+        self._known = known_tasks(output.logits, self._chain)
+        self._window.append(windowed_output(output, self._chain))
         self._trim()
 
     def compute(self) -> dict[str, float]:
@@ -58,14 +61,13 @@ class RunningFigures:
         if not self._ranks.is_first:
             return {}
         finite = [loss for loss in losses if math.isfinite(loss)]
-        known = {k: v for k, v in figures.items() if k.partition("_")[0] in self._tasks}
-        return ({"loss": math.fsum(finite) / len(finite)} if finite else {}) | known
+        return ({"loss": math.fsum(finite) / len(finite)} if finite else {}) | figures
 
     def state_dict(self) -> dict[str, Any]:
         """The part of this rank, on the CPU; to be called on every rank."""
         return {
             "losses": self._global_losses(),
-            "tasks": sorted(self._tasks),
+            "tasks": sorted(self._known),
             "window": [
                 {name: value.cpu() for name, value in step.items()} for step in self._window
             ],
@@ -75,7 +77,7 @@ class RunningFigures:
         """Continues from the states of all ranks of an earlier training, which may have been more
         or fewer."""
         self._earlier_losses = list(states[0]["losses"])
-        self._tasks = frozenset(states[0]["tasks"])
+        self._known = frozenset(states[0]["tasks"])
         rank, world_size = self._ranks.rank, self._ranks.world_size
         own, rows = states, slice(rank, None, world_size)
         if len(states) == world_size:  # to the last bit the sums of an uninterrupted training
@@ -114,7 +116,8 @@ class RunningFigures:
             world_size=self._ranks.world_size,
             rank=self._ranks.rank,
             device=self._ranks.device,
+            tasks=self._chain,
             window_size=size * self._ranks.world_size,
         )
         module.update(window)
-        return windowed_figures(module.compute())
+        return windowed_figures(module.compute(), self._known)

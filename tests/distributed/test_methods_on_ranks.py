@@ -19,7 +19,7 @@ from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.metrics.ranking import auc
-from esmm_torchrec.metrics.report import ScoredImpressions
+from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
@@ -30,10 +30,10 @@ from esmm_torchrec.models.rows.inverse_propensity import (
 )
 from esmm_torchrec.models.rows.missing_as_negative import MissingAsNegativeRows
 from esmm_torchrec.schema import IdFeature
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.tasks import DEFAULT_TASKS
-from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import (
     FOLDS,
     TrainingPart,
@@ -193,8 +193,7 @@ def _train_all(data: Path, ranks: Ranks) -> dict[str, Any]:
         model = fit(train, options, ranks, part=part, workload=WORKLOAD)
         scored = score_split(model, test, ranks, batch_size=32, progress=False)
         if scored is not None:
-            names = ("click_logit", "conversion_logit", "log_pcvr", "ctcvr_score")
-            scores[method] = {name: getattr(scored, name) for name in names}
+            scores[method] = {name: score.values for name, score in scored.scores.items()}
             scores[method] |= {"pctr": pctr}
     reader = ImpressionReader(
         train,
@@ -279,8 +278,7 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
         model = fit(train, options, ranks, part=part, workload=WORKLOAD)
         scored = score_split(model, test, ranks, batch_size=CELLS, progress=False)
         assert scored is not None
-        assert scored.cvr is not None
-        pcvr[method] = scored.cvr.block(slice(None)).probability
+        pcvr[method] = scored.scores["cvr"].block(slice(None)).probability
     return pcvr
 
 
@@ -401,8 +399,8 @@ def test_cells_with_plenty_of_data_give_the_rates_they_hold(
 
 def test_shuffled_conversions_leave_nothing_to_rank_clicks_by(known: dict[str, Any]) -> None:
     def on_clicks(scored: ScoredImpressions) -> float:
-        assert scored.conversion_logit is not None
-        value = auc(scored.conversion_logit[scored.clicked], scored.converted[scored.clicked])
+        clicked, converted = scored.happened("click"), scored.happened("conversion")
+        value = auc(scored.scores["cvr"].values[clicked], converted[clicked])
         assert value is not None
         return value
 
@@ -416,14 +414,14 @@ def test_shuffled_conversions_leave_nothing_to_rank_clicks_by(known: dict[str, A
 def test_shuffled_conversions_leave_aman_what_pctr_alone_gives(known: dict[str, Any]) -> None:
     """With every unclicked impression a negative, what is left to learn is the click."""
 
-    def on_clicks(scored: ScoredImpressions, score: np.ndarray | None) -> float:
-        assert score is not None
-        value = auc(score[scored.clicked], scored.converted[scored.clicked])
+    def on_clicks(scored: ScoredImpressions, name: str) -> float:
+        clicked, converted = scored.happened("click"), scored.happened("conversion")
+        value = auc(scored.scores[name].values[clicked], converted[clicked])
         assert value is not None
         return value
 
-    learnt, shuffled = (on_clicks(of, of.conversion_logit) for of in known["related"]["aman"])
-    of_pctr = on_clicks(known["related"]["ctr"][0], known["related"]["ctr"][0].click_logit)
+    learnt, shuffled = (on_clicks(of, "cvr") for of in known["related"]["aman"])
+    of_pctr = on_clicks(known["related"]["ctr"][0], "ctr")
     assert of_pctr > 0.6, "items that are clicked are converted"
     # With the true labels AMAN knows more, or this would show nothing.
     assert learnt > of_pctr

@@ -15,9 +15,9 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.models.parts import BaseRates
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
-from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.trainer import Trainer
 from tests.plain_esmm import PlainEsmm, TableUpdate, read_frame
@@ -130,10 +130,12 @@ def _train(case: Case, data: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     return {
         "samples": samples,
         "losses": losses,
-        "pctr": None if scored is None else 1 / (1 + (-torch.tensor(scored.click_logit)).exp()),
-        "pcvr": None
-        if scored is None
-        else 1 / (1 + (-torch.tensor(scored.conversion_logit)).exp()),
+        **{
+            f"p{name}": None
+            if scored is None
+            else torch.tensor(scored.scores[name].values).sigmoid()
+            for name in ("ctr", "cvr")
+        },
     }
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from esmm_torchrec.cli.terminal import percentage
 from esmm_torchrec.comparison.worlds import GeneratedWorld, World, generate
-from esmm_torchrec.training.table import percentage
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from esmm_torchrec.metrics import probability
 from esmm_torchrec.metrics.probability import (
     LARGEST_PROBABILITY,
     Prediction,
-    ctcvr_logit,
     fit,
     log1mexp,
     log_sigmoid,
     mean_entropy,
+    product,
     reliability_curve,
 )
 
@@ -78,7 +78,7 @@ def test_product_of_extreme_logits_is_exact() -> None:
                     else mpmath.log1p(-exact_sigmoid(x) * exact_sigmoid(y))
                 )
             )
-    logit = ctcvr_logit(a, b)
+    logit = product(Prediction(a, "logit"), Prediction(b, "logit")).values
     # Where L is near 0 its error is absolute: that of the logits that nearly cancel.
     np.testing.assert_allclose(log_sigmoid(logit), log_product, rtol=1e-13)
     np.testing.assert_allclose(log_sigmoid(-logit), log_complement, rtol=1e-13)

@@ -13,7 +13,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.metrics import report as report_module
-from esmm_torchrec.metrics.report import ScoredImpressions, measure
+from esmm_torchrec.metrics.probability import Prediction, product
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.tasks import Task, TaskChain
 
 
 def sigmoid(logit: np.ndarray) -> np.ndarray:
@@ -36,15 +39,46 @@ def scored() -> ScoredImpressions:
     click_logit = logit_of(true_ctr) + random.normal(0, 0.5, n).astype(np.float32)
     conversion_logit = logit_of(true_cvr) + random.normal(0.2, 0.7, n).astype(np.float32)
     return ScoredImpressions(
-        click=click,
-        conversion=conversion,
-        click_logit=click_logit,
-        conversion_logit=conversion_logit,
-        ctcvr_score=logit_of(sigmoid(click_logit) * sigmoid(conversion_logit)),
+        labels={"click": click, "conversion": conversion},
+        scores={
+            "ctr": Prediction(click_logit, "logit"),
+            "cvr": Prediction(conversion_logit, "logit"),
+            "ctcvr": Prediction(
+                logit_of(sigmoid(click_logit) * sigmoid(conversion_logit)), "logit"
+            ),
+        },
         common_ctr_logit=logit_of(true_ctr) + random.normal(0, 0.4, n).astype(np.float32),
         group_id=random.integers(10**12, 10**12 + 150, n),
         true_ctr=true_ctr,
         true_cvr=true_cvr,
+    )
+
+
+def with_scores(scored: ScoredImpressions, **scores: Prediction | None) -> ScoredImpressions:
+    """Other scores; None takes one away."""
+    merged = {**scored.scores, **scores}
+    known = {name: score for name, score in merged.items() if score is not None}
+    return dataclasses.replace(scored, scores=known)
+
+
+def with_labels(scored: ScoredImpressions, **labels: np.ndarray) -> ScoredImpressions:
+    return dataclasses.replace(scored, labels={**scored.labels, **labels})
+
+
+def taken(scored: ScoredImpressions, rows: np.ndarray | slice) -> ScoredImpressions:
+    """Some of the impressions."""
+    columns = ("weight", "group_id", "common_ctr_logit", "true_ctr", "true_cvr")
+    return dataclasses.replace(
+        scored,
+        labels={name: label[rows] for name, label in scored.labels.items()},
+        scores={
+            name: Prediction(score.values[rows], score.form)
+            for name, score in scored.scores.items()
+        },
+        **{
+            name: None if (column := getattr(scored, name)) is None else column[rows]
+            for name in columns
+        },
     )
 
 
@@ -65,18 +99,18 @@ def test_torchrecs_auc_is_beside_ours_where_a_window_holds_the_rows(
     test = measure(scored)["test"]
     for task in ("ctr", "cvr", "ctcvr"):
         assert test[f"{task}_auc_torchrec"] == pytest.approx(test[f"{task}_auc"], abs=1e-6)
-    monkeypatch.setattr(report_module, "WINDOW_SIZE", scored.click.size - 1)
+    monkeypatch.setattr(report_module, "WINDOW_SIZE", scored.size - 1)
     beyond = measure(scored)["test"]
     assert beyond.keys() == test.keys() - {"ctr_auc_torchrec", "ctcvr_auc_torchrec"}
-    untold = dataclasses.replace(scored, conversion=np.zeros_like(scored.click))
+    untold = with_labels(scored, conversion=np.zeros_like(scored.labels["click"]))
     assert measure(untold)["test"]["cvr_auc_torchrec"] is None
 
 
 def test_figures_against_labels(scored: ScoredImpressions) -> None:
     test = measure(scored)["test"]
-    click, conversion = scored.click, scored.conversion
+    click, conversion = scored.labels["click"], scored.labels["conversion"]
     clicked = click == 1
-    pctr, pcvr = sigmoid(scored.click_logit), sigmoid(scored.conversion_logit)
+    pctr, pcvr = sigmoid(scored.scores["ctr"].values), sigmoid(scored.scores["cvr"].values)
     assert test["impressions"] == 20_000
     assert test["clicks"] == clicked.sum()
     assert test["conversions"] == conversion.sum()
@@ -114,8 +148,8 @@ def test_figures_against_the_truth(scored: ScoredImpressions) -> None:
     truth = measure(scored)["truth"]
     q = scored.true_cvr.astype(np.float64)
     ctr = scored.true_ctr.astype(np.float64)
-    p = sigmoid(scored.conversion_logit)
-    clicked = scored.click == 1
+    p = sigmoid(scored.scores["cvr"].values)
+    clicked = scored.labels["click"] == 1
     assert truth["cvr_auc_entire_space"] == pytest.approx(soft(p, q), abs=1e-7)
     cross_entropy = -(q * np.log(p) + (1 - q) * np.log(1 - p)).mean()
     assert truth["cvr_log_loss_entire_space"] == pytest.approx(cross_entropy, rel=1e-6)
@@ -137,8 +171,8 @@ def test_figures_against_the_truth(scored: ScoredImpressions) -> None:
         gaps = [abs((ours[bin] - true[bin]).sum()) for bin in np.split(order, cuts)]
         assert truth[f"cvr_ece_{space}"] == pytest.approx(sum(gaps) / len(order), rel=1e-5)
     for task, prediction, true in (
-        ("ctr", sigmoid(scored.click_logit), ctr),
-        ("ctcvr", sigmoid(scored.click_logit) * p, ctr * q),
+        ("ctr", sigmoid(scored.scores["ctr"].values), ctr),
+        ("ctcvr", sigmoid(scored.scores["ctr"].values) * p, ctr * q),
     ):
         loss = -(true * np.log(prediction) + (1 - true) * np.log(1 - prediction)).mean()
         assert truth[f"{task}_auc_soft"] == pytest.approx(soft(prediction, true), abs=1e-7)
@@ -155,12 +189,12 @@ def test_figures_against_the_truth(scored: ScoredImpressions) -> None:
 
 def test_oracle_and_reference_rows(scored: ScoredImpressions) -> None:
     truth = measure(scored)["truth"]
-    clicked = scored.click == 1
+    clicked = scored.labels["click"] == 1
     q, ctr = scored.true_cvr, scored.true_ctr
     ctcvr = ctr.astype(np.float64) * q
     oracle = truth["oracle"]
-    assert oracle["ctr_auc"] == pytest.approx(roc_auc_score(scored.click, ctr))
-    assert oracle["ctcvr_auc"] == pytest.approx(roc_auc_score(scored.conversion, ctcvr))
+    assert oracle["ctr_auc"] == pytest.approx(roc_auc_score(scored.labels["click"], ctr))
+    assert oracle["ctcvr_auc"] == pytest.approx(roc_auc_score(scored.labels["conversion"], ctcvr))
     assert oracle["cvr_log_loss_entire_space"] == pytest.approx(entropy(q).mean(), rel=1e-6)
     for row, score in (
         ("oracle", q),
@@ -168,7 +202,7 @@ def test_oracle_and_reference_rows(scored: ScoredImpressions) -> None:
         ("pctcvr as conversion score", ctcvr),
     ):
         assert truth[row]["cvr_auc_entire_space"] == pytest.approx(soft(score, q), abs=1e-9)
-        on_clicks = roc_auc_score(scored.conversion[clicked], score[clicked])
+        on_clicks = roc_auc_score(scored.labels["conversion"][clicked], score[clicked])
         assert truth[row]["cvr_auc"] == pytest.approx(on_clicks)
     within = "cvr_auc_entire_space_within_ctr_strata"
     assert truth["pctr as conversion score"][within] == pytest.approx(0.5, abs=0.03)
@@ -178,12 +212,11 @@ def test_oracle_and_reference_rows(scored: ScoredImpressions) -> None:
 
 
 def test_the_true_logits_reach_the_oracle(scored: ScoredImpressions) -> None:
-    perfect = dataclasses.replace(
-        scored,
-        click_logit=logit_of(scored.true_ctr.astype(np.float64)),
-        conversion_logit=logit_of(scored.true_cvr.astype(np.float64)),
-        ctcvr_score=None,
+    ctr, cvr = (
+        Prediction(logit_of(true.astype(np.float64)), "logit")
+        for true in (scored.true_ctr, scored.true_cvr)
     )
+    perfect = with_scores(scored, ctr=ctr, cvr=cvr, ctcvr=product(ctr, cvr))
     truth = measure(perfect)["truth"]
     for key in ("cvr_excess_log_loss_entire_space", "ctr_excess_log_loss", "ctcvr_excess_log_loss"):
         assert truth[key] == pytest.approx(0.0, abs=1e-9)
@@ -196,37 +229,30 @@ def test_every_reported_key_is_in_the_docstring(scored: ScoredImpressions) -> No
     documented = report_module.__doc__
     assert documented is not None
     words = set(re.findall(r"[\w<>]+", documented))
-    ratio = dataclasses.replace(
-        scored, conversion_logit=None, log_pcvr=np.log(sigmoid(scored.conversion_logit))
-    )
+    log_pcvr = np.log(sigmoid(scored.scores["cvr"].values))
+    ratio = with_scores(scored, cvr=Prediction(log_pcvr, "log_probability"))
     for part in measure(ratio).values():
         for key in part:
             general = re.sub(r"^(gauc_)?(ctr|cvr|ctcvr)(?=_|$)", r"\1<task>", key)
             assert key in words or general in words or f"\n    {key} " in documented
 
 
-def test_the_product_is_computed_where_it_is_not_given(scored: ScoredImpressions) -> None:
-    computed = measure(dataclasses.replace(scored, ctcvr_score=None))["test"]
-    given = measure(scored)["test"]
-    for key in ("ctcvr_auc", "ctcvr_ne", "ctcvr_calibration"):
-        assert computed[key] == pytest.approx(given[key], abs=1e-6)
-
-
 def test_the_common_protocol_with_the_models_own_ctr_is_its_own_product(
     scored: ScoredImpressions,
 ) -> None:
-    own = dataclasses.replace(scored, common_ctr_logit=scored.click_logit, ctcvr_score=None)
-    test = measure(own)["test"]
+    ctr, cvr = scored.scores["ctr"], scored.scores["cvr"]
+    own = with_scores(scored, ctcvr=product(ctr, cvr))
+    test = measure(dataclasses.replace(own, common_ctr_logit=ctr.values))["test"]
     assert test["ctcvr_auc_common_ctr"] == test["ctcvr_auc"]
 
 
 def test_a_ratio_above_one_is_ranked_as_it_is(scored: ScoredImpressions) -> None:
     random = np.random.default_rng(1)
     log_pcvr = (np.log(scored.true_cvr) + random.normal(0.5, 0.8, 20_000)).astype(np.float32)
-    ratio = dataclasses.replace(scored, conversion_logit=None, log_pcvr=log_pcvr)
+    ratio = with_scores(scored, cvr=Prediction(log_pcvr, "log_probability"))
     report = measure(ratio)
-    clicked = scored.click == 1
-    label = scored.conversion[clicked]
+    clicked = scored.labels["click"] == 1
+    label = scored.labels["conversion"][clicked]
     pcvr = np.exp(log_pcvr.astype(np.float64))
     assert (pcvr > 1).mean() > 0.02
     assert report["test"]["cvr_share_above_one"] == pytest.approx((pcvr > 1).mean())
@@ -236,7 +262,7 @@ def test_a_ratio_above_one_is_ranked_as_it_is(scored: ScoredImpressions) -> None
     assert report["test"]["cvr_log_loss"] == pytest.approx(log_loss(label, cut), rel=1e-6)
     common = np.log(sigmoid(scored.common_ctr_logit)) + log_pcvr
     assert report["test"]["ctcvr_auc_common_ctr"] == pytest.approx(
-        roc_auc_score(scored.conversion, common), abs=1e-6
+        roc_auc_score(scored.labels["conversion"], common), abs=1e-6
     )
     assert report["truth"]["cvr_auc_entire_space"] == pytest.approx(
         soft(pcvr, scored.true_cvr), abs=1e-9
@@ -244,7 +270,7 @@ def test_a_ratio_above_one_is_ranked_as_it_is(scored: ScoredImpressions) -> None
 
 
 def test_a_conversion_network_alone_has_no_click_figures(scored: ScoredImpressions) -> None:
-    alone = dataclasses.replace(scored, click_logit=None, ctcvr_score=None)
+    alone = with_scores(scored, ctr=None, ctcvr=None)
     report = measure(alone)
     full = measure(scored)
     for part in ("test", "truth"):
@@ -252,43 +278,40 @@ def test_a_conversion_network_alone_has_no_click_figures(scored: ScoredImpressio
             about_click = key.startswith(("ctr_", "ctcvr_", "gauc_ctr", "gauc_ctcvr", "cvr_auc_by"))
             if about_click and key != "ctcvr_auc_common_ctr":
                 assert value is None
-                assert "gives no click" in report[part]["reasons"][key]
+                assert "the model gives no c" in report[part]["reasons"][key]
             elif key != "reasons":
                 assert value == full[part][key]
 
 
 def test_one_class_gives_none_and_a_reason(scored: ScoredImpressions) -> None:
-    no_click = measure(dataclasses.replace(scored, click=np.zeros_like(scored.click)))
+    no_click = measure(with_labels(scored, click=np.zeros_like(scored.labels["click"])))
     test = no_click["test"]
     assert test["clicks"] == test["conversions"] == 0
     assert test["ctr_auc"] is None
-    assert test["reasons"]["ctr_auc"] == "none of 20000 impressions has a click"
-    assert test["reasons"]["cvr_auc"] == "there is no clicked impression"
+    assert test["reasons"]["ctr_auc"] == "click is 0 for all 20000 impressions"
+    assert test["reasons"]["cvr_auc"] == "there is no impression with click = 1"
     assert no_click["truth"]["cvr_pcoc_clicked"] is None
     assert no_click["truth"]["cvr_pcoc_unclicked"] is not None
     assert no_click["truth"]["oracle"]["cvr_auc"] is None
 
-    test = measure(dataclasses.replace(scored, conversion=np.zeros_like(scored.click)))["test"]
+    test = measure(with_labels(scored, conversion=np.zeros_like(scored.labels["click"])))["test"]
     clicks = test["clicks"]
     for key in ("cvr_auc", "cvr_ne", "cvr_calibration", "gauc_cvr"):
         assert test[key] is None
-        assert test["reasons"][key] == f"none of {clicks} clicked impressions has a conversion"
+        assert test["reasons"][key] == (
+            f"conversion is 0 for all {clicks} impressions with click = 1"
+        )
     assert test["cvr_log_loss"] > 0
 
-    test = measure(dataclasses.replace(scored, click=np.ones_like(scored.click)))["test"]
+    test = measure(with_labels(scored, click=np.ones_like(scored.labels["click"])))["test"]
     assert test["ctr_auc"] is None
-    assert test["reasons"]["ctr_auc"] == "each of 20000 impressions has a click"
+    assert test["reasons"]["ctr_auc"] == "click is 1 for all 20000 impressions"
     assert test["ctr_calibration"] is not None
 
 
 def test_each_none_has_its_reason_and_no_other_value_has(scored: ScoredImpressions) -> None:
-    empty = ScoredImpressions(
-        **{
-            field.name: None if (column := getattr(scored, field.name)) is None else column[:0]
-            for field in dataclasses.fields(scored)
-        }
-    )
-    single = dataclasses.replace(scored, click_logit=None, ctcvr_score=None, group_id=None)
+    empty = taken(scored, slice(0))
+    single = dataclasses.replace(with_scores(scored, ctr=None, ctcvr=None), group_id=None)
     for columns in (empty, single, scored):
         for part in measure(columns).values():
             nones = {key for key, value in part.items() if value is None}
@@ -297,13 +320,14 @@ def test_each_none_has_its_reason_and_no_other_value_has(scored: ScoredImpressio
 
 
 def test_scores_that_are_not_finite_are_reported(scored: ScoredImpressions) -> None:
-    broken = scored.conversion_logit.copy()
+    broken = scored.scores["cvr"].values.copy()
     broken[:3] = np.nan, np.inf, -np.inf
-    report = measure(dataclasses.replace(scored, conversion_logit=broken, ctcvr_score=None))
+    cvr = Prediction(broken, "logit")
+    ctcvr = product(scored.scores["ctr"], cvr)
+    report = measure(with_scores(scored, cvr=cvr, ctcvr=ctcvr))
     assert report["truth"]["cvr_auc_entire_space"] is None
     assert (
-        report["truth"]["reasons"]["cvr_auc_entire_space"]
-        == "3 of 20000 conversion scores are not finite"
+        report["truth"]["reasons"]["cvr_auc_entire_space"] == "3 of 20000 cvr scores are not finite"
     )
     assert "not finite" in report["test"]["reasons"]["ctcvr_auc"]
     assert report["test"]["ctr_auc"] == measure(scored)["test"]["ctr_auc"]
@@ -311,19 +335,14 @@ def test_scores_that_are_not_finite_are_reported(scored: ScoredImpressions) -> N
 
 
 def test_a_conversion_without_a_click_does_not_count(scored: ScoredImpressions) -> None:
-    stray = scored.conversion | (1 - scored.click)
-    report = measure(dataclasses.replace(scored, conversion=stray))
+    stray = scored.labels["conversion"] | (1 - scored.labels["click"])
+    report = measure(with_labels(scored, conversion=stray))
     assert report == measure(scored)
 
 
 def test_the_order_of_impressions_does_not_matter(scored: ScoredImpressions) -> None:
-    order = np.random.default_rng(2).permutation(scored.click.size)
-    shuffled = ScoredImpressions(
-        **{
-            field.name: None if (column := getattr(scored, field.name)) is None else column[order]
-            for field in dataclasses.fields(scored)
-        }
-    )
+    order = np.random.default_rng(2).permutation(scored.size)
+    shuffled = taken(scored, order)
     report, expected = measure(shuffled), measure(scored)
     for part in ("test", "truth"):
         for key, value in expected[part].items():
@@ -345,13 +364,88 @@ def test_the_report_is_json_and_has_no_truth_without_it(scored: ScoredImpression
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"click_logit": np.zeros(3, np.float32)}, "click_logit has shape"),
-        ({"click": np.full(20_000, 2, np.int8)}, "click must be 0 or 1"),
-        ({"click_logit": np.zeros(20_000, np.int64)}, "click_logit must be float32"),
-        ({"log_pcvr": np.zeros(20_000, np.float32)}, "not both"),
+        ({"scores": {"ctr": Prediction(np.zeros(3, np.float32), "logit")}}, "ctr has shape"),
+        ({"labels": {"click": np.zeros(20_000, np.int8)}}, "labels has no 'conversion'"),
+        ({"weight": np.zeros(20_000, np.int64)}, "weight must be float32"),
+        ({"group_id": np.zeros(7, np.int64)}, "group_id has shape"),
         ({"true_ctr": None}, "both true_ctr and true_cvr"),
     ],
 )
 def test_unusable_columns_are_named(scored: ScoredImpressions, change: dict, named: str) -> None:
     with pytest.raises(OptionError, match=named):
         dataclasses.replace(scored, **change)
+
+
+def test_a_label_that_is_no_label_is_named(scored: ScoredImpressions) -> None:
+    with pytest.raises(OptionError, match="click must be 0 or 1"):
+        with_labels(scored, click=np.full(20_000, 2, np.int8))
+
+
+def test_weights_count_like_repeated_impressions(scored: ScoredImpressions) -> None:
+    """Every figure of whole weights is that of each impression written down so many times."""
+    some = taken(scored, slice(3000))
+    weight = np.random.default_rng(3).integers(0, 4, some.size)
+    weighted = measure(dataclasses.replace(some, weight=weight.astype(np.float32)))
+    repeated = measure(taken(some, np.repeat(np.arange(some.size), weight)))
+    assert weighted["test"]["impressions"] == 3000
+    assert weighted["test"]["sum_of_weights"] == weight.sum()
+    compared = 0
+    for part, figures in repeated.items():
+        for key, value in figures.items():
+            # Bins and strata hold equal numbers of rows; TorchRec orders ties by chance.
+            by_rows = "_ece" in key or key.endswith(("_strata", "_torchrec"))
+            if isinstance(value, float) and not by_rows:
+                assert weighted[part][key] == pytest.approx(value, rel=1e-5), key
+                compared += 1
+    assert compared > 30
+    scores, label = some.scores["ctr"].values, some.labels["click"]
+    expected = roc_auc_score(label, scores, sample_weight=weight)
+    assert weighted["test"]["ctr_auc"] == pytest.approx(expected, abs=1e-12)
+    assert weighted["test"]["ctr_auc_torchrec"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_chain_of_three_tasks_is_measured_task_by_task() -> None:
+    random = np.random.default_rng(4)
+    n = 5000
+    tasks = TaskChain(
+        (
+            Task("click", "clicked"),
+            Task("cart", "in_cart", given="click"),
+            Task("order", "ordered", given="cart"),
+        )
+    )
+    logits = {
+        name: random.normal(mean, 1, n).astype(np.float32)
+        for name, mean in (("click", 0), ("cart_given_click", -0.5), ("order_given_cart", -1))
+    }
+    rates = {name: sigmoid(logit) for name, logit in logits.items()}
+    click = random.random(n) < rates["click"]
+    cart = click & (random.random(n) < rates["cart_given_click"])
+    order = cart & (random.random(n) < rates["order_given_cart"])
+    joint = {"cart": rates["click"] * rates["cart_given_click"]}
+    joint["order"] = joint["cart"] * rates["order_given_cart"]
+    scores = logits | {name: logit_of(probability) for name, probability in joint.items()}
+    scored = ScoredImpressions(
+        labels={
+            name: label.astype(np.int8)
+            for name, label in (("clicked", click), ("in_cart", cart), ("ordered", order))
+        },
+        scores={name: Prediction(score, "logit") for name, score in scores.items()},
+        tasks=tasks,
+    )
+    (test,) = measure(scored).values()
+    assert (test["clicks"], test["carts"], test["orders"]) == (click.sum(), cart.sum(), order.sum())
+    everywhere = np.ones(n, bool)
+    for name, label, rows in (
+        ("click", click, everywhere),
+        ("cart_given_click", cart, click),
+        ("cart", cart, everywhere),
+        ("order_given_cart", order, cart),
+        ("order", order, everywhere),
+    ):
+        probability = sigmoid(scores[name])[rows]
+        assert test[f"{name}_auc"] == pytest.approx(roc_auc_score(label[rows], probability))
+        assert test[f"{name}_log_loss"] == pytest.approx(log_loss(label[rows], probability))
+    by_joint = roc_auc_score(order[cart], scores["order"][cart])
+    assert test["order_given_cart_auc_by_p_order"] == pytest.approx(by_joint)
+    assert test["reasons"] == {}

@@ -10,9 +10,9 @@ import torch
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
-from esmm_torchrec.training.evaluation import score_split
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions

@@ -45,7 +45,7 @@ def test_impressions_seen_before_are_called_so(
     legend = auc.get_legend()
     assert legend is not None
     named = [text.get_text() for text in legend.get_texts()]
-    assert named[:2] == ["click", "conversion, of clicked"]
+    assert named[:2] == ["click", "conversion if click"]
     assert named[2:] == (["from here on seen before"] if epochs > 1 else [])
     for axes in (loss, auc):
         dashed = [line for line in axes.lines if line.get_linestyle() == "--"]

@@ -1,0 +1,104 @@
+"""Impressions with the scores of a model and their labels: what metrics and plots are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.metrics.probability import Prediction, product
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
+
+Scores = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class ScoredImpressions:
+    """n impressions with a model's scores and what is known of them; every column (n,), without
+    padding, in any order.
+
+    Scores that the model does not give (a conversion network alone has no click score) are left
+    out; what needs them is reported as None, with the reason.
+
+    Raises:
+        OptionError: a label is missing, columns differ in length, a label is neither 0 nor 1,
+            scores are not floating, or only one of the true probabilities is given.
+    """
+
+    labels: Mapping[str, NDArray[np.integer]]
+    """By label of the tasks: int8, 0 or 1; read only if the label before it is 1."""
+    scores: Mapping[str, Prediction]
+    """By `TaskProbability.name`: "ctr", "cvr" and "ctcvr"."""
+    tasks: TaskChain = DEFAULT_TASKS
+    weight: Scores | None = None
+    """float32, not negative, how much each impression counts; None: all 1."""
+    group_id: NDArray[np.integer] | None = None
+    """int64, what gauc_* groups by."""
+    common_ctr_logit: Scores | None = None
+    """float32, logit of the pCTR of a network common to the methods compared."""
+    true_ctr: Scores | None = None
+    """float32, true probability of a click."""
+    true_cvr: Scores | None = None
+    """float32, true probability of a conversion given a click."""
+
+    def __post_init__(self) -> None:
+        missing = [label for label in self.tasks.labels if label not in self.labels]
+        if missing:
+            raise OptionError(f"labels has no {missing[0]!r}; give every label of the tasks")
+        floating = {name: score.values for name, score in self.scores.items()} | {
+            name: getattr(self, name)
+            for name in ("weight", "common_ctr_logit", "true_ctr", "true_cvr")
+        }
+        columns = {**self.labels, "group_id": self.group_id, **floating}
+        for name, column in columns.items():
+            if column is None:
+                continue
+            if column.shape != (self.size,):
+                raise OptionError(
+                    f"{name} has shape {column.shape}, not ({self.size},): one value per impression"
+                )
+            if name in floating and column.dtype not in (np.float32, np.float64):
+                raise OptionError(f"{name} must be float32, not {column.dtype}")
+        for label in self.tasks.labels:
+            values = self.labels[label]
+            if not ((values == 0) | (values == 1)).all():
+                raise OptionError(f"{label} must be 0 or 1 for every impression")
+        if (self.true_ctr is None) != (self.true_cvr is None):
+            raise OptionError("give both true_ctr and true_cvr, or neither")
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return len(self.labels[self.tasks.labels[0]])
+
+    def happened(self, task: str) -> NDArray[np.bool_]:
+        """bool (n,), the impressions with the task called `task` and all tasks before it."""
+        return self._happened[task]
+
+    @cached_property
+    def _happened(self) -> dict[str, NDArray[np.bool_]]:
+        happened: dict[str, NDArray[np.bool_]] = {}
+        so_far = np.ones(self.size, np.bool_)
+        for task in self.tasks:
+            so_far = so_far & (self.labels[task.label] == 1)
+            happened[task.name] = so_far
+        return happened
+
+    @cached_property
+    def groups(self) -> NDArray[np.integer] | None:
+        """int (n,), `group_id` numbered from 0."""
+        if self.group_id is None:
+            return None
+        return np.unique(self.group_id, return_inverse=True)[1]
+
+    @cached_property
+    def ctcvr_common_ctr(self) -> Prediction | None:
+        """pCTCVR from the common network's pCTR and the model's own pCVR."""
+        cvr = self.scores.get("cvr")
+        if self.common_ctr_logit is None or cvr is None:
+            return None
+        return product(Prediction(self.common_ctr_logit, "logit"), cvr)

@@ -1,0 +1,158 @@
+"""The scores of a model for a stream of impressions, by name, in the order of the stream.
+
+Evaluation, `score` and `compare` get their scores from here. Padding is stripped here, and ranks
+are gathered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
+
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.reader import ImpressionReader, Selection, SharedFeatures
+from esmm_torchrec.metrics.probability import Prediction
+from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.models.scores import read_scores
+from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.schema import GROUP_ID, TRUE_CTR, TRUE_CVR, WEIGHT
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.tasks import TaskChain
+
+BATCH_SIZE = 8192
+"""Impressions per rank and step that are scored at a time, unless the caller chooses another."""
+
+Scores = dict[str, Prediction]
+"""By `TaskProbability.name`: "ctr", "cvr" and "ctcvr", without those that the model cannot give."""
+
+
+def scores_of(logits: Logits, tasks: TaskChain, size: int) -> Scores:
+    """The scores of the first `size` impressions of a batch; the others are padding.
+
+    Args:
+        logits: of the model, float32 (B,), on the CPU.
+        tasks: the chain.
+        size: at most B.
+    """
+    return {
+        name: Prediction(values[:size].numpy(), form)
+        for name, (values, form) in read_scores(logits, tasks).items()
+    }
+
+
+def score_stream(
+    model: DistributedModelParallel, reader: ImpressionReader, ranks: Ranks
+) -> Iterator[Scores | None]:
+    """Scores the rows of a reader without training the model; every rank must go through all of
+    its stream.
+
+    Args:
+        model: a sharded train task.
+        reader: does not shuffle; at its first row.
+        ranks: this process among the others.
+
+    Yields:
+        on rank 0, for each step, the scores of the rows of all ranks; on the other ranks None.
+    """
+    was_training = model.training
+    model.eval()
+    pipeline = EvalPipelineSparseDist(model, model.fused_optimizer, ranks.device)
+    stream = iter(reader)
+    rows_left = reader.num_rows
+    try:
+        while True:
+            try:
+                with torch.no_grad():
+                    output = pipeline.progress(stream)
+            except StopIteration:
+                break
+            own = output.logits
+            stacked = torch.stack(list(own.values())).cpu()
+            parts = [torch.empty_like(stacked) for _ in range(ranks.world_size)]
+            dist.gather(stacked, parts if ranks.is_first else None, dst=0)
+            size = min(rows_left, reader.global_batch_size)
+            rows_left -= size
+            if ranks.is_first:
+                gathered = Logits(dict(zip(own, torch.cat(parts, dim=1), strict=True)))
+                yield scores_of(gathered, reader.split.schema.tasks, size)
+            else:
+                yield None
+        # Not after an error: within a step it fails, and hides what went wrong.
+        pipeline.detach()
+    finally:
+        model.train(was_training)
+
+
+def score_split(
+    model: DistributedModelParallel,
+    split: MappedSplit,
+    ranks: Ranks,
+    *,
+    batch_size: int = BATCH_SIZE,
+    shared_features: SharedFeatures = "once",
+    rows: np.ndarray | None = None,
+    progress: bool = True,
+) -> ScoredImpressions | None:
+    """Scores impressions of a split; to be called on every rank.
+
+    Args:
+        model: a sharded train task.
+        split: where the impressions are.
+        ranks: this process among the others.
+        batch_size: rows per rank and step, at most.
+        shared_features: how a batch carries shared features.
+        rows: int (M,), which impressions; None: all.
+        progress: whether to show a progress bar.
+
+    Returns:
+        on rank 0 the scores that the model gives and the labels, in the order of `rows`; on the
+        other ranks None.
+    """
+    num_rows = split.impressions if rows is None else len(rows)
+    reader = ImpressionReader(
+        split,
+        batch_size=max(1, min(batch_size, -(-num_rows // ranks.world_size))),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        shuffle=False,
+        shared_features=shared_features,
+        selection=None if rows is None else Selection(rows),
+        pin_memory=ranks.device.type == "cuda",
+    )
+    scores: Scores = {}
+    done = 0
+    with progress_bar(
+        "Evaluating", num_rows, "rows", disable=not (progress and ranks.is_first)
+    ) as bar:
+        for step in score_stream(model, reader, ranks):
+            if step is None:
+                continue
+            size = 0
+            for name, part in step.items():
+                if name not in scores:
+                    scores[name] = Prediction(np.empty(num_rows, np.float32), part.form)
+                size = len(part.values)
+                scores[name].values[done : done + size] = part.values
+            done += size
+            bar.update(size)
+    if not ranks.is_first:
+        return None
+    columns = {
+        name: column if rows is None else column[rows] for name, column in split.scalars.items()
+    }
+    tasks = split.schema.tasks
+    return ScoredImpressions(
+        labels={label: columns[label] for label in tasks.labels},
+        scores=scores,
+        tasks=tasks,
+        weight=columns.get(WEIGHT),
+        group_id=columns.get(GROUP_ID),
+        true_ctr=columns.get(TRUE_CTR),
+        true_cvr=columns.get(TRUE_CVR),
+    )
