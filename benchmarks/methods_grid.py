@@ -1,13 +1,12 @@
-"""Where ESMM wins, where it ties, and what it cannot repair: methods on a grid of worlds.
+"""When is ESMM worth it? Methods on a grid of worlds.
 
     python benchmarks/methods_grid.py --out bench/methods-grid
 
-Compares on worlds that differ in the correlation of the tastes for clicking and converting, in
-their size, and in a hidden factor that acts on both and is not logged. Methods are tuned once, on
-the default world at its full size, and keep those settings everywhere, so that a cell shows the
-world and not the luck of a tuning on few conversions. Writes grid.json, grid.md and grid.png; a
-stopped run goes on. With `--remembered paper/trials`, and the trials and epochs of `make paper`, it
-takes over that tuning.
+The worlds differ in the conversions per click, in the correlation of the tastes for clicking and
+converting, and in volume, counted in training conversions. For each CVR the methods are tuned once,
+at the correlation of the default world and at the largest volume, and keep those settings, so that
+a cell shows the world and not the luck of a tuning on few conversions. Writes grid.json, grid.md
+and grid.png. Rerun the command to resume a run that was stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,17 @@ from matplotlib.figure import Figure
 from esmm_torchrec.cli.main import settle_process
 from esmm_torchrec.comparison.data import DEFAULT_WORLD
 from esmm_torchrec.comparison.options import ComparisonOptions
+from esmm_torchrec.comparison.statistics import Difference, paired_difference
 from esmm_torchrec.comparison.study import compare
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 
 METRICS = {
-    "cvr_auc": "CVR AUC, clicks",
+    "cvr_auc": "CVR AUC on clicks",
     "cvr_auc_entire_space": "CVR AUC, entire space",
+    "cvr_excess_log_loss_entire_space": "excess log loss",
 }
+DRAWN = ("cvr_auc", "cvr_auc_entire_space")
 PAIRS = (("ESMM", "BASE"), ("ESMM", "shared-bottom"))
 
 
@@ -46,13 +48,13 @@ class Options:
 
     out: Path
     """Folder of the results."""
-    correlations: tuple[float, ...] = (-0.5, 0.0, 0.6, 0.9)
+    cvrs: tuple[float, ...] = (0.005, 0.02, 0.08, 0.18)
+    """Conversions per click."""
+    correlations: tuple[float, ...] = (-0.3, 0.0, 0.3, 0.6, 0.9)
     """Of the tastes for clicking and converting."""
-    impressions: tuple[int, ...] = (72_000, 240_000, 720_000)
-    """Sizes of the worlds, both halves together."""
-    confoundings: tuple[float, ...] = (0.0, 1.0)
-    """Weights of the hidden factor in both logits."""
-    methods: tuple[str, ...] = ("base", "division", "esmm-ns", "esmm", "shared-bottom")
+    conversions: tuple[int, ...] = (600, 2500)
+    """Expected training conversions."""
+    methods: tuple[str, ...] = ("base", "esmm", "shared-bottom")
     """What is compared."""
     seeds: int = 3
     """Worlds of each cell."""
@@ -60,33 +62,35 @@ class Options:
     """As in compare."""
     epochs: int = ComparisonOptions.epochs
     """As in compare."""
-    remembered: Path | None = None
-    """Folder of remembered trainings; below --out if not given."""
-    base: World = DEFAULT_WORLD
-    """What the worlds share, and what is tuned on."""
+    batch_size: int = ComparisonOptions.batch_size
+    """As in compare, for the largest world."""
+    world: World = DEFAULT_WORLD
+    """What the worlds share."""
+
+
+def world_of(options: Options, cvr: float, conversions: int) -> World:
+    """A world with that many expected training conversions."""
+    impressions = 2 * round(conversions / (options.world.ctr * cvr))
+    return replace(options.world, cvr=cvr, impressions=impressions)
 
 
 def run_grid(options: Options, ranks: Ranks) -> list[dict[str, Any]]:
     """Results of each cell."""
-    comparison = ComparisonOptions(
-        methods=options.methods,
-        seeds=options.seeds,
-        trials=options.trials,
-        epochs=options.epochs,
-    )
+    largest = max(options.conversions)
     cells = []
-    for confounding in options.confoundings:
-        for correlation in options.correlations:
-            for impressions in options.impressions:
-                world = replace(
-                    options.base,
-                    impressions=impressions,
-                    correlation=correlation,
-                    confounding=confounding,
-                )
-                name = (
-                    f"correlation-{correlation:g}-impressions-{impressions}-hidden-{confounding:g}"
-                )
+    for cvr in options.cvrs:
+        tune_on = world_of(options, cvr, largest)
+        for conversions in options.conversions:
+            comparison = ComparisonOptions(
+                methods=options.methods,
+                seeds=options.seeds,
+                trials=options.trials,
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+            )
+            for correlation in options.correlations:
+                world = replace(world_of(options, cvr, conversions), correlation=correlation)
+                name = f"cvr-{cvr:g}-conversions-{conversions}-correlation-{correlation:g}"
                 if ranks.is_first:
                     print(name, flush=True)
                 results = compare(
@@ -96,104 +100,104 @@ def run_grid(options: Options, ranks: Ranks) -> list[dict[str, Any]]:
                     data=None,
                     world=world,
                     command=shlex.join(sys.argv),
-                    tune_on=options.base,
-                    trials=options.remembered or options.out / "trials",
+                    tune_on=tune_on,
+                    trials=options.out / "trials",
                 )
                 cells.append(
                     {
-                        "confounding": confounding,
+                        "cvr": cvr,
+                        "conversions": conversions,
                         "correlation": correlation,
-                        "impressions": impressions,
                         "methods": {
                             method: {metric: of["1"].get(metric) for metric in METRICS}
                             for method, of in results["methods"].items()
                         },
-                        "train_conversions": _train_conversions(results),
                     }
                 )
     return cells
 
 
-def _train_conversions(results: dict[str, Any]) -> float:
-    """About as many as the test half has, which is as large."""
-    test = next(iter(results["methods"].values()))["1"]
-    share = results["source"]["world"]["impressions"] / 2 / test["impressions"]["mean"]
-    return test["conversions"]["mean"] * share
-
-
-def differences(cell: dict[str, Any], metric: str, pair: tuple[str, str]) -> list[float]:
-    """Of each world of a cell."""
+def difference(cell: dict[str, Any], metric: str, pair: tuple[str, str]) -> Difference:
+    """Of the first method from the second, over the worlds of a cell."""
     first, second = (cell["methods"][name][metric]["runs"] for name in pair)
-    return [a - b for a, b in zip(first, second, strict=True)]
+    return paired_difference(first, second)
 
 
 def markdown(cells: Sequence[dict[str, Any]]) -> str:
-    """One row a cell: mean differences, and in how many of the worlds ESMM was ahead."""
+    """One row per cell: differences with their 95 % intervals."""
     titles = [f"{a} − {b}, {title}" for a, b in PAIRS for title in METRICS.values()]
     lines = [
-        "| hidden factor | correlation | conversions | " + " | ".join(titles) + " |",
+        "| CVR | conversions | correlation | " + " | ".join(titles) + " |",
         "|" + " --- |" * (3 + len(titles)),
     ]
     for cell in cells:
         figures = []
         for pair in PAIRS:
             for metric in METRICS:
-                values = differences(cell, metric, pair)
-                ahead = sum(value > 0 for value in values)
-                figures.append(f"{np.mean(values):+.4f} ({ahead} of {len(values)})")
-        head = (
-            f"{cell['confounding']:g} | {cell['correlation']:g} | {cell['train_conversions']:,.0f}"
-        )
+                found = difference(cell, metric, pair)
+                interval = "" if found.low is None else f" ({found.low:+.4f} to {found.high:+.4f})"
+                figures.append(f"{found.mean:+.4f}{interval}")
+        head = f"{cell['cvr']:g} | {cell['conversions']:,} | {cell['correlation']:g}"
         lines.append(f"| {head} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
 
 
 def plot(cells: Sequence[dict[str, Any]], options: Options, out: Path) -> None:
-    """A map of mean differences: a row of panels a hidden factor, a column a pair and metric."""
-    columns = [(pair, metric) for pair in PAIRS for metric in METRICS]
+    """A map of mean differences: a row of panels per pair and metric, a column per volume."""
+    rows = [(pair, metric) for pair in PAIRS for metric in DRAWN]
     figure = Figure(
-        figsize=(3.1 * len(columns), 2.7 * len(options.confoundings) + 0.6), layout="constrained"
+        figsize=(3.6 * len(options.conversions) + 1, 2.3 * len(rows) + 0.8), layout="constrained"
     )
-    grid = figure.subplots(len(options.confoundings), len(columns), squeeze=False)
-    reach = max(
-        abs(float(np.mean(differences(cell, metric, pair))))
+    grid = figure.subplots(len(rows), len(options.conversions), squeeze=False)
+    found = {
+        (row, cell["conversions"], cell["correlation"], cell["cvr"]): difference(cell, metric, pair)
+        for row, (pair, metric) in enumerate(rows)
         for cell in cells
-        for pair, metric in columns
-    )
-    for row, confounding in enumerate(options.confoundings):
-        for column, (pair, metric) in enumerate(columns):
-            values = np.zeros((len(options.correlations), len(options.impressions)))
-            for cell in cells:
-                if cell["confounding"] == confounding:
-                    place = (
-                        options.correlations.index(cell["correlation"]),
-                        options.impressions.index(cell["impressions"]),
-                    )
-                    values[place] = np.mean(differences(cell, metric, pair))
-            _panel(grid[row, column], values, options, reach=reach)
-            if row == 0:
-                grid[row, column].set_title(f"{pair[0]} − {pair[1]}\n{METRICS[metric]}", fontsize=9)
-        grid[row, 0].set_ylabel(f"hidden factor {confounding:g}\ncorrelation", fontsize=9)
+    }
+    reach = max(abs(of.mean) for of in found.values()) or 1.0
+    for row, (pair, metric) in enumerate(rows):
+        for column, conversions in enumerate(options.conversions):
+            axes = grid[row, column]
+            panel = [
+                [found[row, conversions, correlation, cvr] for cvr in options.cvrs]
+                for correlation in options.correlations
+            ]
+            _panel(axes, panel, options, reach=reach)
+            axes.set_title(
+                f"{pair[0]} − {pair[1]}, {METRICS[metric]}\n{conversions:,} conversions", fontsize=9
+            )
+        grid[row, 0].set_ylabel("correlation", fontsize=9)
     for axes in grid[-1]:
-        axes.set_xlabel("training impressions", fontsize=9)
+        axes.set_xlabel("conversions per click", fontsize=9)
+    figure.suptitle(
+        "When is ESMM worth it? Blue: ESMM is better. Bold: the 95 % interval excludes 0.",
+        fontsize=10,
+    )
     FigureCanvasAgg(figure)
     figure.savefig(out, dpi=130)
 
 
-def _panel(axes: Axes, values: np.ndarray, options: Options, *, reach: float) -> None:
+def _panel(
+    axes: Axes, panel: Sequence[Sequence[Difference]], options: Options, *, reach: float
+) -> None:
+    values = np.array([[of.mean for of in row] for row in panel])
     axes.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 0.6 * reach else "black"
-        axes.text(column, row, f"{value:+.3f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(
-        range(len(options.impressions)),
-        [f"{size // 2000}k" for size in options.impressions],
-        fontsize=8,
-    )
+        of = panel[row][column]
+        clear = of.low is not None and of.high is not None and of.low * of.high > 0
+        axes.text(
+            column,
+            row,
+            f"{value:+.3f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            weight="bold" if clear else "normal",
+            color="white" if abs(value) > 0.6 * reach else "black",
+        )
+    axes.set_xticks(range(len(options.cvrs)), [f"{cvr:g}" for cvr in options.cvrs], fontsize=8)
     axes.set_yticks(
-        range(len(options.correlations)),
-        [f"{value:g}" for value in options.correlations],
-        fontsize=8,
+        range(len(options.correlations)), [f"{of:g}" for of in options.correlations], fontsize=8
     )
 
 
@@ -204,7 +208,8 @@ def main() -> None:
     with process_group("auto") as ranks:
         cells = run_grid(options, ranks)
         if ranks.is_first:
-            (options.out / "grid.json").write_text(json.dumps(cells, indent=1) + "\n")
+            written = {"world": asdict(options.world), "cells": cells}
+            (options.out / "grid.json").write_text(json.dumps(written, indent=1) + "\n")
             (options.out / "grid.md").write_text(markdown(cells) + "\n")
             plot(cells, options, options.out / "grid.png")
             print(markdown(cells))
