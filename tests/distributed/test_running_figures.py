@@ -8,9 +8,11 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from esmm_torchrec.batch import Logits, NamedTensors
+from esmm_torchrec.batch import NamedTensors
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.tasks import DEFAULT_TASKS
 from esmm_torchrec.training.running_figures import RunningFigures
 from tests.ranks import run_on_ranks
 
@@ -48,7 +50,7 @@ def _output(
 
 def _compute(first: int, last: int, states: list[dict[str, Any]]) -> Any:
     with process_group("cpu") as ranks:
-        figures = RunningFigures(ranks, window_size=WINDOW_STEPS * ROWS)
+        figures = RunningFigures(ranks, DEFAULT_TASKS, window_size=WINDOW_STEPS * ROWS)
         if states:
             figures.load_state_dicts(states)
         for step in _steps()[first:last]:
