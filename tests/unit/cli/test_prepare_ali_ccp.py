@@ -40,8 +40,9 @@ def test_the_report_holds_the_counts(raw: Path, tmp_path: Path, capsys):
         "shared rows 1 1",
         "conversions without a click (drop) 1 1",
         "dropped: bad skeleton rows 1 1",
-        "205 2 205",
-        "109_14 1 109_14 (list, weighted)",
+        "205 2 2 205",
+        "109_14 1 0 109_14 (list, weighted)",
+        "205 0.0% 0.0% 33.3% 33.3%",
         f"prepared data set: {out}",
         f"next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out runs/out",
     ):
@@ -62,7 +63,7 @@ def test_options_reach_the_preparation(raw: Path, tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "sample_skeleton_train.csv, line 5: 4 columns where 6 belong; mend it, or"),
+        ([], "sample_skeleton_train.csv, line 5: 4 columns where 6 belong; fix it, or"),
         (["--max-bad-rows", "1"], "sample_skeleton_test.csv, line 5"),
         (
             ["--max-bad-rows", "2", "--unclicked-purchases", "error"],
