@@ -35,6 +35,7 @@ from esmm_torchrec.schema import (
     SHARED_ROW,
     TRUE_CTR,
     TRUE_CVR,
+    IdFeature,
     Schema,
     Table,
     weight_column,
@@ -122,7 +123,7 @@ class _Drawing:
         self._raw_ids = raw_ids
         self._folder = folder
         self.counts = {name: np.zeros(len(ids), np.int64) for name, ids in raw_ids.items()}
-        """Field → occurrences of each of its numbers in stored training rows."""
+        """Field → training impressions that have each of its numbers."""
 
     def scratch(self, split: Split) -> Path:
         """File of the impressions of a split."""
@@ -211,11 +212,25 @@ class _Drawing:
 
     def _count(self, rendered: _Rendered) -> None:
         for feature in FIELDS:
-            batch = rendered.shared if feature.shared else rendered.impressions
-            column = batch.column(feature.name)
-            numbers = column.flatten() if feature.multi_valued else column.drop_null()
+            numbers, counts = _occurrences(feature, rendered)
             known = self.counts[feature.name]
-            known += np.bincount(numbers.to_numpy(), minlength=len(known))
+            known += np.bincount(numbers, counts, minlength=len(known)).astype(np.int64)
+
+
+def _occurrences(feature: IdFeature, rendered: _Rendered) -> tuple[Ints, Ints | None]:
+    """Numbers of a feature in a block, and in how many impressions each occurrence is; None: 1."""
+    if not feature.shared:
+        column = rendered.impressions.column(feature.name)
+        numbers = column.flatten() if feature.multi_valued else column.drop_null()
+        return numbers.to_numpy(), None
+    column = rendered.shared.column(feature.name)
+    rows = rendered.impressions.column(SHARED_ROW).to_numpy()
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    uses = np.diff(starts, append=len(rows))
+    if feature.multi_valued:
+        return column.flatten().to_numpy(), np.repeat(uses, column.value_lengths().to_numpy())
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    return column.drop_null().to_numpy(), uses[there]
 
 
 def _vocabulary(raw_ids: Ints, counts: Ints, min_count: int) -> Vocabulary:
