@@ -70,9 +70,9 @@ class ComparisonOptions:
     epochs: int = 3
     """Tuning chooses among 1 to this many passes of a method over its own training rows."""
     held_out_by: HeldOutBy = "auto"
-    """With --data, what stays together when training users are held out or a fraction of them is
-    drawn: impressions of a group_id, of a shared row, or each impression by itself; auto: of a
-    shared row if there are any. --group-id of prepare table decides metrics alone."""
+    """What stays together when training users of a prepared data set are held out or a fraction of
+    them is drawn: impressions of a group_id, of a shared row, or each impression by itself; auto:
+    of a shared row if there are any. The group_id decides metrics alone otherwise."""
     validation_share: float = 0.2
     """Part of the training users to tune on; chosen methods are retrained on all."""
     test_impressions: int = 1_500_000
