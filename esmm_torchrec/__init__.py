@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esmm_torchrec.batch import BatchFeatures, ImpressionBatch
-    from esmm_torchrec.checkpoints.restore import restore
-    from esmm_torchrec.checkpoints.run_folder import RunFolder
     from esmm_torchrec.data.mapped import MappedSplit
     from esmm_torchrec.data.prepared import PreparedDataSet
     from esmm_torchrec.data.reader import ImpressionReader
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from esmm_torchrec.models.methods import Method
     from esmm_torchrec.models.parts import Architecture, Objective, Rows
     from esmm_torchrec.models.towers import EsmmTowers, Logits, Towers
+    from esmm_torchrec.runs.restore import restore
+    from esmm_torchrec.runs.run_folder import RunFolder
     from esmm_torchrec.schema import IdFeature, Schema, Table
     from esmm_torchrec.serving.predictor import Predictor
     from esmm_torchrec.sharding.apply import shard
@@ -69,7 +69,7 @@ _MODULES = {
     "Ranks": "sharding.process_group",
     "Rows": "models.parts",
     "RunError": "errors",
-    "RunFolder": "checkpoints.run_folder",
+    "RunFolder": "runs.run_folder",
     "Schema": "schema",
     "Table": "schema",
     "Task": "tasks",
@@ -91,7 +91,7 @@ _MODULES = {
     "process_group": "sharding.process_group",
     "product_logit": "models.losses",
     "product_loss": "models.losses",
-    "restore": "checkpoints.restore",
+    "restore": "runs.restore",
     "shard": "sharding.apply",
     "train": "training.run",
     "windowed_figures": "metrics.windowed",

@@ -60,4 +60,13 @@ class RunError(EsmmTorchrecError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training was interrupted; one sentence on what is saved and how to go on."""
+    """A training was interrupted; one sentence on what is saved and how to resume.
+
+    Args:
+        sentence: for the user.
+        terminated: whether it was by SIGTERM rather than by Ctrl-C.
+    """
+
+    def __init__(self, sentence: str, *, terminated: bool = False) -> None:
+        super().__init__(sentence)
+        self.terminated = terminated

@@ -19,7 +19,10 @@ Example::
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +30,16 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from esmm_torchrec.checkpoints.checkpoint import (
-    checkpoint_folders,
-    find_checkpoint,
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-)
-from esmm_torchrec.sharding.process_group import Ranks
-
-BEST = "best.json"
-"""File that names the best checkpoint."""
+from esmm_torchrec.checkpoints import files
+from esmm_torchrec.checkpoints.state import State, host_copy, load_state, quiet_torch, reason
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.sharding.process_group import COLLECTIVE_TIMEOUT, Ranks, on_every_rank
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,10 @@ class LoadedCheckpoint:
         Args:
             rank: one of the `num_ranks` that wrote the checkpoint.
         """
-        file = self.path / rank_file(rank)
+        file = self.path / files.rank_file(rank)
         if not file.exists():
             return None
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def rank_file(rank: int) -> str:
-    """Name of the file that holds the `rank_state` of a rank."""
-    return f"rank-{rank:05d}.pt"
 
 
 class CheckpointManager:
@@ -83,7 +77,7 @@ class CheckpointManager:
         keep_last: number of checkpoints to keep; None keeps all. The best one is kept in any case.
         asynchronous: whether `save` returns once the state has been copied to host memory, and a
             thread writes it. The copy takes as much host memory as this rank's part of the weights
-            and of the optimiser's state.
+            and of the optimiser's state, from `save` until the checkpoint is complete.
     """
 
     def __init__(
@@ -97,7 +91,14 @@ class CheckpointManager:
         self.folder = folder
         self._ranks = ranks
         self._keep_last = keep_last
-        self._asynchronous = asynchronous
+        self._earlier_steps = 0  # of the optimiser, in the run that this one started from
+        # Collectives of the thread must not mix with those of training.
+        self._group: dist.ProcessGroup | None = None
+        if asynchronous:
+            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+        self._writer: _Writer | None = None
 
     def find(self, step: int | None = None) -> Path | None:
         """The checkpoint of a step, or the last one; None if there is none at all. Every rank gets
@@ -106,7 +107,7 @@ class CheckpointManager:
         Raises:
             RunError: there is no checkpoint of that step.
         """
-        return self._ranks.from_first(lambda: find_checkpoint(self.folder, step))
+        return self._ranks.from_first(lambda: files.find_checkpoint(self.folder, step))
 
     def save(
         self,
@@ -137,16 +138,38 @@ class CheckpointManager:
             RunError: this checkpoint, or the one saved asynchronously before it, cannot be written.
                 Those written earlier are as they were.
         """
-        save_checkpoint(
-            self.folder,
-            step=step,
-            model=model,
-            optimizer=optimizer,
-            progress=dict(progress),
-            ranks=self._ranks,
-            rank_state=rank_state,
+        self.wait()
+        state: State = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        buffer = io.BytesIO()
+        if rank_state is not None:
+            torch.save(dict(rank_state), buffer)
+        # The form that reading the file gives, of which the checksum is taken.
+        description = json.loads(
+            json.dumps(
+                {
+                    "step": step,
+                    "optimizer_step": self._earlier_steps + step,
+                    "num_ranks": self._ranks.world_size,
+                    "progress": dict(progress),
+                }
+            )
         )
-        self._ranks.from_first(lambda: self._finish(step, best))
+        writer = _Writer(
+            self.folder,
+            state=state if self._group is None else host_copy(state),
+            rank_state=buffer.getbuffer(),
+            description=description,
+            ranks=self._ranks,
+            group=self._group,
+            best=best,
+            keep_last=self._keep_last,
+        )
+        if self._group is None:
+            writer.run()
+            writer.result()
+        else:
+            self._writer = writer
+            writer.start()
 
     def load(
         self, checkpoint: Path, *, model: DistributedModelParallel, optimizer: CombinedOptimizer
@@ -164,9 +187,26 @@ class CheckpointManager:
             RunError: it cannot be read, belongs to another model, or holds an optimiser state whose
                 form depends on the placement.
         """
-        progress = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
-        step, num_ranks = progress.pop("step"), progress.pop("num_ranks", 1)
-        return LoadedCheckpoint(checkpoint, step, progress, num_ranks)
+        found = load_state(checkpoint, model=model, optimizer=optimizer)
+        self._earlier_steps = found["optimizer_step"] - found["step"]
+        return LoadedCheckpoint(checkpoint, found["step"], found["progress"], found["num_ranks"])
+
+    def start_from(
+        self, checkpoint: Path, *, model: DistributedModelParallel, optimizer: CombinedOptimizer
+    ) -> None:
+        """Starts a run with the weights and the optimiser state of another one, whose tables may
+        have fewer rows: the first rows are loaded, the others keep what they have.
+
+        Args:
+            checkpoint: of the other run.
+            model: its weights are overwritten.
+            optimizer: of the model; its state is overwritten, and its count of steps continues.
+
+        Raises:
+            RunError: as `load`.
+        """
+        found = load_state(checkpoint, model=model, optimizer=optimizer, tables_may_grow=True)
+        self._earlier_steps = found["optimizer_step"]
 
     def wait(self) -> None:
         """Waits until the last checkpoint is complete.
@@ -174,6 +214,10 @@ class CheckpointManager:
         Raises:
             RunError: it could not be written.
         """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.join()
+            writer.result()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -186,28 +230,87 @@ class CheckpointManager:
     ) -> None:
         if error is None:
             self.wait()
+        self.close()
 
-    def _finish(self, step: int, best: bool) -> None:
-        if best:
-            _write(self.folder / BEST, json.dumps({"step": step}))
-        if self._keep_last is None:
-            return
-        best_step = find_best(self.folder)
-        for earlier in list(checkpoint_folders(self.folder))[: -self._keep_last]:
-            if earlier != best_step:
-                remove_checkpoint(self.folder, earlier)
+    def close(self) -> None:
+        """Ends the thread after an error, so that the last checkpoint is complete or does not
+        exist. Of several ranks, another may have ended, and then the thread would wait for it: it
+        is left to end with the process."""
+        if self._writer is not None and self._ranks.world_size == 1:
+            self._writer.join()
 
 
-def find_best(folder: Path) -> int | None:
-    """The step of the best checkpoint in a folder; None if none was marked."""
-    try:
-        step = json.loads((folder / BEST).read_text())["step"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return step if step in checkpoint_folders(folder) else None
+class _Writer(threading.Thread):
+    """Writes one checkpoint; `run` is a collective of all ranks, and has the same outcome on all of
+    them."""
 
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        state: State,
+        rank_state: memoryview,
+        description: Mapping[str, Any],
+        ranks: Ranks,
+        group: dist.ProcessGroup | None,
+        best: bool,
+        keep_last: int | None,
+    ) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._final = files.checkpoint_path(folder, description["step"])
+        self._partial = self._final.with_name(f"{self._final.name}.partial")
+        self._state = state
+        self._rank_state = rank_state
+        self._description = description
+        self._ranks = ranks
+        self._group = group
+        self._best = best
+        self._keep_last = keep_last
+        self._error: BaseException | None = None
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.rename(path)
+    def run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._state.clear()
+
+    def result(self) -> None:
+        """Raises what `run` ended with."""
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        folder = self._final.parent
+        try:
+            self._ranks.from_first(lambda: files.remove_leftovers(folder), group=self._group)
+            with quiet_torch():
+                save(self._state, checkpoint_id=self._partial, process_group=self._group)
+            of_ranks = on_every_rank(self._write_own, group=self._group)
+            written = {name: entry for own in of_ranks for name, entry in own.items()}
+            self._ranks.from_first(lambda: self._complete(written), group=self._group)
+        except (CheckpointException, OSError) as error:
+            why = reason(error)
+            if self._ranks.is_first:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            raise RunError(
+                f"checkpoint {self._final} cannot be written ({why}; "
+                f"{shutil.disk_usage(there).free / 1e6:,.0f} MB are free on its disk); make room "
+                "and give the same command again"
+            ) from error
+
+    def _write_own(self) -> dict[str, tuple[int, int]]:
+        if len(self._rank_state):
+            path = self._partial / files.rank_file(self._ranks.rank)
+            files.write_durably(path, self._rank_state)
+        return files.written_by(self._partial, self._ranks.rank)
+
+    def _complete(self, written: Mapping[str, tuple[int, int]]) -> None:
+        files.complete(self._partial, self._final, description=self._description, files=written)
+        folder = self._final.parent
+        if self._best:
+            files.mark_best(folder, self._description["step"])
+        if self._keep_last is not None:
+            files.prune(folder, keep_last=self._keep_last)

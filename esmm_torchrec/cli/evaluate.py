@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from esmm_torchrec.checkpoints.restore import restore
-from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.cli.terminal import format_metrics
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.runs.restore import restore
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, is_finished
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import ShardingOption

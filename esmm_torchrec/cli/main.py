@@ -198,7 +198,8 @@ def errors_in_words(out: object = None) -> Iterator[None]:
         if _is_first_rank():  # torchrun passes the signal on to every rank
             known = str(error) if isinstance(error, Interrupted) else ""
             print_error(known or "interrupted; give the same command again")
-        _end(EXIT_INTERRUPTED)
+        terminated = isinstance(error, Interrupted) and error.terminated
+        _end(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Nobody reads on, as in '… | head'; nor will the flush at the end of the process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from esmm_torchrec.checkpoints.restore import restore
-from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError
+from esmm_torchrec.runs.restore import restore
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
 from esmm_torchrec.serving.scoring import encode_rows, refuse_existing, remove, score
 from esmm_torchrec.sharding.planner import ShardingOption

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from esmm_torchrec.cli.method_options import MethodOptions
 from esmm_torchrec.cli.terminal import format_metrics
@@ -19,7 +22,10 @@ class Options(MethodOptions, TrainOptions):
     data: Path
     """The prepared data set."""
     out: Path
-    """The run folder to make or to go on with."""
+    """The run folder to make or to resume."""
+    start_from: Annotated[Path | None, tyro.conf.arg(name="from", metavar="RUN")] = None
+    """A run whose weights and optimiser state a new run starts with; its vocabularies must be the
+    beginning of those of the data."""
 
 
 def run(options: Options) -> None:

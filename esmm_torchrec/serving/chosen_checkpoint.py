@@ -6,9 +6,9 @@ taken for what the finished run would.
 
 from __future__ import annotations
 
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, step_of
-from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.checkpoints.files import find_checkpoint, step_of
 from esmm_torchrec.errors import RunError
+from esmm_torchrec.runs.run_folder import RunFolder
 
 
 def chosen_step(run: RunFolder, step: int | None = None) -> int:

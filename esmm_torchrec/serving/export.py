@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import dense_features, vocabulary_file
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.scores import probabilities
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import UNKNOWN_ROW, Schema
 from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.scoring import check_preprocessing
@@ -168,8 +168,8 @@ def export(run: RunFolder | Path | str, out: Path | str, *, step: int | None = N
         the model that was exported.
 
     Raises:
-        RunError: `out` exists, `run` is no run folder, or it lacks the checkpoint or what encodes
-            raw rows.
+        RunError: `out` exists, `run` is not a run folder, or it lacks the checkpoint or what
+            encodes raw rows.
     """
     out = Path(out)
     if out.exists():

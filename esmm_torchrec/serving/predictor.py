@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,13 +11,14 @@ import pyarrow as pa
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_model
-from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step
 from esmm_torchrec.serving.scorer import scores_of
@@ -39,7 +39,7 @@ class Predictor:
         device: where the model is.
 
     Raises:
-        RunError: it is no run folder, or it has no such checkpoint.
+        RunError: it is not a run folder, or it has no such checkpoint.
     """
 
     def __init__(
@@ -58,10 +58,7 @@ class Predictor:
         self.task = build_train_task(
             self.run.schema, self.run.model_options, embedding_device="cpu"
         )
-        with warnings.catch_warnings():
-            # There is one process, and that is meant.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load_model(checkpoint, self.task)
+        load_model(checkpoint, self.task)
         self.task.to(self.device).eval()
 
     def logits(self, batch: ImpressionBatch) -> Logits:

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.serving.scorer import Scores, score_stream
 from esmm_torchrec.sharding.process_group import Ranks
@@ -97,7 +97,7 @@ def score(
     """Writes sample_id, pctr, pcvr and pctcvr of every impression; every rank calls it.
 
     Args:
-        model: as `checkpoints.restore.restore` gives it.
+        model: as `runs.restore.restore` gives it.
         split: what to score.
         out: a Parquet file to be made by rank 0.
         ranks: this process among the others.

@@ -10,15 +10,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from esmm_torchrec.errors import EsmmTorchrecError, OptionError
 from esmm_torchrec.sharding.host import threads_per_rank
@@ -26,6 +27,12 @@ from esmm_torchrec.sharding.host import threads_per_rank
 T = TypeVar("T")
 
 DeviceOption = Literal["auto", "cpu", "cuda"]
+
+_GROUP_VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torch.distributed reads from the environment."""
+
+PARENT_CHECK_SECONDS = 1.0
+"""How often a rank checks that torchrun is still there."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Rank 0 alone may prepare data for a while before the others hear of it."""
@@ -50,8 +57,12 @@ class Ranks:
         """Waits for all ranks."""
         dist.barrier()
 
-    def from_first(self, work: Callable[[], T]) -> T:
+    def from_first(self, work: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
         """Does `work` on rank 0 alone and gives its (picklable) result to every rank.
+
+        Args:
+            work: what to do.
+            group: all ranks, by another group than the default one.
 
         Raises:
             EsmmTorchrecError: as `work` raised it, on every rank, so that none is left waiting.
@@ -62,10 +73,34 @@ class Ranks:
                 outcome[0] = work()
             except (EsmmTorchrecError, OSError) as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=group)
         if isinstance(outcome[1], Exception):
             raise outcome[1]
         return outcome[0]  # pyright: ignore[reportReturnType]
+
+
+def on_every_rank(work: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Does `work` on every rank and gives the (picklable) results of all, by rank.
+
+    Args:
+        work: what to do; it must not communicate.
+        group: all ranks, by another group than the default one.
+
+    Raises:
+        EsmmTorchrecError, OSError: as `work` raised it on the first rank where it failed, on every
+            rank, so that none is left waiting.
+    """
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = work(), None
+    except (EsmmTorchrecError, OSError) as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome, group=group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def choose_device(option: DeviceOption, local_rank: int, local_world_size: int = 1) -> torch.device:
@@ -112,8 +147,10 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
         this process among all of them, with its device.
 
     Raises:
-        OptionError: "cuda" where there is no GPU for this rank.
+        OptionError: "cuda" where there is no GPU for this rank, or the environment describes only a
+            part of a group.
     """
+    has_others = _is_started_as_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank, local_world_size)
@@ -123,7 +160,7 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
     else:
         torch.set_num_threads(threads_per_rank(local_world_size))
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
+    if has_others:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -134,14 +171,65 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
         local_world_size=local_world_size,
         device=chosen,
     )
+    with _ending_with_torchrun(ranks):
+        try:
+            yield ranks
+            dist.barrier()
+        except BaseException:
+            if ranks.world_size == 1:
+                _leave()
+            raise
+        _leave()
+
+
+def _is_started_as_rank() -> bool:
+    """Whether the environment describes a group of ranks.
+
+    Raises:
+        OptionError: it does so only in part.
+    """
+    missing = [name for name in _GROUP_VARIABLES if not os.environ.get(name)]
+    if len(missing) == len(_GROUP_VARIABLES):
+        return False
+    if missing:
+        found = next(name for name in _GROUP_VARIABLES if name not in missing)
+        raise OptionError(
+            f"the environment variable {found} is set and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not; start the ranks with torchrun, or unset "
+            f"{found} to use one process"
+        )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise OptionError(
+                f"the environment variable {name} is {value!r} and should be a number; start the "
+                "ranks with torchrun"
+            )
+    return True
+
+
+@contextmanager
+def _ending_with_torchrun(ranks: Ranks) -> Iterator[None]:
+    """Ends this process if torchrun does, which otherwise leaves its ranks running when it is
+    killed. A thread looks, because the rank itself may be waiting for another one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    parent, left = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not left.wait(PARENT_CHECK_SECONDS):
+            if os.getppid() != parent:
+                if ranks.is_first:
+                    message = "esmm-torchrec: torchrun has ended; give the same command again"
+                    print(message, file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
     try:
-        yield ranks
-        dist.barrier()
-    except BaseException:
-        if ranks.world_size == 1:
-            _leave()
-        raise
-    _leave()
+        yield
+    finally:
+        left.set()
 
 
 def _leave() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from esmm_torchrec.checkpoints.manager import CheckpointManager
-from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.training.history import History
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.nonfinite import check_weights

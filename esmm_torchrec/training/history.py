@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
-from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.runs.run_folder import RunFolder
 
 
 class History:

@@ -86,9 +86,14 @@ class TrainOptions:
     step, which costs a synchronisation of the ranks in every step."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int | None = None
+    """Keep this many of the latest checkpoints; None: all."""
+    start_from: Path | None = None
+    """A run whose weights and optimiser state a new run starts with; its vocabularies must be the
+    beginning of those of the data."""
     resume: str = "auto"
-    """auto: go on with the run in the folder if it is of the same options; never: only an empty
-    folder will do; a number: go on from the checkpoint of that step."""
+    """auto: resume the run in the folder if it is the same run; never: accept an empty folder only;
+    a number: resume from the checkpoint of that step."""
 
     def __post_init__(self) -> None:
         positive = {
@@ -98,6 +103,7 @@ class TrainOptions:
             "--shuffle-chunk": self.shuffle_chunk,
             "--sparse-lr": self.sparse_lr,
             "--dense-lr": self.dense_lr,
+            "--keep-checkpoints": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
             "--max-steps": 1 if self.max_steps is None else self.max_steps,
         }
         for option, value in positive.items():
@@ -151,5 +157,6 @@ class TrainOptions:
             "objective": part_to_dict(OBJECTIVES, self.parts.objective),
             "tower": list(self.tower),
             "plan": None if self.plan is None else str(self.plan),
+            "start_from": None if self.start_from is None else str(self.start_from),
         }
         return values

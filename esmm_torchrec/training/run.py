@@ -8,7 +8,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -18,14 +18,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, step_of
+from esmm_torchrec.checkpoints.files import find_checkpoint, step_of
 from esmm_torchrec.checkpoints.manager import CheckpointManager
-from esmm_torchrec.checkpoints.run_folder import RunFolder
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.runs.lock import RunLock
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import CLICK
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
@@ -39,20 +40,22 @@ from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.nonfinite import WatchLoss
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
+from esmm_torchrec.training.warm_start import source_checkpoint
 
-_NOT_IDENTITY = ("resume", "device", "checkpoint_every", "sharding", "plan", "shared_features")
-"""Options that two runs of the same model may differ in."""
+_IDENTITY = ("rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
+"""Options that make a run what it is, beside those of the model: what is trained, on which rows, in
+which order. The others may change when it is resumed."""
 
 
 def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     """Trains on a prepared data set and measures the result on its test half.
 
-    Every rank calls it; rank 0 writes `out` and prints. A run that is in `out` already is gone on
-    with, as `options.resume` says.
+    Every rank calls it; rank 0 writes `out` and prints. A run that is in `out` already is resumed,
+    as `options.resume` says.
 
     Args:
         data: the prepared data set.
-        out: the run folder to make or to go on with.
+        out: the run folder to make or to resume.
         options: of the run.
         ranks: this process among the others, from `process_group`.
 
@@ -62,21 +65,35 @@ def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks
 
     Raises:
         DataError: the data set cannot be read, or leaves the method nothing to train on.
-        Interrupted: by Ctrl-C, or by SIGTERM where torchrun did not start this process; says what
-            is saved.
+        Interrupted: by Ctrl-C, or by SIGTERM if torchrun did not start this process; says what is
+            saved.
         PlanError: the options ask for a sharding that does not exist or does not fit.
         RunError: `out` holds something else, or a checkpoint cannot be read or written.
     """
     data, out = Path(data), Path(out)
-    with _interrupts_in_words(out, options.resume):
-        return _train(data, out, options, ranks)
+    lock = RunLock(out)
+    with _interrupts_in_words(out, options.resume), closing(lock):
+        return _train(data, out, options, ranks, lock)
 
 
-def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
+def _train(
+    data: Path, out: Path, options: TrainOptions, ranks: Ranks, lock: RunLock
+) -> dict[str, Any]:
     dataset = PreparedDataSet.open(data)
     config = _config(dataset, options, ranks)
-    # Looked at now, so that a refusal costs no time, and made when all else is known to work.
-    found = ranks.from_first(lambda: RunFolder.find(out, config, resume=options.resume))
+
+    def find() -> RunFolder | None:
+        lock.check()
+        return RunFolder.find(out, config, resume=options.resume)
+
+    # Checked now, so that a refusal costs no time, and made once all else is known to work.
+    found = ranks.from_first(find)
+    source = None
+    if options.start_from is not None:
+        earlier_run = options.start_from
+        source = ranks.from_first(lambda: source_checkpoint(earlier_run, dataset, options))
+    if found is not None and not found.was_trained_on(dataset.fingerprint):
+        found = None  # what it knows of its rows is of other rows
     splits = {
         name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
         for name in ("train", "test")
@@ -89,31 +106,39 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
     part = training_part(splits["train"], options, pctr=pctr)
 
     loop = build_loop(splits["train"], options, ranks, part=part, workload=workload)
-    config["options"]["batch_size"] = loop.reader.global_batch_size
+    for options_of in (config, config["history"][-1]):
+        options_of["options"]["batch_size"] = loop.reader.global_batch_size
 
     def start() -> RunFolder:
-        run = RunFolder.start(out, config, resume=options.resume)
-        if pctr is not None and not run.pctr.exists():
+        run = RunFolder.start(out, config, resume=options.resume, lock=lock)
+        if pctr is not None and (found is None or not run.pctr.exists()):
             run.write_pctr(pctr[splits["train"].scalars[CLICK] == 1])
         return run
 
     run = ranks.from_first(start)
-    checkpoints = CheckpointManager(run.checkpoints, ranks=ranks)
+    checkpoints = CheckpointManager(
+        run.checkpoints, ranks=ranks, keep_last=options.keep_checkpoints
+    )
     loop.callbacks = (
         WatchLoss(run.path / "nonfinite", options.on_nonfinite),
         LogFigures(run),
         SaveCheckpoints(checkpoints, every=options.checkpoint_every),
         ProgressBar(),
     )
-    checkpoint = _resume(loop, run, checkpoints, options)
+    checkpoint = _resume(loop, run, checkpoints, config, options)
+    if checkpoint is None and source is not None:
+        checkpoints.start_from(source, model=loop.trainer.model, optimizer=loop.trainer.optimizer)
     if ranks.is_first:
-        copy_preprocessing(dataset.path, run.preprocessing)
+        if not run.preprocessing.exists():
+            copy_preprocessing(dataset.path, run.preprocessing)
         _announce(dataset, loop, options)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
             print(f"{options.method} trains on {part.num_rows:,} rows of them{notes}", flush=True)
         if checkpoint is not None:
             print(f"resuming from step {loop.step} ({checkpoint})", flush=True)
+        elif source is not None:
+            print(f"starting from the weights and optimiser state of {source}", flush=True)
         _keep_plan(loop.trainer.plan, run.path / "plan.json")
     with checkpoints:
         loop.run()
@@ -142,32 +167,34 @@ def _train(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> dict[s
 
 @contextmanager
 def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
-    """Says of an interrupt what there is to go on from. SIGTERM counts as one, where nothing else
-    deals with it: torchrun sends it to the ranks that are left when one has died."""
+    """Says what an interrupted run can be resumed from. SIGTERM counts as an interrupt, except
+    under torchrun, which sends it to the remaining ranks when one has died."""
+    terminated = False
 
     def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
         raise KeyboardInterrupt
 
     alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
-    alone = alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if alone:
-        signal.signal(signal.SIGTERM, terminate)
+    earlier = signal.signal(signal.SIGTERM, terminate) if alone else None
     try:
         yield
     except KeyboardInterrupt as interrupt:
         same = "give the same command again" if resume == "auto" else "give --resume auto"
         last = find_checkpoint(out / "checkpoints")
-        if last is None:
-            raise Interrupted(
-                f"interrupted before a checkpoint was written to {out}; {same} to begin anew, and "
+        sentence = (
+            f"interrupted; {same} to resume {out} from step {step_of(last)}"
+            if last
+            else (
+                f"interrupted before a checkpoint was written to {out}; {same} to start again, and "
                 "--checkpoint-every to save on the way"
-            ) from interrupt
-        raise Interrupted(
-            f"interrupted; {same} to go on with {out} from step {step_of(last)}"
-        ) from interrupt
+            )
+        )
+        raise Interrupted(sentence, terminated=terminated) from interrupt
     finally:
-        if alone:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if earlier is not None:
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def _pctr(
@@ -232,29 +259,18 @@ def _keep_plan(plan: PlanFile, path: Path) -> None:
 
 
 def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
-    placement = _placement(options, ranks)
-    values = options.to_dict() | {name: placement[name] for name in ("sharding", "plan")}
-    return {
-        "identity": {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
-        | {"data": dataset.fingerprint},
-        "options": values,
-        "data": str(dataset.path.resolve()),
-        "model": options.model.to_dict(),
-        "schema": dataset.schema.to_dict(),
-        "mean_values_per_bag": dict(dataset.statistics.mean_values_per_bag),
-        "ranks": placement["ranks"],
-        "device": placement["device"],
-        "environment": placement["environment"],
-    }
-
-
-def _placement(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
-    """On what a run is trained; may be other when it goes on."""
-    return {
-        "ranks": ranks.world_size,
-        "device": ranks.device.type,
+    values = options.to_dict() | {
         "sharding": options.sharding if options.plan is None else None,
         "plan": None if options.plan is None else str(options.plan),
+    }
+    model = options.model.to_dict()
+    identity = model | {name: values[name] for name in _IDENTITY}
+    entry = {
+        "step": 0,
+        "options": {name: value for name, value in values.items() if name not in identity},
+        "data": {"path": str(dataset.path.resolve()), "fingerprint": dataset.fingerprint},
+        "ranks": ranks.world_size,
+        "device": ranks.device.type,
         "environment": {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -262,27 +278,48 @@ def _placement(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
         }
         | {name: version(name) for name in ("torch", "torchrec", "esmm_torchrec")},
     }
+    return {
+        "identity": identity,
+        "options": values,
+        "model": model,
+        "schema": dataset.schema.to_dict(),
+        "mean_values_per_bag": dict(dataset.statistics.mean_values_per_bag),
+        "history": [entry],
+    }
 
 
 def _resume(
-    loop: TrainingLoop, run: RunFolder, checkpoints: CheckpointManager, options: TrainOptions
+    loop: TrainingLoop,
+    run: RunFolder,
+    checkpoints: CheckpointManager,
+    config: dict[str, Any],
+    options: TrainOptions,
 ) -> Path | None:
-    """Loads the checkpoint to resume from, if there is one, and forgets what came after it."""
+    """Loads the checkpoint to resume from, if there is one, and drops what came after it."""
     if options.resume == "never":
         return None
-    wanted = int(options.resume) if options.resume.isdigit() else None
+    wanted = int(options.resume) if options.resume.isdecimal() else None
     checkpoint = checkpoints.find(wanted)
     if checkpoint is None:
         return None
     trainer, ranks = loop.trainer, loop.ranks
     loaded = checkpoints.load(checkpoint, model=trainer.model, optimizer=trainer.optimizer)
     rank_states = [loaded.rank_state(rank) for rank in range(loaded.num_ranks)]
+    state = {"step": loaded.step} | dict(loaded.progress)
+    data = config["history"][-1]["data"]
+    if run.data_of(loaded.step) != data["fingerprint"]:
+        state |= {"reader": loop.reader.state_dict(), "seconds": 0.0}
+        if ranks.is_first:
+            print(
+                f"{data['path']} is not the data that step {loaded.step} was trained on: training "
+                "continues with its first row",
+                flush=True,
+            )
     loop.load_state_dict(
-        {"step": loaded.step} | dict(loaded.progress),
-        [state for state in rank_states if state is not None],
+        state, [rank_state for rank_state in rank_states if rank_state is not None]
     )
     if wanted is not None or loop.step < loop.last_step:
-        ranks.from_first(lambda: run.go_on_from(loop.step, _placement(options, ranks)))
+        ranks.from_first(lambda: run.resume_from(loop.step, config))
     return checkpoint
 
 

@@ -82,7 +82,7 @@ def _job(data: Path, out: Path, *, until: Path) -> Iterator[Job]:
     finally:
         process.kill()
         for worker in job.workers.values():
-            if Path(f"/proc/{worker}").exists():
+            if _is_running(worker):
                 os.kill(worker, signal.SIGKILL)
 
 
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
         err = job.end()
     (sentence,) = _sentences(err)
     assert sentence.startswith(
-        f"esmm-torchrec: interrupted; give the same command again to go on with {out} from step 1"
+        f"esmm-torchrec: interrupted; give the same command again to resume {out} from step 1"
     )
     assert not (out / "metrics.json").exists()
 
@@ -129,6 +129,27 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
     ]
     assert histories[0] == histories[1]
     assert not list(checkpoints.glob("*.partial"))
+
+
+def test_ranks_end_with_a_killed_torchrun(data: Path, tmp_path: Path) -> None:
+    with _job(data, tmp_path, until=tmp_path / "checkpoints" / "step-00000010") as job:
+        job.process.kill()
+        _, err = job.process.communicate(timeout=ENDS_WITHIN_SECONDS)  # their ends close the pipe
+        deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+        while any(_is_running(worker) for worker in job.workers.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    ended = "esmm-torchrec: torchrun has ended; give the same command again"
+    assert _sentences(err) in ([ended], [])  # the other rank may have been quicker
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process exists that is more than a zombie."""
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_what_one_rank_refuses_all_refuse_and_one_says(data: Path, tmp_path: Path) -> None:

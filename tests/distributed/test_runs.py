@@ -16,13 +16,13 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
-from esmm_torchrec.checkpoints.restore import restore
-from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.metrics.ranking import auc
+from esmm_torchrec.runs.restore import restore
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.scoring import encode_rows, score
 from esmm_torchrec.sharding.planner import ShardingOption
@@ -129,9 +129,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run: Path, data: Pat
     # 5 of the 8 steps of the first epoch on two ranks, the rest on one.
     first = replace(OPTIONS, max_steps=5)
     run_on_ranks(2, _train, data, out, first)
-    config = json.loads((out / "config.json").read_text())
-    config["identity"] |= {"max_steps": None}
-    (out / "config.json").write_text(json.dumps(config))
     run_on_ranks(1, _train, data, out, OPTIONS)
     whole = json.loads((run / "metrics.json").read_text())
     resumed = json.loads((out / "metrics.json").read_text())
@@ -171,8 +168,8 @@ def test_a_run_that_is_resumed_on_other_ranks_reads_every_row(
         2 * 900
     )
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["ranks"] == before
-    assert [(entry["step"], entry["ranks"]) for entry in config["resumed"]] == [(4, after)]
+    entries = [(entry["step"], entry["ranks"]) for entry in config["history"]]
+    assert entries == [(0, before), (4, after)]
 
 
 def test_scores_are_the_same_with_whole_tables_on_every_rank(
@@ -228,6 +225,23 @@ def _raw_rows(dataset: PreparedDataSet, frame: pd.DataFrame) -> pd.DataFrame:
     for name, (mean, std) in DENSE.items():
         raw[name] = frame[name].to_numpy(np.float64) * std + mean
     return pd.DataFrame(raw)
+
+
+def _predict_on_rank_1(run: Path, raw: pd.DataFrame) -> list[float]:
+    with process_group("cpu") as ranks:
+        if ranks.rank == 0:
+            return []
+        return Predictor(run).score(raw)["pctr"].tolist()
+
+
+def test_predictor_on_one_rank_of_two_does_not_wait_for_the_other(
+    run: Path, data: Path, scores: pd.DataFrame
+) -> None:
+    dataset = PreparedDataSet.open(data)
+    raw = _raw_rows(dataset, read_frame(dataset, "test").head(20))
+    none, predicted = run_on_ranks(2, _predict_on_rank_1, run, raw)
+    assert none == []
+    np.testing.assert_allclose(predicted, scores["pctr"].head(20), atol=1e-6)
 
 
 def test_one_users_history_weight_moves_that_users_scores_alone(run: Path, data: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from esmm_torchrec.checkpoints.checkpoint import load_model, save_checkpoint
+from esmm_torchrec.checkpoints.manager import CheckpointManager
+from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
@@ -91,14 +92,10 @@ def _train(case: Case, data: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     )
 
     def save(step: int) -> None:
-        save_checkpoint(
-            out / case.name,
-            step=step,
-            model=trainer.model,
-            optimizer=trainer.optimizer,
-            progress={},
-            ranks=ranks,
-        )
+        with CheckpointManager(out / case.name, ranks=ranks) as checkpoints:
+            checkpoints.save(
+                step=step, model=trainer.model, optimizer=trainer.optimizer, progress={}
+            )
 
     save(0)
     reader = ImpressionReader(

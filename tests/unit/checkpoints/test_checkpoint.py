@@ -20,14 +20,8 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.checkpoints import checkpoint
-from esmm_torchrec.checkpoints.checkpoint import (
-    checkpoint_folders,
-    load_checkpoint,
-    remove_later,
-    save_checkpoint,
-    step_of,
-)
+from esmm_torchrec.checkpoints.files import checkpoint_folders, remove_later, step_of
+from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.schema import IdFeature, Schema, Table
@@ -82,7 +76,9 @@ OTHERS = [
 FAMILIES = {"adam": ADAM, "adagrad": ADAGRAD, "rowwise_adagrad": OTHERS[:2], "sgd": OTHERS[2:]}
 
 
-def _trainer(placement: Placement, folder: Path, ranks: Ranks) -> Trainer:
+def _trainer(
+    placement: Placement, folder: Path, ranks: Ranks, *, schema: Schema = SCHEMA
+) -> Trainer:
     options = TrainOptions(
         embedding_dim=8,
         tower=(6,),
@@ -94,7 +90,7 @@ def _trainer(placement: Placement, folder: Path, ranks: Ranks) -> Trainer:
     )
 
     def build(options: TrainOptions) -> Trainer:
-        task = build_train_task(SCHEMA, options.model, seed=1)
+        task = build_train_task(schema, options.model, seed=1)
         return Trainer(task, options=options, ranks=ranks, workload=Workload(options.batch_size))
 
     trainer = build(options)
@@ -135,8 +131,12 @@ def _step(trainer: Trainer, step: int, ranks: Ranks) -> None:
 
 def _weights(trainer: Trainer) -> dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]:
     """This rank's part of each weight: where it begins, and what it is."""
+    return _parts(trainer.model.state_dict())
+
+
+def _parts(state: dict[str, torch.Tensor]) -> dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]:
     parts = {}
-    for key, value in trainer.model.state_dict().items():
+    for key, value in state.items():
         if isinstance(value, ShardedTensor):
             parts[key] = [
                 (tuple(shard.metadata.shard_offsets), shard.tensor.clone())
@@ -150,8 +150,8 @@ def _weights(trainer: Trainer) -> dict[str, list[tuple[tuple[int, ...], torch.Te
 def _whole(of_ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """The weights of all ranks put together."""
     weights = {}
-    for key in of_ranks[0]:
-        parts = [part for of_rank in of_ranks for part in of_rank[key]]
+    for key in {key for of_rank in of_ranks for key in of_rank}:
+        parts = [part for of_rank in of_ranks for part in of_rank.get(key, ())]
         ends = [
             tuple(a + b for a, b in zip(offset, part.shape, strict=True)) for offset, part in parts
         ]
@@ -170,18 +170,17 @@ def _write_all(folder: Path, *, go_on: bool) -> dict[str, Any]:
         trainer = _trainer(placement, folder, ranks)
         for step in range(BEFORE):
             _step(trainer, step, ranks)
-        save_checkpoint(
-            folder / placement.name / str(ranks.world_size),
-            step=BEFORE,
-            model=trainer.model,
-            optimizer=trainer.optimizer,
-            progress={"reader": {}, "seconds": 0},
-            ranks=ranks,
-        )
-        if go_on:
-            for step in range(BEFORE, BEFORE + AFTER):
-                _step(trainer, step, ranks)
-            weights[placement.name] = _weights(trainer)
+        with CheckpointManager(
+            folder / placement.name / str(ranks.world_size), ranks=ranks
+        ) as checkpoints:
+            checkpoints.save(
+                step=BEFORE, model=trainer.model, optimizer=trainer.optimizer, progress={"row": 7}
+            )
+            # Training goes on while a thread writes.
+            if go_on:
+                for step in range(BEFORE, BEFORE + AFTER):
+                    _step(trainer, step, ranks)
+                weights[placement.name] = _weights(trainer)
 
     with process_group("cpu") as ranks:
         for placement in (*ADAM, *ADAGRAD, *OTHERS):
@@ -203,12 +202,13 @@ def _go_on_all(folder: Path, written_on: int) -> dict[str, Any]:
 
     def one(written: Placement, placement: Placement, ranks: Ranks) -> None:
         trainer = _trainer(placement, folder, ranks)
-        progress = load_checkpoint(
+        loaded = CheckpointManager(folder, ranks=ranks).load(
             folder / written.name / str(written_on) / f"step-{BEFORE:08d}",
             model=trainer.model,
             optimizer=trainer.optimizer,
         )
-        assert progress == {"step": BEFORE, "num_ranks": written_on, "reader": {}, "seconds": 0}
+        assert (loaded.step, loaded.progress) == (BEFORE, {"row": 7})
+        assert loaded.num_ranks == written_on
         for count in _fused_counts(trainer):
             assert count == BEFORE
         for step in range(BEFORE, BEFORE + AFTER):
@@ -293,14 +293,7 @@ def _save_column_wise(folder: Path) -> None:
             ranks=ranks,
             workload=Workload(6),
         )
-        save_checkpoint(
-            folder,
-            step=1,
-            model=trainer.model,
-            optimizer=trainer.optimizer,
-            progress={"reader": {}, "seconds": 0},
-            ranks=ranks,
-        )
+        _save(trainer, folder, 1, ranks)
 
     with process_group("cpu") as ranks:
         one(ranks)
@@ -316,7 +309,7 @@ def _refused_on_one(folder: Path) -> str:
     def one(ranks: Ranks) -> str:
         trainer = _trainer(Placement("table_wise", "rowwise_adagrad", "fused"), folder, ranks)
         with pytest.raises(RunError) as refusal:
-            load_checkpoint(
+            CheckpointManager(folder, ranks=ranks).load(
                 folder / "step-00000001", model=trainer.model, optimizer=trainer.optimizer
             )
         return str(refusal.value)
@@ -330,10 +323,97 @@ def test_state_that_goes_with_another_placement_is_refused_by_the_table(tmp_path
     (refusal,) = run_on_ranks(1, _refused_on_one, tmp_path)
     assert refusal == (
         f"checkpoint {tmp_path / 'step-00000001'} keeps the optimiser's state 'sum' of table "
-        "'item' as 14 values where this placement has 7: row-wise Adagrad keeps one for each row "
-        "and column shard; go on with as many column shards, such as by the run's plan.json as "
-        "--plan"
+        "'item' as 14 values, and this placement has 7: row-wise Adagrad keeps one for each row "
+        "and column shard; resume with as many column shards, for example with the run's plan.json "
+        "as --plan"
     )
+
+
+GROWN = Schema((Table("item", 11), Table("user", 9)), SCHEMA.id_features)
+PLACEMENTS = (
+    Placement("row_wise", "rowwise_adagrad", "fused"),
+    Placement("table_wise", "adagrad", "fused"),
+    Placement("row_wise", "adam", "dense"),
+    Placement("data_parallel", "adagrad", "dense"),
+)
+
+
+def _save_small(folder: Path) -> dict[str, Any]:
+    """Trains and saves a model of each placement; its weights and optimiser state."""
+    saved = {}
+
+    def one(placement: Placement, ranks: Ranks) -> None:
+        trainer = _trainer(placement, folder, ranks)
+        for step in range(BEFORE):
+            _step(trainer, step, ranks)
+        with CheckpointManager(folder / placement.name, ranks=ranks) as checkpoints:
+            checkpoints.save(
+                step=BEFORE, model=trainer.model, optimizer=trainer.optimizer, progress={}
+            )
+        saved[placement.name] = _weights(trainer), _optimizer_state(trainer)
+
+    with process_group("cpu") as ranks:
+        for placement in PLACEMENTS:
+            one(placement, ranks)
+    return saved
+
+
+def _start_grown(folder: Path) -> dict[str, Any]:
+    """Starts a model with a longer table from each of them, and saves and loads that one."""
+    started = {}
+
+    def one(placement: Placement, ranks: Ranks) -> None:
+        trainer = _trainer(placement, folder, ranks, schema=GROWN)
+        drawn = _weights(trainer)
+        manager = CheckpointManager(folder / f"{placement.name}-grown", ranks=ranks)
+        source = folder / placement.name / f"step-{BEFORE:08d}"
+        with pytest.raises(RunError, match="belongs to another model"):
+            manager.load(source, model=trainer.model, optimizer=trainer.optimizer)
+        manager.start_from(source, model=trainer.model, optimizer=trainer.optimizer)
+        assert set(_fused_counts(trainer)) <= {BEFORE}
+        started[placement.name] = drawn, _weights(trainer), _optimizer_state(trainer)
+        _step(trainer, 0, ranks)
+        manager.save(step=1, model=trainer.model, optimizer=trainer.optimizer, progress={})
+        manager.wait()
+        again = manager.find()
+        assert again is not None
+        fresh = _trainer(placement, folder, ranks, schema=GROWN)
+        assert manager.load(again, model=fresh.model, optimizer=fresh.optimizer).step == 1
+        assert set(_fused_counts(fresh)) <= {BEFORE + 1}
+
+    with process_group("cpu") as ranks:
+        for placement in PLACEMENTS:
+            one(placement, ranks)
+    return started
+
+
+def _optimizer_state(trainer: Trainer) -> dict[str, Any]:
+    state = trainer.optimizer.state_dict()["state"]
+    return _parts({f"{key} {name}": v for key, own in state.items() for name, v in own.items()})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_starts_from_another_with_shorter_tables(ranks: int, tmp_path: Path) -> None:
+    (saved,) = run_on_ranks(1, _save_small, tmp_path)
+    of_ranks = run_on_ranks(ranks, _start_grown, tmp_path)
+    for name, (weights, state) in saved.items():
+        drawn, started, started_state = (
+            _whole([of_rank[name][part] for of_rank in of_ranks]) for part in range(3)
+        )
+        for before, after, rest in (
+            (_whole([weights]), started, drawn),
+            (_whole([state]), started_state, None),
+        ):
+            assert before.keys() == after.keys()
+            for key, value in before.items():
+                known = slice(len(value)) if value.dim() else ...
+                torch.testing.assert_close(after[key][known], value, rtol=0, atol=0)
+                if value.dim() and ".item." in key:
+                    assert len(after[key]) == 11
+                    new = torch.zeros_like(after[key]) if rest is None else rest[key]
+                    torch.testing.assert_close(after[key][7:], new[7:], rtol=0, atol=0)
+        (key,) = (key for key in started if ".item." in key)
+        assert started[key][7:].abs().sum() > 0
 
 
 def _small(folder: Path, ranks: Ranks) -> Trainer:
@@ -341,20 +421,14 @@ def _small(folder: Path, ranks: Ranks) -> Trainer:
 
 
 def _save(trainer: Trainer, folder: Path, step: int, ranks: Ranks) -> None:
-    save_checkpoint(
-        folder,
-        step=step,
-        model=trainer.model,
-        optimizer=trainer.optimizer,
-        progress={"reader": {}, "seconds": 0},
-        ranks=ranks,
-    )
+    with CheckpointManager(folder, ranks=ranks) as checkpoints:
+        checkpoints.save(step=step, model=trainer.model, optimizer=trainer.optimizer, progress={})
 
 
 def test_a_checkpoint_that_cannot_be_replaced_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full while the files of dcp are written, or when progress.json is."""
+    """The disk is full while the files of dcp are written, or when checkpoint.json is."""
     folder = tmp_path / "checkpoints"
 
     def full(*_: Any, **__: Any) -> None:
@@ -365,15 +439,12 @@ def test_a_checkpoint_that_cannot_be_replaced_is_kept(
             trainer = _small(tmp_path, ranks)
             _save(trainer, folder, 3, ranks)
             before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-            for name in ("write_data", "dumps"):
+            for name in (
+                "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data",
+                "esmm_torchrec.checkpoints.files.write_durably",
+            ):
                 with monkeypatch.context() as patch:
-                    if name == "dumps":
-                        patch.setattr(checkpoint.json, "dumps", full)
-                    else:
-                        patch.setattr(
-                            "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data",
-                            full,
-                        )
+                    patch.setattr(name, full)
                     with pytest.raises(RunError) as refusal:
                         _save(trainer, folder, 3, ranks)
                 assert str(refusal.value).startswith(
@@ -403,7 +474,7 @@ def test_where_no_folder_can_be_made_the_checkpoint_is_named(tmp_path: Path) -> 
 def test_later_checkpoints_go_and_nothing_of_them_is_taken_for_one(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / "progress.json").write_text(json.dumps({"step": step}))
+        (tmp_path / f"step-{step:08d}" / "checkpoint.json").write_text(json.dumps({"step": step}))
     remove_later(tmp_path, 5)
     assert {step_of(path): step for step, path in checkpoint_folders(tmp_path).items()} == {5: 5}
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
+from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.schema import IdFeature, Schema, Table

@@ -256,7 +256,12 @@ def test_rows_that_cannot_be_scored_are_named(
 @pytest.mark.parametrize(
     ("run", "data", "more", "sentence"),
     [
-        ("{tmp}", "{folder}/data", [], "{tmp} is no run folder, it has no config.json; give the"),
+        (
+            "{tmp}",
+            "{folder}/data",
+            [],
+            "{tmp} is not a run folder, it has no config.json; give the",
+        ),
         ("{folder}/run", "{tmp}", [], "{tmp} is no prepared data set, it has no dataset.json;"),
         (
             "{folder}/run",

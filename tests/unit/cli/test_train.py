@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
+from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.cli.main import main
 from tests.prepared_data import write_data_set
 
@@ -126,7 +126,7 @@ def test_another_run_in_the_folder_is_refused(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choose = "choose another --out"
-    same = f"{choose}, or the same options to go on with it"
+    same = f"{choose}, or give the same option to resume"
     holds = f"{run} holds a run"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert _refused(capsys, data, run, "--seed", "5") == (
@@ -140,9 +140,15 @@ def test_another_run_in_the_folder_is_refused(
     )
     other = tmp_path / "other"
     write_data_set(other, train=50, test=20, seed=1)
-    assert _refused(capsys, other, run) == f"{holds} with another data set than this --data; {same}"
+    description = json.loads((other / "dataset.json").read_text())
+    description["statistics"]["dense"]["price"]["mean"] += 1
+    (other / "dataset.json").write_text(json.dumps(description))
+    assert _refused(capsys, other, run) == (
+        f"{other} standardised its dense features otherwise than the data of {run}; give data "
+        f"prepared with the same vocabularies, or start another run with --from {run}"
+    )
     assert not (other / ".mapped").exists()  # a refusal costs no work
-    assert _refused(capsys, data, data) == f"{data} is not empty and holds no run; {choose}"
+    assert _refused(capsys, data, data) == f"{data} is not empty and does not hold a run; {choose}"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -159,7 +165,7 @@ def test_another_run_in_the_folder_is_refused(
             "--sharding data_parallel does not exist with --sparse-optimizer rowwise_adagrad, "
             "which TorchRec has in fused form only; use adagrad or another sharding",
         ),
-        (["--resume", "4"], "{out} holds no run to go on with; leave out --resume 4"),
+        (["--resume", "4"], "{out} does not hold a run to resume; leave out --resume 4"),
         (["--plan", "{out}.json"], "cannot read or write {out}.json: no such file or directory"),
         pytest.param(
             ["--device", "cuda"],
@@ -274,15 +280,17 @@ def test_a_checkpoint_that_is_broken_is_named_and_kept(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = Path("checkpoints") / f"step-{STEPS:08d}"
-    advice = "; remove it and go on from an earlier one, or train again"
-    for file, size in ((".metadata", 100), ("__0_0.distcp", 3000), ("progress.json", 5)):
+    advice = "; delete it to resume from an earlier one, or train again"
+    for file, size in ((".metadata", 100), ("__0_0.distcp", 3000), ("checkpoint.json", 5)):
         out = shutil.copytree(run, tmp_path / file)
         os.truncate(out / last / file, size)
         with pytest.raises(SystemExit) as stop:
             _train(data, out)
         assert stop.value.code == 2
         sentence = _sentence(capsys.readouterr().err)
-        assert sentence.startswith(f"checkpoint {out / last} is broken or of another model (")
+        assert sentence.startswith(
+            f"checkpoint {out / last} is damaged or belongs to another model ("
+        )
         assert sentence.endswith(advice)
         assert (out / last / file).stat().st_size == size
     shutil.rmtree(out / last)  # the advice
@@ -318,7 +326,7 @@ def test_a_full_disk_is_said_and_what_was_there_is_gone_on_with(
     )
     assert list((out / "checkpoints").iterdir()) == []
     _train(data, out, "--checkpoint-every", "4")
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert _metrics(out) == _metrics(run)
     assert _steps(out) == list(range(1, STEPS + 1))
 
@@ -326,26 +334,27 @@ def test_a_full_disk_is_said_and_what_was_there_is_gone_on_with(
 def test_an_interrupted_run_goes_on_to_the_same_end(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C behind a checkpoint, wherever the run then is."""
+    """Ctrl-C after a checkpoint, then SIGTERM after a later one, wherever the run then is."""
     long = ["--epochs", "20", "--checkpoint-every", "10"]
     whole, out = tmp_path / "whole", tmp_path / "interrupted"
-    process = _start(data, out, *long)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoints" / "step-00000010").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    last = max(checkpoint_folders(out / "checkpoints"))
-    assert _sentence(err) == (
-        f"interrupted; give the same command again to go on with {out} from step {last}"
-    )
-    assert not (out / "metrics.json").exists()
+    for number, code, step in ((signal.SIGINT, 130, 10), (signal.SIGTERM, 143, 40)):
+        process = _start(data, out, *long)
+        try:
+            deadline = time.monotonic() + 120
+            while not (out / "checkpoints" / f"step-{step:08d}").exists():
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == code, err
+        last = max(checkpoint_folders(out / "checkpoints"))
+        assert _sentence(err) == (
+            f"interrupted; give the same command again to resume {out} from step {last}"
+        )
+        assert not (out / "metrics.json").exists()
     _train(data, out, *long)
     assert "resuming from step " in capsys.readouterr().out
     _train(data, whole, *long)

@@ -60,3 +60,36 @@ def test_cuda_without_a_gpu_for_each_rank_is_refused(monkeypatch: pytest.MonkeyP
     assert choose_device("cuda", 0, 2).index == 0
     with pytest.raises(OptionError, match=r"--device cuda needs a GPU for each rank .* finds 1;"):
         choose_device("cuda", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "the environment variable WORLD_SIZE is set and RANK and MASTER_ADDR and MASTER_PORT "
+            "are not; start the ranks with torchrun, or unset WORLD_SIZE to use one process",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"},
+            "the environment variable WORLD_SIZE is set and MASTER_PORT is not; start the ranks "
+            "with torchrun, or unset WORLD_SIZE to use one process",
+        ),
+        (
+            {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+            "the environment variable RANK is 'x' and should be a number; start the ranks with "
+            "torchrun",
+        ),
+    ],
+)
+def test_an_environment_that_describes_part_of_a_group_is_refused(
+    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError) as refusal, process_group("cpu"):
+        pass
+    assert str(refusal.value) == sentence
+    assert not dist.is_initialized()

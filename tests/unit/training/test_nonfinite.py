@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
+from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import RunError

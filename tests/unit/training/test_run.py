@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders
+from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import Interrupted, RunError
+from esmm_torchrec.runs.lock import RunLock
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training import run as run_module
 from esmm_torchrec.training.callbacks import _short
@@ -79,12 +80,18 @@ def test_everything_is_resolved_in_the_config(
     config = json.loads((out / "config.json").read_text())
     assert config["options"].keys() == {field.name for field in fields(TrainOptions)}
     assert config["options"]["checkpoint_every"] == 15
-    assert config["data"] == str(data.resolve())
-    assert config["environment"]["torch"] == version("torch")
-    # What two runs of the same model may differ in is no part of what identifies them.
-    for name in ("device", "resume", "checkpoint_every", "sharding"):
-        assert name not in config["identity"]
-    assert config["identity"]["data"] == PreparedDataSet.open(data).fingerprint
+    (started,) = config["history"]
+    assert started["step"] == 0
+    assert started["data"] == {
+        "path": str(data.resolve()),
+        "fingerprint": PreparedDataSet.open(data).fingerprint,
+    }
+    assert started["environment"]["torch"] == version("torch")
+    # Each option either identifies the run or belongs to its history.
+    options = {field.name for field in fields(TrainOptions)}
+    assert config["identity"].keys() | started["options"].keys() == options
+    assert not config["identity"].keys() & started["options"].keys()
+    assert {"epochs", "sparse_lr", "batch_size", "device"} <= started["options"].keys()
 
 
 def test_history_and_tensorboard_say_the_same(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -194,7 +201,7 @@ def test_a_broken_plan_does_not_keep_a_run_from_resuming(
     assert plan.read_text() == (out / "plan.json").read_text()
 
 
-def test_going_on_from_an_earlier_step_forgets_the_later_ones(
+def test_resuming_from_an_earlier_step_drops_the_later_ones(
     trained: tuple[Path, dict[str, Any]],
     data: Path,
     tmp_path: Path,
@@ -214,11 +221,61 @@ def test_going_on_from_an_earlier_step_forgets_the_later_ones(
     assert list(checkpoint_folders(again / "checkpoints")) == [15, 20, 40, 42]
     assert [line["step"] for line in _history(again)] == [line["step"] for line in _history(out)]
     config = json.loads((again / "config.json").read_text())
-    (resumed,) = config.pop("resumed")
-    assert config == json.loads((out / "config.json").read_text())
-    noted = {key: resumed[key] for key in ("step", "ranks", "device", "sharding", "plan")}
-    assert noted == {"step": 15, "ranks": 1, "device": "cpu", "sharding": "row_wise", "plan": None}
-    assert resumed["environment"] == config["environment"]
+    started, resumed = config["history"]
+    assert [started] == json.loads((out / "config.json").read_text())["history"]
+    noted = {name: resumed["options"][name] for name in ("checkpoint_every", "sharding", "plan")}
+    assert noted == {"checkpoint_every": 20, "sharding": "row_wise", "plan": None}
+    assert {name: resumed[name] for name in ("step", "ranks", "device", "environment")} == {
+        "step": 15,
+        **{name: started[name] for name in ("ranks", "device", "environment")},
+    }
+
+
+def test_more_epochs_continue_a_finished_run(
+    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    out, again = trained[0], tmp_path / "again"
+    first = _train(data, again, replace(OPTIONS, epochs=1))
+    assert _history(again)[-1]["step"] == STEPS_PER_EPOCH
+    assert first["test"] != trained[1]["test"]
+    assert _train(data, again, OPTIONS)["test"] == trained[1]["test"]
+    assert _history(again)[-1]["step"] == _history(out)[-1]["step"] == 2 * STEPS_PER_EPOCH
+
+
+def test_other_data_continue_a_run_from_their_first_row(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other data, resuming is exact too; on the first data again, it starts at their start."""
+    other = tmp_path / "other"
+    write_data_set(other, train=90, test=TEST_ROWS, seed=1)
+    one_pass = replace(OPTIONS, epochs=1, checkpoint_every=2)
+    notice = f"{other.resolve()} is not the data that step {STEPS_PER_EPOCH} was trained on"
+    _train(data, tmp_path / "run", one_pass)
+    metrics = _train(other, tmp_path / "run", one_pass)
+    assert notice in capsys.readouterr().out
+    assert _history(tmp_path / "run")[-1]["step"] == STEPS_PER_EPOCH + 5
+    throughput = metrics["throughput"]
+    assert throughput["train_samples_per_second"] == pytest.approx(90 / throughput["train_seconds"])
+
+    step = str(STEPS_PER_EPOCH + 3)
+    _train(data, tmp_path / "stopped", replace(one_pass, checkpoint_every=0))
+    _train(other, tmp_path / "stopped", replace(one_pass, max_steps=STEPS_PER_EPOCH + 3))
+    resumed = _train(other, tmp_path / "stopped", replace(one_pass, resume=step))
+    assert "is not the data" not in capsys.readouterr().out.partition(f"step {step} (")[2]
+    assert resumed["test"] == metrics["test"]
+
+
+def test_two_trainings_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+
+    def refused() -> None:
+        with process_group("cpu") as ranks, pytest.raises(RunError, match="is in use by another"):
+            train(data, tmp_path, OPTIONS, ranks)
+
+    refused()
+    lock.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
@@ -237,7 +294,7 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
     with pytest.raises(Interrupted) as interrupt:
         _train(data, again, replace(OPTIONS, resume="15"))
     assert str(interrupt.value) == (
-        f"interrupted; give --resume auto to go on with {again} from step 15"
+        f"interrupted; give --resume auto to resume {again} from step 15"
     )
     assert list(checkpoint_folders(again / "checkpoints")) == [15]
     assert not (again / "metrics.json").exists()
@@ -245,13 +302,13 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
     with pytest.raises(Interrupted) as interrupt:
         _train(data, again, OPTIONS)
     assert str(interrupt.value) == (
-        f"interrupted; give the same command again to go on with {again} from step 15"
+        f"interrupted; give the same command again to resume {again} from step 15"
     )
     with pytest.raises(Interrupted) as interrupt:
         _train(data, tmp_path / "new", OPTIONS)
     assert str(interrupt.value) == (
         f"interrupted before a checkpoint was written to {tmp_path / 'new'}; give the same command "
-        "again to begin anew, and --checkpoint-every to save on the way"
+        "again to start again, and --checkpoint-every to save on the way"
     )
 
 

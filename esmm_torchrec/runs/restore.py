@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, load_model
-from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.sharding.apply import shard
 from esmm_torchrec.sharding.planner import ShardingOption, Workload, make_plan
 from esmm_torchrec.sharding.process_group import Ranks

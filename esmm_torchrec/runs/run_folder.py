@@ -1,18 +1,21 @@
 """The folder of one run.
 
-config.json        options, data, tables, versions: everything that was resolved; below "resumed",
-                   for each time that training went on, the step, ranks, device and placement
+config.json        what makes the run what it is ("identity"), its latest options, and "history":
+                   for the start and each time it was resumed, the step, the options that may
+                   differ, the data and the placement
 history.jsonl      one line now and then while training
 metrics.json       what the trained model measures on the test half
 preprocessing/     the data set's description and vocabularies, to score new rows
-pctr.npy           what a method that needs other networks' pCTR of the clicks chose its rows by
+pctr.npy           the pCTR by which a method chose its clicked rows, if it needs one
 plan.json          where each table was
-checkpoints/       see `checkpoint`
+checkpoints/       see `checkpoints.files`
 tensorboard/  plots/
+.lock              while a training writes to the folder
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from esmm_torchrec.checkpoints.checkpoint import find_checkpoint, remove_later
+from esmm_torchrec.checkpoints.files import find_checkpoint, remove_later, write_durably
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.models.methods import ModelOptions
+from esmm_torchrec.runs.lock import LOCK, RunLock
 from esmm_torchrec.schema import Schema
+
+FORMAT_VERSION = 2
 
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
@@ -45,31 +51,37 @@ class RunFolder:
         """Opens the folder of a run.
 
         Raises:
-            RunError: it is no run folder.
+            RunError: it is not a run folder, or this version cannot read it.
         """
         path = Path(path)
         try:
             config = json.loads((path / _CONFIG).read_text())
             run = cls(path, config)
-            for key in ("identity", "mean_values_per_bag"):
-                _ = config[key].items()
+            if config.get("format_version") != FORMAT_VERSION:
+                raise RunError(
+                    f"{path} was written by another version of this library, which this one cannot "
+                    "read; train again, or use that version"
+                )
+            _ = config["identity"].items(), config["mean_values_per_bag"].items()
+            _ = config["history"][-1]["data"]
             _ = run.schema, run.model_options, config["options"]["history_weights"]
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f"{path} is no run folder, it has no {_CONFIG}; give the --out of a training run"
+                f"{path} is not a run folder, it has no {_CONFIG}; give the --out of a training run"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, DataError) as error:
             raise RunError(f"{path / _CONFIG} is broken ({error}); train again") from None
         return run
 
     @classmethod
     def find(cls, path: Path | str, config: Mapping[str, Any], *, resume: str) -> RunFolder | None:
-        """The run to go on with in a folder, or None where one may begin.
+        """The run to resume in a folder, or None if one may start there.
 
         Args:
-            path: the folder, which need not be there.
-            config: of this run; its "identity" says what makes two runs the same.
-            resume: "never" takes an empty folder only, "auto" also a run of the same identity,
+            path: the folder, which need not exist.
+            config: of this run; its "identity" and "schema" say what makes two runs the same, the
+                last entry of "history" what else is as before.
+            resume: "never" accepts an empty folder only, "auto" also a run of the same identity,
                 a number only one with a checkpoint of that step.
 
         Raises:
@@ -82,43 +94,82 @@ class RunFolder:
                     f"{path} holds a run already and --resume is never; choose another --out"
                 )
             found = cls.open(path)
-            found._check_identity(config["identity"])
-            if resume.isdigit():
+            found._check_identity(config)
+            if resume.isdecimal():
                 find_checkpoint(found.checkpoints, int(resume))
             return found
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; choose another --out")
-        interrupted = _partial(path / _CONFIG)
-        if path.exists() and any(file != interrupted for file in path.iterdir()):
-            raise RunError(f"{path} is not empty and holds no run; choose another --out")
-        if resume.isdigit():
-            raise RunError(f"{path} holds no run to go on with; leave out --resume {resume}")
+        ours = {_partial(path / _CONFIG), path / LOCK}
+        if path.exists() and any(file not in ours for file in path.iterdir()):
+            raise RunError(f"{path} is not empty and does not hold a run; choose another --out")
+        if resume.isdecimal():
+            raise RunError(f"{path} does not hold a run to resume; leave out --resume {resume}")
         return None
 
     @classmethod
-    def start(cls, path: Path | str, config: Mapping[str, Any], *, resume: str) -> RunFolder:
-        """Makes the folder of a run, or takes up the one that is there; see `find`."""
+    def start(
+        cls,
+        path: Path | str,
+        config: Mapping[str, Any],
+        *,
+        resume: str,
+        lock: RunLock | None = None,
+    ) -> RunFolder:
+        """Makes the folder of a run, or opens the one that is there; see `find`.
+
+        Args:
+            path: the folder.
+            config: of this run.
+            resume: as in `find`.
+            lock: of the folder, acquired before anything is written.
+
+        Raises:
+            RunError: as `find`, or another training holds the lock.
+        """
         path = Path(path)
-        run = cls.find(path, config, resume=resume)
-        if run is None:
+        if cls.find(path, config, resume=resume) is None:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, config)
-            run.write_json(_CONFIG, config)
+        if lock is not None:
+            lock.acquire()
+        run = cls.find(path, config, resume=resume)
+        if run is None or find_checkpoint(run.checkpoints) is None:
+            run = cls(path, {"format_version": FORMAT_VERSION, **config})
+            run.write_json(_CONFIG, run.config)
         return run
 
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
-        for key, value in json.loads(json.dumps(identity)).items():
+    def _check_identity(self, config: Mapping[str, Any]) -> None:
+        for key, value in json.loads(json.dumps(config["identity"])).items():
             there = self.config["identity"].get(key)
             if there == value:
                 continue
             option = f"--{key.replace('_', '-')}"
-            what = f"{option} {_said(there)} and this one has {_said(value)}"
-            if key == "data":
-                what = f"another data set than this {option}"
             raise RunError(
-                f"{self.path} holds a run with {what}; choose another --out, or the same options "
-                "to go on with it"
+                f"{self.path} holds a run with {option} {_said(there)} and this one has "
+                f"{_said(value)}; choose another --out, or give the same option to resume"
             )
+        data = config["history"][-1]["data"]
+        if self.preprocessing.exists() and not self.was_trained_on(data["fingerprint"]):
+            differs = self._difference(Schema.from_dict(config["schema"]), Path(data["path"]))
+            if differs:
+                raise RunError(
+                    f"{data['path']} {differs} the data of {self.path}; give data prepared with "
+                    f"the same vocabularies, or start another run with --from {self.path}"
+                )
+
+    def was_trained_on(self, fingerprint: str) -> bool:
+        """Whether a data set is the one that the run was started or last resumed with."""
+        return self.config["history"][-1]["data"]["fingerprint"] == fingerprint
+
+    def data_of(self, step: int) -> str:
+        """The fingerprint of the data set that a step was trained on.
+
+        Args:
+            step: from 1, of a checkpoint that exists.
+        """
+        # A later entry overrides an earlier one, whose steps beyond it were dropped.
+        entries = [entry for entry in self.config["history"] if entry["step"] < step]
+        return entries[-1]["data"]["fingerprint"]
 
     @property
     def schema(self) -> Schema:
@@ -141,19 +192,23 @@ class RunFolder:
         Raises:
             RunError: they do not, or the run's own description of its data is broken.
         """
-        if schema != self.schema:
-            raise self._other_data(data, "has other features or vocabularies than")
-        own, other = _encoding(self.preprocessing), _encoding(Path(data))
-        if other["vocabularies"] != own["vocabularies"]:
-            raise self._other_data(data, "gives ids other rows of their tables than")
-        if other["dense"] != own["dense"]:
-            raise self._other_data(data, "standardised its dense features otherwise than")
+        differs = self._difference(schema, Path(data))
+        if differs:
+            raise RunError(
+                f"{data} {differs} the data of {self.path}; give the data set that the run was "
+                "trained on, or the raw rows to 'score --input'"
+            )
 
-    def _other_data(self, data: Path | str, differs: str) -> RunError:
-        return RunError(
-            f"{data} {differs} the data of {self.path}; give the data set that the run was "
-            "trained on, or the raw rows to 'score --input'"
-        )
+    def _difference(self, schema: Schema, data: Path) -> str | None:
+        """In what a data set differs from that of the run; None if ids and values mean the same."""
+        if schema != self.schema:
+            return "has other features or vocabularies than"
+        own, other = _encoding(self.preprocessing), _encoding(data)
+        if other["vocabularies"] != own["vocabularies"]:
+            return "gives ids other rows of their tables than"
+        if other["dense"] != own["dense"]:
+            return "standardised its dense features otherwise than"
+        return None
 
     @property
     def checkpoints(self) -> Path:
@@ -175,13 +230,13 @@ class RunFolder:
         """File of the pCTR that a method chose its rows by; only such methods have it."""
         return self.path / "pctr.npy"
 
-    def go_on_from(self, step: int, placement: Mapping[str, Any]) -> RunFolder:
-        """Forgets everything behind a step, which is done again, and notes how; on rank 0, and
-        only once the checkpoint of that step has been loaded.
+    def resume_from(self, step: int, config: Mapping[str, Any]) -> RunFolder:
+        """Drops everything after a step, which is done again, and records how the run is resumed;
+        on rank 0, and only once the checkpoint of that step has been loaded.
 
         Args:
-            step: that training goes on from.
-            placement: what is noted in config.json: "ranks", "device" and the like.
+            step: that training continues from.
+            config: of this run; the last entry of its "history" is added to the run's own.
 
         Returns:
             the same folder with the new config.
@@ -189,15 +244,17 @@ class RunFolder:
         remove_later(self.checkpoints, step)
         self.drop_history(step)
         (self.path / _METRICS).unlink(missing_ok=True)
-        resumed = [*self.config.get("resumed", ()), {"step": step} | dict(placement)]
-        run = RunFolder(self.path, dict(self.config) | {"resumed": resumed})
+        history = [*self.config["history"], {**config["history"][-1], "step": step}]
+        changed = {"format_version": FORMAT_VERSION, **config, "history": history}
+        run = RunFolder(self.path, changed)
         run.write_json(_CONFIG, run.config)
         return run
 
     def write_pctr(self, pctr: NDArray[np.floating]) -> None:
         """Keeps the pCTR of the clicked impressions, float64 (clicks,), whole or not at all."""
-        with _partial(self.pctr).open("wb") as file:
-            np.save(file, pctr)
+        buffer = io.BytesIO()
+        np.save(buffer, pctr)
+        write_durably(_partial(self.pctr), buffer.getbuffer())
         _partial(self.pctr).rename(self.pctr)
 
     def read_pctr(self, clicks: int) -> NDArray[np.floating] | None:
@@ -237,7 +294,7 @@ class RunFolder:
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
-        _partial(path).write_text(text)
+        write_durably(_partial(path), text.encode())
         _partial(path).rename(path)
 
 

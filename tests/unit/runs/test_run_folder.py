@@ -1,4 +1,4 @@
-"""Run folders: which may be begun, which gone on with, which opened."""
+"""Run folders: which may be started, resumed, opened."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esmm_torchrec.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
-from esmm_torchrec.checkpoints.run_folder import RunFolder
+from esmm_torchrec.checkpoints.files import checkpoint_folders, find_checkpoint
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import ModelOptions
+from esmm_torchrec.runs.lock import RunLock
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import IdFeature, Schema, Table
 
 SCHEMA = Schema((Table("item", 9),), (IdFeature("item", "item"),))
 
 
-def _config(**identity: Any) -> dict[str, Any]:
+def _config(*, data: str = "abc", path: str = "data", **identity: Any) -> dict[str, Any]:
     return {
-        "identity": {"batch_size": 64, "tower": (8, 4), "max_steps": None, "data": "abc"}
-        | identity,
-        "options": {"history_weights": "normalised"},
+        "identity": {"embedding_dim": 16, "tower": (8, 4), "seed": 0} | identity,
+        "options": {"history_weights": "normalised", "epochs": 1},
         "model": ModelOptions(tower=(8, 4)).to_dict(),
         "schema": SCHEMA.to_dict(),
         "mean_values_per_bag": {"item": 1.0},
+        "history": [{"step": 0, "data": {"path": path, "fingerprint": data}, "ranks": 2}],
     }
+
+
+def _written(config: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({"format_version": 2} | config))
 
 
 @pytest.fixture
@@ -54,20 +59,21 @@ def test_an_empty_folder_will_do(resume: str, tmp_path: Path) -> None:
     assert RunFolder.start(tmp_path, _config(), resume=resume).path == tmp_path
 
 
-def test_the_same_run_goes_on_and_keeps_its_config(run: RunFolder) -> None:
-    other = _config() | {"ranks": 4}
-    assert RunFolder.start(run.path, other, resume="auto").config == json.loads(
-        json.dumps(_config())
-    )
+def test_a_run_with_a_checkpoint_keeps_its_config_until_it_is_resumed(run: RunFolder) -> None:
+    """Without one it starts again, as the new options say."""
+    other = _config() | {"options": {"history_weights": "normalised", "epochs": 2}}
+    assert RunFolder.start(run.path, other, resume="auto").config == {"format_version": 2} | other
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    found = RunFolder.start(run.path, _config(), resume="auto")
+    assert found.config == _written(other)
 
 
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"batch_size": 32}, "--batch-size 64 and this one has 32"),
+        ({"embedding_dim": 32}, "--embedding-dim 16 and this one has 32"),
         ({"tower": (8,)}, "--tower 8 4 and this one has 8"),
-        ({"max_steps": 3}, "--max-steps none and this one has 3"),
-        ({"data": "def"}, "another data set than this --data"),
+        ({"seed": 3}, "--seed 0 and this one has 3"),
         ({"dtype": "bfloat16"}, "--dtype none and this one has bfloat16"),
     ],
 )
@@ -76,8 +82,8 @@ def test_another_run_is_refused_by_the_option_that_differs(
 ) -> None:
     before = (run.path / "config.json").read_bytes()
     sentence = (
-        f"{run.path} holds a run with {what}; choose another --out, or the same options to go on "
-        "with it"
+        f"{run.path} holds a run with {what}; choose another --out, or give the same option to "
+        "resume"
     )
     with _refused(sentence):
         RunFolder.start(run.path, _config(**changed), resume="auto")
@@ -96,14 +102,14 @@ def test_a_step_to_go_on_from_must_be_there(run: RunFolder, tmp_path: Path) -> N
     assert RunFolder.find(run.path, _config(), resume="20") is not None
     with _refused(f"{run.checkpoints} has no checkpoint of step 30; there is: 10, 20"):
         RunFolder.find(run.path, _config(), resume="30")
-    with _refused(f"{tmp_path / 'new'} holds no run to go on with; leave out --resume 20"):
+    with _refused(f"{tmp_path / 'new'} does not hold a run to resume; leave out --resume 20"):
         RunFolder.find(tmp_path / "new", _config(), resume="20")
     assert not (tmp_path / "new").exists()
 
 
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("mine")
-    with _refused(f"{tmp_path} is not empty and holds no run; choose another --out"):
+    with _refused(f"{tmp_path} is not empty and does not hold a run; choose another --out"):
         RunFolder.start(tmp_path, _config(), resume="auto")
     with _refused(f"{tmp_path / 'letters.txt'} is a file; choose another --out"):
         RunFolder.start(tmp_path / "letters.txt", _config(), resume="auto")
@@ -121,8 +127,12 @@ def test_a_start_that_was_cut_short_begins_anew(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("", "Expecting value: line 1 column 1 (char 0)"),
-        ("[1]", "list indices must be integers or slices, not str"),
-        ('{"identity": 1}', "'int' object has no attribute 'items'"),
+        ("[1]", "'list' object has no attribute 'get'"),
+        ('{"format_version": 2, "identity": 1}', "'int' object has no attribute 'items'"),
+        (
+            '{"format_version": 2, "identity": {}, "mean_values_per_bag": {}, "history": []}',
+            "list index out of range",
+        ),
     ],
 )
 def test_a_broken_config_is_said_to_be(text: str, reason: str, run: RunFolder) -> None:
@@ -131,9 +141,11 @@ def test_a_broken_config_is_said_to_be(text: str, reason: str, run: RunFolder) -
         RunFolder.open(run.path)
 
 
-@pytest.mark.parametrize("key", ["identity", "options", "model", "schema", "mean_values_per_bag"])
+@pytest.mark.parametrize(
+    "key", ["identity", "options", "model", "schema", "mean_values_per_bag", "history"]
+)
 def test_a_config_must_be_whole(key: str, run: RunFolder) -> None:
-    config = _config()
+    config = _written(_config())
     del config[key]
     (run.path / "config.json").write_text(json.dumps(config))
     with _refused(f"{run.path / 'config.json'} is broken ('{key}'); train again"):
@@ -141,16 +153,26 @@ def test_a_config_must_be_whole(key: str, run: RunFolder) -> None:
 
 
 def test_a_method_of_a_later_version_is_named(run: RunFolder) -> None:
-    config = _config()
+    config = _written(_config())
     config["model"]["method"] = "esmm3"
     run.write_json("config.json", config)
     with pytest.raises(RunError, match=r"is broken \(there is no method 'esmm3'; choose from "):
         RunFolder.open(run.path)
 
 
+def test_the_config_of_another_version_is_said_to_be_one(run: RunFolder) -> None:
+    for version in ({}, {"format_version": 1}, {"format_version": 3}):
+        run.write_json("config.json", _config() | version)
+        with _refused(
+            f"{run.path} was written by another version of this library, which this one cannot "
+            "read; train again, or use that version"
+        ):
+            RunFolder.open(run.path)
+
+
 def test_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
     with _refused(
-        f"{tmp_path} is no run folder, it has no config.json; give the --out of a training run"
+        f"{tmp_path} is not a run folder, it has no config.json; give the --out of a training run"
     ):
         RunFolder.open(tmp_path)
 
@@ -211,21 +233,48 @@ def test_other_rows_in_the_same_form_are_taken(run: RunFolder, tmp_path: Path) -
         run.check_schema(SCHEMA, data)
 
 
-def test_what_comes_after_the_step_to_go_on_from_is_forgotten(run: RunFolder) -> None:
+def test_a_run_is_resumed_with_data_of_the_same_form_only(run: RunFolder, tmp_path: Path) -> None:
+    _write_description(run.preprocessing)
+    same, other = tmp_path / "same", tmp_path / "other"
+    checksums = {"vocabulary/item.parquet": "1a", "train/impressions-00000.parquet": "9z"}
+    _write_description(same, checksums=checksums)
+    _write_description(other, checksums={"vocabulary/item.parquet": "3c"})
+    assert RunFolder.find(run.path, _config(data="def", path=str(same)), resume="auto") is not None
+    with _refused(
+        f"{other} gives ids other rows of their tables than the data of {run.path}; give data "
+        f"prepared with the same vocabularies, or start another run with --from {run.path}"
+    ):
+        RunFolder.find(run.path, _config(data="def", path=str(other)), resume="auto")
+
+
+def test_what_comes_after_the_step_to_resume_from_is_dropped(run: RunFolder) -> None:
     for step in (10, 20, 30):
         (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
     run.history.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)))
     (run.path / "metrics.json").write_text("{}")
-    run.go_on_from(20, {"ranks": 2, "device": "cpu"}).go_on_from(10, {"ranks": 4, "device": "cpu"})
+    resumed = run.resume_from(20, _config(data="b")).resume_from(10, _config(data="c"))
     assert list(checkpoint_folders(run.checkpoints)) == [10]
     assert run.history.read_text() == '{"step": 10}\n'
     assert not (run.path / "metrics.json").exists()
-    assert RunFolder.open(str(run.path)).config == json.loads(json.dumps(_config())) | {
-        "resumed": [
-            {"step": 20, "ranks": 2, "device": "cpu"},
-            {"step": 10, "ranks": 4, "device": "cpu"},
-        ]
-    }
+    history = RunFolder.open(str(run.path)).config["history"]
+    assert [(entry["step"], entry["data"]["fingerprint"]) for entry in history] == [
+        (0, "abc"),
+        (20, "b"),
+        (10, "c"),
+    ]
+    assert [resumed.data_of(step) for step in (5, 10, 15, 20, 25)] == ["abc", "abc", "c", "c", "c"]
+    assert resumed.was_trained_on("c")
+    assert not resumed.was_trained_on("b")
+
+
+def test_only_one_of_two_starts_gets_the_folder(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")
+    RunFolder.start(tmp_path / "run", _config(), resume="auto", lock=first)
+    with pytest.raises(RunError, match="is in use by another training"):
+        RunFolder.start(tmp_path / "run", _config(), resume="auto", lock=second)
+    first.close()
+    RunFolder.start(tmp_path / "run", _config(), resume="auto", lock=second)
+    second.close()
 
 
 def test_a_kept_pctr_is_read_back_and_must_be_whole(run: RunFolder) -> None:

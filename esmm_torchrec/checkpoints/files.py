@@ -1,0 +1,231 @@
+"""The files of checkpoints on disk.
+
+    checkpoints/
+        best.json                 the step of the best checkpoint, if one was marked
+        step-00001234/
+            checkpoint.json       step, reader position and the like; size and CRC-32 of each file
+            .metadata, *.distcp   weights and optimiser state, torch.distributed.checkpoint's files
+            rank-00000.pt         state that belongs to one rank
+
+A checkpoint is written as `step-*.partial`, flushed to disk and then renamed, so every folder with
+a final name is complete. `step-*.removed` is one that is being deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from esmm_torchrec.errors import RunError
+
+FORMAT_VERSION = 2
+
+_PREFIX = "step-"
+_DESCRIPTION = "checkpoint.json"
+_EARLIER_DESCRIPTION = "progress.json"
+_BEST = "best.json"
+_CHUNK_BYTES = 1 << 22
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """Step → complete checkpoint, ascending."""
+    found = {
+        int(path.name.removeprefix(_PREFIX)): path
+        for path in folder.glob(f"{_PREFIX}*")
+        if path.name.removeprefix(_PREFIX).isdecimal()
+    }
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The checkpoint of a step, or the last one; None if there is none at all.
+
+    Raises:
+        RunError: there is no checkpoint of that step.
+    """
+    found = checkpoint_folders(folder)
+    if step is not None and step not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise RunError(f"{folder} has no checkpoint of step {step}; there is: {there}")
+    if not found:
+        return None
+    return found[max(found) if step is None else step]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file with the state of one rank."""
+    return f"rank-{rank:05d}.pt"
+
+
+def written_by(path: Path, rank: int) -> dict[str, tuple[int, int]]:
+    """Name → (bytes, CRC-32) of the files that a rank wrote to a checkpoint."""
+    own = [rank_file(rank), *([".metadata"] if rank == 0 else [])]
+    files = [path / name for name in own if (path / name).exists()]
+    files += path.glob(f"__{rank}_*.distcp")
+    return {file.name: (file.stat().st_size, _crc32(file)) for file in files}
+
+
+def complete(
+    partial: Path,
+    final: Path,
+    *,
+    description: Mapping[str, Any],
+    files: Mapping[str, tuple[int, int]],
+) -> None:
+    """Gives a checkpoint its description and its final name; what had that name is removed."""
+    body = {"format_version": FORMAT_VERSION, **description, "files": dict(sorted(files.items()))}
+    write_durably(
+        partial / _DESCRIPTION,
+        json.dumps({"crc32": zlib.crc32(json.dumps(body).encode()), "checkpoint": body}).encode(),
+    )
+    _flush_folder(partial)
+    remove(final)
+    partial.rename(final)
+    _flush_folder(final.parent)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What `complete` was given as the description, and "files".
+
+    Raises:
+        RunError: it cannot be read or was changed.
+    """
+    try:
+        content = json.loads((path / _DESCRIPTION).read_text())
+        body = content["checkpoint"]
+        if zlib.crc32(json.dumps(body).encode()) != content["crc32"]:
+            raise ValueError("its content does not match its checksum")
+        _ = (
+            body["step"],
+            body["optimizer_step"],
+            body["num_ranks"],
+            body["progress"],
+            body["files"].items(),
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if (path / _EARLIER_DESCRIPTION).exists():
+            raise RunError(
+                f"checkpoint {path} was written by an earlier version of this library, which this "
+                "one cannot read; train again"
+            ) from error
+        raise broken(path, f"{_DESCRIPTION}: {error}") from error
+    return body
+
+
+def check_files(
+    path: Path, files: Mapping[str, tuple[int, int]], *, rank: int, num_ranks: int
+) -> None:
+    """Compares the files of a checkpoint with their recorded sizes and checksums; each rank reads
+    its share of them.
+
+    Raises:
+        RunError: a file is missing or differs.
+    """
+    for index, (name, (size, crc32)) in enumerate(files.items()):
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                raise broken(path, f"{name} has {found:,} bytes instead of {size:,}")
+            if index % num_ranks == rank and _crc32(path / name) != crc32:
+                raise broken(path, f"{name} does not match its checksum")
+        except OSError as error:
+            raise broken(path, f"{name}: {(error.strerror or str(error)).lower()}") from error
+
+
+def broken(path: Path, reason: str) -> RunError:
+    """The error for a checkpoint that cannot be used."""
+    return RunError(
+        f"checkpoint {path} is damaged or belongs to another model ({reason}); delete it to resume "
+        "from an earlier one, or train again"
+    )
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint if it exists. It loses its name first, so that an interrupted deletion
+    does not leave a part of it that is taken for the whole."""
+    if path.exists():
+        removed = path.rename(path.with_name(f"{path.name}.removed"))
+        shutil.rmtree(removed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what interrupted saves and deletions left."""
+    for ending in ("partial", "removed"):
+        for path in folder.glob(f"{_PREFIX}*.{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Deletes the checkpoints of steps beyond `step`."""
+    for later, path in checkpoint_folders(folder).items():
+        if later > step:
+            remove(path)
+
+
+def prune(folder: Path, *, keep_last: int) -> None:
+    """Deletes all checkpoints except the last ones and the best one."""
+    best = find_best(folder)
+    for step, path in list(checkpoint_folders(folder).items())[:-keep_last]:
+        if step != best:
+            remove(path)
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Records that the checkpoint of a step is the best one."""
+    partial = folder / f"{_BEST}.partial"
+    write_durably(partial, json.dumps({"step": step}).encode())
+    partial.rename(folder / _BEST)
+    _flush_folder(folder)
+
+
+def find_best(folder: Path) -> int | None:
+    """The step of the best checkpoint; None if none is marked."""
+    try:
+        step = json.loads((folder / _BEST).read_text())["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return step if step in checkpoint_folders(folder) else None
+
+
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file and waits until it is on disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb", buffering=0) as file:
+        for chunk in _chunks(file):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
+
+
+def _chunks(file: Any) -> Iterable[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
