@@ -139,14 +139,11 @@ class RunFolder:
         return run
 
     def _check_identity(self, config: Mapping[str, Any]) -> None:
-        for key, value in json.loads(json.dumps(config["identity"])).items():
-            there = self.config["identity"].get(key)
-            if there == value:
-                continue
-            option = f"--{key.replace('_', '-')}"
+        differs = self.difference(config["identity"])
+        if differs:
             raise RunError(
-                f"{self.path} holds a run with {option} {_said(there)} and this one has "
-                f"{_said(value)}; choose another --out, or give the same option to resume"
+                f"{self.path} holds a run with {differs}; choose another --out, or give the same "
+                "option to resume"
             )
         data = config["history"][-1]["data"]
         if self.preprocessing.exists() and not self.was_trained_on(data["fingerprint"]):
@@ -156,6 +153,19 @@ class RunFolder:
                     f"{data['path']} {differs} the data of {self.path}; give data prepared with "
                     f"the same vocabularies, or start another run with --from {self.path}"
                 )
+
+    def difference(self, identity: Mapping[str, Any]) -> str | None:
+        """The first option in which the run differs, as a part of a sentence; None if there is
+        none.
+
+        Args:
+            identity: of another run, or a part of it.
+        """
+        for key, here in json.loads(json.dumps(identity)).items():
+            there = self.config["identity"].get(key)
+            if there != here:
+                return "{} {} and this one has {}".format(*_differing_option(key, there, here))
+        return None
 
     def was_trained_on(self, fingerprint: str) -> bool:
         """Whether a data set is the one that the run was started or last resumed with."""
@@ -309,6 +319,18 @@ def _encoding(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); make it again") from None
+
+
+def _differing_option(name: str, there: Any, here: Any) -> tuple[str, str, str]:
+    """The option in which two values differ, and the values: `name` itself, or one of the options
+    of a method's part."""
+    option = f"--{name.replace('_', '-')}"
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return option, _said(there), _said(here)
+    if there["name"] != here["name"]:
+        return option, there["name"], here["name"]
+    key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
+    return f"{option}.{key.replace('_', '-')}", _said(there.get(key)), _said(here.get(key))
 
 
 def _said(value: Any) -> str:

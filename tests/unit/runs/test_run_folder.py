@@ -23,7 +23,9 @@ SCHEMA = Schema((Table("item", 9),), (IdFeature("item", "item"),))
 
 def _config(*, data: str = "abc", path: str = "data", **identity: Any) -> dict[str, Any]:
     return {
-        "identity": {"embedding_dim": 16, "tower": (8, 4), "seed": 0} | identity,
+        "identity": {"embedding_dim": 16, "tower": (8, 4), "seed": 0}
+        | {"rows": {"name": "aman", "negative_rate": 0.5}}
+        | identity,
         "options": {"history_weights": "normalised", "epochs": 1},
         "model": ModelOptions(tower=(8, 4)).to_dict(),
         "schema": SCHEMA.to_dict(),
@@ -74,6 +76,11 @@ def test_a_run_with_a_checkpoint_keeps_its_config_until_it_is_resumed(run: RunFo
         ({"embedding_dim": 32}, "--embedding-dim 16 and this one has 32"),
         ({"tower": (8,)}, "--tower 8 4 and this one has 8"),
         ({"seed": 3}, "--seed 0 and this one has 3"),
+        ({"rows": {"name": "all"}}, "--rows aman and this one has all"),
+        (
+            {"rows": {"name": "aman", "negative_rate": 0.25}},
+            "--rows.negative-rate 0.5 and this one has 0.25",
+        ),
         ({"dtype": "bfloat16"}, "--dtype none and this one has bfloat16"),
     ],
 )

@@ -1,0 +1,73 @@
+"""Starting a run with the weights and the optimiser state of another one.
+
+The data may hold ids that the other run did not know: its tables may be longer, as long as the rows
+of known ids are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.schema import Schema
+from esmm_torchrec.training.options import TrainOptions
+
+
+def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOptions) -> Path:
+    """The last checkpoint of a run, which a new run may start from.
+
+    Args:
+        path: of the other run.
+        dataset: that the new run is trained on.
+        options: of the new run.
+
+    Raises:
+        RunError: the other run has another model or optimiser, no checkpoint yet, or its data mean
+            something else.
+        DataError: the other run's description of its data cannot be read.
+    """
+    run = RunFolder.open(path)
+    differs = run.difference(
+        {
+            **options.model.to_dict(),
+            "sparse_optimizer": options.sparse_optimizer,
+            "history_weights": options.history_weights,
+        }
+    )
+    if differs:
+        raise RunError(f"{path} has {differs}; give the same option to start from it")
+    _check_features(run, dataset)
+    checkpoint = find_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise RunError(f"{path} has no checkpoint yet; wait for its first one")
+    return checkpoint
+
+
+def _check_features(run: RunFolder, dataset: PreparedDataSet) -> None:
+    """Makes sure that every id the run knows has the same row in the data."""
+    if _without_sizes(run.schema) != _without_sizes(dataset.schema):
+        raise _other_data(run, dataset, "has other features than")
+    earlier = PreparedDataSet.open(run.preprocessing, data_files=False)
+    if earlier.statistics.dense != dataset.statistics.dense:
+        raise _other_data(run, dataset, "standardised its dense features otherwise than")
+    for table in run.schema.tables:
+        known = earlier.vocabulary(table.name).raw_ids
+        here = dataset.vocabulary(table.name).raw_ids
+        if known.type != here.type or not here.slice(0, len(known)).equals(known):
+            raise _other_data(run, dataset, f"gives ids of table {table.name!r} other rows than")
+
+
+def _without_sizes(schema: Schema) -> Schema:
+    tables = tuple(replace(table, num_embeddings=1) for table in schema.tables)
+    return replace(schema, tables=tables)
+
+
+def _other_data(run: RunFolder, dataset: PreparedDataSet, differs: str) -> RunError:
+    return RunError(
+        f"{dataset.path} {differs} the data of {run.path}; to start from that run, give data whose "
+        "vocabularies begin with those of the run"
+    )
