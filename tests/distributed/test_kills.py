@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from esmm_torchrec.checkpoints.files import checkpoint_folders, find_checkpoint, read_description
+from esmm_torchrec.checkpoints.files import (
+    checkpoint_folders,
+    find_checkpoint,
+    rank_file,
+    read_description,
+)
 from tests.prepared_data import write_data_set
 
 OPTIONS = [
@@ -82,16 +88,35 @@ def _state(out: Path) -> dict[str, Any]:
     assert last is not None
     description = read_description(last)
     description["progress"].pop("seconds")
+    # The weights and the optimiser state; pickles of equal values need not be equal.
+    files = description.pop("files")
+    description["tensors"] = {k: entry for k, entry in files.items() if k.endswith(".distcp")}
+    assert description["tensors"]
     metrics = json.loads((out / "metrics.json").read_text())
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     return {
         "checkpoint": description,
+        "ranks": [
+            _with_bytes(torch.load(last / rank_file(rank), weights_only=True))
+            for rank in range(description["num_ranks"])
+        ],
         "test": metrics["test"],
         "history": [
             {name: value for name, value in line.items() if name not in MEASURED_TIMES}
             for line in history
         ],
     }
+
+
+def _with_bytes(value: Any) -> Any:
+    """A value with the bytes of each tensor in its place."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _with_bytes(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_bytes(entry) for entry in value]
+    return value
 
 
 @pytest.mark.parametrize(
