@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from esmm_torchrec.checkpoints.files import checkpoint_folders
+from esmm_torchrec.checkpoints.files import check_files, checkpoint_folders, read_description
 from esmm_torchrec.checkpoints.manager import CheckpointManager
+from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.schema import IdFeature, Schema, Table
 from esmm_torchrec.sharding.planner import Workload
@@ -72,3 +75,67 @@ def test_the_last_and_the_best_are_kept_with_the_state_of_each_rank(tmp_path: Pa
     (loaded,) = run_on_ranks(1, _load, tmp_path)
     progress = {"reader": {"row": 50}, "loss": 0.1}
     assert loaded == (5, progress, [[0.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+
+
+def _load_where_one_rank_sees_damage(folder: Path) -> str:
+    def work(ranks: Ranks) -> str:
+        trainer = _trainer(ranks)
+        latest = CheckpointManager(folder, ranks=ranks).find()
+        assert latest is not None
+        if ranks.rank == 1:
+            latest = latest.with_name(f"{latest.name}-seen-by-rank-1")
+        with pytest.raises(RunError) as refusal:
+            CheckpointManager(folder, ranks=ranks).load(
+                latest, model=trainer.model, optimizer=trainer.optimizer
+            )
+        return str(refusal.value)
+
+    with process_group("cpu") as ranks:
+        return work(ranks)
+
+
+@pytest.mark.parametrize("file", [".metadata", "checkpoint.json", "__0_0.distcp"])
+def test_what_one_rank_cannot_read_is_refused_by_all(file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    run_on_ranks(2, _save_five, folder)
+    seen = shutil.copytree(folder / "step-00000005", folder / "step-00000005-seen-by-rank-1")
+    with (seen / file).open("r+b") as damaged:
+        damaged.seek(40)
+        byte = damaged.read(1)
+        damaged.seek(40)
+        damaged.write(bytes([byte[0] ^ 1]))
+    first, second = run_on_ranks(2, _load_where_one_rank_sees_damage, folder)
+    assert first == second
+    assert first.startswith(f"checkpoint {seen} is damaged or belongs to another model ({file}")
+
+
+def test_each_changed_byte_is_found(tmp_path: Path) -> None:
+    run_on_ranks(1, _save_five, tmp_path)
+    latest = tmp_path / "step-00000005"
+    files = read_description(latest)["files"]
+    assert files.keys() == {".metadata", "__0_0.distcp", "rank-00000.pt"}
+    check_files(latest, files, rank=0, num_ranks=1)
+    for name in files:
+        content = (latest / name).read_bytes()
+        for position in (0, len(content) // 2, len(content) - 1):
+            changed = bytearray(content)
+            changed[position] ^= 8
+            (latest / name).write_bytes(changed)
+            with pytest.raises(RunError, match=f"{name} does not match its checksum"):
+                check_files(latest, files, rank=0, num_ranks=1)
+        (latest / name).write_bytes(content[:-1])
+        with pytest.raises(RunError, match=f"{name} has .* bytes instead of"):
+            check_files(latest, files, rank=0, num_ranks=1)
+        (latest / name).write_bytes(content)
+    text = (latest / "checkpoint.json").read_text()
+    (latest / "checkpoint.json").write_text(text.replace('"row": 50', '"row": 51'))
+    with pytest.raises(RunError, match="its content does not match its checksum"):
+        read_description(latest)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000005"
+    path.mkdir()
+    (path / "progress.json").write_text('{"step": 5}')
+    with pytest.raises(RunError, match="was written by an earlier version of this library"):
+        read_description(path)
