@@ -103,7 +103,7 @@ def _without_truth(source: Path, out: Path) -> None:
     shutil.copytree(source, out)
     description = json.loads((out / "dataset.json").read_text())
     for name in ("true_ctr", "true_cvr"):
-        description["columns"][name] = False
+        description["columns"].remove(name)
     for split in description["splits"].values():
         for file in split["impression_files"]:
             table = pq.read_table(out / file).drop_columns(["true_ctr", "true_cvr"])
