@@ -26,6 +26,7 @@ from tests.prepared_data import write_data_set
 TRAIN_ROWS, TEST_ROWS = 300, 120
 MODEL = ["--embedding-dim", "8", "--tower", "16", "8", "--batch-size", "32"]
 STEPS = -(-TRAIN_ROWS // 32)
+PROGRESS = ("Laying out ", "Training: ")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def _refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: s
 
 
 def _sentence(err: str) -> str:
-    """The only line, but for the progress of what came to its end."""
-    (line,) = (line for line in err.splitlines() if not line.startswith("Laying out "))
+    """The only line except those of progress."""
+    (line,) = (line for line in err.splitlines() if not line.startswith(PROGRESS))
     assert line.startswith("esmm-torchrec: ")
     return line.removeprefix("esmm-torchrec: ")
 
