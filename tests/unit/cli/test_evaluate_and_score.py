@@ -230,8 +230,9 @@ def _no_such_column(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return frame.drop(columns="user"), "has no column 'user' (an id feature)"
 
 
-def _a_missing_number(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    frame.loc[4, "age"] = float("nan")
+def _no_number(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    frame["age"] = frame["age"].astype(str)
+    frame.loc[4, "age"] = "old"
     return frame, "row 4, column 'age': "
 
 
@@ -239,7 +240,7 @@ def _no_row(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return frame.head(0), "has no row"
 
 
-@pytest.mark.parametrize("spoil", [_no_such_column, _a_missing_number, _no_row])
+@pytest.mark.parametrize("spoil", [_no_such_column, _no_number, _no_row])
 def test_rows_that_cannot_be_scored_are_named(
     spoil: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,7 +263,12 @@ def test_rows_that_cannot_be_scored_are_named(
             [],
             "{tmp} is not a run folder, it has no config.json; give the",
         ),
-        ("{folder}/run", "{tmp}", [], "{tmp} is no prepared data set, it has no dataset.json;"),
+        (
+            "{folder}/run",
+            "{tmp}",
+            [],
+            "{tmp} is not a prepared data set (dataset.json is missing);",
+        ),
         (
             "{folder}/run",
             "{folder}/other",

@@ -217,7 +217,7 @@ def _an_empty_file(path: Path) -> str:
 def _no_description(path: Path) -> str:
     (path / "dataset.json").unlink()
     return (
-        f"{path} is no prepared data set, it has no dataset.json; make one with "
+        f"{path} is not a prepared data set (dataset.json is missing); create one with "
         "'esmm-torchrec prepare'"
     )
 
