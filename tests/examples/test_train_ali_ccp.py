@@ -108,8 +108,8 @@ def test_given_raw_files_it_prepares_them_beside(
     assert third.returncode == 0, third.stderr
     assert _bytes(folder / "mine-prepared") == _bytes(folder / "generated/ali-ccp-6000-prepared")
     config = json.loads((folder / "runs" / "raw" / "config.json").read_text())
-    assert config["data"] == str((folder / "mine-prepared").resolve())
-    assert config["ranks"] == 2
+    assert config["history"][-1]["data"]["path"] == str((folder / "mine-prepared").resolve())
+    assert config["history"][-1]["ranks"] == 2
 
 
 def test_raw_and_data_together_are_refused(tmp_path: Path) -> None:

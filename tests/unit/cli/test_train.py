@@ -21,6 +21,7 @@ import torch
 
 from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.cli.main import main
+from esmm_torchrec.data.prepared_form import FORMAT_VERSION
 from tests.prepared_data import write_data_set
 
 TRAIN_ROWS, TEST_ROWS = 300, 120
@@ -85,7 +86,7 @@ def test_it_prints_the_figures_of_metrics_json(
     metrics = _metrics(out)
     for label, figures, calibration in (
         ("click, all impressions", metrics["test"], "ctr"),
-        ("conversion, clicked impressions", metrics["test"], "cvr"),
+        ("conversion if click", metrics["test"], "cvr"),
         ("click and conversion, all impressions", metrics["test"], "ctcvr"),
     ):
         auc = f"{figures[f'{calibration}_auc']:.4f}"
@@ -195,9 +196,10 @@ def _change(path: Path, **values: Any) -> None:
 
 
 def _of_a_later_version(path: Path) -> str:
-    _change(path, format_version=2)
+    _change(path, format_version=FORMAT_VERSION + 1)
     return (
-        f"{path} is a prepared data set of format version 2 and this is version 1 of the reader; "
+        f"{path} is a prepared data set of format version {FORMAT_VERSION + 1}, and this library "
+        f"reads version {FORMAT_VERSION}; "
         "prepare the data set again"
     )
 
@@ -238,8 +240,8 @@ def _an_id_beyond_its_table(path: Path) -> str:
     beyond = pc.add(table["item"], pa.scalar(1000, pa.int32()))
     pq.write_table(table.set_column(place, table.schema.field(place), beyond), file)
     return (
-        f"{file} was changed after it was written (its checksum differs); prepare the data set "
-        "again"
+        f"{file} was changed after it was written (its checksum differs); restore it from a "
+        "copy or prepare the data set again"
     )
 
 
