@@ -1,4 +1,4 @@
-"""What the library raises for things its user can mend.
+"""What the library raises for things its user can fix.
 
     EsmmTorchrecError
     ├── DataError      a raw file, a prepared data set, a column, a row
@@ -7,7 +7,7 @@
     └── RunError       a run folder or a checkpoint in it
 
 Each message is one sentence that names the file, row, column or option and says what to do. The
-command line prints it and exits with code 2. Faults of our own stay assertions.
+command line prints it and exits with code 2. An internal bug raises AssertionError.
 
     KeyboardInterrupt
     └── Interrupted    a training that was interrupted; the message says what is saved
@@ -19,7 +19,7 @@ import re
 
 
 class EsmmTorchrecError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
 
 class DataError(EsmmTorchrecError):

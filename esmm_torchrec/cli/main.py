@@ -172,14 +172,14 @@ def _named(given: list[str]) -> str:
 
 
 def run_command(run: Callable[[T], None], options: T) -> None:
-    """Calls `run(options)`; errors the user can mend become a sentence and exit code 2."""
+    """Calls `run(options)`; errors that the user can fix become a sentence and exit code 2."""
     with errors_in_words(getattr(options, "out", None)):
         run(options)
 
 
 @contextlib.contextmanager
 def errors_in_words(out: object = None) -> Iterator[None]:
-    """Ends the process with a sentence where the block fails in a way that the user can mend.
+    """Ends the process with a sentence if the block fails in a way that the user can fix.
 
     Args:
         out: what the block writes, for errors of the system that name no file.

@@ -42,5 +42,5 @@ def train_and_print(data: Path, out: Path, options: TrainOptions, ranks: Ranks) 
     if ranks.is_first:
         speed = metrics["throughput"]["train_samples_per_second"]
         print(f"\n{format_metrics(metrics)}")
-        print(f"trained at {speed:,.0f} impressions a second")
+        print(f"trained at {speed:,.0f} impressions per second")
         print(f"run folder: {out} (metrics.json, plots/, tensorboard/, checkpoints/)", flush=True)

@@ -302,11 +302,11 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        mend = "make it writable or copy the data set to where it is"
+        remedy = "make it writable or copy the data set to a writable location"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            mend = "make room or copy the data set to where there is more"
+            remedy = "make room or copy the data set to a larger disk"
         raise DataError(
-            f"cannot write {folder} ({reason}), an uncompressed copy for random access; {mend}"
+            f"cannot write {folder} ({reason}), an uncompressed copy for random access; {remedy}"
         ) from error
 
 

@@ -39,11 +39,6 @@ def _logit_of_two(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return -torch.logsumexp(torch.stack([-a, -b, -a - b]), dim=0)
 
 
-def log_product(logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """log(σ(a₁)·…·σ(a_k)), float32 (B,)."""
-    return sum((F.logsigmoid(logit.float()) for logit in logits), start=torch.zeros(()))
-
-
 def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torch.Tensor:
     """Logit of pCTR · pCVR: `product_logit` of the default chain.
 

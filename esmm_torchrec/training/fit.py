@@ -212,7 +212,7 @@ def build_loop(
         workload=replace(
             workload,
             rows_per_rank=rows_per_rank,
-            bags_per_rank=_shared_bags(split, options, rows_per_rank, part.num_rows),
+            bags_per_rank=shared_bags(split, options, rows_per_rank, part.num_rows),
         ),
     )
     reader = ImpressionReader(
@@ -237,11 +237,12 @@ def build_loop(
     )
 
 
-def _shared_bags(
+def shared_bags(
     split: MappedSplit, options: TrainOptions, rows_per_rank: int, num_rows: int
 ) -> dict[str, int]:
-    """Shared feature → bags of it in a rank's batch, for a training on `num_rows` rows."""
-    if not options.shared_features:
+    """Shared feature → bags of it in a rank's batch, for a training on `num_rows` rows. A feature
+    that is written out for every impression is left out: it has a bag for each."""
+    if options.shared_features == "expanded":
         return {}
     return {
         feature: distinct_shared_rows(

@@ -197,7 +197,7 @@ class _Truth:
         """float32 true_ctr and true_cvr of these impressions.
 
         Raises:
-            DataError: the file has no row for one of them, or a value is no probability.
+            DataError: the file has no row for one of them, or a value is not a probability.
         """
         while True:
             order = np.argsort(self._ids, kind="stable")
@@ -231,7 +231,7 @@ class _Truth:
         if wrong.any():
             raise DataError(
                 f"{self._path}, sample_id {ids[wrong.argmax()]} of the {self._split} split: "
-                "true_ctr or true_cvr is no probability; remove the file or make it again"
+                "true_ctr or true_cvr is not a probability; remove the file or create it again"
             )
         self._ids = np.concatenate([self._ids, ids])
         self._values = np.concatenate([self._values, values])

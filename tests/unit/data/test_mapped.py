@@ -48,7 +48,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(dataset: PreparedDataSet) -> Non
     folder = dataset.path / ".mapped" / "train-normalised"
     assert str(told.value) == (
         f"cannot write {folder} (file too large), an uncompressed copy for random access; make "
-        "room or copy the data set to where there is more"
+        "room or copy the data set to a larger disk"
     )
     assert [path.name for path in folder.parent.iterdir()] == ["train-normalised.lock"]
 
@@ -93,7 +93,7 @@ def test_a_current_copy_is_read_where_nothing_can_be_written(dataset: PreparedDa
     assert told == [
         str(impressions),
         f"cannot write {dataset.path / '.mapped'} (permission denied), an uncompressed copy for "
-        "random access; make it writable or copy the data set to where it is",
+        "random access; make it writable or copy the data set to a writable location",
     ]
 
 

@@ -10,7 +10,6 @@ from esmm_torchrec.models.losses import (
     binary_cross_entropy,
     ctcvr_logit,
     ctcvr_loss,
-    log_product,
     product_logit,
     product_loss,
     weighted_mean,
@@ -129,11 +128,6 @@ def test_a_product_of_one_is_the_logit_itself() -> None:
     logit, target = torch.tensor([-3.0, 2.0]), torch.tensor([0.0, 1.0])
     assert torch.equal(product_logit([logit]), logit)
     assert torch.equal(product_loss([logit], target), binary_cross_entropy(logit, target))
-
-
-def test_log_product_does_not_underflow() -> None:
-    value = log_product([torch.tensor([-200.0]), torch.tensor([-100.0])])
-    assert value.item() == pytest.approx(-300.0, rel=1e-6)
 
 
 def test_weighted_mean_over_ranks_is_the_global_mean() -> None:

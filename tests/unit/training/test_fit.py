@@ -14,7 +14,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.training.fit import automatic_batch_size, training_part
+from esmm_torchrec.training.fit import automatic_batch_size, shared_bags, training_part
 from esmm_torchrec.training.options import TrainOptions
 from tests.prepared_data import write_data_set
 
@@ -63,3 +63,13 @@ def test_weights_of_the_data_count_in_the_loss_and_the_base_rates(
     (batch,) = ImpressionReader(weighted, batch_size=300, selection=part.selection)
     assert batch.weight is not None
     assert float(batch.weight.sum()) == pytest.approx(weight[rows].sum(), rel=1e-6)
+
+
+def test_the_planner_counts_shared_bags_once_unless_they_are_written_out(tmp_path: Path) -> None:
+    dataset = write_data_set(tmp_path / "data", train=400, test=20)
+    split = MappedSplit.open(dataset, "train")
+    once = shared_bags(split, TrainOptions(), rows_per_rank=64, num_rows=400)
+    assert once
+    assert all(0 < bags < 64 for bags in once.values())
+    expanded = TrainOptions(shared_features="expanded")
+    assert shared_bags(split, expanded, rows_per_rank=64, num_rows=400) == {}

@@ -691,7 +691,7 @@ def test_truth_is_joined(tmp_path: Path, order):
         ),
         (
             lambda t: t.set_column(2, "true_ctr", pa.array([1.5] * len(t), pa.float32())),
-            "sample_id 1 of the train split: true_ctr or true_cvr is no probability",
+            "sample_id 1 of the train split: true_ctr or true_cvr is not a probability",
         ),
     ],
 )
