@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -288,11 +289,18 @@ def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:
 
 
 def _is_current(folder: Path, fingerprint: str) -> bool:
+    """Whether a mapped copy is there, of these data and whole: its files have the sizes that its
+    description gives. Anything else is laid out again."""
     try:
         layout = json.loads((folder / "layout.json").read_text())
-    except (OSError, ValueError):
+        if layout["version"] != LAYOUT_VERSION or layout["fingerprint"] != fingerprint:
+            return False
+        return all(
+            (folder / name).stat().st_size == np.dtype(dtype).itemsize * math.prod(shape)
+            for name, (dtype, shape) in layout["arrays"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return layout["version"] == LAYOUT_VERSION and layout["fingerprint"] == fingerprint
 
 
 @contextmanager

@@ -138,3 +138,25 @@ def test_a_file_that_was_changed_is_found_when_it_is_laid_out(dataset: PreparedD
     assert MappedSplit.open(dataset, "train").impressions == 700
     with pytest.raises(DataError, match=r"shared-00000\.parquet was changed after it was written"):
         MappedSplit.open(dataset, "test")
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "missing", "description", "empty description"])
+def test_a_damaged_copy_is_laid_out_again(damage: str, tmp_path: Path) -> None:
+    dataset = write_data_set(tmp_path / "data", train=40, test=20)
+    before = {
+        name: column.copy() for name, column in MappedSplit.open(dataset, "train").scalars.items()
+    }
+    (folder,) = (dataset.path / ".mapped").glob("train-*/")
+    file = folder / "click"
+    if damage == "short":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "long":
+        file.write_bytes(file.read_bytes() + b"\0")
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (folder / "layout.json").write_text("{" if damage == "description" else "{}")
+    after = MappedSplit.open(dataset, "train").scalars
+    assert after.keys() == before.keys()
+    for name, column in before.items():
+        np.testing.assert_array_equal(after[name], column)
