@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -284,21 +284,35 @@ class _DataFrame(RawTable):
             yield _numbered(pa.table(block), start)
 
 
-class _ParquetFile(RawTable):
+class _TypedFile(RawTable):
+    """A file that says the types of its columns and holds them in batches."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name, self.file_name = str(path), path.name
-        try:
-            self._schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._broken(error) from None
+        with self._damage_named():
+            self._schema = self._read_schema()
         self.column_names = self._schema.names
 
-    def _broken(self, error: Exception) -> DataError:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        return DataError(
-            f"{self.name} is not a Parquet file, or is damaged or cut short ({reason})"
-        )
+    @abstractmethod
+    def _read_schema(self) -> pa.Schema: ...
+
+    @abstractmethod
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Batches of at most ROWS_PER_BLOCK rows."""
+
+    kind: ClassVar[str]
+    """With its article."""
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise DataError(
+                f"{self.name} is not {self.kind} file, or is damaged or cut short ({reason})"
+            ) from None
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         return {name: self._schema.field(name).type for name in columns}
@@ -309,58 +323,46 @@ class _ParquetFile(RawTable):
         bad_rows: BadRows | None = None,  # noqa: ARG002
     ) -> Iterator[RawRows]:
         rows = 0
-        try:
-            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(ROWS_PER_BLOCK, columns=list(columns)):
-                    # A name with a dot may bring a column along that nobody asked for.
-                    table = pa.Table.from_batches([batch]).select(list(columns))
-                    table.validate(full=True)
-                    yield _numbered(table, rows)
-                    rows += len(table)
-                expected = file.metadata.num_rows
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._broken(error) from None
+        with self._damage_named():
+            for batch in self._batches(list(columns)):
+                # A name with a dot may bring a column along that nobody asked for.
+                table = pa.Table.from_batches([batch]).select(list(columns))
+                table.validate(full=True)
+                yield _numbered(table, rows)
+                rows += len(table)
+
+
+class _ParquetFile(_TypedFile):
+    kind = "a Parquet"
+
+    def _read_schema(self) -> pa.Schema:
+        return pq.read_schema(self._path)
+
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        rows = 0
+        with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(ROWS_PER_BLOCK, columns=columns):
+                yield batch
+                rows += len(batch)
+            expected = file.metadata.num_rows
         if rows != expected:
             raise DataError(f"{self.name} holds {rows} rows where its footer says {expected}")
 
 
-class _ArrowFile(RawTable):
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.name, self.file_name = str(path), path.name
-        try:
-            with pa.memory_map(str(path)) as source:
-                self._schema = pa.ipc.open_file(source).schema
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._broken(error) from None
-        self.column_names = self._schema.names
+class _ArrowFile(_TypedFile):
+    kind = "an Arrow"
 
-    def _broken(self, error: Exception) -> DataError:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        return DataError(f"{self.name} is not an Arrow file, or is damaged or cut short ({reason})")
+    def _read_schema(self) -> pa.Schema:
+        with pa.memory_map(str(self._path)) as source:
+            return pa.ipc.open_file(source).schema
 
-    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        return {name: self._schema.field(name).type for name in columns}
-
-    def blocks(
-        self,
-        columns: Sequence[str],
-        bad_rows: BadRows | None = None,  # noqa: ARG002
-    ) -> Iterator[RawRows]:
-        rows = 0
-        try:
-            with pa.memory_map(str(self._path)) as source:
-                reader = pa.ipc.open_file(source)
-                for number in range(reader.num_record_batches):
-                    batch = reader.get_batch(number)
-                    for start in range(0, len(batch), ROWS_PER_BLOCK):
-                        part = batch.slice(start, ROWS_PER_BLOCK)
-                        table = pa.Table.from_batches([part]).select(list(columns))
-                        table.validate(full=True)
-                        yield _numbered(table, rows)
-                        rows += len(table)
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._broken(error) from None
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:  # noqa: ARG002
+        with pa.memory_map(str(self._path)) as source:
+            reader = pa.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                for start in range(0, len(batch), ROWS_PER_BLOCK):
+                    yield batch.slice(start, ROWS_PER_BLOCK)
 
 
 class _TextFile(RawTable):
