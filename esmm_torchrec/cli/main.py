@@ -200,9 +200,7 @@ def errors_in_words(out: object = None) -> Iterator[None]:
             print_error(known or "interrupted; give the same command again")
         terminated = isinstance(error, Interrupted) and error.terminated
         _end(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Nobody reads on, as in '… | head'; nor will the flush at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads on, as in '… | head'
         _end(EXIT_BROKEN_PIPE)
     except OSError as error:
         if error.errno is None and error.filename is None and not str(error):
@@ -233,8 +231,11 @@ def _system_error(error: OSError, out: object) -> str:
 def _end(code: int) -> NoReturn:
     """Ends a process after an error. One of several ranks ends at once: taking down a model that
     is spread over processes waits for the others, which may not come."""
-    with contextlib.suppress(OSError):
+    try:
         sys.stdout.flush()
+    except OSError:
+        # Python flushes once more as it ends, and would exit with a code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if "RANK" in os.environ:
         os._exit(code)
     raise SystemExit(code) from None
