@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esmm_torchrec.data.prepared import PreparedDataSet
     from esmm_torchrec.data.reader import ImpressionReader
     from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp
+    from esmm_torchrec.data.sources.append import append_table
     from esmm_torchrec.data.sources.tabular import prepare_table
     from esmm_torchrec.errors import (
         DataError,
@@ -78,6 +79,7 @@ _MODULES = {
     "TrainOptions": "training.options",
     "TrainTask": "models.esmm",
     "Workload": "sharding.planner",
+    "append_table": "data.sources.append",
     "auc": "metrics.ranking",
     "ctcvr_logit": "models.losses",
     "ctcvr_loss": "models.losses",
@@ -130,6 +132,7 @@ __all__ = [
     "TrainOptions",
     "TrainTask",
     "Workload",
+    "append_table",
     "auc",
     "ctcvr_logit",
     "ctcvr_loss",

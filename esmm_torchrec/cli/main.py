@@ -37,6 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "cli.prepare_table",
         "turn any CSV or Parquet files into a prepared data set",
     ),
+    "prepare append": (
+        "cli.prepare_append",
+        "add the impressions of a new day to a prepared data set",
+    ),
     "train": ("cli.train", "train a model on a prepared data set"),
     "compare": (
         "comparison.commands.compare",

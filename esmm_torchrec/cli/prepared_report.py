@@ -12,12 +12,15 @@ from esmm_torchrec.data.prepared_form import SPLITS, Split, SplitName
 from esmm_torchrec.schema import IdFeature
 
 
-def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
+def report(
+    data_set: PreparedDataSet, *, unclicked_conversions: str, continues: bool = False
+) -> str:
     """Counts by split, what was dropped, tables, missing and unknown values, the command to train.
 
     Args:
         data_set: just made; its `source` has "unclicked_conversion_rows" by split.
         unclicked_conversions: what became of these.
+        continues: whether a model of earlier data is to be trained on it.
     """
     schema, dropped = data_set.schema, data_set.dropped
 
@@ -77,10 +80,11 @@ def report(data_set: PreparedDataSet, *, unclicked_conversions: str) -> str:
     if examples:
         sections.append(["skipped, the first of them:", *(f"  {text}" for text in examples)])
     out, run = quote(str(data_set.path)), quote(str(Path("runs", data_set.path.name)))
+    command = f"torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out {run}"
     sections.append(
         [
             f"prepared data set: {data_set.path}",
-            f"next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out {run}",
+            f"next: {command}{' --from EARLIER_RUN' if continues else ''}",
         ]
     )
     return "\n\n".join("\n".join(lines) for lines in sections)

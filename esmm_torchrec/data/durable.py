@@ -17,6 +17,15 @@ def publish(partial: Path, final: Path) -> None:
     _synchronise(final.parent)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Gives a file a new content; whoever opens it reads the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    _synchronise(partial)
+    partial.rename(path)
+    _synchronise(path.parent)
+
+
 def _synchronise(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

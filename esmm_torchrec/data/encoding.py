@@ -26,7 +26,6 @@ from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
     dense_features,
     impression_columns,
-    vocabulary_file,
 )
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
@@ -208,7 +207,7 @@ def copy_preprocessing(data_set: Path | str, destination: Path | str) -> None:
     """
     source, destination = Path(data_set), Path(destination)
     opened = PreparedDataSet.open(source, data_files=False)
-    vocabularies = [vocabulary_file(table.name) for table in opened.schema.tables]
+    vocabularies = [opened.vocabulary_file(table.name) for table in opened.schema.tables]
     if destination.exists():
         copy = PreparedDataSet.open(destination, data_files=False)
         if copy.fingerprint != opened.fingerprint:

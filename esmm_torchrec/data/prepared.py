@@ -4,6 +4,7 @@ A folder:
 
     dataset.json                         what is in it, how it was made, a checksum of each file
     vocabulary/<table>.parquet           raw_id, row, count
+    rare/<table>.parquet                 raw_id, count of the ids that have no row
     train/ test/ impressions-*.parquet   labels, ids, weights; one row an impression
     train/ test/ shared-*.parquet        features that many impressions share, one row for all
 
@@ -11,7 +12,11 @@ An impression's `shared_row` is a row over all shared files of its split, in the
 names. Ids are table rows, 0 (unknown) to num_embeddings - 1. A missing value of a single-valued
 feature is null, of a multi-valued one the empty list. Weights are as in the raw data.
 
-A data set is written beside its final name and renamed last: whatever opens is whole.
+    days/<day>/                          what `prepare append` added: a data set of its own, whose
+                                         files dataset.json names beside those above
+
+A data set is written beside its final name and renamed last: whatever opens is whole. So is a day,
+which belongs to the data set once dataset.json is replaced by one that names it.
 """
 
 from __future__ import annotations
@@ -41,14 +46,13 @@ from esmm_torchrec.data.prepared_form import (
     same_columns,
     sha256_of,
     shared_columns,
-    vocabulary_file,
 )
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SHARED_ROW
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedDataSet(Description):
     """A prepared data set that has been opened: its description is valid, its files are there."""
 
@@ -118,9 +122,19 @@ class PreparedDataSet(Description):
         Raises:
             DataError: the file cannot be read or is not the one that was written.
         """
-        file = vocabulary_file(table)
+        file = self.vocabulary_file(table)
         self.check_checksum(file)
         return Vocabulary.read(self.path / file)
+
+    def rare_ids(self, table: str) -> pa.Table:
+        """raw_id and count of the ids of a table that were counted and have no row.
+
+        Raises:
+            DataError: as `vocabulary`, or an earlier version of this library made the data set.
+        """
+        file = self.rare_file(table)
+        self.check_checksum(file)
+        return Vocabulary.read_rare(self.path / file)
 
     @property
     def impression_columns(self) -> pa.Schema:
@@ -134,7 +148,7 @@ class PreparedDataSet(Description):
 
     def _check_vocabularies(self) -> None:
         for table in self.schema.tables:
-            file = self.path / vocabulary_file(table.name)
+            file = self.path / self.vocabulary_file(table.name)
             rows = _parquet_rows(file, None)
             if rows != table.num_embeddings - 1:
                 raise DataError(

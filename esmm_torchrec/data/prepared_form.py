@@ -54,6 +54,7 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
 """Columns that only some data sets have, in the order they are stored."""
 
 DESCRIPTION = "dataset.json"
+DAYS = "days"
 MAX_FILE_NAME = 150
 """Characters of a table's name in that of its file; longer ones end in a hash."""
 PREPARE_AGAIN = "prepare the data set again"
@@ -118,6 +119,9 @@ class Description:
     """A sentence on each of the first few of them that were broken."""
     checksums: Mapping[str, str]
     """sha256 of each file, by its path in the data set."""
+    days: tuple[str, ...] = ()
+    """What `prepare append` added, in order. Each is a folder below DAYS and a data set of its own.
+    The vocabularies are those of the last one."""
 
     def __post_init__(self) -> None:
         for of_split in (self.splits, self.dropped, self.dropped_rows):
@@ -145,6 +149,17 @@ class Description:
             return msgspec.json.decode(content, type=cls)
         except (UnicodeDecodeError, DataError) as error:
             raise ValueError(str(error)) from None
+
+    def vocabulary_file(self, table: str) -> str:
+        """Where the vocabulary of a table is, relative to the data set."""
+        return self._of_last_day(vocabulary_file(table))
+
+    def rare_file(self, table: str) -> str:
+        """Where the ids of a table that have no row are, relative to the data set."""
+        return self._of_last_day(rare_file(table))
+
+    def _of_last_day(self, file: str) -> str:
+        return f"{DAYS}/{self.days[-1]}/{file}" if self.days else file
 
     def encode(self) -> bytes:
         """As indented JSON; the same values give the same bytes."""
@@ -319,12 +334,21 @@ def sha256_of(path: Path) -> str:
 
 
 def vocabulary_file(table: str) -> str:
-    """Where the vocabulary of a table is, relative to the data set."""
+    """Where the vocabulary of a table is, relative to a data set without days."""
+    return f"vocabulary/{_file_name(table)}.parquet"
+
+
+def rare_file(table: str) -> str:
+    """Where the ids of a table that have no row are, relative to a data set without days."""
+    return f"rare/{_file_name(table)}.parquet"
+
+
+def _file_name(table: str) -> str:
     # Tables may be called after the columns of a stranger's file, which may be long and in Chinese.
     name = quote(table, safe=" ")
     if len(name) > MAX_FILE_NAME:
         name = f"{name[:MAX_FILE_NAME]}-{hashlib.sha256(table.encode()).hexdigest()[:16]}"
-    return f"vocabulary/{name}.parquet"
+    return name
 
 
 def partial_folder(path: Path) -> Path:

@@ -30,6 +30,7 @@ from esmm_torchrec.data.prepared_form import (
     dense_features,
     impression_columns,
     partial_folder,
+    rare_file,
     same_columns,
     sha256_of,
     shared_columns,
@@ -216,7 +217,8 @@ class PreparedWriter:
             raise DataError(f"{self.path} exists already; remove it or choose another folder")
         if self._root.exists():
             shutil.rmtree(self._root)
-        (self._root / "vocabulary").mkdir(parents=True)
+        for folder in ("vocabulary", "rare"):
+            (self._root / folder).mkdir(parents=True)
         return self
 
     def __exit__(
@@ -261,9 +263,10 @@ class PreparedWriter:
 
     def write_vocabulary(self, table: str, vocabulary: Vocabulary) -> None:
         """Writes the vocabulary of a table, which fixes its number of rows."""
-        file = vocabulary_file(table)
-        vocabulary.write(self._root / file)
-        self._checksums[file] = sha256_of(self._root / file)
+        vocabulary.write(self._root / vocabulary_file(table))
+        vocabulary.write_rare(self._root / rare_file(table))
+        for file in (vocabulary_file(table), rare_file(table)):
+            self._checksums[file] = sha256_of(self._root / file)
         self._num_embeddings[table] = vocabulary.num_embeddings
         self._tables[table] = TableStatistics(vocabulary.kind, vocabulary.distinct_ids)
 

@@ -39,6 +39,8 @@ MAX_IDS = 2**31 - 2
 # 32-bit offsets hold 2 GiB of characters, which are 59 million ids of 36 characters.
 _TEXT = pa.large_string()
 
+_RARE = pa.schema([("raw_id", pa.int64()), ("count", pa.int64())])
+
 _HAS_SEARCH_SORTED = "search_sorted" in pc.list_functions()  # since pyarrow 24
 
 
@@ -86,13 +88,13 @@ class Vocabulary:
     """
 
     def __init__(
-        self, raw_ids: pa.Array, counts: np.ndarray, *, distinct_ids: int | None = None
+        self, raw_ids: pa.Array, counts: np.ndarray, *, rare: pa.Table | None = None
     ) -> None:
         assert len(raw_ids) == len(counts)
         self.raw_ids = raw_ids
         self.counts = counts
-        self.distinct_ids = len(raw_ids) if distinct_ids is None else distinct_ids
-        """Ids that were counted, those too rare for a row included."""
+        self.rare = _RARE.empty_table() if rare is None else rare
+        """raw_id and count of the ids that were counted and are too rare for a row."""
 
     @classmethod
     def from_counts(
@@ -111,8 +113,8 @@ class Vocabulary:
         Raises:
             DataError: more than MAX_IDS ids get a row.
         """
-        table = pa.table({"raw_id": id_array(raw_ids), "count": pa.array(counts, pa.int64())})
-        table = table.filter(pc.field("count") >= min_count)
+        counted = pa.table({"raw_id": id_array(raw_ids), "count": pa.array(counts, pa.int64())})
+        table = counted.filter(pc.field("count") >= min_count)
         table = table.sort_by([("count", "descending"), ("raw_id", "ascending")])
         if len(table) > MAX_IDS:
             raise DataError(
@@ -122,13 +124,53 @@ class Vocabulary:
         return cls(
             table.column("raw_id").combine_chunks(),
             table.column("count").to_numpy(),
-            distinct_ids=len(counts),
+            rare=counted.filter(pc.field("count") < min_count),
+        )
+
+    def grown(
+        self, raw_ids: pa.Array | np.ndarray, counts: np.ndarray, min_count: int
+    ) -> Vocabulary:
+        """This vocabulary after more impressions: ids that have a row keep it, and those that reach
+        `min_count` get the next rows, ordered as in `from_counts`.
+
+        Args:
+            raw_ids: distinct ids, none null: those of the impressions that are added, and of
+                `rare`.
+            counts: int64, in how many of the added impressions each occurs, for an id of `rare` its
+                count there included.
+            min_count: as in `from_counts`.
+
+        Raises:
+            DataError: as `from_counts` and `encode`.
+        """
+        ids = id_array(raw_ids)
+        rows = self.encode(ids)
+        known = rows != UNKNOWN_ROW
+        totals = self.counts.copy()
+        totals[rows[known] - 1] += counts[known]
+        further = Vocabulary.from_counts(ids.filter(pa.array(~known)), counts[~known], min_count)
+        if len(self.raw_ids) == 0:
+            return further
+        if len(self.raw_ids) + len(further.raw_ids) > MAX_IDS:
+            raise DataError(
+                f"the table would hold {len(self.raw_ids) + len(further.raw_ids)} ids, and a table "
+                f"holds {MAX_IDS}; prepare the data again with a higher minimum count"
+            )
+        return Vocabulary(
+            pa.concat_arrays([self.raw_ids, further.raw_ids]),
+            np.concatenate([totals, further.counts]),
+            rare=further.rare,
         )
 
     @property
     def num_embeddings(self) -> int:
         """Rows of the table, row 0 included."""
         return len(self.raw_ids) + 1
+
+    @property
+    def distinct_ids(self) -> int:
+        """Ids that were counted, those too rare for a row included."""
+        return len(self.raw_ids) + len(self.rare)
 
     @property
     def kind(self) -> IdKind:
@@ -246,6 +288,24 @@ class Vocabulary:
         raw_ids = table.column("raw_id").combine_chunks()
         return cls(raw_ids, table.column("count").to_numpy())
 
+    def write_rare(self, path: Path) -> None:
+        """Writes `rare` to a Parquet file, in the order of the ids."""
+        pq.write_table(self.rare.sort_by("raw_id"), path, compression="zstd")
+
+    @staticmethod
+    def read_rare(path: Path) -> pa.Table:
+        """What `write_rare` wrote.
+
+        Raises:
+            DataError: the file is missing or cannot be read.
+        """
+        try:
+            return pq.ParquetFile(path).read()
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing; prepare the data set again") from None
+        except pa.ArrowException as error:
+            raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+
 
 class IdCounter:
     """Counts ids block by block, in memory bounded by the number of distinct ids.
@@ -342,19 +402,19 @@ class IdCounter:
         self._merged = pa.table(dict(zip(("raw_id", "count"), distinct, strict=True)))
         self._pending, self._pending_rows = [], 0
 
-    def vocabulary(self, min_count: int) -> Vocabulary:
-        """The vocabulary of the ids counted so far that occur `min_count` times or more."""
+    def counts(self) -> tuple[pa.Array, np.ndarray]:
+        """The ids counted so far, each once, and int64, how often each occurs."""
         if self._merged is None and not self._pending:
             ids, counts = self._dense_counts()
-            if self._type == _TEXT:
-                ids = ids.cast(_TEXT)
-            return Vocabulary.from_counts(ids, counts.to_numpy(), min_count)
+            return ids.cast(_TEXT) if self._type == _TEXT else ids, counts.to_numpy()
         if self._pending:
             self._merge()
         assert self._merged is not None
-        return Vocabulary.from_counts(
-            self._merged["raw_id"], self._merged["count"].to_numpy(), min_count
-        )
+        return id_array(self._merged["raw_id"]), self._merged["count"].to_numpy()
+
+    def vocabulary(self, min_count: int) -> Vocabulary:
+        """The vocabulary of the ids counted so far that occur `min_count` times or more."""
+        return Vocabulary.from_counts(*self.counts(), min_count)
 
 
 def _distinct(ids: pa.Array, counts: np.ndarray | None) -> tuple[pa.Array, pa.Array]:

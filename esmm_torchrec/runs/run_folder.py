@@ -314,7 +314,13 @@ def _encoding(folder: Path) -> dict[str, Any]:
         description = json.loads((folder / _DESCRIPTION).read_text())
         checksums = description["checksums"].items()
         return {
-            "vocabularies": {k: v for k, v in checksums if k.startswith("vocabulary/")},
+            # One that was appended to has them below a day.
+            "vocabularies": {
+                table: checksum
+                for name, checksum in checksums
+                for _, folder, table in [name.rpartition("vocabulary/")]
+                if folder
+            },
             "dense": description["statistics"]["dense"],
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

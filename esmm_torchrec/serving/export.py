@@ -32,7 +32,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import dense_features, vocabulary_file
+from esmm_torchrec.data.prepared_form import dense_features
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.scores import probabilities
@@ -238,7 +238,7 @@ def _description(predictor: Predictor, outputs: list[str]) -> dict[str, Any]:
         "id_features": [
             {
                 "name": feature.name,
-                "vocabulary": f"preprocessing/{vocabulary_file(feature.table)}",
+                "vocabulary": f"preprocessing/{data_set.vocabulary_file(feature.table)}",
                 "rows": schema.table(feature.table).num_embeddings,
                 "multi_valued": feature.multi_valued,
                 "weighted": feature.weighted,

@@ -125,6 +125,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _log(600, 0).to_csv(folder / "train.csv", index=False)
     _log(400, 1).to_csv(folder / "test.csv", index=False)
     _log(1000, 2).to_csv(folder / "hillstrom.csv", index=False)
+    for seed, day in enumerate(("monday", "tuesday", "wednesday"), 4):
+        _log(400, seed).to_parquet(folder / f"{day}.parquet")
     _log(7, 3).drop(columns=["visit", "conversion"]).to_parquet(folder / "new_rows.parquet")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

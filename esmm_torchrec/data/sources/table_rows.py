@@ -74,6 +74,7 @@ class TableRows:
         columns: what the columns are.
         unclicked_conversions: what becomes of rows with a conversion and no click.
         max_bad_rows: how many may be skipped.
+        first_train_row: the number of the first training row.
 
     Raises:
         DataError: a column is not there.
@@ -87,12 +88,15 @@ class TableRows:
         columns: TableColumns,
         unclicked_conversions: UnclickedConversions,
         max_bad_rows: int,
+        first_train_row: int = 0,
     ) -> None:
         self.tables = tables
         self._split = split
         self._columns = columns
-        self._unclicked_conversions = unclicked_conversions
-        self._max_bad_rows = max_bad_rows
+        self.unclicked_conversions: UnclickedConversions = unclicked_conversions
+        self.max_bad_rows = max_bad_rows
+        self._first_row: dict[SplitName, int] = {"train": first_train_row, "test": 0}
+        self._rows_read: dict[SplitName, int] = {}
         self._labels = {
             role: LabelReader(column)
             for role, column in ((CLICK, columns.click), (CONVERSION, columns.conversion))
@@ -115,7 +119,7 @@ class TableRows:
         self._last_train_time = self._split.last_train_time(
             rows.table
             for table in self.tables["train"]
-            for rows in table.blocks(columns, BadRows(self._max_bad_rows))
+            for rows in table.blocks(columns, BadRows(self.max_bad_rows))
         )
 
     def blocks(self, split: SplitName, bad_rows: BadRows) -> Iterator[RawBlock]:
@@ -124,16 +128,21 @@ class TableRows:
         Raises:
             DataError: a file cannot be read, or there is one bad record too many.
         """
-        before = 0
+        before = self._first_row[split]
         for table in self.tables[split]:
             # Records with too few fields are in neither half; they count as training rows.
-            ignored = BadRows(self._max_bad_rows)
+            ignored = BadRows(self.max_bad_rows)
             counts_all = self._split is None or split == "train"
             for rows in table.blocks(self._raw_columns, bad_rows if counts_all else ignored):
                 numbers = np.arange(before, before + len(rows.table))
                 before += len(rows.table)
                 block = RawBlock(table, rows.table, rows.numbers, numbers, split)
                 yield block if self._split is None else self._half(block, self._split)
+        self._rows_read[split] = before
+
+    def rows_read(self, split: SplitName) -> int:
+        """The number after that of the last row that `blocks` gave, once it has given all."""
+        return self._rows_read[split]
 
     def _half(self, block: RawBlock, rule: RowSplit) -> RawBlock:
         with block.table.named_in_errors():
@@ -160,14 +169,14 @@ class TableRows:
         unclicked = (conversion > click) & keep
         if unclicked.any():
             skipped.unclicked_conversions += int(unclicked.sum())
-            if self._unclicked_conversions == "error":
+            if self.unclicked_conversions == "error":
                 place = block.table.place(int(block.places[unclicked.argmax()]))
                 raise DataError(
                     f"{place}: a conversion ({self._columns.conversion!r} is 1) without a click "
                     f"({self._columns.click!r} is 0); fix it, or leave such rows out or keep them "
                     "as unclicked with --unclicked-conversions drop|keep"
                 )
-            if self._unclicked_conversions == "drop":
+            if self.unclicked_conversions == "drop":
                 keep &= ~unclicked
             else:
                 scalars[CONVERSION] = np.minimum(conversion, click)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from esmm_torchrec.data.dense import DENSE_METHODS, DenseFitter, DenseMethod, DenseTransform
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, RawReading
@@ -36,6 +36,7 @@ from esmm_torchrec.data.sources.raw_values import (
     one_array,
 )
 from esmm_torchrec.data.sources.row_split import RowSplit
+from esmm_torchrec.data.sources.table_blocks import count_ids, write_table
 from esmm_torchrec.data.sources.table_columns import IdForm, TableColumns, agreed
 from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows, UnclickedConversions
 from esmm_torchrec.data.vocabulary import IdCounter
@@ -46,10 +47,6 @@ from esmm_torchrec.schema import (
     Schema,
     Table,
 )
-
-UNCLICKED_CONVERSIONS = "conversions without a click"
-BAD_ROWS = "bad rows"
-"""What rows are called among the dropped ones."""
 
 
 def prepare_table(
@@ -199,11 +196,10 @@ def prepare_table(
         list_separator=list_separator,
         dense_methods=methods,
         min_count=min_count,
-        unclicked_conversions=unclicked_conversions,
-        max_bad_rows=max_bad_rows,
         progress=progress,
     )
     counted = preparation.count()
+    source["group_kind"] = preparation.group_kind
     source["reading"] = RawReading(
         features=preparation.features, sample_id=columns.sample_id, text_format=text_format
     ).to_dict()
@@ -240,8 +236,6 @@ class _Preparation:
         list_separator: str | None,
         dense_methods: Mapping[str, DenseMethod],
         min_count: int,
-        unclicked_conversions: UnclickedConversions,
-        max_bad_rows: int,
         progress: bool,
     ) -> None:
         self._rows = rows
@@ -249,8 +243,6 @@ class _Preparation:
         self._list_separator = list_separator
         self._dense_methods = dense_methods
         self._min_count = min_count
-        self._unclicked_conversions = unclicked_conversions
-        self._max_bad_rows = max_bad_rows
         self._progress = progress
         raw_ids = dict.fromkeys(columns.ids)
         self._lists = {
@@ -300,7 +292,8 @@ class _Preparation:
         ]
 
     @property
-    def _group_kind(self) -> IdKind | None:
+    def group_kind(self) -> IdKind | None:
+        """What the group ids are, as far as is known."""
         group = self._columns.group_id
         return None if group is None else self._kinds[group]
 
@@ -349,7 +342,7 @@ class _Preparation:
     def count(self) -> _Counted:
         """Reads the training rows once, or again if they are not what they seemed."""
         self._rows.find_last_train_time()
-        with self._bar("count train", None) as bar:
+        with progress_bar("count train", None, "rows", disable=not self._progress) as bar:
             while (counted := self._try_to_count(bar)) is None:
                 bar.reset()
         for family in self._guessed:
@@ -368,14 +361,12 @@ class _Preparation:
             feature.table: IdCounter(columns.kinds[feature.name]) for feature in columns.id_features
         }
         fitter = DenseFitter(len(columns.dense))
-        count, skipped = 0, Skipped(BadRows(self._max_bad_rows))
+        count, skipped = 0, Skipped(BadRows(self._rows.max_bad_rows))
         for block in self._rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):
                 return None
-            features = self._rows.usable(block, columns, self._group_kind, skipped).features
-            for feature in columns.id_features:
-                ids = features.ids[feature.name]
-                counters[feature.table].add(ids.flatten() if feature.multi_valued else ids)
+            features = self._rows.usable(block, columns, self.group_kind, skipped).features
+            count_ids(counters, columns, features)
             if columns.dense:
                 fitter.add(np.stack(list(features.dense.values()), axis=1))
             count += len(block.rows)
@@ -423,39 +414,11 @@ class _Preparation:
             writer.write_vocabulary(table, vocabulary)
         for name, transform in counted.dense.items():
             writer.record_dense(name, transform)
-        encoder = RowEncoder(self.features, vocabularies, counted.dense)
-        bad_rows, unclicked = BadRows(self._max_bad_rows), {}
-        for split in SPLITS:
-            skipped, noted = Skipped(bad_rows), len(bad_rows.examples)
-            bad_before = bad_rows.count
-            self._write(writer, encoder, split, skipped, counted.rows if split == "train" else None)
-            unclicked[split] = skipped.unclicked_conversions
-            if bad_rows.count > bad_before:
-                examples = bad_rows.examples[noted:]
-                writer.record_dropped(split, BAD_ROWS, bad_rows.count - bad_before, examples)
-            if self._unclicked_conversions == "drop" and unclicked[split]:
-                writer.record_dropped(split, UNCLICKED_CONVERSIONS, unclicked[split])
-        writer.source["unclicked_conversion_rows"] = unclicked
-
-    def _write(
-        self,
-        writer: PreparedWriter,
-        encoder: RowEncoder,
-        split: SplitName,
-        skipped: Skipped,
-        total: int | None,
-    ) -> None:
-        types = impression_columns(writer.schema, writer.columns)
-        with self._bar(f"encode {split}", total) as bar:
-            for block in self._rows.blocks(split, skipped.bad_rows):
-                rows = self._rows.usable(block, encoder.features, self._group_kind, skipped)
-                with block.table.named_in_errors():
-                    columns = rows.scalars | encoder.encode_features(rows.features)
-                arrays = [pa.array(columns[column.name], column.type) for column in types]
-                writer.write_impressions(split, pa.table(arrays, schema=types))
-                for name, values in rows.features.dense.items():
-                    writer.record_missing_dense(split, name, int(np.isnan(values).sum()))
-                bar.update(len(block.rows))
-
-    def _bar(self, description: str, total: int | None) -> tqdm:
-        return progress_bar(description, total, "rows", disable=not self._progress)
+        write_table(
+            writer,
+            self._rows,
+            RowEncoder(self.features, vocabularies, counted.dense),
+            group_kind=self.group_kind,
+            train_rows=counted.rows,
+            progress=self._progress,
+        )

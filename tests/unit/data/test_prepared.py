@@ -125,6 +125,7 @@ def test_what_is_opened_is_what_was_written(tmp_path: Path):
     assert pq.read_table(file).to_pylist() == shared().to_pylist()
     assert sorted(p.name for p in data_set.path.iterdir()) == [
         "dataset.json",
+        "rare",
         "test",
         "train",
         "vocabulary",

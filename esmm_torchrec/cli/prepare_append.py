@@ -1,0 +1,51 @@
+"""esmm-torchrec prepare append: more impressions for a prepared data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from esmm_torchrec.cli.prepared_report import report
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.sources.append import append_table
+
+
+@dataclass(frozen=True)
+class Options:
+    """Add impressions, such as those of a new day, to a data set that prepare table made.
+
+    They are read as the first ones were, with the same options. Ids that have a row keep it; ids
+    that have now occurred --min-count times get the next rows. What is added is also a data set of
+    its own, DATA/days/DAY, which a model of yesterday continues on with train --from.
+    """
+
+    data: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATA")]]
+    """The prepared data set."""
+
+    train: tuple[str, ...]
+    """Files of the impressions, as for prepare table."""
+
+    test: tuple[str, ...] = ()
+    """Files of impressions that take the place of the test half; without them it stays."""
+
+    day: str | None = None
+    """Name of what is added, such as 2026-11-02; a name that is there already is refused, so that a
+    day is not added twice. Without this option days are numbered."""
+
+
+def run(options: Options) -> None:
+    """Appends, then prints what was added."""
+    added = append_table(
+        options.data,
+        train=options.train,
+        test=options.test or None,
+        day=options.day,
+        progress=True,
+    )
+    policy = added.source["unclicked_conversions"]
+    print(report(added, unclicked_conversions=policy, continues=True))
+    together = PreparedDataSet.open(options.data).splits["train"].impressions
+    print(f"{options.data} holds {together:,} training impressions of all days")

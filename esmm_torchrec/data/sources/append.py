@@ -1,0 +1,311 @@
+"""More impressions for a prepared data set whose ids keep their rows.
+
+What is added at once is a day. It becomes a prepared data set of its own, `days/<day>` below the
+other one, and then dataset.json is replaced by one that names its files, too. So a model continues
+on the day alone, and another one is trained on everything, from the same folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from esmm_torchrec.data.durable import replace_file
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import (
+    DAYS,
+    DESCRIPTION,
+    PREPARE_AGAIN,
+    SPLITS,
+    Description,
+    Split,
+    SplitName,
+    Statistics,
+)
+from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.feature_columns import RawReading
+from esmm_torchrec.data.sources.raw_ids import IdKind
+from esmm_torchrec.data.sources.raw_tables import (
+    MAX_EXAMPLES,
+    BadRows,
+    Frame,
+    RawTable,
+    open_raw_tables,
+)
+from esmm_torchrec.data.sources.table_blocks import count_ids, write_table
+from esmm_torchrec.data.sources.table_columns import TableColumns
+from esmm_torchrec.data.sources.table_rows import Skipped, TableRows, UnclickedConversions
+from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
+from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.progress import progress_bar
+
+
+def append_table(
+    data_set: Path | str,
+    *,
+    train: Frame | Sequence[Frame],
+    test: Frame | Sequence[Frame] | None = None,
+    day: str | None = None,
+    progress: bool = False,
+) -> PreparedDataSet:
+    """Adds impressions to a data set that `prepare_table` made, read as those of it were.
+
+    Ids that have a row keep it. An id that has occurred `min_count` times, on all days together,
+    gets the next row; the impressions of earlier days keep row 0 for it. Dense values are encoded
+    with the statistics of the first day. If the process is killed, the data set is as it was.
+
+    Example::
+
+        today = append_table("prepared", train="2026-11-02.parquet", test="2026-11-03.parquet")
+        train(today.path, "runs/2026-11-02", TrainOptions(start_from="runs/2026-11-01"), ranks)
+
+    Args:
+        data_set: the folder.
+        train: the impressions, in the forms that `prepare_table` takes.
+        test: impressions that take the place of the test half; None keeps the test half.
+        day: name of what is added, of letters, digits and ._-; None numbers it.
+        progress: show a bar.
+
+    Returns:
+        what was added, as a data set of its own with the vocabularies of all days. The data set
+        of all days is `data_set`, to be opened again.
+
+    Raises:
+        DataError: `data_set` cannot be appended to, or has that day already; or as
+            `prepare_table`.
+        OptionError: `day` cannot be the name of a folder.
+    """
+    path = Path(data_set)
+    if day is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?<!\.partial)", day):
+        raise OptionError(
+            f"day {day!r} is not a name of letters, digits and ._-, such as 2026-11-02", "day"
+        )
+    PreparedDataSet.open(path)
+    with _locked(path / DAYS):
+        whole = PreparedDataSet.open(path)
+        made = _Made.of(whole)
+        day = day or f"{len(whole.days) + 1:04d}"
+        if day in whole.days:
+            raise DataError(f"{path} has the day {day} already; append each day once")
+        for folder in (path / DAYS).iterdir():
+            if folder.is_dir() and folder.name not in whole.days:  # of a killed append
+                shutil.rmtree(folder)
+        reading = made.reading
+        train_tables = open_raw_tables(train, what="train", text_format=reading.text_format)
+        test_tables: list[RawTable] = []
+        if test is not None:
+            test_tables = open_raw_tables(test, what="test", text_format=reading.text_format)
+        rows = TableRows(
+            {"train": train_tables, "test": test_tables},
+            split=None,
+            columns=made.columns,
+            unclicked_conversions=made.unclicked_conversions,
+            max_bad_rows=made.max_bad_rows,
+            first_train_row=made.train_rows,
+        )
+        vocabularies, train_rows = _vocabularies(whole, made, rows, progress=progress)
+        source = dict(whole.source)
+        source["files"] = {
+            "train": [table.file_name for table in train_tables],
+            "test": [table.file_name for table in test_tables],
+        }
+        with PreparedWriter(
+            path / DAYS / day,
+            id_features=whole.schema.id_features,
+            dense_features=tuple(whole.statistics.dense),
+            columns=whole.columns,
+            source=source,
+            min_count=whole.min_count,
+            has_conversions=made.columns.conversion is not None,
+        ) as writer:
+            for table, vocabulary in vocabularies.items():
+                writer.write_vocabulary(table, vocabulary)
+            for name, transform in whole.statistics.dense.items():
+                writer.record_dense(name, transform)
+            write_table(
+                writer,
+                rows,
+                RowEncoder(reading.features, vocabularies, whole.statistics.dense),
+                group_kind=made.group_kind,
+                train_rows=train_rows,
+                progress=progress,
+            )
+            if test is None:
+                _copy_test(whole, writer)
+        added = PreparedDataSet.open(path / DAYS / day)
+        together = _together(whole, added, day, new_test=test is not None)
+        replace_file(path / DESCRIPTION, together.encode())
+    return added
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a data set says of how it was made."""
+
+    columns: TableColumns
+    reading: RawReading
+    group_kind: IdKind | None
+    unclicked_conversions: UnclickedConversions
+    max_bad_rows: int
+    train_rows: int
+
+    @classmethod
+    def of(cls, data_set: PreparedDataSet) -> _Made:
+        source = data_set.source
+        if source.get("kind") != "table":
+            raise DataError(
+                f"{data_set.path} was not made by 'prepare table', and nothing else can be "
+                "appended to; prepare all its days together"
+            )
+        try:
+            return msgspec.convert(source, cls)
+        except msgspec.ValidationError as error:
+            raise DataError(
+                f"{data_set.path} was made by an earlier version of this library and cannot be "
+                f"appended to ({error}); {PREPARE_AGAIN}"
+            ) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another process is appending to {folder.parent}; wait until it is done"
+            ) from None
+        yield
+
+
+def _vocabularies(
+    whole: PreparedDataSet, made: _Made, rows: TableRows, *, progress: bool
+) -> tuple[dict[str, Vocabulary], int]:
+    """The vocabularies of all days, by table, and the number of rows of the new one."""
+    features = made.reading.features
+    counters: dict[str, IdCounter] = {}
+    for table in whole.schema.tables:
+        rare = whole.rare_ids(table.name)
+        counters[table.name] = IdCounter(whole.statistics.tables[table.name].kind)
+        counters[table.name].add(rare["raw_id"], rare["count"].to_numpy())
+    skipped, count = Skipped(BadRows(made.max_bad_rows)), 0
+    with progress_bar("count train", None, "rows", disable=not progress) as bar:
+        for block in rows.blocks("train", skipped.bad_rows):
+            usable = rows.usable(block, features, made.group_kind, skipped)
+            with block.table.named_in_errors():
+                count_ids(counters, features, usable.features)
+            count += len(block.rows)
+            bar.update(len(block.rows))
+    vocabularies = {
+        table: whole.vocabulary(table).grown(*counter.counts(), whole.min_count)
+        for table, counter in counters.items()
+    }
+    return vocabularies, count
+
+
+def _copy_test(whole: PreparedDataSet, writer: PreparedWriter) -> None:
+    """The test half as it is, whose ids have the same rows."""
+    for batch in whole.checked_rows("test", "impressions"):
+        writer.write_impressions("test", pa.Table.from_batches([batch]))
+    impressions = whole.splits["test"].impressions
+    for name in whole.statistics.dense:
+        share = whole.statistics.missing[name]["test"]
+        writer.record_missing_dense("test", name, round(share * impressions))
+    for reason, count in whole.dropped["test"].items():
+        writer.record_dropped("test", reason, count)
+    unclicked = whole.source["unclicked_conversion_rows"]["test"]
+    writer.source["unclicked_conversion_rows"]["test"] = unclicked
+    writer.source["files"]["test"] = whole.source["files"].get("test", [])
+
+
+def _together(
+    whole: PreparedDataSet, added: PreparedDataSet, day: str, *, new_test: bool
+) -> Description:
+    """The description of a data set once a day is added."""
+    files = {
+        file: f"{DAYS}/{day}/{file}"
+        for split in SPLITS
+        for file in added.splits[split].impression_files
+    }
+    of_day: dict[SplitName, Split] = {
+        name: replace(split, impression_files=tuple(files[file] for file in split.impression_files))
+        for name, split in added.splits.items()
+    }
+    before, after = whole.splits["train"], of_day["train"]
+    train = Split(
+        impressions=before.impressions + after.impressions,
+        clicks=before.clicks + after.clicks,
+        conversions=before.conversions + after.conversions,
+        shared_rows=0,
+        impression_files=before.impression_files + after.impression_files,
+        shared_files=(),
+    )
+    last = added if new_test else whole
+    dropped = Counter(whole.dropped["train"]) + Counter(added.dropped["train"])
+    unclicked, of_source = "unclicked_conversion_rows", dict(added.source)
+    of_source[unclicked] = {
+        "train": whole.source[unclicked]["train"] + added.source[unclicked]["train"],
+        "test": last.source[unclicked]["test"],
+    }
+    of_source["files"] = {
+        "train": [*whole.source["files"]["train"], *added.source["files"]["train"]],
+        "test": last.source["files"].get("test", []),
+    }
+    together = Description(
+        source=of_source,
+        min_count=whole.min_count,
+        schema=added.schema,
+        splits={"train": train, "test": of_day["test"] if new_test else whole.splits["test"]},
+        columns=whole.columns,
+        statistics=_statistics(whole, added, last),
+        dropped={"train": dropped, "test": last.dropped["test"]},
+        dropped_rows={
+            "train": (whole.dropped_rows["train"] + added.dropped_rows["train"])[:MAX_EXAMPLES],
+            "test": last.dropped_rows["test"],
+        },
+        checksums={},
+        days=(*whole.days, day),
+    )
+    named = [file for split in together.splits.values() for file in split.impression_files]
+    for table in together.schema.tables:
+        named += [together.vocabulary_file(table.name), together.rare_file(table.name)]
+    below = {f"{DAYS}/{day}/{file}": checksum for file, checksum in added.checksums.items()}
+    checksums = {**whole.checksums, **below}
+    return replace(together, checksums={file: checksums[file] for file in named})
+
+
+def _statistics(
+    whole: PreparedDataSet, added: PreparedDataSet, last: PreparedDataSet
+) -> Statistics:
+    """Those of the training rows of both, and of the test rows of the last."""
+    parts = [(part.statistics, part.splits["train"].impressions) for part in (whole, added)]
+
+    def mean(values: Sequence[float], counts: Sequence[float]) -> float:
+        return sum(v * n for v, n in zip(values, counts, strict=True)) / (sum(counts) or 1)
+
+    rows = [count for _, count in parts]
+    bags, missing, unknown = {}, {}, {}
+    for name in whole.statistics.missing:
+        missing[name] = {
+            "train": mean([of.missing[name]["train"] for of, _ in parts], rows),
+            "test": last.statistics.missing[name]["test"],
+        }
+    for name in whole.statistics.mean_values_per_bag:
+        ids = [of.mean_values_per_bag[name] * count for of, count in parts]
+        bags[name] = sum(ids) / sum(rows)
+        unknown[name] = {
+            "train": mean([of.unknown[name]["train"] for of, _ in parts], ids),
+            "test": last.statistics.unknown[name]["test"],
+        }
+    return replace(added.statistics, mean_values_per_bag=bags, missing=missing, unknown=unknown)

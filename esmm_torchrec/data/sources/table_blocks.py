@@ -1,0 +1,117 @@
+"""Blocks of table rows: their ids are counted, their impressions encoded and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.prepared_form import SPLITS, impression_columns
+from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
+from esmm_torchrec.data.sources.raw_ids import IdKind
+from esmm_torchrec.data.sources.raw_tables import BadRows
+from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
+from esmm_torchrec.data.vocabulary import IdCounter
+from esmm_torchrec.progress import progress_bar
+
+UNCLICKED_CONVERSIONS = "conversions without a click"
+BAD_ROWS = "bad rows"
+"""What rows are called among the dropped ones."""
+
+
+class EncodedBlock(NamedTuple):
+    """Impressions as a prepared data set stores them."""
+
+    impressions: pa.Table
+    missing_dense: dict[str, int]
+    """By raw dense column: impressions without a value."""
+
+
+def count_ids(
+    counters: Mapping[str, IdCounter], columns: FeatureColumns, features: Features
+) -> None:
+    """Adds the ids of a block to the counter of each table."""
+    for feature in columns.id_features:
+        ids = features.ids[feature.name]
+        counters[feature.table].add(ids.flatten() if feature.multi_valued else ids)
+
+
+def encode_block(
+    rows: TableRows,
+    block: RawBlock,
+    encoder: RowEncoder,
+    types: pa.Schema,
+    *,
+    group_kind: IdKind | None,
+    skipped: Skipped,
+) -> EncodedBlock:
+    """The impressions among the rows of a block.
+
+    Args:
+        rows: which the block is of.
+        block: raw rows.
+        encoder: of their features.
+        types: columns of the result.
+        group_kind: what the group ids are.
+        skipped: counts the rows that are left out.
+
+    Raises:
+        DataError: a row cannot be used and may not be skipped, or a value cannot be encoded.
+    """
+    usable = rows.usable(block, encoder.features, group_kind, skipped)
+    with block.table.named_in_errors():
+        columns = usable.scalars | encoder.encode_features(usable.features)
+    arrays = [pa.array(columns[column.name], column.type) for column in types]
+    missing = {
+        name: int(np.count_nonzero(np.isnan(values)))
+        for name, values in usable.features.dense.items()
+    }
+    return EncodedBlock(pa.table(arrays, schema=types), missing)
+
+
+def write_table(
+    writer: PreparedWriter,
+    rows: TableRows,
+    encoder: RowEncoder,
+    *,
+    group_kind: IdKind | None,
+    train_rows: int,
+    progress: bool,
+) -> None:
+    """Encodes and writes all rows, block by block, and notes what was left out.
+
+    Args:
+        writer: has the vocabularies and the dense transforms already.
+        rows: of both splits.
+        encoder: of their features.
+        group_kind: what the group ids are.
+        train_rows: how many rows of training there are, for the progress bar.
+        progress: whether to show one.
+    """
+    types = impression_columns(writer.schema, writer.columns)
+    bad_rows, unclicked = BadRows(rows.max_bad_rows), dict.fromkeys(SPLITS, 0)
+    for split in SPLITS:
+        skipped, noted = Skipped(bad_rows), len(bad_rows.examples)
+        bad_before = bad_rows.count
+        total = train_rows if split == "train" else None
+        with progress_bar(f"encode {split}", total, "rows", disable=not progress) as bar:
+            for block in rows.blocks(split, skipped.bad_rows):
+                encoded = encode_block(
+                    rows, block, encoder, types, group_kind=group_kind, skipped=skipped
+                )
+                writer.write_impressions(split, encoded.impressions)
+                for name, count in encoded.missing_dense.items():
+                    writer.record_missing_dense(split, name, count)
+                bar.update(len(block.rows))
+        unclicked[split] = skipped.unclicked_conversions
+        if bad_rows.count > bad_before:
+            examples = bad_rows.examples[noted:]
+            writer.record_dropped(split, BAD_ROWS, bad_rows.count - bad_before, examples)
+        if rows.unclicked_conversions == "drop" and unclicked[split]:
+            writer.record_dropped(split, UNCLICKED_CONVERSIONS, unclicked[split])
+    writer.source["unclicked_conversion_rows"] = unclicked
+    writer.source["train_rows"] = rows.rows_read("train")
