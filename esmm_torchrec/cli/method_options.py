@@ -1,4 +1,4 @@
-"""The options of a method's three parts on the command line.
+"""The options of a method's parts on the command line.
 
 Which options exist depends on the parts that are chosen, of this library or of a package that
 extends it, so the options of a command are completed once its arguments are known:
@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from esmm_torchrec.models.methods import ARCHITECTURES, METHODS, OBJECTIVES, ROWS
+from esmm_torchrec.models.methods import (
+    ARCHITECTURES,
+    INTERACTIONS,
+    METHODS,
+    OBJECTIVES,
+    ROWS,
+)
 from esmm_torchrec.models.registry import Registry
 
 T = TypeVar("T")
@@ -24,6 +30,7 @@ PARTS: Mapping[str, Registry[Any]] = {
     "rows": ROWS,
     "architecture": ARCHITECTURES,
     "objective": OBJECTIVES,
+    "interaction": INTERACTIONS,
 }
 """Part → where its kinds are registered."""
 

@@ -12,7 +12,7 @@ from esmm_torchrec.comparison.selection import Chosen
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.training.options import TrainOptions
 
-_PARTS = ("rows", "architecture", "objective")
+_PARTS = ("rows", "architecture", "objective", "interaction")
 
 
 def chosen_options(

@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.batch import BatchFeatures, ImpressionBatch, NamedTensors
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.objectives.esmm import EsmmObjective
-from esmm_torchrec.models.towers import EsmmTowers, Logits, Towers
+from esmm_torchrec.models.towers import EsmmTowers, Logits
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
@@ -48,7 +48,8 @@ class ESMM(nn.Module):
         shared_embedding_bag_collection: unweighted features that impressions share, or None.
         shared_weighted_embedding_bag_collection: weighted features that impressions share.
         dense_in_features: D, number of dense features.
-        towers: for `PooledFeatures.out_features` inputs; None builds the paper's `EsmmTowers`.
+        towers: maps float32 (B, `PooledFeatures.out_features`) to `Logits`; None builds the paper's
+            `EsmmTowers`.
 
     Raises:
         OptionError: there is no collection, one is weighted and must not be or the other way
@@ -80,7 +81,7 @@ class ESMM(nn.Module):
         shared_weighted_embedding_bag_collection: EmbeddingBagCollection | None = None,
         *,
         dense_in_features: int = 0,
-        towers: Towers | None = None,
+        towers: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.features = PooledFeatures(

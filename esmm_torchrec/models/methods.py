@@ -15,14 +15,27 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from esmm_torchrec.models.architectures.aitm import Aitm
+from esmm_torchrec.models.architectures.mmoe import Mmoe
+from esmm_torchrec.models.architectures.ple import Ple
 from esmm_torchrec.models.architectures.separate import Separate
 from esmm_torchrec.models.architectures.shared_bottom import SharedBottom
 from esmm_torchrec.models.esmm import TrainTask
+from esmm_torchrec.models.interactions.dcn import Dcn
+from esmm_torchrec.models.interactions.deepfm import DeepFm
+from esmm_torchrec.models.interactions.none import NoInteraction
 from esmm_torchrec.models.objectives.click_space import ClickSpaceObjective
 from esmm_torchrec.models.objectives.division import DivisionObjective
 from esmm_torchrec.models.objectives.esmm import EsmmObjective
 from esmm_torchrec.models.objectives.single import ClickObjective, ConversionObjective
-from esmm_torchrec.models.parts import Architecture, BaseRates, Builder, Objective, Rows
+from esmm_torchrec.models.parts import (
+    Architecture,
+    BaseRates,
+    Builder,
+    Interaction,
+    Objective,
+    Rows,
+)
 from esmm_torchrec.models.registry import Registry, part_from_dict, part_to_dict
 from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
 from esmm_torchrec.models.rows.everything import AllRows
@@ -47,6 +60,8 @@ class Method:
     rows: Rows
     architecture: Architecture
     objective: Objective
+    interaction: Interaction = field(default_factory=NoInteraction)
+    """Of the features, before the towers of the architecture."""
     tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Option such as "rows.rate" → the values that a comparison tries."""
 
@@ -67,8 +82,20 @@ ROWS: Registry[type[Rows]] = Registry(
 ARCHITECTURES: Registry[type[Architecture]] = Registry(
     "architecture",
     group="esmm_torchrec.architectures",
-    built_in={"shared-bottom": SharedBottom, "separate": Separate},
+    built_in={
+        "shared-bottom": SharedBottom,
+        "separate": Separate,
+        "mmoe": Mmoe,
+        "ple": Ple,
+        "aitm": Aitm,
+    },
     of_type=Architecture,
+)
+INTERACTIONS: Registry[type[Interaction]] = Registry(
+    "interaction",
+    group="esmm_torchrec.interactions",
+    built_in={"none": NoInteraction, "dcn": Dcn, "deepfm": DeepFm},
+    of_type=Interaction,
 )
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
@@ -173,11 +200,12 @@ CLICK_METHOD = "ctr"
 
 
 class Parts(NamedTuple):
-    """The three parts of a method, with their options."""
+    """The parts of a method, with their options."""
 
     rows: Rows
     architecture: Architecture
     objective: Objective
+    interaction: Interaction
 
 
 def resolve_parts(
@@ -186,6 +214,7 @@ def resolve_parts(
     rows: Rows | None = None,
     architecture: Architecture | None = None,
     objective: Objective | None = None,
+    interaction: Interaction | None = None,
 ) -> Parts:
     """The parts of a method, each replaced by the one given if it is not None.
 
@@ -197,6 +226,7 @@ def resolve_parts(
         preset.rows if rows is None else rows,
         preset.architecture if architecture is None else architecture,
         preset.objective if objective is None else objective,
+        preset.interaction if interaction is None else interaction,
     )
 
 
@@ -212,11 +242,18 @@ class ModelOptions:
     """None: that of the method."""
     objective: Objective | None = None
     """None: that of the method."""
+    interaction: Interaction | None = None
+    """None: that of the method."""
 
     @property
     def parts(self) -> Parts:
         """The method's parts with those of these options in their place."""
-        return resolve_parts(self.method, architecture=self.architecture, objective=self.objective)
+        return resolve_parts(
+            self.method,
+            architecture=self.architecture,
+            objective=self.objective,
+            interaction=self.interaction,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the parts resolved; `from_dict` is its inverse."""
@@ -228,6 +265,7 @@ class ModelOptions:
             "dtype": self.dtype,
             "architecture": part_to_dict(ARCHITECTURES, parts.architecture),
             "objective": part_to_dict(OBJECTIVES, parts.objective),
+            "interaction": part_to_dict(INTERACTIONS, parts.interaction),
         }
 
     @classmethod
@@ -245,6 +283,7 @@ class ModelOptions:
             dtype=values["dtype"],
             architecture=part_from_dict(ARCHITECTURES, values["architecture"]),
             objective=part_from_dict(OBJECTIVES, values["objective"]),
+            interaction=part_from_dict(INTERACTIONS, values["interaction"]),
         )
 
 
@@ -278,6 +317,7 @@ def build_train_task(
         seed=seed,
         base_rates=base_rates,
         embedding_device=embedding_device,
+        interaction=parts.interaction,
     )
     model = parts.architecture.build(parts.objective.heads(schema.tasks), builder)
     return TrainTask(model, parts.objective.bind(schema.tasks))

@@ -1,7 +1,7 @@
 """The three parts that make a method, and what they are given.
 
     rows           which impressions are trained on, and with which weight
-    architecture   features → logits
+    architecture   features → logits, after an interaction of the features if there is one
     objective      logits, batch → loss
 
 Each part is a frozen dataclass whose fields are its options. An objective says which logits it
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -132,6 +132,43 @@ class Architecture(ABC):
         """A module that maps `BatchFeatures` to `Logits` with a logit for each head."""
 
 
+class InteractionModule(nn.Module):
+    """Maps pooled features (B, F) to (B, `out_features`), float32."""
+
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Interaction(ABC):
+    """What features become before the towers of any architecture see them."""
+
+    @abstractmethod
+    def build(
+        self, in_features: int, num_embeddings: int, embedding_dim: int
+    ) -> InteractionModule | None:
+        """The module, None: the features stay as they are.
+
+        Args:
+            in_features: F, of which the first num_embeddings·embedding_dim are pooled embeddings
+                and the others dense features.
+            num_embeddings: one for each id feature.
+            embedding_dim: of each.
+        """
+
+
+class AfterInteraction(nn.Module):
+    """Towers over the interactions of features: (B, F) → what the towers give."""
+
+    def __init__(self, interaction: nn.Module, towers: nn.Module) -> None:
+        super().__init__()
+        self.interaction = interaction
+        self.towers = towers
+
+    def forward(self, features: torch.Tensor) -> Any:
+        """What the towers make of the interactions."""
+        return self.towers(self.interaction(features))
+
+
 @dataclass(frozen=True)
 class BaseRates:
     """How often each label occurs among the impressions a method trains on, weighted as they are;
@@ -167,6 +204,8 @@ class Builder:
     """None: last biases start as torch initialises them."""
     embedding_device: torch.device | str
     """"meta" leaves drawing the tables to `sharding.shard`."""
+    interaction: Interaction
+    """Between the embeddings and the towers."""
 
     def features(self, name: str, *, prefix: str = "") -> PooledFeatures:
         """Embeddings of every id feature, and the dense features.
@@ -195,13 +234,35 @@ class Builder:
         if self.base_rates is not None and head.label is not None:
             prior = self.base_rates.prior(head.label, head.given)
         with drawn_from(self.seed, head.starts_as or head.name):
-            return Tower(
-                in_features, layer_sizes or self.layer_sizes, prior=prior, dtype=self.dtype
-            )
+            widths = self.layer_sizes if layer_sizes is None else layer_sizes
+            return Tower(in_features, widths, prior=prior, dtype=self.dtype)
 
     def towers(self, heads: Sequence[Head], in_features: int) -> Towers:
         """A tower for each head over the same features."""
         return Towers({head.name: self.tower(head, in_features) for head in heads})
+
+    def over(
+        self, features: PooledFeatures, name: str, towers: Callable[[int], nn.Module]
+    ) -> nn.Module:
+        """Towers over pooled features, with the interaction of the options between the two.
+
+        Args:
+            features: what the towers see.
+            name: of the head whose embeddings they are; it and the seed decide the weights of the
+                interaction.
+            towers: builds a module for that many inputs.
+
+        Returns:
+            a module that takes what `features` gives.
+        """
+        num_embeddings = (features.out_features - features.dense_in_features) // self.embedding_dim
+        with drawn_from(self.seed, f"{name} interaction"):
+            interaction = self.interaction.build(
+                features.out_features, num_embeddings, self.embedding_dim
+            )
+        if interaction is None:
+            return towers(features.out_features)
+        return AfterInteraction(interaction, towers(interaction.out_features))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A package adds its own through entry points, and the command line knows them onc
 
     [project.entry-points."esmm_torchrec.rows"]
     [project.entry-points."esmm_torchrec.architectures"]
+    [project.entry-points."esmm_torchrec.interactions"]
     [project.entry-points."esmm_torchrec.objectives"]
     focal = "my_package.focal:FocalObjective"            # a subclass of the part
 

@@ -44,7 +44,8 @@ class Tower(nn.Module):
 
     Args:
         in_features: F.
-        layer_sizes: widths of the hidden layers; the paper's are 360, 200, 80.
+        layer_sizes: widths of the hidden layers; the paper's are 360, 200, 80. None of them makes
+            a linear layer.
         prior: share of positives among the examples, in (0, 1). The last bias starts at its
             logit, so that training does not begin by learning the base rate. None keeps torch's
             initialisation.
@@ -66,7 +67,7 @@ class Tower(nn.Module):
             nn.Linear(width_in, width_out, device=device)
             for width_in, width_out in pairwise((in_features, *layer_sizes))
         )
-        self.logit = nn.Linear(layer_sizes[-1], 1, device=device)
+        self.logit = nn.Linear((in_features, *layer_sizes)[-1], 1, device=device)
         self.dtype = dtype
         if prior is not None:
             if not 0 < prior < 1:
@@ -76,11 +77,19 @@ class Tower(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F) → float32 logits (B,)."""
+        return self.read_out(self.last_hidden(features))
+
+    def last_hidden(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, F) → what the last linear layer sees, (B, width of the last hidden layer)."""
         hidden = features.to(self.dtype)
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
             weight, bias = layer.weight.to(self.dtype), layer.bias.to(self.dtype)
             hidden = F.linear(hidden, weight, bias).relu_()
+        return hidden
+
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last linear layer: → float32 logits (B,)."""
         return _float32_linear(hidden, self.logit.weight, self.logit.bias).squeeze(-1)
 
 

@@ -329,6 +329,7 @@ def out_of_fold_pctr(
         rows=None,
         architecture=None,
         objective=None,
+        interaction=None,
         seed=options.seed + FOLD_SEED,
     )
     for held_out in range(FOLDS):

@@ -11,6 +11,7 @@ from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import (
     ARCHITECTURES,
+    INTERACTIONS,
     OBJECTIVES,
     ROWS,
     DtypeOption,
@@ -18,7 +19,7 @@ from esmm_torchrec.models.methods import (
     Parts,
     resolve_parts,
 )
-from esmm_torchrec.models.parts import Architecture, Objective, Rows
+from esmm_torchrec.models.parts import Architecture, Interaction, Objective, Rows
 from esmm_torchrec.models.registry import part_to_dict
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
@@ -43,6 +44,8 @@ class TrainOptions:
     """How features become logits; None: as the method has it."""
     objective: Objective | None = None
     """What the logits are trained for; None: as the method has it."""
+    interaction: Interaction | None = None
+    """What features become before the towers see them; None: as the method has it."""
     epochs: int = 1
     """Passes over the training half."""
     max_steps: int | None = None
@@ -136,6 +139,7 @@ class TrainOptions:
             dtype=self.dtype,
             architecture=parts.architecture,
             objective=parts.objective,
+            interaction=parts.interaction,
         )
 
     @property
@@ -146,6 +150,7 @@ class TrainOptions:
             rows=self.rows,
             architecture=self.architecture,
             objective=self.objective,
+            interaction=self.interaction,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +160,7 @@ class TrainOptions:
             "rows": part_to_dict(ROWS, self.parts.rows),
             "architecture": part_to_dict(ARCHITECTURES, self.parts.architecture),
             "objective": part_to_dict(OBJECTIVES, self.parts.objective),
+            "interaction": part_to_dict(INTERACTIONS, self.parts.interaction),
             "tower": list(self.tower),
             "plan": None if self.plan is None else str(self.plan),
             "start_from": None if self.start_from is None else str(self.start_from),

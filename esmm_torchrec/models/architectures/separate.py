@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,13 +13,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.parts import Architecture, Builder, Head
-from esmm_torchrec.models.towers import Logits, Tower
+from esmm_torchrec.models.towers import Logits
 
 
 class Network(nn.Module):
     """Embeddings and a tower of its own: one logit, float32 (B,)."""
 
-    def __init__(self, features: PooledFeatures, tower: Tower) -> None:
+    def __init__(self, features: PooledFeatures, tower: nn.Module) -> None:
         super().__init__()
         self.features = features
         self.tower = tower
@@ -52,6 +53,8 @@ class Separate(Architecture):
         networks: dict[str, Network] = {}
         for head in heads:
             prefix = "" if head is heads[-1] else head.name
-            features = builder.features(head.starts_as or head.name, prefix=prefix)
-            networks[head.name] = Network(features, builder.tower(head, features.out_features))
+            name = head.starts_as or head.name
+            features = builder.features(name, prefix=prefix)
+            tower = builder.over(features, name, partial(builder.tower, head))
+            networks[head.name] = Network(features, tower)
         return SeparateNetworks(networks)

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from torch import nn
 
 from esmm_torchrec.models.esmm import ESMM
 from esmm_torchrec.models.parts import Architecture, Builder, Head
+
+
+def over_shared_embeddings(
+    heads: Sequence[Head], builder: Builder, towers: Callable[[int], nn.Module]
+) -> ESMM:
+    """Towers over one set of embeddings, which start as those of the last head.
+
+    Args:
+        heads: the logits.
+        builder: of the embeddings.
+        towers: builds a module that maps that many features to `Logits`.
+    """
+    name = heads[-1].starts_as or heads[-1].name
+    features = builder.features(name)
+    return ESMM(
+        features.embedding_bag_collection,
+        features.weighted_embedding_bag_collection,
+        features.shared_embedding_bag_collection,
+        features.shared_weighted_embedding_bag_collection,
+        dense_in_features=features.dense_in_features,
+        towers=builder.over(features, name, towers),
+    )
 
 
 @dataclass(frozen=True)
@@ -14,14 +38,7 @@ class SharedBottom(Architecture):
     """A tower for each logit over shared embeddings (Ma et al., SIGIR 2018, figure 2)."""
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
-        """Towers start as those of separate networks, embeddings as those of the last one."""
-        features = builder.features(heads[-1].starts_as or heads[-1].name)
-        towers = builder.towers(heads, features.out_features)
-        return ESMM(
-            features.embedding_bag_collection,
-            features.weighted_embedding_bag_collection,
-            features.shared_embedding_bag_collection,
-            features.shared_weighted_embedding_bag_collection,
-            dense_in_features=features.dense_in_features,
-            towers=towers,
+        """Towers start as those of separate networks."""
+        return over_shared_embeddings(
+            heads, builder, lambda in_features: builder.towers(heads, in_features)
         )

@@ -1,0 +1,148 @@
+"""Progressive layered extraction: experts of each task, and experts of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.architectures.experts import BatchedLinear, mixed
+from esmm_torchrec.models.architectures.mmoe import split_widths
+from esmm_torchrec.models.architectures.shared_bottom import over_shared_embeddings
+from esmm_torchrec.models.esmm import ESMM
+from esmm_torchrec.models.parts import Architecture, Builder, Head, drawn_from
+from esmm_torchrec.models.towers import Logits, Tower, Towers
+
+
+class ExtractionLevel(nn.Module):
+    """One level of customised gate control (CGC).
+
+    There are G groups of n experts each: one of each of the T tasks and, last, the shared one. A
+    task's gate chooses among its own experts and the shared ones, the gate of the shared group
+    among all experts.
+
+    Args:
+        groups: G: T, and 1 for the shared group.
+        experts: n.
+        in_features: F.
+        out_features: H.
+        last: whether it is the last level, which has no gate for the shared group.
+        dtype: what the products are computed in.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        last: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._num_tasks, self._num_experts = groups - 1, experts
+        self.experts = BatchedLinear(groups, in_features, experts * out_features, dtype=dtype)
+        self.gates = BatchedLinear(groups - 1, in_features, 2 * experts, dtype=dtype)
+        self.shared_gate = (
+            None if last else BatchedLinear(1, in_features, groups * experts, dtype=dtype)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(G, B, F) → (G, B, H), without the shared group (T, B, H) if it is the last level."""
+        tasks = self._num_tasks
+        # (n, G, B, H), as `mixed` takes the experts of a row.
+        hidden = self.experts(features).relu_().unflatten(2, (self._num_experts, -1))
+        hidden = hidden.permute(2, 0, 1, 3)
+        own, shared = hidden[:, :tasks], hidden[:, tasks:].expand(-1, tasks, -1, -1)
+        # Each impression of each task is a row here, with 2n experts to choose from.
+        choices = torch.cat([own, shared]).flatten(1, 2)
+        chosen = self.gates(features[:tasks]).flatten(0, 1).unsqueeze(0)
+        mixes = mixed(chosen, choices).squeeze(0).unflatten(0, (tasks, -1))
+        if self.shared_gate is None:
+            return mixes
+        every = hidden.transpose(0, 1).flatten(0, 1)
+        return torch.cat([mixes, mixed(self.shared_gate(features[tasks:]), every)])
+
+
+class ExtractionTowers(nn.Module):
+    """Levels of extraction, and a tower for each logit over what the last one gives it.
+
+    Args:
+        levels: in turn; the last one gives an output per tower.
+        towers: name of the logit → its tower.
+    """
+
+    def __init__(self, levels: Sequence[ExtractionLevel], towers: Mapping[str, Tower]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self.towers = Towers(towers)
+
+    def forward(self, features: torch.Tensor) -> Logits:
+        """(B, F) → logits, float32 (B,) by name."""
+        hidden = features.expand(len(self.towers) + 1, -1, -1)
+        for level in self.levels:
+            hidden = level(hidden)
+        towers = enumerate(self.towers.items())
+        return Logits({name: tower(hidden[place]) for place, (name, tower) in towers})
+
+
+@dataclass(frozen=True)
+class Ple(Architecture):
+    """PLE over shared embeddings (Tang et al., "Progressive Layered Extraction", RecSys 2020,
+    equations 1 to 6); with one level it is CGC. An expert is one layer.
+
+    The levels take the first widths of the towers, so that as many layers lie between embeddings
+    and logits as in the other architectures.
+
+    Raises:
+        OptionError: an option is below 1.
+    """
+
+    num_experts: int = 2
+    """Experts of each logit, and as many shared ones."""
+    levels: int = 2
+    """How many of the hidden layers are levels of extraction; the others are the towers'."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "levels"):
+            if getattr(self, name) < 1:
+                option = f"architecture.{name}"
+                raise OptionError(f"{option} {getattr(self, name)} is not above 0", option)
+
+    def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
+        """Towers start as those of the other architectures as far as their shapes are the same.
+
+        Raises:
+            OptionError: there are fewer hidden layers than levels.
+        """
+        level_widths, widths = split_widths(builder.layer_sizes, self.levels, "architecture.levels")
+
+        def towers(in_features: int) -> ExtractionTowers:
+            with drawn_from(builder.seed, "experts"):
+                levels = [
+                    ExtractionLevel(
+                        len(heads) + 1,
+                        self.num_experts,
+                        width_in,
+                        width,
+                        last=place == self.levels,
+                        dtype=builder.dtype,
+                    )
+                    for place, (width_in, width) in enumerate(
+                        pairwise((in_features, *level_widths)), 1
+                    )
+                ]
+            return ExtractionTowers(
+                levels,
+                {
+                    head.name: builder.tower(head, level_widths[-1], layer_sizes=widths)
+                    for head in heads
+                },
+            )
+
+        return over_shared_embeddings(heads, builder, towers)

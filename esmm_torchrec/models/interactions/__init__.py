@@ -1,0 +1,1 @@
+"""What features become before the towers of any architecture see them: one part per file."""
