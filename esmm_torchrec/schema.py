@@ -120,7 +120,7 @@ class Schema:
             if name in RESERVED_COLUMNS or name in self.tasks.labels:
                 raise DataError(f"no feature may be called {name!r}; rename the column")
         for label in self.tasks.labels:
-            if label in RESERVED_COLUMNS - {CLICK, CONVERSION}:
+            if label in RESERVED_COLUMNS - {CLICK, CONVERSION} | {"weight"}:
                 raise DataError(f"no label may be called {label!r}; rename the column")
         used = {feature.table for feature in self.id_features}
         for feature in self.id_features:

@@ -7,6 +7,8 @@ metrics; no other part of the library names a label by itself.
 
     impression → click → conversion                          DEFAULT_TASKS
     impression → click → cart → order                        a chain of three, defined by its user
+    impression → click → cart                                a chain that branches: an order may
+                       → order                               come with a cart or without
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 from esmm_torchrec.errors import OptionError
+
+Values = TypeVar("Values", bound=Any)
+"""An array or a tensor."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -35,7 +40,7 @@ class Task:
     label: str
     """Column of the prepared data set, 1 if it happened and 0 if not."""
     given: str | None = None
-    """The task before it in the chain, without which it cannot happen; None for the first."""
+    """An earlier task of the chain, without which it cannot happen; None for the first."""
     short: str | None = None
     """Established name of P(task | given), such as "ctr"; None: derived from the names."""
     joint_short: str | None = None
@@ -85,6 +90,9 @@ class TaskProbability(NamedTuple):
 class TaskChain(Sequence[Task]):
     """Tasks in the order in which they happen.
 
+    A task is usually given the one before it. It may be given an earlier one instead: the chain
+    then branches, and both tasks may happen after that one, with or without the other.
+
     Example::
 
         chain = TaskChain(
@@ -93,8 +101,8 @@ class TaskChain(Sequence[Task]):
         )
 
     Raises:
-        OptionError: there is no task, a name or label is malformed or occurs twice, or a task is
-            not given the one before it.
+        OptionError: there is no task, a name or label is malformed or occurs twice, the first task
+            is given another, or another is not given one before it.
     """
 
     tasks: tuple[Task, ...]
@@ -102,8 +110,8 @@ class TaskChain(Sequence[Task]):
     def __post_init__(self) -> None:
         if not self.tasks:
             raise OptionError("a chain needs at least one task")
-        before: str | None = None
         seen: set[str] = set()
+        labels: set[str] = set()
         for task in self.tasks:
             for what, name in (("name", task.name), ("label", task.label)):
                 if not _NAME.fullmatch(name):
@@ -111,18 +119,40 @@ class TaskChain(Sequence[Task]):
                         f"task {what} {name!r} is not made of lower-case letters, digits and "
                         "underscores, with a letter first; rename it"
                     )
-            if task.given != before:
+            if (task.given is None) != (not seen) or (seen and task.given not in seen):
                 raise OptionError(
-                    f"task {task.name!r} is given {task.given!r}, but {before!r} is before it in "
-                    "the chain; order the tasks as they happen"
+                    f"task {task.name!r} is given {task.given!r}, which is not before it in the "
+                    "chain; order the tasks as they happen"
                 )
-            if task.name in seen or task.label in {other.label for other in self._before(task)}:
+            if task.name in seen or task.label in labels:
                 raise OptionError(f"task {task.name!r} or its label occurs twice in the chain")
             seen.add(task.name)
-            before = task.name
+            labels.add(task.label)
 
-    def _before(self, task: Task) -> tuple[Task, ...]:
-        return self.tasks[: self.tasks.index(task)]
+    @classmethod
+    def of(cls, *names: str) -> TaskChain:
+        """The chain of the tasks called so, each with a label of its name.
+
+        Args:
+            names: in order; "order:click" is given "click" instead of the task before it.
+
+        Example::
+
+            TaskChain.of("click", "cart", "order")
+
+        Returns:
+            `DEFAULT_TASKS` for "click" and "conversion".
+
+        Raises:
+            OptionError: as the class.
+        """
+        if names == DEFAULT_TASKS.names:
+            return DEFAULT_TASKS
+        tasks: list[Task] = []
+        for text in names:
+            name, _, given = text.partition(":")
+            tasks.append(Task(name, name, given=given or (tasks[-1].name if tasks else None)))
+        return cls(tuple(tasks))
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -144,20 +174,40 @@ class TaskChain(Sequence[Task]):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Label columns, in order. A label is at most the one before it."""
+        """Label columns, in order. A label is at most that of the task it is given."""
         return tuple(task.label for task in self.tasks)
+
+    @property
+    def links(self) -> tuple[tuple[Task, Task], ...]:
+        """(a task, the one it is given) for each task after the first, in order."""
+        return tuple((task, self.task(task.given)) for task in self.tasks if task.given is not None)
 
     def task(self, name: str) -> Task:
         """The task called `name`; KeyError if there is none."""
         return {task.name: task for task in self.tasks}[name]
 
     def given(self, task: Task) -> Task | None:
-        """The task before `task`, None before the first."""
+        """The task that `task` is given, None for the first."""
         return None if task.given is None else self.task(task.given)
 
     def prefix(self, task: Task) -> tuple[Task, ...]:
-        """The tasks up to and including `task`, whose probabilities multiply to its joint one."""
-        return (*self._before(task), task)
+        """The task that `task` is given, what that one is given and so on, first things first, and
+        `task`: those whose probabilities multiply to its joint one."""
+        before = self.given(task)
+        return (task,) if before is None else (*self.prefix(before), task)
+
+    def happened(self, labels: Mapping[str, Values]) -> dict[str, Values]:
+        """By name of each task, whether it and all tasks of its prefix happened, as the product of
+        their labels: a task does not count without those it is given.
+
+        Args:
+            labels: by label of the tasks; booleans, or numbers 0 and 1.
+        """
+        found: dict[str, Values] = {}
+        for task in self.tasks:
+            own = labels[task.label]
+            found[task.name] = own if task.given is None else found[task.given] * own
+        return found
 
     @property
     def probabilities(self) -> tuple[TaskProbability, ...]:
@@ -175,6 +225,11 @@ class TaskChain(Sequence[Task]):
         if given is not None:
             return f"{task.name} if {given.name}"
         return " and ".join(other.name for other in self.prefix(task))
+
+    @property
+    def out_of_order(self) -> str:
+        """What rows are called in which a task happened without the one it is given."""
+        return ", ".join(f"{task.name}s without a {before.name}" for task, before in self.links)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain values for JSON; `from_list` is its inverse."""

@@ -33,12 +33,18 @@ class Options:
     .csv, .tsv, .tab, .txt, also compressed (.gz, .bz2, .zst, .lz4); .parquet, .pq; .arrow,
     .feather."""
 
-    click: str
+    click: str | None = None
     """Column that says whether the impression was clicked: 0/1, -1/1, no/yes or false/true."""
 
     conversion: str | None = None
     """Column, in the same form, that says whether it was clicked and converted; it may be empty
     without a click. Without this option the data set holds clicks alone, for --method ctr."""
+
+    actions: tuple[str, ...] = ()
+    """Instead of --click and --conversion, a longer chain: COL or NAME=COL for each action in the
+    order in which they happen, such as click cart order. Columns are as --click; an action may be
+    empty without the one before it. order:click instead of order says that an order needs a click
+    only. Names are lower-case letters, digits and underscores."""
 
     test: tuple[str, ...] = ()
     """Files of the test impressions, as --train."""
@@ -110,8 +116,8 @@ class Options:
     row 0, which ids that training does not have get, too. With 1 that row is not trained."""
 
     unclicked_conversions: Literal["error", "drop", "keep"] = "error"
-    """Impressions with a conversion and no click: stop, drop them, or keep them as neither clicked
-    nor converted. Their number is reported."""
+    """Impressions with an action and not the one before it, such as a conversion without a click:
+    stop, drop them, or keep them without that action. Their number is reported."""
 
     max_bad_rows: int = 0
     """Broken rows to skip, over all files, before giving up. What is skipped is reported: by its
@@ -128,6 +134,12 @@ def _pairs(option: str, given: Iterable[str], separator: str, form: str) -> dict
             raise OptionError(f"{option} names {left!r} twice; name it once")
         pairs[left] = right
     return pairs
+
+
+def _named(action: str) -> tuple[str, str]:
+    """NAME=COL, or COL for both."""
+    name, equals, column = action.partition("=")
+    return name, column if equals else name.partition(":")[0]
 
 
 def run(options: Options) -> None:
@@ -147,6 +159,7 @@ def run(options: Options) -> None:
         split=options.split,
         click=options.click,
         conversion=options.conversion,
+        actions=dict(map(_named, options.actions)),
         ids=options.id,
         dense=dict(map(DenseTransform.parse, options.dense)),
         texts=options.text,

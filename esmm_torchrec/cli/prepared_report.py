@@ -31,16 +31,26 @@ def report(
     counts = [
         ["", *SPLITS],
         row("impressions", lambda _, split: f"{split.impressions:,}"),
-        row("clicks", lambda _, split: f"{split.clicks:,}"),
-        row("CTR", lambda _, split: percentage(split.clicks, split.impressions)),
-        row("conversions", lambda _, split: f"{split.conversions:,}"),
-        row("CVR of clicks", lambda _, split: percentage(split.conversions, split.clicks)),
     ]
+    for task in schema.tasks:
+        rate = (
+            f"{task.name} of impressions" if task.given is None else f"{task.name} of {task.given}"
+        )
+        counts += [
+            row(f"{task.name}s", lambda _, split, t=task: f"{split.happened[t.name]:,}"),
+            row(
+                {"ctr": "CTR", "cvr": "CVR of clicks"}.get(task.rate, rate),
+                lambda _, split, t=task: percentage(
+                    split.happened[t.name],
+                    split.impressions if t.given is None else split.happened[t.given],
+                ),
+            ),
+        ]
     if schema.has_shared_features:
         counts.append(row("shared rows", lambda _, split: f"{split.shared_rows:,}"))
     counts.append(
         row(
-            f"conversions without a click ({unclicked_conversions})",
+            f"{schema.tasks.out_of_order} ({unclicked_conversions})",
             lambda name, _: f"{unclicked[name]:,}",
         )
     )

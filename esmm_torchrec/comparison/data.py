@@ -20,7 +20,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.subsets import sample_rows, user_column
 from esmm_torchrec.errors import DataError, OptionError
-from esmm_torchrec.schema import CLICK, CONVERSION, GROUP_ID, SAMPLE_ID, SHARED_ROW
+from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW
 from esmm_torchrec.sharding.process_group import Ranks
 
 Regime = Literal["paper", "public", "dense"]
@@ -95,12 +95,11 @@ class Source:
             DataError: it cannot be read, or its test half has nothing to measure.
         """
         data = self._open_data()
-        clicks = data.test.scalars[CLICK]
-        conversions = clicks * data.test.scalars[CONVERSION]
-        for what, labels in (("clicks", clicks), ("conversions", conversions)):
-            if not labels.any():
+        first, *_, last = data.test.schema.tasks
+        for task in (first, last):
+            if not data.test.scalars[task.label].any():
                 raise DataError(
-                    f"the test split holds no {what} to compare methods on; "
+                    f"the test split holds no {task.name} to compare methods on; "
                     "prepare the data set with later data"
                 )
         return data

@@ -61,7 +61,6 @@ from esmm_torchrec.data.subsets import rows_between
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.schema import CLICK, CONVERSION
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.run import train
 
@@ -197,11 +196,11 @@ def _check_fractions(options: ComparisonOptions, source: Source) -> None:
     train = source.data.train
     for fraction in options.ascending_fractions:
         rows = rows_between(train, 0.0, fraction, purpose="volume")
-        conversions = int((train.scalars[CLICK][rows] * train.scalars[CONVERSION][rows]).sum())
-        if conversions == 0:
+        last = train.schema.tasks[-1]
+        if not train.scalars[last.label][rows].any():
             raise OptionError(
                 f"--fractions {fraction:g} leaves {len(rows):,} training impressions and no "
-                "conversion; give a larger one"
+                f"{last.name}; give a larger one"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,15 @@ from esmm_torchrec.comparison.statistics import UserBootstrap
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import Selection
 from esmm_torchrec.data.subsets import count_ids, rows_between, without_ids
-from esmm_torchrec.metrics.probability import Prediction, reliability_curve
+from esmm_torchrec.metrics.probability import Prediction, product, reliability_curve
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.metrics.scored import ScoredImpressions
-from esmm_torchrec.schema import CLICK, UNKNOWN_ROW
+from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.tasks import DEFAULT_TASKS
 from esmm_torchrec.training.fit import (
     TrainingPart,
     batch_of_equal_updates,
@@ -92,7 +93,7 @@ class Stage:
 
     def clicked_train_rows(self) -> np.ndarray:
         """Rows of the training split that are trained on and clicked, ascending."""
-        rows = np.flatnonzero(self.train.scalars[CLICK])
+        rows = np.flatnonzero(self.train.scalars[self.train.schema.tasks[0].label])
         return rows if self.train_rows is None else np.intersect1d(rows, self.train_rows)
 
 
@@ -168,7 +169,7 @@ class Training:
         self, model: DistributedModelParallel, split: MappedSplit
     ) -> ScoredImpressions | None:
         """Scores what the stage scores, read from `split`; on rank 0."""
-        return score_split(
+        scored = score_split(
             model,
             split,
             self.ranks,
@@ -177,6 +178,7 @@ class Training:
             rows=self.stage.scored_rows,
             progress=False,
         )
+        return None if scored is None else as_click_and_conversion(scored)
 
     def click_logits(self) -> np.ndarray | None:
         """Logits of pCTR of what is scored, from the click network of the options; on rank 0."""
@@ -196,6 +198,31 @@ class Training:
             updates_per_pass=self.updates,
         )
         return pctr[self.stage.clicked_train_rows()].astype(np.float32)
+
+
+def as_click_and_conversion(scored: ScoredImpressions) -> ScoredImpressions:
+    """Takes the first task of any chain for the click and the last for the conversion: "cvr" is
+    the probability of the last given the first, "ctcvr" that of the last and all before it."""
+    tasks = scored.tasks
+    if tasks == DEFAULT_TASKS:
+        return scored
+    first, last = tasks[0], tasks[-1]
+    steps = [scored.scores.get(task.rate) for task in tasks.prefix(last)[1:]]
+    found = {
+        "ctr": scored.scores.get(first.rate),
+        "cvr": None if None in steps else reduce(product, filter(None, steps)),
+        "ctcvr": scored.scores.get(last.joint),
+    }
+    click, conversion = DEFAULT_TASKS
+    return replace(
+        scored,
+        tasks=DEFAULT_TASKS,
+        labels={
+            click.label: scored.happened(first.name).astype(np.int8),
+            conversion.label: scored.happened(last.name).astype(np.int8),
+        },
+        scores={name: score for name, score in found.items() if score is not None},
+    )
 
 
 class _ScorePasses(Callback):
@@ -290,12 +317,12 @@ def resampled_figures(
     scores = cvr.values
     clicked, converted = scored.happened("click"), scored.happened("conversion").astype(np.int8)
     figures = {"cvr_auc": resampling.auc(scores, converted, clicked)}
-    for name, product in (
+    for name, joint in (
         ("ctcvr_auc_common_ctr", scored.ctcvr_common_ctr),
         ("ctcvr_auc", scored.scores.get("ctcvr")),
     ):
-        if product is not None:
-            figures[name] = resampling.auc(product.values, converted)
+        if joint is not None:
+            figures[name] = resampling.auc(joint.values, converted)
     if scored.true_cvr is not None and scored.true_ctr is not None:
         figures |= {
             "cvr_auc_entire_space": resampling.auc(scores, scored.true_cvr),

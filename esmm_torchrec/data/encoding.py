@@ -34,6 +34,7 @@ from esmm_torchrec.data.sources.raw_values import read_integers
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SAMPLE_ID, Schema, Table, missing_column, weight_column
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
 class RowEncoder:
@@ -51,6 +52,7 @@ class RowEncoder:
         dense: by dense column, what its values are encoded with.
         sample_id: the raw column of sample ids, if it had one.
         text_format: how text files are written.
+        tasks: the chain, whose labels new rows do not have.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class RowEncoder:
         *,
         sample_id: str | None = None,
         text_format: TextFormat | None = None,
+        tasks: TaskChain = DEFAULT_TASKS,
     ) -> None:
         self.features = features
         self._vocabularies = vocabularies
         self._dense = dense
         self._sample_id = sample_id
         self._text_format = text_format
+        self._tasks = tasks
 
     @classmethod
     def load(cls, folder: Path | str) -> RowEncoder:
@@ -90,6 +94,7 @@ class RowEncoder:
                 data_set.statistics.dense,
                 sample_id=reading.sample_id,
                 text_format=reading.text_format,
+                tasks=schema.tasks,
             )
         features = FeatureColumns(
             id_features=tuple(replace(feature, shared=False) for feature in schema.id_features),
@@ -104,7 +109,13 @@ class RowEncoder:
             },
             dense=tuple(data_set.statistics.dense),
         )
-        return cls(features, vocabularies, data_set.statistics.dense, sample_id=SAMPLE_ID)
+        return cls(
+            features,
+            vocabularies,
+            data_set.statistics.dense,
+            sample_id=SAMPLE_ID,
+            tasks=schema.tasks,
+        )
 
     @property
     def schema(self) -> Schema:
@@ -118,6 +129,7 @@ class RowEncoder:
                 for column in self.features.dense
                 for name in dense_features(column, self._dense[column])
             ),
+            tasks=self._tasks,
         )
 
     def encode(self, rows: pa.Table | pd.DataFrame) -> pa.Table:
@@ -167,10 +179,10 @@ class RowEncoder:
                 row = int(fault.rows.argmax())
                 place = table.place(int(block.numbers[row]))
                 raise DataError(f"{place}, column {fault.column!r}: {fault.describe(row)}")
-        no_labels = np.zeros(size, np.int8)
+        no_labels = [np.zeros(size, np.int8)] * len(self._tasks)
         with table.named_in_errors():
             encoded = self.encode_features(features)
-        columns = [no_labels, no_labels, sample_ids, *encoded.values()]
+        columns = [*no_labels, sample_ids, *encoded.values()]
         return pa.table(columns, schema=impression_columns(self.schema))
 
     def encode_features(self, features: Features) -> dict[str, pa.Array]:

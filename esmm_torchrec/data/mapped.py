@@ -36,8 +36,6 @@ from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
-    CLICK,
-    CONVERSION,
     GROUP_ID,
     SAMPLE_ID,
     SHARED_ROW,
@@ -59,8 +57,6 @@ HistoryWeights = Literal["normalised", "raw"]
 however long the history is. raw: as stored. Single-valued features keep their weight either way."""
 
 _SCALARS: dict[str, str] = {
-    CLICK: "int8",
-    CONVERSION: "int8",
     SAMPLE_ID: "int64",
     SHARED_ROW: "int32",
     GROUP_ID: "int64",
@@ -126,7 +122,7 @@ class MappedSplit:
     @property
     def impressions(self) -> int:
         """Number of rows."""
-        return len(self.scalars[CLICK])
+        return len(self.scalars[SAMPLE_ID])
 
     @classmethod
     def open(
@@ -252,7 +248,7 @@ class MappedSplit:
             bags[store.collection] = (*bags.get(store.collection, ()), mapped)
         return cls(
             schema=schema,
-            scalars={name: array(name) for name in _SCALARS if name in shapes},
+            scalars={name: array(name) for name in _scalars(schema) if name in shapes},
             dense=array("dense"),
             bags=bags,
         )
@@ -272,6 +268,11 @@ class _Store(NamedTuple):
     @property
     def weighted(self) -> bool:
         return self.collection.endswith("weighted_sparse_features")
+
+
+def _scalars(schema: Schema) -> dict[str, str]:
+    """Column → dtype, of the columns that are not features."""
+    return dict.fromkeys(schema.tasks.labels, "int8") | _SCALARS
 
 
 def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:
@@ -366,7 +367,7 @@ class _Layout:
                 written[store.name] += len(bags.values)
 
     def _append_scalars(self, columns: dict[str, pa.Array], num_rows: int) -> None:
-        for name, dtype in _SCALARS.items():
+        for name, dtype in _scalars(self.schema).items():
             if name in columns:
                 self._extend(name, columns[name].to_numpy().astype(dtype, copy=False))
         dense = np.empty((num_rows, len(self.schema.dense_features)), np.float32)

@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
-    FORMAT_VERSION,
     PREPARE_AGAIN,
+    READABLE_VERSIONS,
     SPLITS,
     Description,
     SplitName,
@@ -94,18 +94,18 @@ class PreparedDataSet(Description):
     def _decode(cls, path: Path, content: bytes) -> PreparedDataSet:
         try:
             version = msgspec.json.decode(content, type=_Version).format_version
-            if version == FORMAT_VERSION:
+            if version in READABLE_VERSIONS:
                 described = Description.decode(content)
                 return cls(
                     **{field.name: getattr(described, field.name) for field in fields(described)},
                     path=path,
                     fingerprint=hashlib.sha256(content).hexdigest(),
                 )
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path / DESCRIPTION} is broken ({error}); {PREPARE_AGAIN}") from None
         raise DataError(
             f"{path} is a prepared data set of format version {version}, and this library reads "
-            f"version {FORMAT_VERSION}; {PREPARE_AGAIN}"
+            f"versions {' and '.join(map(str, READABLE_VERSIONS))}; {PREPARE_AGAIN}"
         )
 
     def impression_files(self, split: SplitName) -> list[Path]:
@@ -179,8 +179,8 @@ class PreparedDataSet(Description):
         self, split: SplitName, kind: Literal["impressions", "shared"]
     ) -> Iterator[pa.RecordBatch]:
         """All rows of one kind of a split, block by block, each checked before it is given: the
-        checksums of the files, every id in its table's range, labels 0 or 1, no conversion without
-        a click, `shared_row` in range, every weight and dense value finite.
+        checksums of the files, every id in its table's range, labels 0 or 1, none without
+        the one before it, `shared_row` in range, every weight and dense value finite.
 
         Raises:
             DataError: names the file, the column and the row of the first thing that is wrong.

@@ -35,8 +35,10 @@ from esmm_torchrec.schema import (
     weight_column,
 )
 
-FORMAT_VERSION = 2
-"""Since 2, ids are counted per impression, and dense columns are clipped and may be logged."""
+FORMAT_VERSION = 3
+"""Since 2, ids are counted per impression, and dense columns are clipped and may be logged. Since
+3, a split counts each task of the chain; 2 had clicks and conversions, and is still read."""
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 
 SplitName = Literal["train", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "test")
@@ -65,8 +67,8 @@ class Split:
     """What one split holds; files are relative to the data set."""
 
     impressions: Count
-    clicks: Count
-    conversions: Count
+    happened: Mapping[str, Count]
+    """By name of the task: impressions with it and all tasks before it."""
     shared_rows: Count
     """0 if no feature is shared."""
     impression_files: tuple[str, ...]
@@ -137,6 +139,10 @@ class Description:
         ]
         if sorted(dense) != sorted(self.schema.dense_features):
             raise ValueError("its statistics are of other dense features than its schema")
+        if any(
+            set(split.happened) != set(self.schema.tasks.names) for split in self.splits.values()
+        ):
+            raise ValueError("its splits count other tasks than its schema has")
 
     @classmethod
     def decode(cls, content: bytes) -> Description:
@@ -146,9 +152,13 @@ class Description:
             ValueError: it is not one of this format; the message says where.
         """
         try:
-            return msgspec.json.decode(content, type=cls)
+            values = msgspec.json.decode(content)
+            if isinstance(values, dict) and values.get("format_version") == 2:
+                _upgrade(values)
+            described = msgspec.convert(values, cls)
         except (UnicodeDecodeError, DataError) as error:
             raise ValueError(str(error)) from None
+        return described
 
     def vocabulary_file(self, table: str) -> str:
         """Where the vocabulary of a table is, relative to the data set."""
@@ -167,6 +177,15 @@ class Description:
         values["columns"] = [name for name in OPTIONAL_COLUMNS if name in self.columns]
         values["checksums"] = dict(sorted(self.checksums.items()))
         return msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n"
+
+
+def _upgrade(values: dict[str, Any]) -> None:
+    """Turns the content of a dataset.json of version 2 into that of version 3."""
+    for split in values["splits"].values():
+        split["happened"] = {
+            CLICK: split.pop("clicks"),
+            CONVERSION: split.pop("conversions"),
+        }
 
 
 def dense_features(column: str, transform: DenseTransform) -> list[str]:
@@ -190,8 +209,7 @@ def impression_columns(schema: Schema, columns: Iterable[str] = ()) -> pa.Schema
     """Arrow schema of the impression files; `columns` are the optional ones present."""
     present = set(columns)
     fields = [
-        pa.field(CLICK, pa.int8(), False),
-        pa.field(CONVERSION, pa.int8(), False),
+        *(pa.field(label, pa.int8(), False) for label in schema.tasks.labels),
         pa.field(SAMPLE_ID, pa.int64(), False),
         *([pa.field(SHARED_ROW, pa.int32(), False)] if schema.has_shared_features else []),
         *(
@@ -254,15 +272,16 @@ def check_values(table: pa.Table, schema: Schema, expected: pa.Schema, *, where:
             if bad is not None:
                 raise fail(name, bad, f"{column[bad].as_py()} is not a finite number")
 
-    if CLICK in expected.names:
-        click, conversion = table.column(CLICK).to_numpy(), table.column(CONVERSION).to_numpy()
-        for name, labels in ((CLICK, click), (CONVERSION, conversion)):
-            bad = first_true((labels != 0) & (labels != 1))
+    if SAMPLE_ID in expected.names:
+        labels = {name: table.column(name).to_numpy() for name in schema.tasks.labels}
+        for name, values in labels.items():
+            bad = first_true((values != 0) & (values != 1))
             if bad is not None:
-                raise fail(name, bad, f"the label {labels[bad]} is neither 0 nor 1")
-        bad = first_true(conversion > click)
-        if bad is not None:
-            raise fail(CONVERSION, bad, "a conversion without a click")
+                raise fail(name, bad, f"the label {values[bad]} is neither 0 nor 1")
+        for task, before in schema.tasks.links:
+            bad = first_true(labels[task.label] > labels[before.label])
+            if bad is not None:
+                raise fail(task.label, bad, f"{task.name} without {before.name}")
         for name in (TRUE_CTR, TRUE_CVR):
             if name in expected.names:
                 truth = table.column(name).to_numpy()

@@ -39,14 +39,13 @@ from esmm_torchrec.data.prepared_form import (
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
-    CLICK,
-    CONVERSION,
     SHARED_ROW,
     IdFeature,
     Schema,
     Table,
     weight_column,
 )
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 ROWS_PER_GROUP = {"impressions": 1 << 17, "shared": 1 << 13}
 """Rows of a Parquet row group. A shared row holds hundreds of ids, an impression a few dozen."""
@@ -139,8 +138,8 @@ class _Counts:
     ids: dict[str, IdCounts]
     """By feature."""
     impressions: int = 0
-    clicks: int = 0
-    conversions: int = 0
+    happened: Counter[str] = field(default_factory=Counter)
+    """By name of the task."""
     shared_row_use: SharedRowUse = field(default_factory=SharedRowUse)
     missing_dense: Counter[str] = field(default_factory=Counter)
 
@@ -172,11 +171,12 @@ class PreparedWriter:
         columns: which of OPTIONAL_COLUMNS the impressions have.
         source: how the data set is made, for dataset.json. No paths of this machine, no times.
         min_count: the least count of an id in the vocabularies.
-        has_conversions: False if clicks alone are known, so that conversion is 0 everywhere.
+        tasks: the chain, whose labels are the first columns.
+        has_conversions: False if the first task alone is known and the others are 0 everywhere.
 
     Raises:
         DataError: `path` exists already; a table written is not as declared; in the end a split
-            is empty, or training has no click or no conversion. The sentence names the split.
+            is empty, or training lacks a task. The sentence names the split.
     """
 
     def __init__(
@@ -188,9 +188,11 @@ class PreparedWriter:
         columns: Iterable[str] = (),
         source: Mapping[str, Any],
         min_count: int,
+        tasks: TaskChain = DEFAULT_TASKS,
         has_conversions: bool = True,
     ) -> None:
         self.path = Path(path)
+        self._tasks = tasks
         self._has_conversions = has_conversions
         self._root = partial_folder(self.path)
         self._id_features = tuple(id_features)
@@ -258,6 +260,7 @@ class PreparedWriter:
                     for column in self._dense_features
                     for name in dense_features(column, self._dense[column])
                 ),
+                tasks=self._tasks,
             )
         return self._schema
 
@@ -280,8 +283,8 @@ class PreparedWriter:
         table = self._write(split, "impressions", table, expected)
         counts = self._counts[split]
         counts.impressions += len(table)
-        counts.clicks += int(table.column(CLICK).to_numpy().sum(dtype=np.int64))
-        counts.conversions += int(table.column(CONVERSION).to_numpy().sum(dtype=np.int64))
+        for task in self._tasks:
+            counts.happened[task.name] += int(np.count_nonzero(table.column(task.label).to_numpy()))
         if len(table) and SHARED_ROW in expected.names:
             rows = table.column(SHARED_ROW).to_numpy()
             if rows.min() < 0:
@@ -371,8 +374,7 @@ class PreparedWriter:
         counts, shared = self._counts[name], self._files.get((name, "shared"))
         return Split(
             impressions=counts.impressions,
-            clicks=counts.clicks,
-            conversions=counts.conversions,
+            happened={name: counts.happened[name] for name in self._tasks.names},
             shared_rows=shared.rows if shared else 0,
             impression_files=self._names(name, "impressions"),
             shared_files=self._names(name, "shared"),
@@ -388,8 +390,8 @@ class PreparedWriter:
                 f"{split.shared_rows}"
             )
         if name == "train":
-            for what, count in (("click", split.clicks), ("conversion", split.conversions)):
-                if count == 0 and (what == "click" or self._has_conversions):
+            for what, count in split.happened.items():
+                if count == 0 and (what == self._tasks[0].name or self._has_conversions):
                     raise DataError(
                         f"the train split holds {split.impressions} impressions and no {what}, "
                         f"nothing to learn from; check the {what} column or take more data"

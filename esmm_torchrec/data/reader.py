@@ -196,7 +196,7 @@ class ImpressionReader:
                 weights @ columns[label][rows].astype(np.float64) / self.world_size,
                 dtype=torch.float32,
             )
-            for label in tasks.labels[:-1]  # the ones that other tasks are given
+            for label in dict.fromkeys(before.label for _, before in tasks.links)
         }
         labels = {
             label: torch.from_numpy(self._padded(columns[label][own_rows].astype(np.float32)))

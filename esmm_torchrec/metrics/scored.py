@@ -81,12 +81,7 @@ class ScoredImpressions:
 
     @cached_property
     def _happened(self) -> dict[str, NDArray[np.bool_]]:
-        happened: dict[str, NDArray[np.bool_]] = {}
-        so_far = np.ones(self.size, np.bool_)
-        for task in self.tasks:
-            so_far = so_far & (self.labels[task.label] == 1)
-            happened[task.name] = so_far
-        return happened
+        return self.tasks.happened({label: self.labels[label] == 1 for label in self.tasks.labels})
 
     @cached_property
     def groups(self) -> NDArray[np.integer] | None:

@@ -175,18 +175,20 @@ def model_output(
         weight).
     """
     # `to(copy=True)`: labels and weights may be views of the batch's memory.
-    so_far = torch.ones_like(labels[tasks.labels[0]], dtype=torch.float32)
-    weight = so_far.clone() if weight is None else weight.to(torch.float32, copy=True)
+    copies = {label: labels[label].to(torch.float32, copy=True) for label in tasks.labels}
+    if weight is None:
+        weight = torch.ones_like(copies[tasks.labels[0]])
+    weight = weight.to(torch.float32, copy=True)
     output = {_weight(None): weight}
+    happened = tasks.happened(copies)
     for task in tasks:
-        so_far = so_far * labels[task.label]
-        output[_label(task)] = so_far
-        if task is not tasks[-1]:
-            output[_weight(task)] = so_far * weight
+        output[_label(task)] = happened[task.name]
+    for _, before in tasks.links:
+        output[_weight(before)] = happened[before.name] * weight
     for name, column, *_ in tasks.probabilities:
         probability = probabilities.get(name)
         output[column] = (
-            torch.zeros_like(so_far) if probability is None else probability.detach().float()
+            torch.zeros_like(weight) if probability is None else probability.detach().float()
         )
     return output
 

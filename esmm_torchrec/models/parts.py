@@ -54,8 +54,9 @@ class LoggedImpressions(NamedTuple):
 
     @property
     def converted(self) -> NDArray[np.bool_]:
-        """bool (N,), impressions with every task of the chain."""
-        return np.logical_and.reduce([self.labels[label] == 1 for label in self.tasks.labels])
+        """bool (N,), impressions with the last task of the chain and all tasks before it."""
+        happened = self.tasks.happened({label: of == 1 for label, of in self.labels.items()})
+        return happened[self.tasks[-1].name]
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """Numbers in [0, 1) to sample by, (size,), from a stream of their own: a sample must not

@@ -288,12 +288,6 @@ _TAKES = {
     "dense": "float32 (B, D): dense_features in their order, values by their transform",
 }
 
-_GIVES = {
-    "pctr": "probability of a click",
-    "pcvr": "probability of a conversion given a click",
-    "pctcvr": "probability of a click and a conversion",
-}
-
 
 def _readme(schema: Schema, description: Mapping[str, Any]) -> str:
     first = schema.id_features[0].name
@@ -312,5 +306,9 @@ def _readme(schema: Schema, description: Mapping[str, Any]) -> str:
         description=DESCRIPTION,
         call="\n".join(f"        {name}={value}," for name, value in call.items()),
         takes="\n".join(f"    {name:<8} {_TAKES[name]}" for name in call),
-        gives="\n".join(f"    {name:<8} {_GIVES[name]}" for name in description["outputs"]),
+        gives="\n".join(
+            f"    {column:<8} probability of {schema.tasks.describe(probability)}"
+            for probability in schema.tasks.probabilities
+            if (column := probability.column) in description["outputs"]
+        ),
     )

@@ -19,7 +19,7 @@ from esmm_torchrec.data.subsets import only_ids_of, user_hash
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.models.methods import CLICK_METHOD, METHODS, build_train_task
 from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, TrainingRows
-from esmm_torchrec.schema import CLICK, WEIGHT
+from esmm_torchrec.schema import SAMPLE_ID, WEIGHT
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
@@ -121,13 +121,13 @@ def part_of(
         own = split.scalars[WEIGHT][rows].astype(np.float32)
         weights = own if weights is None else weights * own
     kept = slice(None) if rows is None else rows
-    num_rows = len(split.scalars[CLICK][kept])
+    num_rows = len(split.scalars[SAMPLE_ID][kept])
     each = np.ones(num_rows) if weights is None else weights
-    happened = np.ones(num_rows, bool)
+    tasks = split.schema.tasks
+    happened = tasks.happened({label: split.scalars[label][kept] == 1 for label in tasks.labels})
     positives: dict[str, float] = {}
-    for task in split.schema.tasks:
-        happened &= split.scalars[task.label][kept] == 1
-        positives[task.label] = float(happened @ each)
+    for task in tasks:
+        positives[task.label] = float(happened[task.name] @ each)
         if not positives[task.label] and (learned is None or task.label in learned):
             raise DataError(
                 f"{name} is left with {num_rows:,} impressions and no {task.name} to train on; "
@@ -320,8 +320,9 @@ def out_of_fold_pctr(
         float64 (N,), on every rank; NaN where there is no click or no such row.
     """
     rows = np.arange(split.impressions) if within is None else within
+    first = split.schema.tasks[0]
     fold = (user_hash(split, "fold")[rows] * FOLDS).astype(int)
-    clicked = split.scalars[CLICK][rows] == 1
+    clicked = split.scalars[first.label][rows] == 1
     pctr = np.full(split.impressions, np.nan)
     network = replace(
         options,
@@ -356,7 +357,7 @@ def out_of_fold_pctr(
             progress=False,
         )
         logit = ranks.from_first(
-            lambda scored=scored: None if scored is None else scored.scores["ctr"].values
+            lambda scored=scored: None if scored is None else scored.scores[first.rate].values
         )
         assert logit is not None
         pctr[wanted] = 1 / (1 + np.exp(-logit.astype(np.float64)))

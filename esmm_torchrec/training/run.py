@@ -27,7 +27,6 @@ from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.runs.lock import RunLock
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.schema import CLICK
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
@@ -112,7 +111,7 @@ def _train(
     def start() -> RunFolder:
         run = RunFolder.start(out, config, resume=options.resume, lock=lock)
         if pctr is not None and (found is None or not run.pctr.exists()):
-            run.write_pctr(pctr[splits["train"].scalars[CLICK] == 1])
+            run.write_pctr(pctr[splits["train"].scalars[dataset.schema.tasks[0].label] == 1])
         return run
 
     run = ranks.from_first(start)
@@ -208,7 +207,7 @@ def _pctr(
     """Out-of-fold pCTR, float64 (N,), that of the run where it has gone so far: training the
     networks again on other ranks would choose other rows."""
     if run is not None:
-        clicked = split.scalars[CLICK] == 1
+        clicked = split.scalars[split.schema.tasks[0].label] == 1
         kept = ranks.from_first(lambda: run.read_pctr(int(clicked.sum())))
         if kept is not None:
             pctr = np.full(split.impressions, np.nan)
@@ -232,8 +231,9 @@ def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOption
     print(
         f"{options.method} on {ranks.world_size} {ranks.device.type} "
         f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
-        f"{counts.impressions:,} impressions, {counts.clicks:,} clicks, "
-        f"{counts.conversions:,} conversions to train on, {test.impressions:,} to test on; "
+        f"{counts.impressions:,} impressions, "
+        f"{', '.join(f'{number:,} {name}s' for name, number in counts.happened.items())} "
+        f"to train on, {test.impressions:,} to test on; "
         f"{options.sparse_optimizer} for tables, adam for towers"
     )
     size = f"{reader.global_batch_size:,} impressions per step"

@@ -32,8 +32,8 @@ def test_its_file_becomes_scores(
     splits = description["splits"]
     assert splits["train"]["impressions"] + splits["test"]["impressions"] == len(log) == 6000
     for split, rows in (("train", log[:4800]), ("test", log[4800:])):
-        assert splits[split]["clicks"] == (rows["clicked"] == "Yes").sum()
-        assert splits[split]["conversions"] == (rows["booked"] == "Yes").sum()
+        assert splits[split]["happened"]["click"] == (rows["clicked"] == "Yes").sum()
+        assert splits[split]["happened"]["conversion"] == (rows["booked"] == "Yes").sum()
     features = {feature["name"]: feature for feature in description["schema"]["id_features"]}
     assert list(features) == ["user", "seen", "query", "shown__hour", "shown__weekday"]
     assert [name for name, of in features.items() if of["multi_valued"]] == ["seen", "query"]

@@ -126,7 +126,8 @@ def append_table(
             columns=whole.columns,
             source=source,
             min_count=whole.min_count,
-            has_conversions=made.columns.conversion is not None,
+            tasks=whole.schema.tasks,
+            has_conversions=made.columns.covers_the_chain,
         ) as writer:
             for table, vocabulary in vocabularies.items():
                 writer.write_vocabulary(table, vocabulary)
@@ -135,7 +136,12 @@ def append_table(
             write_table(
                 writer,
                 rows,
-                RowEncoder(reading.features, vocabularies, whole.statistics.dense),
+                RowEncoder(
+                    reading.features,
+                    vocabularies,
+                    whole.statistics.dense,
+                    tasks=whole.schema.tasks,
+                ),
                 group_kind=made.group_kind,
                 train_rows=train_rows,
                 progress=progress,
@@ -245,8 +251,7 @@ def _together(
     before, after = whole.splits["train"], of_day["train"]
     train = Split(
         impressions=before.impressions + after.impressions,
-        clicks=before.clicks + after.clicks,
-        conversions=before.conversions + after.conversions,
+        happened={name: count + after.happened[name] for name, count in before.happened.items()},
         shared_rows=0,
         impression_files=before.impression_files + after.impression_files,
         shared_files=(),

@@ -18,7 +18,6 @@ from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.progress import progress_bar
 
-UNCLICKED_CONVERSIONS = "conversions without a click"
 BAD_ROWS = "bad rows"
 """What rows are called among the dropped ones."""
 
@@ -112,6 +111,6 @@ def write_table(
             examples = bad_rows.examples[noted:]
             writer.record_dropped(split, BAD_ROWS, bad_rows.count - bad_before, examples)
         if rows.unclicked_conversions == "drop" and unclicked[split]:
-            writer.record_dropped(split, UNCLICKED_CONVERSIONS, unclicked[split])
+            writer.record_dropped(split, writer.schema.tasks.out_of_order, unclicked[split])
     writer.source["unclicked_conversion_rows"] = unclicked
     writer.source["train_rows"] = rows.rows_read("train")

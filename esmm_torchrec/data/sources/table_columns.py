@@ -21,6 +21,7 @@ from esmm_torchrec.schema import (
     TRUE_CVR,
     WEIGHT,
 )
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class TableColumns:
             a column that is not an id column, or there is no feature.
     """
 
-    click: str
-    """0 or 1, -1 or 1, no or yes."""
-    conversion: str | None
-    """As click; yes only if click is yes, and ignored if it is missing without a click. None: no
-    impression has a conversion, only clicks are known."""
+    tasks: TaskChain
+    """What may happen to an impression."""
+    labels: Mapping[str, str]
+    """Label → raw column of 0 or 1, -1 or 1, no or yes; yes only if the label before it is, and
+    ignored if it is missing without that. A label without a column is 0 for every impression."""
     ids: tuple[str, ...] = ()
     """Integers, text, booleans, or lists of them; each is an id feature."""
     dense: tuple[str, ...] = ()
@@ -71,14 +72,21 @@ class TableColumns:
     def __post_init__(self) -> None:
         if not (self.ids or self.texts or self.time_features or self.dense):
             raise OptionError("there is no feature; name at least one column with --id or --dense")
-        if self.click == self.conversion:
-            raise OptionError(f"{self.click!r} is both --click and --conversion; name two columns")
+        outcomes = list(self.labels.values())
+        for column in outcomes:
+            if outcomes.count(column) > 1:
+                options = " and ".join(role for role, name in self.roles if name == column)
+                raise OptionError(f"{column!r} is both {options}; name two columns")
+        if self.tasks != DEFAULT_TASKS and (self.true_ctr, self.true_cvr) != (None, None):
+            raise OptionError(
+                "--true-ctr and --true-cvr are those of --click and --conversion; leave them out "
+                "beside --actions"
+            )
         features = [column for _, column in self.features]
-        for role in ("click", "conversion", "true_ctr", "true_cvr"):
-            if getattr(self, role) in features:
+        for role, column in self.roles:
+            if column in features and role in self._outcome_roles:
                 raise OptionError(
-                    f"{getattr(self, role)!r} is --{role.replace('_', '-')} and a feature, too; a "
-                    "feature must not know the outcome"
+                    f"{column!r} is {role} and a feature, too; a feature must not know the outcome"
                 )
         for option, named in (
             ("--id or --text", [*self.ids, *self.texts]),
@@ -116,11 +124,21 @@ class TableColumns:
                 )
 
     @property
+    def covers_the_chain(self) -> bool:
+        """Whether every label has a column."""
+        return len(self.labels) == len(self.tasks)
+
+    @property
+    def _taken(self) -> frozenset[str]:
+        """Names of columns of the prepared form, which no feature can have."""
+        return RESERVED_COLUMNS.union(self.tasks.labels)
+
+    @property
     def id_features(self) -> dict[str, str]:
         """Id feature → raw column."""
         return {
             **{
-                f"{name}__id" if name in RESERVED_COLUMNS else name: name
+                f"{name}__id" if name in self._taken else name: name
                 for name in (*self.ids, *self.texts)
             },
             **{f"{name}__{part}": name for name in self.time_features for part in TIME_PARTS},
@@ -129,7 +147,7 @@ class TableColumns:
     @property
     def dense_features(self) -> dict[str, str]:
         """Dense feature → raw column."""
-        taken = RESERVED_COLUMNS | set(self.id_features)
+        taken = self._taken | set(self.id_features)
         return {f"{name}__dense" if name in taken else name: name for name in self.dense}
 
     @property
@@ -159,12 +177,23 @@ class TableColumns:
     @property
     def roles(self) -> list[tuple[str, str]]:
         """(what it is, raw column) of every column beside the features."""
-        options = ("click", "conversion", "sample_id", "group_id", "timestamp", "weight")
+        options = ("sample_id", "group_id", "timestamp", "weight", "true_ctr", "true_cvr")
         return [
-            (f"--{role.replace('_', '-')}", getattr(self, role))
-            for role in (*options, "true_ctr", "true_cvr")
-            if getattr(self, role) is not None
+            *((self.label_role(label), column) for label, column in self.labels.items()),
+            *(
+                (f"--{role.replace('_', '-')}", getattr(self, role))
+                for role in options
+                if getattr(self, role) is not None
+            ),
         ]
+
+    def label_role(self, label: str) -> str:
+        """The option that names the column of a label."""
+        return f"--{label}" if self.tasks == DEFAULT_TASKS else f"--actions {label}"
+
+    @property
+    def _outcome_roles(self) -> frozenset[str]:
+        return frozenset({*map(self.label_role, self.labels), "--true-ctr", "--true-cvr"})
 
     @property
     def features(self) -> list[tuple[str, str]]:

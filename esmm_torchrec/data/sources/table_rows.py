@@ -26,8 +26,6 @@ from esmm_torchrec.data.sources.row_split import RowSplit
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
-    CLICK,
-    CONVERSION,
     GROUP_ID,
     SAMPLE_ID,
     TIMESTAMP,
@@ -72,7 +70,7 @@ class TableRows:
         tables: by split. With a rule, those of both splits are the same.
         split: the rule that divides them.
         columns: what the columns are.
-        unclicked_conversions: what becomes of rows with a conversion and no click.
+        unclicked_conversions: what becomes of rows with a task and not the one before it.
         max_bad_rows: how many may be skipped.
         first_train_row: the number of the first training row.
 
@@ -97,11 +95,7 @@ class TableRows:
         self.max_bad_rows = max_bad_rows
         self._first_row: dict[SplitName, int] = {"train": first_train_row, "test": 0}
         self._rows_read: dict[SplitName, int] = {}
-        self._labels = {
-            role: LabelReader(column)
-            for role, column in ((CLICK, columns.click), (CONVERSION, columns.conversion))
-            if column is not None
-        }
+        self._labels = {label: LabelReader(column) for label, column in columns.labels.items()}
         self._last_train_time: int | None = None
         wanted = columns.roles + columns.features
         if split is not None and split.column is not None:
@@ -165,37 +159,59 @@ class TableRows:
         with block.table.named_in_errors():
             scalars, values, faults = self._values(block, features, group_kind)
         keep = self._without_faults(block, faults, skipped.bad_rows)
-        click, conversion = scalars[CLICK], scalars[CONVERSION]
-        unclicked = (conversion > click) & keep
-        if unclicked.any():
-            skipped.unclicked_conversions += int(unclicked.sum())
-            if self.unclicked_conversions == "error":
-                place = block.table.place(int(block.places[unclicked.argmax()]))
-                raise DataError(
-                    f"{place}: a conversion ({self._columns.conversion!r} is 1) without a click "
-                    f"({self._columns.click!r} is 0); fix it, or leave such rows out or keep them "
-                    "as unclicked with --unclicked-conversions drop|keep"
-                )
+        out_of_order = self._out_of_order(block, scalars, keep)
+        if out_of_order.any():
+            skipped.unclicked_conversions += int(out_of_order.sum())
             if self.unclicked_conversions == "drop":
-                keep &= ~unclicked
+                keep &= ~out_of_order
             else:
-                scalars[CONVERSION] = np.minimum(conversion, click)
+                for task, before in self._columns.tasks.links:
+                    scalars[task.label] = np.minimum(scalars[task.label], scalars[before.label])
         if keep.all():
             return Impressions(scalars, values)
         return Impressions(
             {name: values[keep] for name, values in scalars.items()}, values.filter(keep)
         )
 
+    def _out_of_order(
+        self, block: RawBlock, scalars: Mapping[str, np.ndarray], keep: np.ndarray
+    ) -> np.ndarray:
+        """bool (n,), rows of `keep` where something happened without the task before it.
+
+        Raises:
+            DataError: there is one, and the option says so.
+        """
+        found = np.zeros_like(keep)
+        for task, before in self._columns.tasks.links:
+            wrong = (scalars[task.label] > scalars[before.label]) & keep
+            if wrong.any() and self.unclicked_conversions == "error":
+                place = block.table.place(int(block.places[wrong.argmax()]))
+                columns = self._columns.labels
+                raise DataError(
+                    f"{place}: {task.name} without {before.name} ({columns[task.label]!r} is 1, "
+                    f"{columns[before.label]!r} is 0); fix it, or leave such rows out or keep them "
+                    f"without the {task.name} with --unclicked-conversions drop|keep"
+                )
+            found |= wrong
+        return found
+
     def _read_labels(self, block: RawBlock) -> tuple[dict[str, np.ndarray], list[Fault]]:
-        click, fault, _ = self._labels[CLICK].read(block.rows.column(self._columns.click))
-        if self._columns.conversion is None:
-            return {CLICK: click, CONVERSION: np.zeros_like(click)}, [fault]
-        column = block.rows.column(self._columns.conversion)
-        conversion, of_conversion, missing = self._labels[CONVERSION].read(column)
-        of_conversion = replace(
-            of_conversion, rows=of_conversion.rows & ~(missing & (click == 0) & ~fault.rows)
-        )
-        return {CLICK: click, CONVERSION: conversion}, [fault, of_conversion]
+        labels: dict[str, np.ndarray] = {}
+        faults: list[Fault] = []
+        faulty: dict[str, np.ndarray] = {}
+        for task in self._columns.tasks:
+            label, before = task.label, self._columns.tasks.given(task)
+            if label not in self._labels:
+                labels[label] = np.zeros(len(block.rows), np.int8)
+                continue
+            column = block.rows.column(self._columns.labels[label])
+            labels[label], fault, missing = self._labels[label].read(column)
+            if before is not None:  # without that, the label may be missing
+                missing &= (labels[before.label] == 0) & ~faulty[before.label]
+                fault = replace(fault, rows=fault.rows & ~missing)
+            faults.append(fault)
+            faulty[label] = fault.rows
+        return labels, faults
 
     def _values(
         self, block: RawBlock, features: FeatureColumns, group_kind: IdKind | None

@@ -42,11 +42,8 @@ from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows, 
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.schema import (
-    IdFeature,
-    Schema,
-    Table,
-)
+from esmm_torchrec.schema import CLICK, CONVERSION, IdFeature, Schema, Table
+from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
 def prepare_table(
@@ -55,8 +52,9 @@ def prepare_table(
     train: Frame | Sequence[Frame],
     test: Frame | Sequence[Frame] | None = None,
     split: RowSplit | str | None = None,
-    click: str,
-    conversion: str | None,
+    click: str | None = None,
+    conversion: str | None = None,
+    actions: Sequence[str] | Mapping[str, str] = (),
     ids: Sequence[str] = (),
     dense: Sequence[str] | Mapping[str, DenseMethod] = (),
     texts: Sequence[str] = (),
@@ -97,6 +95,11 @@ def prepare_table(
 
     Args:
         out: the folder to make; it must not exist.
+        click: column of the default chain's first label, 0 or 1, -1 or 1, no or yes.
+        conversion: as click; None: only clicks are known.
+        actions: instead of click and conversion, the columns of a chain of tasks in the order in
+            which they happen, such as ["click", "cart", "order"], or task → column. A task may
+            name an earlier one that it is given instead of the one before: "order:click".
         train: paths or rows, one or several; all vocabularies and statistics are theirs. A path
             is that of a file, a folder or a pattern such as "logs/2026-*.tsv.gz".
         test: in the same form; ids that training does not have become row 0.
@@ -108,9 +111,10 @@ def prepare_table(
         min_count: in how many training impressions an id must occur to have an embedding row. The
             others share row 0, also with ids that training does not have; with 1 that row is never
             trained.
-        unclicked_conversions: what becomes of rows with conversion 1 and click 0: "error" refuses
-            them, "drop" leaves them out, "keep" keeps them as neither clicked nor converted. How
-            many there were is in `source["unclicked_conversion_rows"]`.
+        unclicked_conversions: what becomes of rows with a task and not the one before it, such as
+            conversion 1 and click 0: "error" refuses them, "drop" leaves them out, "keep" keeps
+            them up to what is missing, as neither clicked nor converted. How many there were is in
+            `source["unclicked_conversion_rows"]`.
         max_bad_rows: how many rows, over all files, may be skipped because a value is broken.
         progress: show a bar.
 
@@ -122,9 +126,10 @@ def prepare_table(
             the header included, rows of anything else from 0.
         OptionError: columns or options contradict each other.
     """
+    tasks, labels = _chain(click, conversion, actions)
     columns = TableColumns(
-        click=str(click),
-        conversion=None if conversion is None else str(conversion),
+        tasks=tasks,
+        labels=labels,
         ids=tuple(map(str, ids)),
         dense=tuple(map(str, dense)),
         texts=tuple(map(str, texts)),
@@ -210,10 +215,38 @@ def prepare_table(
         columns=columns.optional,
         source=source,
         min_count=min_count,
-        has_conversions=columns.conversion is not None,
+        tasks=tasks,
+        has_conversions=columns.covers_the_chain,
     ) as writer:
         preparation.write(writer, counted)
     return PreparedDataSet.open(out)
+
+
+def _chain(
+    click: str | None, conversion: str | None, actions: Sequence[str] | Mapping[str, str]
+) -> tuple[TaskChain, dict[str, str]]:
+    """The chain, and the raw column of each label that has one."""
+    if bool(actions) == (click is not None) or (actions and conversion is not None):
+        raise OptionError(
+            "give either --actions, the columns of a chain in order, or --click and --conversion"
+        )
+    if click is not None:
+        labels = {CLICK: str(click)}
+        return DEFAULT_TASKS, labels if conversion is None else labels | {
+            CONVERSION: str(conversion)
+        }
+    named = (
+        {str(name): str(column) for name, column in actions.items()}
+        if isinstance(actions, Mapping)
+        else {str(name): str(name).partition(":")[0] for name in actions}
+    )
+    if len(named) < 2 or len(named) < len(actions):
+        raise OptionError(
+            f"--actions {' '.join(map(str, actions))} is not a chain of two actions or more, each "
+            "named once; for clicks alone give --click"
+        )
+    tasks = TaskChain.of(*named)
+    return tasks, dict(zip(tasks.labels, named.values(), strict=True))
 
 
 class _Counted(NamedTuple):
@@ -264,6 +297,7 @@ class _Preparation:
             tuple(Table(name, 1) for name in {of.table for of in features.id_features}),
             features.id_features,
             features.dense,
+            columns.tasks,
         )
 
     def _families(self) -> list[tuple[str, ...]]:
@@ -417,7 +451,7 @@ class _Preparation:
         write_table(
             writer,
             self._rows,
-            RowEncoder(self.features, vocabularies, counted.dense),
+            RowEncoder(self.features, vocabularies, counted.dense, tasks=self._columns.tasks),
             group_kind=self.group_kind,
             train_rows=counted.rows,
             progress=self._progress,

@@ -70,8 +70,8 @@ def test_it_prints_what_the_data_set_holds(
     train, test = data_set.splits["train"], data_set.splits["test"]
     for label, *numbers in (
         ("impressions", 300, 100),
-        ("clicks", train.clicks, test.clicks),
-        ("conversions", train.conversions, test.conversions),
+        ("clicks", train.happened["click"], test.happened["click"]),
+        ("conversions", train.happened["conversion"], test.happened["conversion"]),
         (r"conversions without a click \(error\)", 0, 0),
     ):
         assert re.search(rf"^{label} +{numbers[0]} +{numbers[1]}$", printed, re.MULTILINE)

@@ -103,7 +103,7 @@ def test_a_current_copy_is_read_where_nothing_can_be_written(dataset: PreparedDa
         ("shared_row", [0, 40], "row 1: 40 is outside the 40 shared rows of the split"),
         ("shared_row", [-1, 0], "row 0: -1 is outside the 40 shared rows of the split"),
         ("click", [1, 2], "row 1: the label 2 is neither 0 nor 1"),
-        ("conversion", [0, 1], "row 1: a conversion without a click"),
+        ("conversion", [0, 1], "row 1: conversion without click"),
         ("item", [61, 0], "row 0: id 61 is outside table 'item' of 61 rows"),
     ],
 )

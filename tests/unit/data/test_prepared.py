@@ -95,8 +95,7 @@ def test_what_is_opened_is_what_was_written(tmp_path: Path):
     data_set.verify()
     assert data_set.splits["train"] == Split(
         impressions=4,
-        clicks=2,
-        conversions=1,
+        happened={"click": 2, "conversion": 1},
         shared_rows=3,
         impression_files=("train/impressions-00000.parquet",),
         shared_files=("train/shared-00000.parquet",),
@@ -206,7 +205,7 @@ FLOATS = pa.list_(pa.float32())
     ("changes", "sentence"),
     [
         ({"click": pa.array([1, 0, 2, 0], pa.int8())}, "'click', row 2: the label 2 is neither"),
-        ({"conversion": pa.array([1, 1, 0, 0], pa.int8())}, "row 1: a conversion without a click"),
+        ({"conversion": pa.array([1, 1, 0, 0], pa.int8())}, "row 1: conversion without click"),
         ({"sample_id": pa.array([1, 2, None, 4])}, "'sample_id', row 2: a value is missing"),
         ({"item": ints([1, None, 4, 0])}, "'item', row 2: id 4 is outside table 'item' of 4 rows"),
         ({"item": ints([1, None, -1, 0])}, "'item', row 2: id -1 is outside"),
@@ -280,7 +279,7 @@ def test_a_split_without_what_training_needs_is_refused(tmp_path: Path):
         prepare(impressions(shared_row=ints([0, 0, 3, 0])), impressions())
     assert list(tmp_path.iterdir()) == []
     prepare(impressions(), impressions(click=none, conversion=none))
-    assert PreparedDataSet.open(tmp_path / "ds").splits["test"].clicks == 0
+    assert PreparedDataSet.open(tmp_path / "ds").splits["test"].happened["click"] == 0
 
 
 def change_description(path: Path, change: Callable[[dict], Any]) -> None:
@@ -302,7 +301,7 @@ def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
     [
         (
             lambda d: d.update(format_version=9),
-            "format version 9, and this library reads version 2",
+            "format version 9, and this library reads versions 2 and 3",
         ),
         (lambda d: d.pop("format_version"), r"dataset\.json is broken"),
         (lambda d: d["splits"].pop("test"), r"dataset\.json is broken"),
@@ -312,7 +311,10 @@ def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
         (lambda d: d["schema"]["tables"][0].update(num_embeddings=9), "has 3 ids where .* says 8"),
         (lambda d: d["schema"].update(dense_features=[]), "other dense features than its schema"),
         (lambda d: d["columns"].remove("true_cvr"), "has the foreign column 'true_cvr'"),
-        (lambda d: d["splits"]["test"].update(clicks=-1), r"`int` >= 0 - at `\$\.splits"),
+        (
+            lambda d: d["splits"]["test"]["happened"].update(click=-1),
+            r"`int` >= 0 - at `\$\.splits",
+        ),
         (lambda d: d["columns"].append("timestamp"), "lacks the column 'timestamp'"),
     ],
 )
@@ -328,8 +330,29 @@ def test_what_an_earlier_version_wrote_says_so(tmp_path: Path):
     path = write(tmp_path / "ds").path
     old = {"format_version": 1, "columns": {"group_id": True}, "statistics": {"dense": {}}}
     (path / "dataset.json").write_text(json.dumps(old))
-    with pytest.raises(DataError, match="of format version 1, and this library reads version 2;"):
+    with pytest.raises(
+        DataError, match="of format version 1, and this library reads versions 2 and 3;"
+    ):
         PreparedDataSet.open(path)
+
+
+def test_version_2_counted_clicks_and_conversions(tmp_path: Path):
+    """Before chains: a split had two counts, and the same files."""
+    written = write(tmp_path / "ds")
+    file = written.path / "dataset.json"
+    old = json.loads(file.read_text()) | {"format_version": 2}
+    for split in old["splits"].values():
+        happened = split.pop("happened")
+        split |= {"clicks": happened["click"], "conversions": happened["conversion"]}
+    file.write_text(json.dumps(old))
+    opened = PreparedDataSet.open(written.path)
+    assert opened.splits == written.splits
+    opened.verify()
+
+    del old["splits"]["test"]["clicks"]
+    file.write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"dataset\.json is broken"):
+        PreparedDataSet.open(written.path)
 
 
 def test_impressions_may_have_weights(tmp_path: Path):
@@ -404,7 +427,7 @@ def test_verify_finds_a_changed_file(tmp_path: Path):
     [
         ({"item": ints([1, None, 9, 0])}, r"row group 0, column 'item', row 2: id 9 is outside"),
         ({"shared_row": ints([0, 1, 2, 3])}, "row 3: 3 is outside the 3 shared rows"),
-        ({"click": pa.array([0, 0, 0, 0], pa.int8())}, "row 0: a conversion without a click"),
+        ({"click": pa.array([0, 0, 0, 0], pa.int8())}, "row 0: conversion without click"),
     ],
 )
 def test_verify_finds_wrong_values_under_a_right_checksum(tmp_path: Path, changes, sentence):

@@ -114,7 +114,7 @@ def test_days_added_one_by_one_are_the_days_prepared_together(days: Path) -> Non
     assert ours.mean_values_per_bag == pytest.approx(theirs.mean_values_per_bag)
     for name, shares in theirs.missing.items():
         assert ours.missing[name] == pytest.approx(shares)
-    assert after.splits["train"].conversions == together.splits["train"].conversions
+    assert after.splits["train"].happened == together.splits["train"].happened
     assert after.source["files"] == {"train": ["DataFrame"] * 3, "test": ["DataFrame"]}
     for data_set in (after, *added):
         data_set.verify()

@@ -299,9 +299,9 @@ def test_tables_without_ids_and_without_conversions(tmp_path: Path) -> None:
     assert table.num_embeddings == 2
     assert RowEncoder.load(dense.path).encode(frame[["price"]])[table.name].to_pylist() == [1] * 400
     clicks = prepare(tmp_path / "clicks", frame, frame, conversion=None)
-    assert clicks.source["columns"]["conversion"] is None
-    assert clicks.splits["train"].clicks == frame["clicked"].sum()
-    assert clicks.splits["train"].conversions == 0
+    assert clicks.source["columns"]["labels"] == {"click": "clicked"}
+    assert clicks.splits["train"].happened["click"] == frame["clicked"].sum()
+    assert clicks.splits["train"].happened["conversion"] == 0
 
 
 def test_long_names_in_any_script_are_names(tmp_path: Path) -> None:

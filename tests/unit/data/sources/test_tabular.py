@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -119,8 +120,8 @@ def test_labels_and_sample_ids_keep_the_order_of_the_rows(tmp_path: Path) -> Non
         np.testing.assert_array_equal(rows["click"], frame["clicked"])
         np.testing.assert_array_equal(rows["conversion"], frame["bought"])
         np.testing.assert_array_equal(rows["sample_id"], np.arange(len(frame)))
-        assert data_set.splits[split].clicks == frame["clicked"].sum()
-        assert data_set.splits[split].conversions == frame["bought"].sum()
+        assert data_set.splits[split].happened["click"] == frame["clicked"].sum()
+        assert data_set.splits[split].happened["conversion"] == frame["bought"].sum()
 
 
 def _as_csv(frame: pd.DataFrame, path: Path) -> Path:
@@ -405,7 +406,7 @@ def test_the_source_says_how_it_was_made_without_paths(tmp_path: Path) -> None:
     assert data_set.source["kind"] == "table"
     assert data_set.source["files"] == {"train": ["train.csv"], "test": ["DataFrame"]}
     columns = json.loads(text)["source"]["columns"]
-    assert TableColumns(**columns).click == "clicked"
+    assert msgspec.convert(columns, TableColumns).labels["click"] == "clicked"
     assert columns["ids"] == ROLES["ids"]
 
 
@@ -776,8 +777,8 @@ def test_hillstrom(tmp_path: Path) -> None:
     )
     both = [data_set.splits[split] for split in ("train", "test")]
     assert sum(split.impressions for split in both) == 64_000
-    assert sum(split.clicks for split in both) == 9_394
-    assert sum(split.conversions for split in both) == 578
+    assert sum(split.happened["click"] for split in both) == 9_394
+    assert sum(split.happened["conversion"] for split in both) == 578
     for name in names:
         assert data_set.schema.table(name).num_embeddings == frame[name].nunique() + 1
     rows = stored(data_set, "test")
