@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from torch import nn
 from torchrec import optim as torchrec_optim
@@ -16,8 +17,8 @@ from torchrec.distributed.types import CacheParams, CacheStatistics, ShardingTyp
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from esmm_torchrec.planning.scenario import Scenario, Strategy
-from esmm_torchrec.planning.table_list import PlannedTable
-from esmm_torchrec.sharding.planner import sharding_types
+from esmm_torchrec.planning.table_list import PlannedTable, TableList
+from esmm_torchrec.sharding.planner import SparseOptimizerOption, sharding_types
 from esmm_torchrec.sharding.search import NoPlanError, TableOptions, gib, search
 from esmm_torchrec.sharding.sharders import AnyDeviceSharder
 
@@ -85,20 +86,22 @@ def place(scenario: Scenario, strategy: Strategy, world_size: int) -> Placement 
     )
     workload = scenario.tables.workload(scenario.batch_size)
     try:
-        found = search(_module(scenario), options, topology=topology, workload=workload)
+        module = _module(scenario.tables, scenario.sparse_optimizer)
+        found = search(module, options, topology=topology, workload=workload)
     except NoPlanError as error:
         return Misfit(str(error), error.tables, alone=error.alone)
     return Placement(found, topology)
 
 
-def _module(scenario: Scenario) -> nn.Module:
-    module = scenario.tables.to_module()
+@lru_cache(maxsize=2)
+def _module(tables: TableList, sparse_optimizer: SparseOptimizerOption) -> nn.Module:
+    """The tables with their optimiser. Many placements of one scenario are tried, and making 363
+    tables takes longer than placing them."""
+    module = tables.to_module()
     # The planner reads the optimiser's class from the parameter. A new dict for each, since this
     # changes the one it is given.
     for parameter in module.parameters():
-        apply_optimizer_in_backward(
-            _OPTIMIZERS[scenario.sparse_optimizer], [parameter], {"lr": 0.01}
-        )
+        apply_optimizer_in_backward(_OPTIMIZERS[sparse_optimizer], [parameter], {"lr": 0.01})
     return module
 
 

@@ -36,7 +36,7 @@ from torchrec.distributed.planner.types import (
     Storage,
     Topology,
 )
-from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.types import DataType
 
@@ -180,7 +180,7 @@ def _plan(
 ) -> list[ShardingOption]:
     constraints = _constraints(module, options, workload)
     dense = {name for name, option in options.items() if option.compute_kernels == (_DENSE,)}
-    enumerator = EmbeddingEnumerator(
+    enumerator = _EnumeratedOnce(
         topology,
         batch_size=workload.rows_per_rank,
         constraints=constraints,
@@ -192,6 +192,11 @@ def _plan(
     proposers: list[Proposer] = [_UniformWithExceptions(topology)]
     if len(options) * topology.world_size <= MAX_GREEDY_SHARDS:
         proposers.append(GreedyProposer(threshold=50))
+    with _planner_log_off():
+        space = enumerator.enumerate(module, sharders())
+    misfit = _misfit(space, topology)
+    if misfit is not None:
+        raise misfit
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=workload.rows_per_rank,
@@ -206,8 +211,12 @@ def _plan(
         try:
             planner.plan(module, sharders())
         except PlannerError as error:
-            space = enumerator.enumerate(module, sharders())
-            raise _explanation(space, topology, str(error)) from None
+            last = " ".join(str(error).partition("Last planner error:")[2].split())
+            raise NoPlanError(
+                "TorchRec's planner finds no place for every table, though all of them together "
+                f"are small enough ({last[:200]})",
+                list(options),
+            ) from None
     # The accessor is public from TorchRec 1.9 on.
     accessor: Callable[[], list[ShardingOption]] | None = getattr(
         planner, "get_selected_options", None
@@ -259,6 +268,19 @@ def _constraints(
                 cache_params=option.cache,
             )
     return constraints
+
+
+class _EnumeratedOnce(EmbeddingEnumerator):
+    """Enumerates a module's options once: the planner copies what it changes of them."""
+
+    _space: list[ShardingOption] | None = None
+
+    def enumerate(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> list[ShardingOption]:
+        if self._space is None:
+            self._space = super().enumerate(module, sharders)
+        return self._space
 
 
 class _PerShape(ShardEstimator):
@@ -394,8 +416,8 @@ def largest_shard(option: ShardingOption) -> Storage:
     return Storage(max(s.hbm for s in storages), max(s.ddr for s in storages))
 
 
-def _explanation(space: Sequence[ShardingOption], topology: Topology, reason: str) -> NoPlanError:
-    """Why the planner found nothing, from the options with the smallest shards."""
+def _misfit(space: Sequence[ShardingOption], topology: Topology) -> NoPlanError | None:
+    """Why even the options with the smallest shards do not fit, if they do not."""
     on_gpu = topology.compute_device == "cuda"
     capacity = topology.devices[0].storage
     by_table: dict[str, list[ShardingOption]] = {}
@@ -426,12 +448,7 @@ def _explanation(space: Sequence[ShardingOption], topology: Topology, reason: st
                 f"{'GPUs' if on_gpu else 'ranks'} have {gib(have * topology.world_size)} for them",
                 list(by_table),
             )
-    last = " ".join(reason.partition("Last planner error:")[2].split())
-    return NoPlanError(
-        f"TorchRec's planner finds no place for every table, though all of them together are small "
-        f"enough ({last[:200]})",
-        list(by_table),
-    )
+    return None
 
 
 def gib(nbytes: float) -> str:

@@ -11,13 +11,13 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError, PlanError
 from esmm_torchrec.models.methods import ModelOptions, build_train_task
 from esmm_torchrec.planning.estimates import Estimate, estimate
-from esmm_torchrec.planning.hardware import Hardware, TowerDtype, preset, read_hardware
-from esmm_torchrec.planning.plan_report import (
+from esmm_torchrec.planning.experiment import (
     Experiment,
     comparison,
     plan_file_name,
-    write_report,
 )
+from esmm_torchrec.planning.hardware import Hardware, TowerDtype, preset, read_hardware
+from esmm_torchrec.planning.plan_report import write_report
 from esmm_torchrec.planning.scenario import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_COLUMN_WIDTH,

@@ -93,7 +93,7 @@ def test_tables_of_a_prepared_data_set(tmp_path: Path) -> None:
     # 4096 impressions of 40 users: each user's bags are pooled once in a batch.
     assert data.splits["train"].shared_rows == 40
     page = (out / "report.html").read_text()
-    history = re.search(r"<td>history</td>.*?</tr>", page)
+    history = re.search(r"<td>history</td>.*?</tr>", page, re.DOTALL)
     assert history is not None
     assert history.group().endswith(f"<td class=n>{4096 / 40:.4g}</td></tr>")
 
@@ -122,9 +122,8 @@ def test_a_chunk_ends_with_the_impressions_of_its_user(tmp_path: Path) -> None:
         options = ["--batch-size", "128", "--shuffle-chunk", chunk, "--strategies", "table_wise"]
         common = ["--data", str(tmp_path / "data"), "--gpu", "h100", "--out", str(out)]
         main(["plan", *common, *options])
-        history = re.search(
-            r"<td>history</td>.*?([0-9.]+)</td></tr>", (out / "report.html").read_text()
-        )
+        page = (out / "report.html").read_text()
+        history = re.search(r"<td>history</td>.*?([0-9.]+)</td></tr>", page, re.DOTALL)
         assert history is not None
         shared_by.append(float(history.group(1)))
     # 700 impressions of 40 users are 17.5 each.

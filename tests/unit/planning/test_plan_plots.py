@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from esmm_torchrec.planning.estimates import estimate
+from esmm_torchrec.planning.experiment import Experiment
 from esmm_torchrec.planning.hardware import preset
-from esmm_torchrec.planning.plan_report import OTHERS_COLOUR, Experiment, _ranks_plot
+from esmm_torchrec.planning.plan_plots import OTHERS_COLOUR, _ranks_plot
 from esmm_torchrec.planning.scenario import Scenario
 from esmm_torchrec.planning.table_list import read_tables
 
@@ -35,9 +36,8 @@ def test_tables_of_one_count_are_one_part_of_a_bar_with_its_own_colour(tmp_path:
         assert sorted(named) == ["alone", "busy (20 tables)", "large (12 tables)"]
         # From the top of the stack down: what there is most of stands at its foot.
         assert named[-1] == highest
-        for container in axes.containers:
-            patch = container.patches[0]  # pyright: ignore
-            colours.setdefault(str(container.get_label()), set()).add(str(patch.get_facecolor()))
+        for patch in axes.patches:
+            colours.setdefault(str(patch.get_label()), set()).add(str(patch.get_facecolor()))
     assert all(len(colour) == 1 for colour in colours.values())
     assert len(set.union(*colours.values())) == len(colours)
 
@@ -51,7 +51,7 @@ def test_more_families_than_names_share_the_colour_of_others(tmp_path: Path) -> 
     case = Scenario(read_tables(tmp_path / "tables.yaml"), preset("h100"), 1024)
     result = estimate(case, "row_wise", 2)
     figure = _ranks_plot(result, Experiment(case, (result,)))
-    (others,) = [c for c in figure.axes[0].containers if "other tables" in str(c.get_label())]
+    (others,) = [p for p in figure.axes[0].patches if "other tables" in str(p.get_label())]
     assert others.get_label() == "8 other tables"
     red = int(OTHERS_COLOUR[1:3], 16) / 255
-    assert others.patches[0].get_facecolor()[0] == pytest.approx(red)  # pyright: ignore
+    assert others.get_facecolor()[0] == pytest.approx(red)

@@ -1,0 +1,115 @@
+"""A scenario, what the planner found for it, and both as plain text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from esmm_torchrec.planning.estimates import Estimate, Placed
+from esmm_torchrec.planning.scenario import STRATEGIES, Scenario, Strategy
+from esmm_torchrec.sharding.search import gib
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A scenario and what was found for it."""
+
+    scenario: Scenario
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of ranks, ascending."""
+        return sorted({estimate.world_size for estimate in self.estimates})
+
+    @property
+    def strategies(self) -> list[Strategy]:
+        """Strategies, in their usual order."""
+        tried = {estimate.strategy for estimate in self.estimates}
+        return [strategy for strategy in STRATEGIES if strategy in tried]
+
+    @property
+    def noun(self) -> str:
+        """What a rank is called."""
+        return "GPU" if self.scenario.hardware.device == "cuda" else "rank"
+
+    def ranks(self, count: int) -> str:
+        """A number of ranks with their name."""
+        return f"{count} {self.noun}" if count == 1 else f"{count} {self.noun}s"
+
+    def of(self, strategy: str, count: int) -> Estimate:
+        """The estimate of a strategy on a number of ranks."""
+        return next(e for e in self.estimates if e.strategy == strategy and e.world_size == count)
+
+    def fastest(self, count: int) -> Estimate | None:
+        """The feasible estimate with the shortest step on a number of ranks."""
+        feasible = [e for e in self.estimates if e.placed and e.world_size == count]
+        return min(feasible, key=lambda e: e.step_ms, default=None)
+
+
+def plan_file_name(estimate: Estimate) -> str:
+    """Name of the file with the plan of an estimate."""
+    return f"plan-{estimate.strategy}-{estimate.world_size}.json"
+
+
+def milliseconds(value: float) -> str:
+    """A time for a person."""
+    if math.isinf(value):
+        return "no plan"
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def rate(value: float) -> str:
+    """Impressions per second for a person."""
+    return f"{value / 1e6:,.1f} M/s" if value >= 1e6 else f"{value / 1e3:,.0f} k/s"
+
+
+def comparison(experiment: Experiment) -> str:
+    """The estimates as plain text, a line each."""
+    header: tuple[str, ...] = (
+        experiment.noun + "s",
+        "strategy",
+        "step",
+        "impressions",
+        f"memory per {experiment.noun}",
+        "imbalance",
+        "tables",
+    )
+    lines: list[tuple[str, ...]] = [header]
+    for count in experiment.counts:
+        fastest = experiment.fastest(count)
+        for strategy in experiment.strategies:
+            estimate = experiment.of(strategy, count)
+            mark = " *" if estimate is fastest else ""
+            if estimate.placed is None:
+                lines.append((str(count), strategy, "no plan", "", "", "", ""))
+                continue
+            placed = estimate.placed
+            lines.append(
+                (
+                    str(count),
+                    strategy + mark,
+                    milliseconds(estimate.step_ms),
+                    rate(estimate.impressions_per_second),
+                    f"{gib(fullest_rank_bytes(estimate))} of {gib(estimate.capacity.total)}",
+                    f"{placed.memory_imbalance:.2f} memory, {placed.time_imbalance:.2f} time",
+                    placements(placed),
+                )
+            )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join(text)
+
+
+def placements(placed: Placed) -> str:
+    """How many tables have which sharding type and kernel."""
+    return "; ".join(f"{number} {kind}" for kind, number in placed.placements.items())
+
+
+def fullest_rank_bytes(estimate: Estimate) -> int:
+    """Bytes in use on the fullest rank, the reserve not counted."""
+    assert estimate.placed is not None
+    return int(estimate.placed.table_bytes.sum(axis=0).max()) + estimate.capacity.towers
