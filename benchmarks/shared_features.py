@@ -43,7 +43,7 @@ from torch import nn  # noqa: E402
 from esmm_torchrec.comparison.worlds import World, generate  # noqa: E402
 from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
 from esmm_torchrec.data.reader import ImpressionReader, SharedFeatures  # noqa: E402
-from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp  # noqa: E402
+from esmm_torchrec.data.sources.ali_ccp.prepare import prepare_ali_ccp  # noqa: E402
 from esmm_torchrec.metrics.report import measure as measure_scores  # noqa: E402
 from esmm_torchrec.models.esmm import TrainOutput  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from esmm_torchrec.data.mapped import MappedSplit
     from esmm_torchrec.data.prepared import PreparedDataSet
     from esmm_torchrec.data.reader import ImpressionReader
-    from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp
+    from esmm_torchrec.data.sources.ali_ccp.prepare import prepare_ali_ccp
     from esmm_torchrec.data.sources.append import append_table
     from esmm_torchrec.data.sources.tabular import prepare_table
     from esmm_torchrec.errors import (
@@ -88,7 +88,7 @@ _MODULES = {
     "metric_module": "metrics.windowed",
     "metrics_config": "metrics.windowed",
     "model_output": "metrics.windowed",
-    "prepare_ali_ccp": "data.sources.ali_ccp",
+    "prepare_ali_ccp": "data.sources.ali_ccp.prepare",
     "prepare_table": "data.sources.tabular",
     "process_group": "sharding.process_group",
     "product_logit": "models.losses",

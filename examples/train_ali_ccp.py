@@ -21,7 +21,7 @@ settle_process()  # before torch is imported
 from esmm_torchrec.cli.method_options import MethodOptions  # noqa: E402
 from esmm_torchrec.cli.train import train_and_print  # noqa: E402
 from esmm_torchrec.comparison.worlds import World, generate  # noqa: E402
-from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp  # noqa: E402
+from esmm_torchrec.data.sources.ali_ccp.prepare import prepare_ali_ccp  # noqa: E402
 from esmm_torchrec.errors import OptionError  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402

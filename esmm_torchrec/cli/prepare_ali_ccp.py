@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from esmm_torchrec.cli.prepared_report import report
-from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp
+from esmm_torchrec.data.sources.ali_ccp.prepare import prepare_ali_ccp
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from esmm_torchrec.comparison.worlds.raw_ids import RawIds
 from esmm_torchrec.comparison.worlds.world import VISITS_PER_BLOCK, Block, Simulation, World
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared_form import impression_columns, shared_columns
-from esmm_torchrec.data.sources.ali_ccp_raw import FIELDS, USER
+from esmm_torchrec.data.sources.ali_ccp.fields import FIELDS, USER
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (

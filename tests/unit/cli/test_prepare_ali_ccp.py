@@ -47,7 +47,7 @@ def test_the_report_holds_the_counts(raw: Path, tmp_path: Path, capsys):
         f"next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out runs/out",
     ):
         assert line in lines
-    named = [line for line in lines if "line 5: 4 columns where 6 belong" in line]
+    named = [line for line in lines if "line 5: 4 columns instead of 6" in line]
     assert len(named) == 2
     assert "sample_skeleton_train.csv" in captured.err, "progress goes to stderr"
     assert PreparedDataSet.open(out).min_count == 2
@@ -63,7 +63,7 @@ def test_options_reach_the_preparation(raw: Path, tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "sample_skeleton_train.csv, line 5: 4 columns where 6 belong; fix it, or"),
+        ([], "sample_skeleton_train.csv, line 5: 4 columns instead of 6; fix it, or"),
         (["--max-bad-rows", "1"], "sample_skeleton_test.csv, line 5"),
         (
             ["--max-bad-rows", "2", "--unclicked-purchases", "error"],

@@ -9,7 +9,7 @@ import pytest
 
 from esmm_torchrec.comparison.worlds import World, draw_mapped, generate
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.sources.ali_ccp import prepare_ali_ccp
+from esmm_torchrec.data.sources.ali_ccp.prepare import prepare_ali_ccp
 
 WORLD = World(impressions=60_000, seed=3, ctr=0.1, cvr=0.2)
 

@@ -16,7 +16,7 @@ import pytest
 
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, Statistics
-from esmm_torchrec.data.sources.ali_ccp import UNCLICKED_CONVERSIONS, prepare_ali_ccp
+from esmm_torchrec.data.sources.ali_ccp.prepare import UNCLICKED_CONVERSIONS, prepare_ali_ccp
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
 
@@ -424,8 +424,8 @@ ONE = [("205", 5, "1.0")]
 FF = "00000000000000ff"
 BAD_SKELETON_ROWS = {
     "the line is empty": "\n",
-    "3 columns where 6 belong": "4,0,0\n",
-    "7 columns where 6 belong": raw_line(4, 0, 0, FF, 9, bags=ONE),
+    "3 columns instead of 6": "4,0,0\n",
+    "7 columns instead of 6": raw_line(4, 0, 0, FF, 9, bags=ONE),
     "sample_id 'x4' is not a whole number": raw_line("x4", 0, 0, FF, bags=ONE),
     "sample_id '-4' is not a whole number": raw_line(-4, 0, 0, FF, bags=ONE),
     "click '2' is neither 0 nor 1": raw_line(4, 2, 0, FF, bags=ONE),
@@ -484,7 +484,7 @@ def test_a_bad_impression_is_named(tmp_path: Path, what, line):
 @pytest.mark.parametrize(
     ("what", "line"),
     {
-        "2 columns where 3 belong": "00000000000000aa,1\n",
+        "2 columns instead of 3": "00000000000000aa,1\n",
         "common_feature_index '' is not 16 hex digits": raw_line("", bags=[]),
         "field '205' belongs in the other file": raw_line("0" * 16, bags=ONE),
         "field '101' has two values and takes one": raw_line("0" * 16, bags=[("101", 7, "1")] * 2),
@@ -547,7 +547,7 @@ def test_an_index_that_occurs_twice_is_refused(tmp_path: Path):
     write_small(tmp_path / "raw")
     (tmp_path / "raw" / "common_features_train.csv").write_text(USER_7 + NOBODY + USER_7)
     with pytest.raises(
-        DataError, match=r"_train\.csv, line 3: .* 00000000000000ff stands in line 1 already"
+        DataError, match=r"_train\.csv, line 3: .* 00000000000000ff is already in line 1"
     ):
         small(tmp_path, max_bad_rows=5)
 
@@ -556,7 +556,7 @@ def test_an_index_that_occurs_twice_is_refused(tmp_path: Path):
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path):
-    with pytest.raises(DataError, match="raw is no folder"):
+    with pytest.raises(DataError, match="raw is not a folder"):
         small(tmp_path)
     raw = write_small(tmp_path / "raw")
     (raw / "common_features_test.csv").rename(tmp_path / "common")
@@ -581,13 +581,13 @@ def test_broken_archives_are_named(tmp_path: Path):
     whole = path.read_bytes()
     for size in (len(whole) * 3 // 4, len(whole) // 4, 100, 5):
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=r"sample_test\.tar\.gz is cut short or broken"):
+        with pytest.raises(DataError, match=r"sample_test\.tar\.gz is truncated or damaged"):
             small(tmp_path)
     path.write_bytes(b"not gzip" * 100)
-    with pytest.raises(DataError, match=r"sample_test\.tar\.gz is cut short or broken"):
+    with pytest.raises(DataError, match=r"sample_test\.tar\.gz is truncated or damaged"):
         small(tmp_path)
     archive(raw, tmp_path / "raw", "test", ["common_features_test.csv"])
-    with pytest.raises(DataError, match=r"holds no sample_skeleton_test\.csv"):
+    with pytest.raises(DataError, match=r"does not contain sample_skeleton_test\.csv"):
         small(tmp_path)
     with tarfile.open(path, "w:gz") as tar:
         for name in ("common_features_test.csv", "sample_skeleton_test.csv"):
@@ -687,7 +687,7 @@ def test_truth_is_joined(tmp_path: Path, order):
         (lambda t: t.drop_columns(["true_cvr"]), "truth.parquet lacks the column 'true_cvr'"),
         (
             lambda t: t.set_column(0, "sample_id", t["sample_id"].cast(pa.string())),
-            "truth.parquet has string in column 'sample_id' where int64 belongs",
+            "truth.parquet has string in column 'sample_id' instead of int64",
         ),
         (
             lambda t: t.set_column(2, "true_ctr", pa.array([1.5] * len(t), pa.float32())),
@@ -701,5 +701,5 @@ def test_wrong_truth_is_refused(tmp_path: Path, change, sentence):
     with pytest.raises(DataError, match=sentence):
         prepare_ali_ccp(raw, tmp_path / "out")
     (raw / "truth.parquet").write_text("no parquet")
-    with pytest.raises(DataError, match=r"truth\.parquet is no Parquet file"):
+    with pytest.raises(DataError, match=r"truth\.parquet is not a Parquet file"):
         prepare_ali_ccp(raw, tmp_path / "out")

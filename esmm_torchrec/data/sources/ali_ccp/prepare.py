@@ -22,33 +22,31 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from esmm_torchrec.data.counting import SharedRowUse
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns, shared_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources.ali_ccp_raw import (
-    COMMON,
-    FIELDS,
-    INDEX,
-    SKELETON,
-    USER,
+from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, INDEX, SKELETON, USER, Layout
+from esmm_torchrec.data.sources.ali_ccp.files import (
     Archive,
-    BadRow,
-    Block,
     Folder,
-    Layout,
-    ParsedLines,
     RawFile,
-    array_of,
     common_file,
     locate,
-    parse_block,
     read_blocks,
     skeleton_file,
+)
+from esmm_torchrec.data.sources.ali_ccp.lines import (
+    BadRow,
+    Block,
+    ParsedLines,
+    array_of,
+    parse_block,
     with_values,
 )
+from esmm_torchrec.data.sources.ali_ccp.shared_rows import CommonRows
+from esmm_torchrec.data.sources.ali_ccp.truth import Truth
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
@@ -70,7 +68,7 @@ UNCLICKED_CONVERSIONS = "conversions without a click"
 """What such rows are called among the dropped ones."""
 
 BLOCK_BYTES = 16 << 20
-_MOST_WORKERS = 8
+_MAX_WORKERS = 8
 
 T = TypeVar("T")
 
@@ -92,153 +90,6 @@ def _in_order(
     finally:
         for _, result in waiting:
             result.cancel()
-
-
-# Common rows and what impressions need of them
-
-
-@dataclass
-class _CommonRows:
-    """index → shared row, and the user of each shared row."""
-
-    name: str
-    """Of the file, for what goes into the data set."""
-    path: str = ""
-    """Of the file, for errors."""
-    indices: list[np.ndarray] = field(default_factory=list)
-    lines: list[np.ndarray] = field(default_factory=list)
-    groups: list[np.ndarray] = field(default_factory=list)
-    ordered: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    group_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def add(self, table: pa.Table, lines: np.ndarray) -> None:
-        index = array_of(table, INDEX).to_numpy()
-        user = array_of(table, USER)
-        # Users have no negative ids: a row without a user is a group of its own.
-        alone = (index | np.uint64(1 << 63)).view(np.int64)
-        self.groups.append(
-            np.where(user.is_valid().to_numpy(False), user.fill_null(0).to_numpy(), alone)
-        )
-        self.indices.append(index)
-        self.lines.append(lines)
-
-    def close(self) -> None:
-        """Sorts; DataError where an index occurs twice."""
-        indices = np.concatenate(self.indices)
-        order = np.argsort(indices, kind="stable")
-        self.ordered, self.rows = indices[order], order.astype(np.int32)
-        self.group_of = np.concatenate(self.groups)
-        (again,) = np.nonzero(self.ordered[1:] == self.ordered[:-1])
-        if len(again):
-            lines = np.concatenate(self.lines)[order]
-            first = again[np.argmin(lines[again + 1])]
-            raise DataError(
-                f"{self.path}, line {lines[first + 1]}: {INDEX} {self.ordered[first]:016x} stands "
-                f"in line {lines[first]} already; remove one of them"
-            )
-        self.indices, self.lines, self.groups = [], [], []
-
-    def find(self, index: np.ndarray) -> np.ndarray:
-        """int32 shared row of each index, -1 where there is none."""
-        if len(index) == 0 or len(self.ordered) == 0:
-            return np.full(len(index), -1, np.int32)
-        # Impressions that share a row are adjacent: one search for each run of them.
-        starts = np.concatenate([[True], index[1:] != index[:-1]])
-        distinct = index[starts]
-        places = np.minimum(np.searchsorted(self.ordered, distinct), len(self.ordered) - 1)
-        found = np.where(self.ordered[places] == distinct, self.rows[places], np.int32(-1))
-        return found[np.cumsum(starts) - 1]
-
-
-# Probabilities known to a generator
-
-
-class _Truth:
-    """`truth.parquet` of one split, read alongside the impressions. Memory stays small where both
-    are in the same order, and the result is right where they are not."""
-
-    _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
-        (SAMPLE_ID, pa.int64()),
-        ("split", pa.string()),
-        (TRUE_CTR, pa.float32()),
-        (TRUE_CVR, pa.float32()),
-    )
-
-    def __init__(self, path: Path, split: SplitName) -> None:
-        self._path = path
-        self._split: SplitName = split
-        self._file = self.open(path)
-        self._batches = self._file.iter_batches(columns=[name for name, _ in self._COLUMNS])
-        self._ids = np.zeros(0, np.int64)
-        self._values = np.zeros((0, 2), np.float32)
-
-    @classmethod
-    def open(cls, path: Path) -> pq.ParquetFile:
-        """The file, its columns checked."""
-        try:
-            file = pq.ParquetFile(path)
-        except pa.ArrowException:
-            raise DataError(f"{path} is no Parquet file; remove it or make it again") from None
-        for name, kind in cls._COLUMNS:
-            if name not in file.schema_arrow.names:
-                raise DataError(f"{path} lacks the column {name!r}; remove it or make it again")
-            is_kind = file.schema_arrow.field(name).type
-            if pa.types.is_floating(kind) and pa.types.is_floating(is_kind):
-                continue
-            if is_kind != kind and not (kind == pa.string() and pa.types.is_large_string(is_kind)):
-                raise DataError(f"{path} has {is_kind} in column {name!r} where {kind} belongs")
-        return file
-
-    def close(self) -> None:
-        self._file.close()
-
-    def take(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """float32 true_ctr and true_cvr of these impressions.
-
-        Raises:
-            DataError: the file has no row for one of them, or a value is not a probability.
-        """
-        while True:
-            order = np.argsort(self._ids, kind="stable")
-            self._ids, self._values = self._ids[order], self._values[order]
-            places = np.searchsorted(self._ids, sample_ids)
-            inside = np.minimum(places, max(len(self._ids) - 1, 0))
-            known = self._ids[inside] == sample_ids if len(self._ids) else inside < 0
-            if known.all():
-                break
-            if not self._read_more():
-                lost = sample_ids[~known][0]
-                raise DataError(
-                    f"{self._path} has no row for sample_id {lost} of the {self._split} split; "
-                    "remove the file or make it again"
-                )
-        values = self._values[places]
-        left = np.ones(len(self._ids), np.bool_)
-        left[places] = False
-        self._ids, self._values = self._ids[left], self._values[left]
-        return {TRUE_CTR: values[:, 0], TRUE_CVR: values[:, 1]}
-
-    def _read_more(self) -> bool:
-        batch = next(self._batches, None)
-        if batch is None:
-            return False
-        table = pa.Table.from_batches([batch]).filter(pc.field("split") == self._split)
-        ids = array_of(table, SAMPLE_ID).to_numpy(zero_copy_only=False)
-        columns = [array_of(table, name).cast(pa.float32()) for name in (TRUE_CTR, TRUE_CVR)]
-        values = np.stack([column.fill_null(np.nan).to_numpy() for column in columns], axis=1)
-        wrong = ~((values >= 0) & (values <= 1)).all(axis=1)
-        if wrong.any():
-            raise DataError(
-                f"{self._path}, sample_id {ids[wrong.argmax()]} of the {self._split} split: "
-                "true_ctr or true_cvr is not a probability; remove the file or create it again"
-            )
-        self._ids = np.concatenate([self._ids, ids])
-        self._values = np.concatenate([self._values, values])
-        return True
-
-
-# Raw ids → rows
 
 
 def _narrowed(table: pa.Table, features: Sequence[IdFeature]) -> pa.Table:
@@ -402,7 +253,7 @@ class _Preparation:
             names = impression_columns(self.writer.schema, self.writer.columns).names
             self.writer.write_impressions(split, table.select(names))
 
-    def _read_common(self, source: Folder | Archive, split: SplitName) -> _CommonRows:
+    def _read_common(self, source: Folder | Archive, split: SplitName) -> CommonRows:
         most_bad = self.bad_rows.limit
 
         def work(block: Block) -> tuple[pa.Table, ParsedLines]:
@@ -411,7 +262,7 @@ class _Preparation:
             features = parsed.table.drop_columns([INDEX])
             return self._finished(features, COMMON.features), kept
 
-        common = _CommonRows(common_file(split))
+        common = CommonRows(common_file(split))
         with contextlib.closing(self._each_block(source, common_file(split), work)) as blocks:
             for file, (table, parsed) in blocks:
                 common.path = file.path
@@ -421,9 +272,7 @@ class _Preparation:
         common.close()
         return common
 
-    def _read_skeleton(
-        self, source: Folder | Archive, split: SplitName, common: _CommonRows
-    ) -> int:
+    def _read_skeleton(self, source: Folder | Archive, split: SplitName, common: CommonRows) -> int:
         def work(block: Block) -> _Impressions:
             return self._join(parse_block(block, SKELETON, self.bad_rows.limit), common)
 
@@ -431,7 +280,7 @@ class _Preparation:
         with contextlib.ExitStack() as stack:
             truth = None
             if self.truth is not None:
-                truth = stack.enter_context(contextlib.closing(_Truth(self.truth, split)))
+                truth = stack.enter_context(contextlib.closing(Truth(self.truth, split)))
             blocks = self._each_block(source, skeleton_file(split), work)
             for file, impressions in stack.enter_context(contextlib.closing(blocks)):
                 self._note_bad(split, SKELETON, file, impressions.bad)
@@ -457,7 +306,7 @@ class _Preparation:
             count = impressions.unclicked_conversions
             self.writer.record_dropped(split, UNCLICKED_CONVERSIONS, count)
 
-    def _join(self, parsed: ParsedLines, common: _CommonRows) -> _Impressions:
+    def _join(self, parsed: ParsedLines, common: CommonRows) -> _Impressions:
         table, lines, bad = parsed
         shared_row = common.find(array_of(table, INDEX).to_numpy())
         click = array_of(table, CLICK).to_numpy()
@@ -563,13 +412,13 @@ def prepare_ali_ccp(
     if max_bad_rows < 0:
         raise OptionError(f"--max-bad-rows must be 0 or more, not {max_bad_rows}")
     if not raw.is_dir():
-        raise DataError(f"{raw} is no folder; name the one that holds the raw Ali-CCP files")
+        raise DataError(f"{raw} is not a folder; name the one that holds the raw Ali-CCP files")
     sources: dict[SplitName, Folder | Archive] = {split: locate(raw, split) for split in SPLITS}
     truth = raw / "truth.parquet"
     columns = [GROUP_ID]
     files = [name for source in sources.values() for name in source.names]
     if truth.exists():
-        _Truth.open(truth).close()
+        Truth.open(truth).close()
         columns += [TRUE_CTR, TRUE_CVR]
         files.append(truth.name)
     source: dict[str, Any] = {
@@ -578,7 +427,7 @@ def prepare_ali_ccp(
         "max_bad_rows": max_bad_rows,
         "unclicked_purchases": unclicked_purchases,
     }
-    workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     with (
         PreparedWriter(
             out, id_features=FIELDS, columns=columns, source=source, min_count=min_count
