@@ -98,6 +98,14 @@ def binary_cross_entropy(logit: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 @torch.fx.wrap
+def entropy(logit: torch.Tensor) -> torch.Tensor:
+    """Entropy of a label of probability σ(logit), in nats, float32 (B,): the cross entropy of
+    σ(logit) with itself, −x·σ(x)·σ(−x) its gradient."""
+    size = logit.float().abs()
+    return F.softplus(-size) + size * torch.sigmoid(-size)
+
+
+@torch.fx.wrap
 def product_loss(logits: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     """Cross entropy of σ(a₁)·…·σ(a_k) and a label: the entire-space term of a prefix of the chain
     (for two tasks Ma et al., SIGIR 2018, equation 2, second term).

@@ -25,8 +25,13 @@ from esmm_torchrec.models.interactions.dcn import Dcn
 from esmm_torchrec.models.interactions.deepfm import DeepFm
 from esmm_torchrec.models.interactions.none import NoInteraction
 from esmm_torchrec.models.objectives.click_space import ClickSpaceObjective
+from esmm_torchrec.models.objectives.dcmt import DcmtObjective
+from esmm_torchrec.models.objectives.ddpo import DdpoObjective
 from esmm_torchrec.models.objectives.division import DivisionObjective
+from esmm_torchrec.models.objectives.doubly_robust import DoublyRobustObjective
 from esmm_torchrec.models.objectives.esmm import EsmmObjective
+from esmm_torchrec.models.objectives.ips import IpsObjective
+from esmm_torchrec.models.objectives.nise import NiseObjective
 from esmm_torchrec.models.objectives.single import ClickObjective, ConversionObjective
 from esmm_torchrec.models.parts import (
     Architecture,
@@ -106,6 +111,11 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "division": DivisionObjective,
         "conversion": ConversionObjective,
         "click": ClickObjective,
+        "ips": IpsObjective,
+        "doubly-robust": DoublyRobustObjective,
+        "dcmt": DcmtObjective,
+        "nise": NiseObjective,
+        "ddpo": DdpoObjective,
     },
     of_type=Objective,
 )
@@ -181,6 +191,67 @@ METHODS: Registry[Method] = Registry(
             SharedBottom(),
             ClickSpaceObjective(),
         ),
+        "mtl-ips": Method(
+            "MTL-IPS",
+            "shared-bottom with clicks weighted by 1 / pCTR",
+            AllRows(),
+            SharedBottom(),
+            IpsObjective(ctcvr_loss_weight=0.0),
+            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
+        ),
+        "mtl-dr": Method(
+            "MTL-DR",
+            "MTL-IPS with an imputed error over the entire space",
+            AllRows(),
+            SharedBottom(),
+            DoublyRobustObjective(ctcvr_loss_weight=0.0),
+            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
+        ),
+        "mrdr": Method(
+            "MRDR",
+            "MTL-DR with an imputation of small variance",
+            AllRows(),
+            SharedBottom(),
+            DoublyRobustObjective(ctcvr_loss_weight=0.0, imputation="mrdr"),
+            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
+        ),
+        "escm2-ips": Method(
+            "ESCM²-IPS",
+            "ESMM with a conversion loss on clicks weighted by 1 / pCTR",
+            AllRows(),
+            SharedBottom(),
+            IpsObjective(),
+            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
+        ),
+        "escm2-dr": Method(
+            "ESCM²-DR",
+            "ESCM²-IPS with an imputed error over the entire space",
+            AllRows(),
+            SharedBottom(),
+            DoublyRobustObjective(),
+            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
+        ),
+        "dcmt": Method(
+            "DCMT",
+            "ESMM with weighted clicks and a counterfactual tower for what was not clicked",
+            AllRows(),
+            SharedBottom(),
+            DcmtObjective(),
+        ),
+        "nise": Method(
+            "NISE",
+            "shared-bottom with the entropy of pCVR on what was not clicked",
+            AllRows(),
+            SharedBottom(),
+            NiseObjective(),
+        ),
+        "ddpo": Method(
+            "DDPO",
+            "ESMM with soft labels from a tower on clicks",
+            AllRows(),
+            SharedBottom(),
+            DdpoObjective(),
+        ),
         "ctr": Method(
             "CTR",
             "a click network alone",
@@ -191,9 +262,24 @@ METHODS: Registry[Method] = Registry(
     },
     of_type=Method,
 )
-"""By the names of `--method`, in the order of the paper's table, then those of other packages.
-"shared-bottom" is the strong baseline that the paper left out; "ctr" supplies pCTR to all methods
-of a comparison."""
+"""By the names of `--method`, in the order of the paper's table, then those that came after it and
+those of other packages. "shared-bottom" is the strong baseline that the paper left out; "ctr"
+supplies pCTR to all methods of a comparison."""
+
+PAPER_METHODS = ("base", "aman", "oversampling", "unbias", "division", "esmm-ns", "esmm")
+"""Those of the table of the ESMM paper."""
+
+AFTER_METHODS = (
+    "mtl-ips",
+    "mtl-dr",
+    "mrdr",
+    "escm2-ips",
+    "escm2-dr",
+    "dcmt",
+    "nise",
+    "ddpo",
+)
+"""Those that came after it."""
 
 CLICK_METHOD = "ctr"
 """The method whose network predicts clicks alone."""

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.batch import ImpressionBatch, NamedTensors
 from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
 from esmm_torchrec.models.towers import Logits, Tower, Towers
 from esmm_torchrec.schema import Schema
@@ -118,6 +118,22 @@ class Objective(ABC):
         TorchRec's pipelines trace through it with torch.fx, so that its control flow must not
         depend on the values of tensors.
         """
+
+    def figures(
+        self,
+        logits: Logits,  # noqa: ARG002
+        labels: NamedTensors,  # noqa: ARG002
+        tasks: TaskChain,  # noqa: ARG002
+    ) -> Mapping[str, torch.Tensor]:
+        """What a history should show of a step beside its loss, each float32 () and the same on
+        all ranks; to be called on every rank, outside of the pipeline.
+
+        Args:
+            logits: of this rank's impressions, without gradient.
+            labels: of the same, as `TrainOutput` has them.
+            tasks: the chain.
+        """
+        return {}
 
     def bind(self, tasks: TaskChain) -> Callable[[Logits, ImpressionBatch], torch.Tensor]:
         """The loss of one chain, as a train task takes it."""

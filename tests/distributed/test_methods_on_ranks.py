@@ -21,7 +21,7 @@ from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.models.esmm import TrainOutput
-from esmm_torchrec.models.methods import METHODS
+from esmm_torchrec.models.methods import AFTER_METHODS, METHODS
 from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
 from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
 from esmm_torchrec.models.rows.inverse_propensity import (
@@ -260,8 +260,8 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
     }
     pcvr = {}
     for method in ALL_METHODS:
-        if method == "ctr":
-            continue
+        if method == "ctr" or method in set(AFTER_METHODS) - {"mtl-ips", "escm2-dr"}:
+            continue  # the others are variants of these two, or biased by design
         options = replace(
             OPTIONS,
             method=method,

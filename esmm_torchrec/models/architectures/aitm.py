@@ -86,7 +86,7 @@ class TransferTowers(nn.Module):
 @dataclass(frozen=True)
 class Aitm(Architecture):
     """AITM over shared embeddings (Xi et al., "Modeling the Sequential Dependence among Audience
-    Multi-step Conversions with Multi-task Learning", KDD 2021, equations 4 to 7).
+    Multi-step Conversions with Multi-task Learning", KDD 2021).
 
     In the paper the outputs are P(click) and P(click and conversion), with a penalty where the
     second exceeds the first. Here the tower of a head that is `given` a label attends to the tower

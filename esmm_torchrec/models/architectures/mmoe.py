@@ -47,7 +47,7 @@ class MixtureTowers(nn.Module):
 @dataclass(frozen=True)
 class Mmoe(Architecture):
     """MMoE over shared embeddings (Ma et al., "Modeling Task Relationships in Multi-task Learning
-    with Multi-gate Mixture-of-Experts", KDD 2018, equations 5 to 7).
+    with Multi-gate Mixture-of-Experts", KDD 2018).
 
     The experts take the first widths of the towers, so that as many layers lie between embeddings
     and logits as in the other architectures.

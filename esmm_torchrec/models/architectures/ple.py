@@ -93,8 +93,8 @@ class ExtractionTowers(nn.Module):
 
 @dataclass(frozen=True)
 class Ple(Architecture):
-    """PLE over shared embeddings (Tang et al., "Progressive Layered Extraction", RecSys 2020,
-    equations 1 to 6); with one level it is CGC. An expert is one layer.
+    """PLE over shared embeddings (Tang et al., "Progressive Layered Extraction", RecSys 2020);
+    with one level it is CGC. An expert is one layer.
 
     The levels take the first widths of the towers, so that as many layers lie between embeddings
     and logits as in the other architectures.

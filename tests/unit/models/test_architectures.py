@@ -87,7 +87,7 @@ def _read_out(tower: Tower, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _mmoe(towers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Ma et al., equations 5 to 7, one expert after the other."""
+    """Ma et al., KDD 2018, one expert after the other."""
     outputs = []
     for expert in range(len(towers.experts[0].weight)):
         hidden = x
@@ -103,7 +103,7 @@ def _mmoe(towers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _ple(towers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Tang et al., equations 1 to 6, one expert after the other."""
+    """Tang et al., RecSys 2020, one expert after the other."""
     inputs = [x] * (len(towers.towers) + 1)
     for level in towers.levels:
         outputs = []
@@ -127,7 +127,7 @@ def _ple(towers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _aitm(towers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Xi et al., equations 4 to 7, one impression and task after the other."""
+    """Xi et al., KDD 2021, one impression and task after the other."""
     before, logits = None, []
     for name, tower in towers.towers.items():
         own = x

@@ -1,0 +1,77 @@
+"""Doubly robust: an imputed error over all impressions, corrected on the clicks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.propensity import (
+    PropensityObjective,
+    check_not_negative,
+    click_loss,
+    conversion_loss,
+    ctcvr_loss,
+    heads_of_two,
+)
+from esmm_torchrec.models.parts import Head
+from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.tasks import TaskChain
+
+IMPUTATION = "imputation"
+"""Name of the logit of the imputed error ê = softplus(logit), which is not a probability."""
+
+
+@dataclass(frozen=True)
+class DoublyRobustObjective(PropensityObjective):
+    """mean BCE(y, pCTR) + λ꜀·mean{sg ê + y·(e − sg ê)/q + v·(sg e − ê)²}
+    + λ₉·mean BCE(y·z, pCTR · pCVR), all over D, e = BCE(z, pCVR).
+
+    v = y/q: ESCM²-DR (Wang et al., SIGIR 2022), and with λ₉ = 0 Multi-DR (Zhang et al., WWW 2020).
+    v = y·(1 − q)/q² and λ₉ = 0: MRDR (Guo et al., "Enhanced Doubly Robust Learning for Debiasing
+    Post-Click Conversion Rate Estimation", SIGIR 2021).
+
+    The imputation tower sees the features and not pCVR. Hence the gradient of the conversion tower
+    is that of the IPS objective, and the imputation reaches it through shared embeddings alone.
+
+    Raises:
+        OptionError: a weight is negative, the quantile is not in [0, 1], or there is no such
+            weighting of the imputation.
+    """
+
+    conversion_loss_weight: float = 0.1
+    """λ꜀."""
+    ctcvr_loss_weight: float = 1.0
+    """λ₉."""
+    imputation: Literal["dr", "mrdr"] = "dr"
+    """How the errors of the imputation are weighted: dr by 1/q, mrdr by (1 − q)/q²."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "conversion_loss_weight", "ctcvr_loss_weight")
+        if self.imputation not in ("dr", "mrdr"):
+            option = "objective.imputation"
+            raise OptionError(f"{option} {self.imputation!r} is neither dr nor mrdr", option)
+
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """A logit for the imputed error, and for each of the two tasks."""
+        return (Head(IMPUTATION), *heads_of_two(tasks, "doubly-robust"))
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The weighted sum of the terms, each a mean over all impressions."""
+        inverse = self.click_weights(logits, batch, tasks)
+        weights = batch.labels[tasks[0].label] * inverse
+        imputed = F.softplus(logits[IMPUTATION])
+        error = conversion_loss(logits, batch, tasks)
+        robust = imputed.detach() + weights * (error - imputed.detach())
+        # (1 − q)/q² = (1/q − 1)/q
+        certainty = weights * (inverse - 1) if self.imputation == "mrdr" else weights
+        robust = robust + certainty * (error.detach() - imputed).square()
+        total = click_loss(logits, batch, tasks) + self.conversion_loss_weight * robust
+        total = total + self.ctcvr_loss_weight * ctcvr_loss(logits, batch, tasks)
+        return losses.weighted_mean(total, batch.weight, batch.mean_weight)
