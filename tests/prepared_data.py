@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.schema import IdFeature
 
@@ -32,6 +35,24 @@ DENSE = {"price": (2.0, 4.0), "recency": (-1.0, 0.5)}
 """Dense feature → the mean and standard deviation it was standardised with."""
 
 
+def record_changed_file(path: Path, name: str) -> None:
+    """Makes the description of a data set fit a file that was written anew."""
+    description = json.loads((path / "dataset.json").read_text())
+    file = path / name
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    parts = [
+        part
+        for split in description["splits"].values()
+        for part in (*split["impression_parts"], *split["shared_parts"])
+        if part["file"] == name
+    ]
+    for part in parts:
+        part |= {"bytes": file.stat().st_size, "row_groups": groups}
+    description["checksums"][name] = Location.of(file).sha256()
+    (path / "dataset.json").write_text(json.dumps(description))
+
+
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
     offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.array(values))
@@ -43,7 +64,7 @@ def _scalar(rng: np.random.Generator, rows: int, size: int, missing: float) -> p
 
 
 def write_data_set(
-    path: Path, *, train: int = 700, test: int = 333, users: int = 40, seed: int = 0
+    path: Path | str, *, train: int = 700, test: int = 333, users: int = 40, seed: int = 0
 ) -> PreparedDataSet:
     """Impressions whose labels depend on item and age; a user's impressions are adjacent."""
     rng = np.random.default_rng(seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -25,8 +24,8 @@ class Options:
     is integers or text: in a text file it is integers if all its training values are.
     """
 
-    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Folder to make."""
+    out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """Folder to make, or its URI (s3://bucket/folder)."""
 
     train: tuple[str, ...]
     """Files of the training impressions, folders of them, or quoted patterns ("logs/*.tsv.gz"):
@@ -101,6 +100,10 @@ class Options:
     true_cvr: str | None = None
     """Column of the true probability of a conversion after a click, if it is known."""
 
+    key: str | None = None
+    """Column of the user: impressions are stored by a 64-bit hash of it, as --read stream needs
+    them. Without it they keep the order of the files."""
+
     separator: str | None = None
     """Between the fields of a text file, \\t for a tab; by default detected in the header, among
     comma, tab, semicolon and |."""
@@ -172,6 +175,7 @@ def run(options: Options) -> None:
         weight=options.weight,
         true_ctr=options.true_ctr,
         true_cvr=options.true_cvr,
+        key=options.key,
         list_separator=options.list_separator,
         text_format=text_format,
         min_count=options.min_count,

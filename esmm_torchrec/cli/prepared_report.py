@@ -89,11 +89,11 @@ def report(
     examples = [sentence for name in SPLITS for sentence in data_set.dropped_rows[name]]
     if examples:
         sections.append(["skipped, the first of them:", *(f"  {text}" for text in examples)])
-    out, run = quote(str(data_set.path)), quote(str(Path("runs", data_set.path.name)))
+    out, run = quote(str(data_set.root)), quote(str(Path("runs", Path(data_set.root.path).name)))
     command = f"torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out {run}"
     sections.append(
         [
-            f"prepared data set: {data_set.path}",
+            f"prepared data set: {data_set.root}",
             f"next: {command}{' --from EARLIER_RUN' if continues else ''}",
         ]
     )

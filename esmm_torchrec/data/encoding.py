@@ -31,6 +31,7 @@ from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
 from esmm_torchrec.data.sources.raw_tables import Frame, RawRows, RawTable, open_raw_tables
 from esmm_torchrec.data.sources.raw_values import read_integers
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SAMPLE_ID, Schema, Table, missing_column, weight_column
@@ -209,7 +210,7 @@ class RowEncoder:
         return columns
 
 
-def copy_preprocessing(data_set: Path | str, destination: Path | str) -> None:
+def copy_preprocessing(data_set: Location | Path | str, destination: Path | str) -> None:
     """Copies what `RowEncoder.load` needs, dataset.json and the vocabularies, into a new folder.
     Does nothing if `destination` holds that very copy already.
 
@@ -217,8 +218,8 @@ def copy_preprocessing(data_set: Path | str, destination: Path | str) -> None:
         DataError: `data_set` is not a prepared data set, `destination` holds something else, or a
             vocabulary of either is not the one that was written.
     """
-    source, destination = Path(data_set), Path(destination)
-    opened = PreparedDataSet.open(source, data_files=False)
+    source, destination = Location.of(data_set), Path(destination)
+    opened = PreparedDataSet.open(data_set, data_files=False)
     vocabularies = [opened.vocabulary_file(table.name) for table in opened.schema.tables]
     if destination.exists():
         copy = PreparedDataSet.open(destination, data_files=False)
@@ -236,5 +237,5 @@ def copy_preprocessing(data_set: Path | str, destination: Path | str) -> None:
         shutil.rmtree(partial)
     for name in (*vocabularies, DESCRIPTION):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, partial / name)
+        (partial / name).write_bytes((source / name).read_bytes())
     publish(partial, destination)

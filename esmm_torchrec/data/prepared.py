@@ -7,28 +7,31 @@ A folder:
     rare/<table>.parquet                 raw_id, count of the ids that have no row
     train/ test/ impressions-*.parquet   labels, ids, weights; one row an impression
     train/ test/ shared-*.parquet        features that many impressions share, one row for all
-
-An impression's `shared_row` is a row over all shared files of its split, in the order of their
-names. Ids are table rows, 0 (unknown) to num_embeddings - 1. A missing value of a single-valued
-feature is null, of a multi-valued one the empty list. Weights are as in the raw data.
-
     days/<day>/                          what `prepare append` added: a data set of its own, whose
                                          files dataset.json names beside those above
 
-A data set is written beside its final name and renamed last: whatever opens is whole. So is a day,
-which belongs to the data set once dataset.json is replaced by one that names it.
+An impression's `shared_row`, with its part's `first_shared_row` added, is a row over all shared
+files of its split, in the order in which dataset.json lists them. Ids are table rows, 0 (unknown)
+to num_embeddings - 1. A missing value of a single-valued feature is null, of a multi-valued one the
+empty list. Weights are as in the raw data.
+
+On a disk, a data set is written beside its final name and renamed last. In an object store, its
+files have random names and dataset.json is written last. Either way, whatever opens is whole. So is
+a day, which belongs to the data set once dataset.json is replaced by one that names it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,15 +41,16 @@ from esmm_torchrec.data.prepared_form import (
     READABLE_VERSIONS,
     SPLITS,
     Description,
+    Part,
     SplitName,
     check_values,
     first_true,
     impression_columns,
     partial_folder,
     same_columns,
-    sha256_of,
     shared_columns,
 )
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SHARED_ROW
@@ -54,19 +58,22 @@ from esmm_torchrec.schema import SHARED_ROW
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedDataSet(Description):
-    """A prepared data set that has been opened: its description is valid, its files are there."""
+    """A prepared data set that has been opened: its description is valid."""
 
-    path: Path
+    root: Location
+    """The folder."""
     fingerprint: str
     """sha256 of dataset.json; as that holds every checksum, it stands for the whole data set."""
 
     @classmethod
-    def open(cls, path: Path | str, *, data_files: bool = True) -> PreparedDataSet:
-        """Opens a data set after cheap checks: the description, and the presence, columns and
-        number of rows of every file. `vocabulary`, `checked_rows` and `verify` look at the values.
+    def open(cls, path: Location | Path | str, *, data_files: bool = True) -> PreparedDataSet:
+        """Opens a data set by its description, which says what each file holds.
+
+        On a disk, the presence and the size of each file are checked, too; in a store, a missing
+        file is found when it is read. `vocabulary`, `checked_rows` and `verify` look at the values.
 
         Args:
-            path: the folder.
+            path: the folder, or its URI.
             data_files: False if the files of the splits need not be there, as in a copy of the
                 description and the vocabularies alone (`data.encoding.copy_preprocessing`).
 
@@ -74,42 +81,65 @@ class PreparedDataSet(Description):
             DataError: `path` is not a prepared data set, is of another format version, or a file
                 is missing or is not what the description says.
         """
-        path = Path(path)
+        root = Location.of(path)
         try:
-            content = (path / DESCRIPTION).read_bytes()
+            content = (root / DESCRIPTION).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             hint = "create one with 'esmm-torchrec prepare'"
-            if partial_folder(path).exists():
+            if root.local is not None and partial_folder(root.local).exists():
                 hint = f"its preparation was interrupted: {PREPARE_AGAIN}"
             raise DataError(
-                f"{path} is not a prepared data set ({DESCRIPTION} is missing); {hint}"
+                f"{root} is not a prepared data set ({DESCRIPTION} is missing); {hint}"
             ) from None
-        data_set = cls._decode(path, content)
-        data_set._check_vocabularies()
-        if data_files:
-            data_set._check_data_files()
+        except OSError as error:
+            raise DataError(
+                f"{root / DESCRIPTION} cannot be read ({error}); check the address and the "
+                "permissions"
+            ) from None
+        data_set = cls._decode(root, content, data_files=data_files)
+        if root.local is not None:
+            data_set._check_vocabularies()
+            if data_files:
+                data_set._check_sizes()
         return data_set
 
     @classmethod
-    def _decode(cls, path: Path, content: bytes) -> PreparedDataSet:
+    def _decode(cls, root: Location, content: bytes, *, data_files: bool) -> PreparedDataSet:
+        def part_of(name: str) -> Part | None:
+            return _part_of(root, name) if data_files else None
+
         try:
             version = msgspec.json.decode(content, type=_Version).format_version
             if version in READABLE_VERSIONS:
-                described = Description.decode(content)
+                described = Description.decode(content, part_of)
                 return cls(
                     **{field.name: getattr(described, field.name) for field in fields(described)},
-                    path=path,
+                    root=root,
                     fingerprint=hashlib.sha256(content).hexdigest(),
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path / DESCRIPTION} is broken ({error}); {PREPARE_AGAIN}") from None
+            raise DataError(f"{root / DESCRIPTION} is broken ({error}); {PREPARE_AGAIN}") from None
         raise DataError(
-            f"{path} is a prepared data set of format version {version}, and this library reads "
+            f"{root} is a prepared data set of format version {version}, and this library reads "
             f"versions {' and '.join(map(str, READABLE_VERSIONS))}; {PREPARE_AGAIN}"
         )
 
+    @property
+    def path(self) -> Path:
+        """The folder on this machine.
+
+        Raises:
+            DataError: it is in a store.
+        """
+        if self.root.local is None:
+            raise DataError(
+                f"{self.root} is not on this machine, and what was asked for needs a mapped copy; "
+                "stream it (--read stream), or copy it to a disk and give the path of the copy"
+            )
+        return self.root.local
+
     def impression_files(self, split: SplitName) -> list[Path]:
-        """Files of the impressions of a split, in the order of the source."""
+        """Files of the impressions of a split, in the order of their rows."""
         return [self.path / name for name in self.splits[split].impression_files]
 
     def shared_files(self, split: SplitName) -> list[Path]:
@@ -124,7 +154,7 @@ class PreparedDataSet(Description):
         """
         file = self.vocabulary_file(table)
         self.check_checksum(file)
-        return Vocabulary.read(self.path / file)
+        return Vocabulary.read(self.root / file)
 
     def rare_ids(self, table: str) -> pa.Table:
         """raw_id and count of the ids of a table that were counted and have no row.
@@ -134,7 +164,7 @@ class PreparedDataSet(Description):
         """
         file = self.rare_file(table)
         self.check_checksum(file)
-        return Vocabulary.read_rare(self.path / file)
+        return Vocabulary.read_rare(self.root / file)
 
     @property
     def impression_columns(self) -> pa.Schema:
@@ -148,31 +178,25 @@ class PreparedDataSet(Description):
 
     def _check_vocabularies(self) -> None:
         for table in self.schema.tables:
-            file = self.path / self.vocabulary_file(table.name)
-            rows = _parquet_rows(file, None)
+            file = self.root / self.vocabulary_file(table.name)
+            rows = sum(_footer(file, None))
             if rows != table.num_embeddings - 1:
                 raise DataError(
                     f"{file} has {rows} ids where {DESCRIPTION} says {table.num_embeddings - 1}; "
                     f"{PREPARE_AGAIN}"
                 )
 
-    def _check_data_files(self) -> None:
-        for name in SPLITS:
-            split = self.splits[name]
-            for kind, files, expected_rows, columns in (
-                (
-                    "impression",
-                    self.impression_files(name),
-                    split.impressions,
-                    self.impression_columns,
-                ),
-                ("shared", self.shared_files(name), split.shared_rows, self.shared_columns),
-            ):
-                rows = sum(_parquet_rows(file, columns) for file in files)
-                if rows != expected_rows:
+    def _check_sizes(self) -> None:
+        for split in self.splits.values():
+            for part in (*split.impression_parts, *split.shared_parts):
+                file = self.root / part.file
+                size = file.size()
+                if size is None:
+                    raise DataError(f"{file} is missing; {PREPARE_AGAIN}")
+                if size != part.bytes:
                     raise DataError(
-                        f"{self.path / name} has {rows} rows in its {kind} files where "
-                        f"{DESCRIPTION} says {expected_rows}; {PREPARE_AGAIN}"
+                        f"{file} has {size} bytes where {DESCRIPTION} says {part.bytes}: it is "
+                        f"broken or was cut short; restore it from a copy or {PREPARE_AGAIN}"
                     )
 
     def checked_rows(
@@ -187,16 +211,25 @@ class PreparedDataSet(Description):
         """
         expected = self.impression_columns if kind == "impressions" else self.shared_columns
         of_split = self.splits[split]
-        names = of_split.impression_files if kind == "impressions" else of_split.shared_files
-        for name in names:
-            self.check_checksum(name)
-            with pq.ParquetFile(self.path / name) as file:
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group)
-                    where = f"{self.path / name}, row group {group}"
+        parts = of_split.impression_parts if kind == "impressions" else of_split.shared_parts
+        for part in parts:
+            file = self.root / part.file
+            self.check_checksum(part.file)
+            with file.open_input() as source, _parquet(file, source) as parquet:
+                rows = _row_groups(file, parquet, expected)
+                if rows != part.row_groups:
+                    raise DataError(
+                        f"{file} has {sum(rows)} rows in {len(rows)} row groups where "
+                        f"{DESCRIPTION} says {part.rows} in {len(part.row_groups)}; {PREPARE_AGAIN}"
+                    )
+                for group in range(len(rows)):
+                    table = parquet.read_row_group(group)
+                    where = f"{file}, row group {group}"
                     check_values(table, self.schema, expected, where=where)
                     if SHARED_ROW in expected.names:
-                        _check_shared_row(table, of_split.shared_rows, where=where)
+                        table = counted_over_split(
+                            table, part.first_shared_row, of_split.shared_rows, where=where
+                        )
                     yield from table.to_batches()
 
     def verify(self) -> None:
@@ -221,16 +254,19 @@ class PreparedDataSet(Description):
             DataError: it is another file.
         """
         if name not in self.checksums:
-            raise DataError(f"{self.path / DESCRIPTION} has no checksum of {name}; {PREPARE_AGAIN}")
+            raise DataError(f"{self.root / DESCRIPTION} has no checksum of {name}; {PREPARE_AGAIN}")
+        file = self.root / name
         try:
-            checksum = sha256_of(self.path / name)
+            checksum = file.sha256()
+        except FileNotFoundError:
+            raise DataError(f"{file} is missing; {PREPARE_AGAIN}") from None
         except OSError as error:
             raise DataError(
-                f"{self.path / name} cannot be read ({error.strerror}); {PREPARE_AGAIN}"
+                f"{file} cannot be read ({error.strerror or error}); {PREPARE_AGAIN}"
             ) from None
         if checksum != self.checksums[name]:
             raise DataError(
-                f"{self.path / name} was changed after it was written (its checksum differs); "
+                f"{file} was changed after it was written (its checksum differs); "
                 f"restore it from a copy or {PREPARE_AGAIN}"
             )
 
@@ -240,25 +276,64 @@ class _Version:
     format_version: int
 
 
-def _check_shared_row(table: pa.Table, shared_rows: int, *, where: str) -> None:
-    rows = table.column(SHARED_ROW).to_numpy()
-    bad = first_true((rows < 0) | (rows >= shared_rows))
+def counted_over_split(table: pa.Table, first: int, shared_rows: int, *, where: str) -> pa.Table:
+    """Impressions whose `shared_row` counts over all shared files of the split.
+
+    Args:
+        table: as they are stored.
+        first: the `first_shared_row` of their part.
+        shared_rows: of the split.
+        where: begins the sentence of an error.
+
+    Raises:
+        DataError: a row is not one of the split.
+    """
+    place = table.column_names.index(SHARED_ROW)
+    rows = table.column(place).to_numpy()
+    bad = first_true((rows < 0) | (rows >= shared_rows - first))
     if bad is not None:
         raise DataError(
             f"{where}, column {SHARED_ROW!r}, row {bad}: {rows[bad]} is outside the {shared_rows} "
             "shared rows of the split"
         )
+    if first == 0:
+        return table
+    return table.set_column(place, table.field(place), pa.array(rows + np.int32(first), pa.int32()))
 
 
-def _parquet_rows(file: Path, columns: pa.Schema | None) -> int:
+def _part_of(root: Location, name: str) -> Part:
+    """What a file of a data set of version 2 holds, by its footer."""
+    file = root / name
+    return Part(file=name, row_groups=_footer(file, None), bytes=file.size() or 0)
+
+
+def _footer(file: Location, columns: pa.Schema | None) -> tuple[int, ...]:
+    """Rows of each row group of a Parquet file."""
     try:
-        with pq.ParquetFile(file) as parquet:
-            wrong = None if columns is None else same_columns(parquet.schema_arrow, columns)
-            rows = parquet.metadata.num_rows
+        with file.open_input() as source, _parquet(file, source) as parquet:
+            return _row_groups(file, parquet, columns)
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {PREPARE_AGAIN}") from None
+
+
+@contextmanager
+def _parquet(file: Location, source: pa.NativeFile) -> Iterator[pq.ParquetFile]:
+    try:
+        parquet = pq.ParquetFile(source)
+    except (pa.ArrowException, OSError, ValueError):
+        raise DataError(f"{file} is broken or cut short; {PREPARE_AGAIN}") from None
+    with parquet:
+        yield parquet
+
+
+def _row_groups(
+    file: Location, parquet: pq.ParquetFile, columns: pa.Schema | None
+) -> tuple[int, ...]:
+    try:
+        wrong = None if columns is None else same_columns(parquet.schema_arrow, columns)
     except (pa.ArrowException, OSError, ValueError):
         raise DataError(f"{file} is broken or cut short; {PREPARE_AGAIN}") from None
     if wrong:
         raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
-    return rows
+    metadata = parquet.metadata
+    return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -37,7 +37,9 @@ from esmm_torchrec.schema import (
 
 FORMAT_VERSION = 3
 """Since 2, ids are counted per impression, and dense columns are clipped and may be logged. Since
-3, a split counts each task of the chain; 2 had clicks and conversions, and is still read."""
+3, a split counts each task of the chain, the description lists what each file holds, and parts may
+be stored by a hash of the user; version 2 is still read."""
+
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 
 SplitName = Literal["train", "test"]
@@ -63,16 +65,52 @@ PREPARE_AGAIN = "prepare the data set again"
 
 
 @dataclass(frozen=True)
+class Part:
+    """One file of a split and what is in it."""
+
+    file: str
+    """Relative to the data set."""
+    row_groups: tuple[Count, ...]
+    """Rows of each Parquet row group."""
+    bytes: Count
+    happened: Mapping[str, Count] = field(default_factory=dict)
+    """Of a file of impressions, by name of the task: impressions with it and all tasks before."""
+    first_shared_row: Count = 0
+    """What is added to the `shared_row` of its impressions to get a row over all shared files of
+    the split: parts that were written independently of each other count from 0 each."""
+    shared_rows: tuple[tuple[Count, Count], ...] = ()
+    """Of each row group of impressions, the first and past the last `shared_row` in it, before
+    `first_shared_row` is added; empty if no feature is shared."""
+
+    @property
+    def rows(self) -> int:
+        """Of all row groups."""
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True)
 class Split:
-    """What one split holds; files are relative to the data set."""
+    """What one split holds."""
 
     impressions: Count
     happened: Mapping[str, Count]
     """By name of the task: impressions with it and all tasks before it."""
     shared_rows: Count
     """0 if no feature is shared."""
-    impression_files: tuple[str, ...]
-    shared_files: tuple[str, ...]
+    impression_parts: tuple[Part, ...]
+    """In the order of their rows."""
+    shared_parts: tuple[Part, ...]
+    """In the order of their rows; `shared_row` counts through them."""
+
+    @property
+    def impression_files(self) -> tuple[str, ...]:
+        """Relative to the data set."""
+        return tuple(part.file for part in self.impression_parts)
+
+    @property
+    def shared_files(self) -> tuple[str, ...]:
+        """Relative to the data set."""
+        return tuple(part.file for part in self.shared_parts)
 
 
 @dataclass(frozen=True)
@@ -124,6 +162,9 @@ class Description:
     days: tuple[str, ...] = ()
     """What `prepare append` added, in order. Each is a folder below DAYS and a data set of its own.
     The vocabularies are those of the last one."""
+    key: str | None = None
+    """The raw column whose 64-bit hash the impressions are stored by; None: in the source's order.
+    """
 
     def __post_init__(self) -> None:
         for of_split in (self.splits, self.dropped, self.dropped_rows):
@@ -143,18 +184,32 @@ class Description:
             set(split.happened) != set(self.schema.tasks.names) for split in self.splits.values()
         ):
             raise ValueError("its splits count other tasks than its schema has")
+        for name, split in self.splits.items():
+            for kind, parts, expected in (
+                ("impression", split.impression_parts, split.impressions),
+                ("shared", split.shared_parts, split.shared_rows),
+            ):
+                rows = sum(part.rows for part in parts)
+                if parts and rows != expected:
+                    raise ValueError(
+                        f"{name} has {rows} rows in its {kind} files and {expected} in all"
+                    )
 
     @classmethod
-    def decode(cls, content: bytes) -> Description:
-        """The description that `encode` gave.
+    def decode(cls, content: bytes, part_of: Callable[[str], Part | None]) -> Description:
+        """The description that `encode` gave, in this version or in an earlier one.
+
+        Args:
+            content: of dataset.json.
+            part_of: what a file holds, for a version that did not say it; None: not known.
 
         Raises:
-            ValueError: it is not one of this format; the message says where.
+            ValueError: it is not one of a readable format; the message says where.
         """
         try:
             values = msgspec.json.decode(content)
             if isinstance(values, dict) and values.get("format_version") == 2:
-                _upgrade(values)
+                _upgrade(values, part_of)
             described = msgspec.convert(values, cls)
         except (UnicodeDecodeError, DataError) as error:
             raise ValueError(str(error)) from None
@@ -179,9 +234,12 @@ class Description:
         return msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n"
 
 
-def _upgrade(values: dict[str, Any]) -> None:
+def _upgrade(values: dict[str, Any], part_of: Callable[[str], Part | None]) -> None:
     """Turns the content of a dataset.json of version 2 into that of version 3."""
     for split in values["splits"].values():
+        for kind in ("impression", "shared"):
+            parts = map(part_of, split.pop(f"{kind}_files"))
+            split[f"{kind}_parts"] = [msgspec.to_builtins(part) for part in parts if part]
         split["happened"] = {
             CLICK: split.pop("clicks"),
             CONVERSION: split.pop("conversions"),
@@ -344,12 +402,6 @@ def _list_of(lists: pa.ListArray, place: int) -> int:
     """Which list the flattened value at `place` is in."""
     offsets = lists.offsets.to_numpy()
     return int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def vocabulary_file(table: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +20,14 @@ import pyarrow.parquet as pq
 from esmm_torchrec.data.counting import IdCounts, SharedRowUse
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.durable import publish
+from esmm_torchrec.data.key_order import KeyOrder
+from esmm_torchrec.data.part_writer import ROW_GROUPS_PER_FILE, ROWS_PER_GROUP, PartWriter
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
     OPTIONAL_COLUMNS,
     SPLITS,
     Description,
+    Part,
     Split,
     SplitName,
     Statistics,
@@ -32,10 +38,10 @@ from esmm_torchrec.data.prepared_form import (
     partial_folder,
     rare_file,
     same_columns,
-    sha256_of,
     shared_columns,
     vocabulary_file,
 )
+from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
@@ -43,53 +49,36 @@ from esmm_torchrec.schema import (
     IdFeature,
     Schema,
     Table,
-    weight_column,
 )
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
-
-ROWS_PER_GROUP = {"impressions": 1 << 17, "shared": 1 << 13}
-"""Rows of a Parquet row group. A shared row holds hundreds of ids, an impression a few dozen."""
-
-ROW_GROUPS_PER_FILE = 16
 
 
 class _Files:
     """The files of one split and kind: row groups and files of a fixed number of rows, so that
     the bytes do not depend on how the rows were handed in."""
 
-    def __init__(self, root: Path, stem: str, columns: pa.Schema, rows_per_group: int) -> None:
+    def __init__(
+        self,
+        root: Location,
+        stem: str,
+        columns: pa.Schema,
+        rows_per_group: int,
+        tasks: TaskChain | None,
+    ) -> None:
         self._root = root
+        self._tasks = tasks
         self._stem = stem
         self._columns = columns
         self._rows_per_group = rows_per_group
-        # Weights repeat and suit a dictionary. Ids use few of their four bytes: one byte plane
-        # after another they are half as fast again to write, and smaller, than with a dictionary.
-        leaves = {
-            f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name: column
-            for column in columns
-        }
-        dictionary = [
-            leaf
-            for leaf, column in leaves.items()
-            if pa.types.is_int8(column.type) or column.name.endswith(weight_column(""))
-        ]
-        byte_planes = [leaf for leaf in leaves if leaf not in dictionary]
-        self._encodings: dict[str, Any] = {
-            "use_dictionary": dictionary,
-            "column_encoding": dict.fromkeys(byte_planes, "BYTE_STREAM_SPLIT"),
-        }
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
-        self._writer: pq.ParquetWriter | None = None
-        self._groups = 0
-        self.names: list[str] = []
+        self._writer: PartWriter | None = None
+        self.parts: list[Part] = []
         self.checksums: dict[str, str] = {}
-        self.rows = 0
 
     def append(self, table: pa.Table) -> None:
         self._waiting.append(table)
         self._waiting_rows += len(table)
-        self.rows += len(table)
         if self._waiting_rows < self._rows_per_group:
             return
         waiting = pa.concat_tables(self._waiting)
@@ -102,18 +91,12 @@ class _Files:
 
     def _write_group(self, group: pa.Table) -> None:
         if self._writer is None:
-            self.names.append(f"{self._stem}-{len(self.names):05d}.parquet")
-            path = self._root / self.names[-1]
-            path.parent.mkdir(exist_ok=True)
-            self._writer = pq.ParquetWriter(
-                path,
-                self._columns,
-                compression="zstd",
-                **self._encodings,
-            )
-        self._writer.write_table(group.combine_chunks(), row_group_size=len(group))
-        self._groups += 1
-        if self._groups == ROW_GROUPS_PER_FILE:
+            # In a store, a file must not replace one of an earlier or a parallel preparation.
+            number = f"{len(self.parts):05d}" if self._root.local is not None else uuid4().hex
+            name = f"{self._stem}-{number}.parquet"
+            self._writer = PartWriter(self._root, name, self._columns, tasks=self._tasks)
+        self._writer.write_group(group)
+        if self._writer.num_row_groups == ROW_GROUPS_PER_FILE:
             self.close()
 
     def finish(self) -> None:
@@ -124,11 +107,12 @@ class _Files:
         self.close()
 
     def close(self) -> None:
-        """Closes the file that is open, and takes its checksum."""
+        """Closes the file that is open."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer, self._groups = None, 0
-            self.checksums[self.names[-1]] = sha256_of(self._root / self.names[-1])
+            written = self._writer.close()
+            self.parts.append(written.part)
+            self.checksums[written.part.file] = written.checksum
+            self._writer = None
 
 
 @dataclass
@@ -145,7 +129,9 @@ class _Counts:
 
 
 class PreparedWriter:
-    """Writes a prepared data set; nothing is at `path` before the `with` block ends well.
+    """Writes a prepared data set; nothing opens at `path` before the `with` block ends well. On a
+    disk it is written beside its final name and renamed. In a store, dataset.json is written last,
+    and what was written before it is deleted if the block fails.
 
     Vocabularies come first: what is written next is checked against them. Impressions and shared
     rows may then be written by a thread each.
@@ -164,7 +150,7 @@ class PreparedWriter:
             writer.write_impressions("test", test_impressions)
 
     Args:
-        path: the folder to make; it must not exist.
+        path: the folder to make, or its URI; it must not exist.
         id_features: in the order they are stored and carried in a batch.
         dense_features: raw dense columns, in the order they are stored and carried in a batch. An
             indicator of missing values, if there is one, follows its column.
@@ -173,6 +159,8 @@ class PreparedWriter:
         min_count: the least count of an id in the vocabularies.
         tasks: the chain, whose labels are the first columns.
         has_conversions: False if the first task alone is known and the others are 0 everywhere.
+        key: the raw column by a hash of which the impressions are stored, so that they can be
+            streamed; None: in the order in which they are written. Not with shared features.
 
     Raises:
         DataError: `path` exists already; a table written is not as declared; in the end a split
@@ -190,11 +178,16 @@ class PreparedWriter:
         min_count: int,
         tasks: TaskChain = DEFAULT_TASKS,
         has_conversions: bool = True,
+        key: str | None = None,
     ) -> None:
-        self.path = Path(path)
+        self._final = Location.of(path)
         self._tasks = tasks
         self._has_conversions = has_conversions
-        self._root = partial_folder(self.path)
+        self._key = key
+        self._key_orders: dict[SplitName, KeyOrder] = {}
+        local = self._final.local
+        self._root = self._final if local is None else Location.of(partial_folder(local))
+        self._scratch: Path | None = None
         self._id_features = tuple(id_features)
         self._dense_features = tuple(dense_features)
         self.columns = [name for name in OPTIONAL_COLUMNS if name in set(columns)]
@@ -215,12 +208,11 @@ class PreparedWriter:
         self._checksums: dict[str, str] = {}
 
     def __enter__(self) -> PreparedWriter:
-        if self.path.exists():
-            raise DataError(f"{self.path} exists already; remove it or choose another folder")
-        if self._root.exists():
-            shutil.rmtree(self._root)
-        for folder in ("vocabulary", "rare"):
-            (self._root / folder).mkdir(parents=True)
+        refuse_existing(self._final)
+        if self._root.local is not None:
+            if self._root.local.exists():
+                shutil.rmtree(self._root.local)
+            self._root.local.mkdir(parents=True)
         return self
 
     def __exit__(
@@ -236,16 +228,36 @@ class PreparedWriter:
                 finished = True
         finally:
             if not finished:
-                for files in self._files.values():
-                    files.close()
-                shutil.rmtree(self._root, ignore_errors=True)
+                self._discard()
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _discard(self) -> None:
+        """Deletes what was written."""
+        for order in self._key_orders.values():
+            order.close()
+        with suppress(OSError):  # of a full disk or a store, which is being reported already
+            for files in self._files.values():
+                files.close()
+        if self._root.local is not None:
+            shutil.rmtree(self._root.local, ignore_errors=True)
+            return
+        with suppress(OSError):
+            for files in self._files.values():
+                self._checksums.update(files.checksums)
+            for name in self._checksums:
+                (self._root / name).delete()
 
     @property
     def scratch(self) -> Path:
         """A folder for files of the preparation itself; it is gone when the block ends."""
-        folder = self._root / "scratch"
-        folder.mkdir(exist_ok=True)
-        return folder
+        if self._scratch is None:
+            if self._root.local is None:
+                self._scratch = Path(tempfile.mkdtemp(prefix="esmm_torchrec-"))
+            else:
+                self._scratch = self._root.local / "scratch"
+                self._scratch.mkdir()
+        return self._scratch
 
     @property
     def schema(self) -> Schema:
@@ -266,21 +278,41 @@ class PreparedWriter:
 
     def write_vocabulary(self, table: str, vocabulary: Vocabulary) -> None:
         """Writes the vocabulary of a table, which fixes its number of rows."""
-        vocabulary.write(self._root / vocabulary_file(table))
-        vocabulary.write_rare(self._root / rare_file(table))
-        for file in (vocabulary_file(table), rare_file(table)):
-            self._checksums[file] = sha256_of(self._root / file)
+        for name, write in (
+            (vocabulary_file(table), vocabulary.write),
+            (rare_file(table), vocabulary.write_rare),
+        ):
+            file = HashedOutput(self._root / name)
+            try:
+                write(file)
+            finally:
+                file.close()
+            self._checksums[name] = file.checksum
         self._num_embeddings[table] = vocabulary.num_embeddings
         self._tables[table] = TableStatistics(vocabulary.kind, vocabulary.distinct_ids)
 
-    def write_impressions(self, split: SplitName, table: pa.Table) -> None:
+    def write_impressions(
+        self, split: SplitName, table: pa.Table, *, key: np.ndarray | None = None
+    ) -> None:
         """Appends impressions: the columns `impression_columns` of the schema gives, in order.
+
+        Args:
+            split: which one.
+            table: the impressions.
+            key: uint64 (n,), a hash of the user of each, if the data set is stored by it; None:
+                they are given in its order.
 
         Raises:
             DataError: a column or a value that does not belong there.
         """
         expected = impression_columns(self.schema, self.columns)
-        table = self._write(split, "impressions", table, expected)
+        table = self._checked(split, "impressions", table, expected)
+        if self._key is None or key is None:
+            self._append(split, "impressions", table)
+        else:
+            if split not in self._key_orders:
+                self._key_orders[split] = KeyOrder(self.scratch / f"{split}-by-key", expected)
+            self._key_orders[split].append(table, key)
         counts = self._counts[split]
         counts.impressions += len(table)
         for task in self._tasks:
@@ -297,9 +329,27 @@ class PreparedWriter:
         Raises:
             DataError: a column or a value that does not belong there.
         """
-        self._write(split, "shared", table, shared_columns(self.schema))
+        assert self._key is None, "shared rows are written in the order that impressions use them"
+        self._append(
+            split,
+            "shared",
+            self._checked(split, "shared", table, shared_columns(self.schema)),
+        )
 
-    def _write(
+    def _append(
+        self, split: SplitName, kind: Literal["impressions", "shared"], table: pa.Table
+    ) -> None:
+        if (split, kind) not in self._files:
+            self._files[split, kind] = _Files(
+                self._root,
+                f"{split}/{kind}",
+                table.schema,
+                ROWS_PER_GROUP[kind],
+                self._tasks if kind == "impressions" else None,
+            )
+        self._files[split, kind].append(table)
+
+    def _checked(
         self,
         split: SplitName,
         kind: Literal["impressions", "shared"],
@@ -312,11 +362,6 @@ class PreparedWriter:
             raise DataError(f"{where} {wrong}")
         check_values(table, self.schema, expected, where=where)
         table = table.cast(expected)
-        if (split, kind) not in self._files:
-            self._files[split, kind] = _Files(
-                self._root, f"{split}/{kind}", expected, ROWS_PER_GROUP[kind]
-            )
-        self._files[split, kind].append(table)
         counts = self._counts[split].ids
         for feature in self._id_features:
             if feature.name in expected.names:
@@ -346,12 +391,16 @@ class PreparedWriter:
         self._dropped_rows[split].extend(examples)
 
     def _finish(self) -> None:
+        for split, order in self._key_orders.items():
+            for table in order.sorted():
+                self._append(split, "impressions", table)
         for files in self._files.values():
             files.finish()
             self._checksums.update(files.checksums)
         for name in SPLITS:
             self._check_split(name)
-        shutil.rmtree(self._root / "scratch", ignore_errors=True)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         description = Description(
             source=self.source,
             min_count=self._min_count,
@@ -362,22 +411,24 @@ class PreparedWriter:
             dropped=self._dropped,
             dropped_rows={name: tuple(self._dropped_rows[name]) for name in SPLITS},
             checksums=self._checksums,
+            key=self._key,
         )
         (self._root / DESCRIPTION).write_bytes(description.encode())
-        publish(self._root, self.path)
+        if self._root.local is not None and self._final.local is not None:
+            publish(self._root.local, self._final.local)
 
-    def _names(self, split: SplitName, kind: Literal["impressions", "shared"]) -> tuple[str, ...]:
+    def _parts(self, split: SplitName, kind: Literal["impressions", "shared"]) -> tuple[Part, ...]:
         files = self._files.get((split, kind))
-        return tuple(files.names) if files else ()
+        return tuple(files.parts) if files else ()
 
     def _split(self, name: SplitName) -> Split:
-        counts, shared = self._counts[name], self._files.get((name, "shared"))
+        counts, shared_parts = self._counts[name], self._parts(name, "shared")
         return Split(
             impressions=counts.impressions,
             happened={name: counts.happened[name] for name in self._tasks.names},
-            shared_rows=shared.rows if shared else 0,
-            impression_files=self._names(name, "impressions"),
-            shared_files=self._names(name, "shared"),
+            shared_rows=sum(part.rows for part in shared_parts),
+            impression_parts=self._parts(name, "impressions"),
+            shared_parts=shared_parts,
         )
 
     def _check_split(self, name: SplitName) -> None:
@@ -431,8 +482,8 @@ class PreparedWriter:
         """Reads the shared rows back: only now is it known how many impressions use each."""
         counts, first = self._counts[split], 0
         impressions = counts.shared_row_use.impressions(self._split(split).shared_rows)
-        for name in self._names(split, "shared"):
-            with pq.ParquetFile(self._root / name) as file:
+        for part in self._parts(split, "shared"):
+            with (self._root / part.file).open_input() as source, pq.ParquetFile(source) as file:
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group)
                     times = impressions[first : first + len(table)]
@@ -440,3 +491,10 @@ class PreparedWriter:
                     for feature in self._id_features:
                         if feature.shared:
                             counts.ids[feature.name].add(table.column(feature.name), times)
+
+
+def refuse_existing(root: Location) -> None:
+    """Raises DataError if something is where a data set is to be made."""
+    there = root.local.exists() if root.local else (root / DESCRIPTION).size() is not None
+    if there:
+        raise DataError(f"{root} exists already; remove it or choose another folder")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import UNKNOWN_ROW
 
@@ -255,27 +256,22 @@ class Vocabulary:
         order = np.argsort(ids)
         return ids[order], (order + 1).astype(np.int32)
 
-    def write(self, path: Path) -> None:
-        """Writes raw_id, row (int32) and count (int64) to a Parquet file, in row order."""
+    def write(self, file: Path | HashedOutput) -> None:
+        """Writes raw_id, row (int32) and count (int64) as Parquet, in row order."""
         rows = pa.array(np.arange(1, self.num_embeddings, dtype=np.int32))
         table = pa.table(
             {"raw_id": self.raw_ids, "row": rows, "count": pa.array(self.counts, pa.int64())}
         )
-        pq.write_table(table, path, compression="zstd")
+        pq.write_table(table, file, compression="zstd")
 
     @classmethod
-    def read(cls, path: Path) -> Vocabulary:
+    def read(cls, path: Path | Location) -> Vocabulary:
         """The vocabulary that `write` wrote.
 
         Raises:
             DataError: the file is missing, cannot be read, or is not a vocabulary.
         """
-        try:
-            table = pq.ParquetFile(path).read()
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing; prepare the data set again") from None
-        except pa.ArrowException as error:
-            raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+        table = _read(path)
         kinds = table.schema.types
         if (
             table.column_names != ["raw_id", "row", "count"]
@@ -288,23 +284,29 @@ class Vocabulary:
         raw_ids = table.column("raw_id").combine_chunks()
         return cls(raw_ids, table.column("count").to_numpy())
 
-    def write_rare(self, path: Path) -> None:
-        """Writes `rare` to a Parquet file, in the order of the ids."""
-        pq.write_table(self.rare.sort_by("raw_id"), path, compression="zstd")
+    def write_rare(self, file: Path | HashedOutput) -> None:
+        """Writes `rare` as Parquet, in the order of the ids."""
+        pq.write_table(self.rare.sort_by("raw_id"), file, compression="zstd")
 
     @staticmethod
-    def read_rare(path: Path) -> pa.Table:
+    def read_rare(path: Path | Location) -> pa.Table:
         """What `write_rare` wrote.
 
         Raises:
             DataError: the file is missing or cannot be read.
         """
-        try:
-            return pq.ParquetFile(path).read()
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing; prepare the data set again") from None
-        except pa.ArrowException as error:
-            raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+        return _read(path)
+
+
+def _read(path: Path | Location) -> pa.Table:
+    location = Location.of(path)
+    try:
+        with location.open_input() as file:
+            return location.retried(lambda: pq.ParquetFile(file).read())
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; prepare the data set again") from None
+    except pa.ArrowException as error:
+        raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
 
 
 class IdCounter:

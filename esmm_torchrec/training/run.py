@@ -129,7 +129,7 @@ def _train(
         checkpoints.start_from(source, model=loop.trainer.model, optimizer=loop.trainer.optimizer)
     if ranks.is_first:
         if not run.preprocessing.exists():
-            copy_preprocessing(dataset.path, run.preprocessing)
+            copy_preprocessing(dataset.root, run.preprocessing)
         _announce(dataset, loop, options)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
@@ -268,7 +268,7 @@ def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> di
     entry = {
         "step": 0,
         "options": {name: value for name, value in values.items() if name not in identity},
-        "data": {"path": str(dataset.path.resolve()), "fingerprint": dataset.fingerprint},
+        "data": {"path": dataset.root.absolute, "fingerprint": dataset.fingerprint},
         "ranks": ranks.world_size,
         "device": ranks.device.type,
         "environment": {

@@ -68,6 +68,6 @@ def _without_sizes(schema: Schema) -> Schema:
 
 def _other_data(run: RunFolder, dataset: PreparedDataSet, differs: str) -> RunError:
     return RunError(
-        f"{dataset.path} {differs} the data of {run.path}; to start from that run, give data whose "
+        f"{dataset.root} {differs} the data of {run.path}; to start from that run, give data whose "
         "vocabularies begin with those of the run"
     )

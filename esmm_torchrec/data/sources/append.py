@@ -26,7 +26,6 @@ from esmm_torchrec.data.prepared_form import (
     DAYS,
     DESCRIPTION,
     PREPARE_AGAIN,
-    SPLITS,
     Description,
     Split,
     SplitName,
@@ -128,6 +127,7 @@ def append_table(
             min_count=whole.min_count,
             tasks=whole.schema.tasks,
             has_conversions=made.columns.covers_the_chain,
+            key=made.columns.key,
         ) as writer:
             for table, vocabulary in vocabularies.items():
                 writer.write_vocabulary(table, vocabulary)
@@ -142,7 +142,7 @@ def append_table(
                     whole.statistics.dense,
                     tasks=whole.schema.tasks,
                 ),
-                group_kind=made.group_kind,
+                group_kinds=made.group_kinds,
                 train_rows=train_rows,
                 progress=progress,
             )
@@ -160,7 +160,7 @@ class _Made:
 
     columns: TableColumns
     reading: RawReading
-    group_kind: IdKind | None
+    group_kinds: dict[str, IdKind]
     unclicked_conversions: UnclickedConversions
     max_bad_rows: int
     train_rows: int
@@ -208,7 +208,7 @@ def _vocabularies(
     skipped, count = Skipped(BadRows(made.max_bad_rows)), 0
     with progress_bar("count train", None, "rows", disable=not progress) as bar:
         for block in rows.blocks("train", skipped.bad_rows):
-            usable = rows.usable(block, features, made.group_kind, skipped)
+            usable = rows.usable(block, features, made.group_kinds, skipped)
             with block.table.named_in_errors():
                 count_ids(counters, features, usable.features)
             count += len(block.rows)
@@ -239,13 +239,13 @@ def _together(
     whole: PreparedDataSet, added: PreparedDataSet, day: str, *, new_test: bool
 ) -> Description:
     """The description of a data set once a day is added."""
-    files = {
-        file: f"{DAYS}/{day}/{file}"
-        for split in SPLITS
-        for file in added.splits[split].impression_files
-    }
     of_day: dict[SplitName, Split] = {
-        name: replace(split, impression_files=tuple(files[file] for file in split.impression_files))
+        name: replace(
+            split,
+            impression_parts=tuple(
+                replace(part, file=f"{DAYS}/{day}/{part.file}") for part in split.impression_parts
+            ),
+        )
         for name, split in added.splits.items()
     }
     before, after = whole.splits["train"], of_day["train"]
@@ -253,8 +253,8 @@ def _together(
         impressions=before.impressions + after.impressions,
         happened={name: count + after.happened[name] for name, count in before.happened.items()},
         shared_rows=0,
-        impression_files=before.impression_files + after.impression_files,
-        shared_files=(),
+        impression_parts=before.impression_parts + after.impression_parts,
+        shared_parts=(),
     )
     last = added if new_test else whole
     dropped = Counter(whole.dropped["train"]) + Counter(added.dropped["train"])
@@ -280,6 +280,7 @@ def _together(
             "test": last.dropped_rows["test"],
         },
         checksums={},
+        key=whole.key,
         days=(*whole.days, day),
     )
     named = [file for split in together.splits.values() for file in split.impression_files]

@@ -14,7 +14,7 @@ from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.raw_tables import BadRows
-from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
+from esmm_torchrec.data.sources.table_rows import KEY, RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.progress import progress_bar
 
@@ -28,6 +28,8 @@ class EncodedBlock(NamedTuple):
     impressions: pa.Table
     missing_dense: dict[str, int]
     """By raw dense column: impressions without a value."""
+    key: np.ndarray | None
+    """uint64 (n,), the hash that they are stored by, if they are stored by one."""
 
 
 def count_ids(
@@ -45,7 +47,7 @@ def encode_block(
     encoder: RowEncoder,
     types: pa.Schema,
     *,
-    group_kind: IdKind | None,
+    group_kinds: Mapping[str, IdKind],
     skipped: Skipped,
 ) -> EncodedBlock:
     """The impressions among the rows of a block.
@@ -55,13 +57,13 @@ def encode_block(
         block: raw rows.
         encoder: of their features.
         types: columns of the result.
-        group_kind: what the group ids are.
+        group_kinds: what group ids are, by raw column.
         skipped: counts the rows that are left out.
 
     Raises:
         DataError: a row cannot be used and may not be skipped, or a value cannot be encoded.
     """
-    usable = rows.usable(block, encoder.features, group_kind, skipped)
+    usable = rows.usable(block, encoder.features, group_kinds, skipped)
     with block.table.named_in_errors():
         columns = usable.scalars | encoder.encode_features(usable.features)
     arrays = [pa.array(columns[column.name], column.type) for column in types]
@@ -69,7 +71,7 @@ def encode_block(
         name: int(np.count_nonzero(np.isnan(values)))
         for name, values in usable.features.dense.items()
     }
-    return EncodedBlock(pa.table(arrays, schema=types), missing)
+    return EncodedBlock(pa.table(arrays, schema=types), missing, columns.get(KEY))
 
 
 def write_table(
@@ -77,7 +79,7 @@ def write_table(
     rows: TableRows,
     encoder: RowEncoder,
     *,
-    group_kind: IdKind | None,
+    group_kinds: Mapping[str, IdKind],
     train_rows: int,
     progress: bool,
 ) -> None:
@@ -87,7 +89,7 @@ def write_table(
         writer: has the vocabularies and the dense transforms already.
         rows: of both splits.
         encoder: of their features.
-        group_kind: what the group ids are.
+        group_kinds: what group ids are, by raw column.
         train_rows: how many rows of training there are, for the progress bar.
         progress: whether to show one.
     """
@@ -100,9 +102,9 @@ def write_table(
         with progress_bar(f"encode {split}", total, "rows", disable=not progress) as bar:
             for block in rows.blocks(split, skipped.bad_rows):
                 encoded = encode_block(
-                    rows, block, encoder, types, group_kind=group_kind, skipped=skipped
+                    rows, block, encoder, types, group_kinds=group_kinds, skipped=skipped
                 )
-                writer.write_impressions(split, encoded.impressions)
+                writer.write_impressions(split, encoded.impressions, key=encoded.key)
                 for name, count in encoded.missing_dense.items():
                     writer.record_missing_dense(split, name, count)
                 bar.update(len(block.rows))

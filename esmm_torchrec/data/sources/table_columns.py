@@ -68,6 +68,8 @@ class TableColumns:
     """Probability of a click, where it is known."""
     true_cvr: str | None = None
     """Probability of a conversion behind a click, where it is known."""
+    key: str | None = None
+    """Integers or text of a user: impressions are stored by a 64-bit hash of it."""
 
     def __post_init__(self) -> None:
         if not (self.ids or self.texts or self.time_features or self.dense):
@@ -177,7 +179,7 @@ class TableColumns:
     @property
     def roles(self) -> list[tuple[str, str]]:
         """(what it is, raw column) of every column beside the features."""
-        options = ("sample_id", "group_id", "timestamp", "weight", "true_ctr", "true_cvr")
+        options = ("sample_id", "group_id", "key", "timestamp", "weight", "true_ctr", "true_cvr")
         return [
             *((self.label_role(label), column) for label, column in self.labels.items()),
             *(

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.hashing import splitmix64
 from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind, read_groups
@@ -34,6 +35,9 @@ from esmm_torchrec.schema import (
 
 UnclickedConversions = Literal["error", "drop", "keep"]
 
+KEY = "key"
+"""What the hash is called that impressions are stored by."""
+
 
 class RawBlock(NamedTuple):
     """Raw rows of one file and one split."""
@@ -51,7 +55,7 @@ class Impressions(NamedTuple):
     """Impressions without a fault."""
 
     scalars: dict[str, np.ndarray]
-    """Labels, sample_id and optional columns, by their prepared names."""
+    """Labels, sample_id and optional columns, by their prepared names, and KEY, uint64 (n,)."""
     features: Features
 
 
@@ -152,12 +156,12 @@ class TableRows:
         self,
         block: RawBlock,
         features: FeatureColumns,
-        group_kind: IdKind | None,
+        kinds: Mapping[str, IdKind],
         skipped: Skipped,
     ) -> Impressions:
-        """The rows of a block that become impressions."""
+        """The rows of a block that become impressions; `kinds` are those of raw id columns."""
         with block.table.named_in_errors():
-            scalars, values, faults = self._values(block, features, group_kind)
+            scalars, values, faults = self._values(block, features, kinds)
         keep = self._without_faults(block, faults, skipped.bad_rows)
         out_of_order = self._out_of_order(block, scalars, keep)
         if out_of_order.any():
@@ -214,7 +218,7 @@ class TableRows:
         return labels, faults
 
     def _values(
-        self, block: RawBlock, features: FeatureColumns, group_kind: IdKind | None
+        self, block: RawBlock, features: FeatureColumns, kinds: Mapping[str, IdKind]
     ) -> tuple[dict[str, np.ndarray], Features, list[Fault]]:
         columns, rows = self._columns, block.rows
         scalars, faults = self._read_labels(block)
@@ -230,12 +234,7 @@ class TableRows:
         for role, name in columns.optional.items():
             values = rows.column(name)
             if role == GROUP_ID:
-                groups, fault, missing = read_groups(values, name, group_kind or "integer")
-                # Such a row is a group of its own, in training another than in test. The hash of a
-                # small number may be small itself.
-                alone = row_hashes((1 << 62) + 2 * block.numbers + (block.split == "test"))
-                alone = alone.view(np.int64)
-                scalars[role] = np.where(missing, alone, groups)
+                scalars[role], fault = _groups(block, name, kinds[name])
             elif role == TIMESTAMP:
                 scalars[role], there, fault = read_times(values, name)
                 fault = _required(fault, there)
@@ -244,6 +243,11 @@ class TableRows:
             else:
                 scalars[role], fault = read_probabilities(values, name)
             faults.append(fault)
+        if columns.key is not None:
+            groups, fault = _groups(block, columns.key, kinds[columns.key])
+            scalars[KEY] = splitmix64(groups.view(np.uint64))
+            if columns.key != columns.group_id:
+                faults.append(fault)
         values, found = features.read(rows)
         return scalars, values, faults + found
 
@@ -265,6 +269,15 @@ class TableRows:
                 raise bad_rows.error(sentence)
             bad_rows.note(sentence)
         return keep
+
+
+def _groups(block: RawBlock, name: str, kind: IdKind) -> tuple[np.ndarray, Fault]:
+    """The groups that rows belong to by a column, int64 (n,), and the values that cannot be used.
+    A row without a value is a group of its own, in training another than in test."""
+    groups, fault, missing = read_groups(block.rows.column(name), name, kind)
+    # The hash of a small number may be small itself.
+    alone = row_hashes((1 << 62) + 2 * block.numbers + (block.split == "test"))
+    return np.where(missing, alone.view(np.int64), groups), fault
 
 
 def _required(fault: Fault, there: np.ndarray) -> Fault:

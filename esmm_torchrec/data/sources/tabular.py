@@ -20,7 +20,7 @@ from esmm_torchrec.data.dense import DENSE_METHODS, DenseFitter, DenseMethod, De
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
-from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.prepared_writer import PreparedWriter, refuse_existing
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
@@ -39,6 +39,7 @@ from esmm_torchrec.data.sources.row_split import RowSplit
 from esmm_torchrec.data.sources.table_blocks import count_ids, write_table
 from esmm_torchrec.data.sources.table_columns import IdForm, TableColumns, agreed
 from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows, UnclickedConversions
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
@@ -67,6 +68,7 @@ def prepare_table(
     weight: str | None = None,
     true_ctr: str | None = None,
     true_cvr: str | None = None,
+    key: str | None = None,
     list_separator: str | None = None,
     text_format: TextFormat | None = None,
     min_count: int = 2,
@@ -94,7 +96,7 @@ def prepare_table(
     missing label is a bad row. `dense` may map columns to the methods of `data.dense`.
 
     Args:
-        out: the folder to make; it must not exist.
+        out: the folder to make, or its URI; it must not exist.
         click: column of the default chain's first label, 0 or 1, -1 or 1, no or yes.
         conversion: as click; None: only clicks are known.
         actions: instead of click and conversion, the columns of a chain of tasks in the order in
@@ -144,6 +146,7 @@ def prepare_table(
         weight=None if weight is None else str(weight),
         true_ctr=None if true_ctr is None else str(true_ctr),
         true_cvr=None if true_cvr is None else str(true_cvr),
+        key=None if key is None else str(key),
     )
     if min_count < 1:
         raise OptionError(f"--min-count must be 1 or more, not {min_count}")
@@ -166,8 +169,7 @@ def prepare_table(
         raise OptionError("--list-separator is empty; give the text between the values of a list")
     if (test is None) == (split is None):
         raise OptionError("give either --test files or --split, which divides the --train files")
-    if Path(out).exists():
-        raise DataError(f"{out} exists already; remove it or choose another folder")
+    refuse_existing(Location.of(out))
     rule = RowSplit.parse(split) if isinstance(split, str) else split
     text_format = text_format or TextFormat()
     train_tables = open_raw_tables(train, what="train", text_format=text_format)
@@ -204,7 +206,7 @@ def prepare_table(
         progress=progress,
     )
     counted = preparation.count()
-    source["group_kind"] = preparation.group_kind
+    source["group_kinds"] = preparation.group_kinds
     source["reading"] = RawReading(
         features=preparation.features, sample_id=columns.sample_id, text_format=text_format
     ).to_dict()
@@ -217,6 +219,7 @@ def prepare_table(
         min_count=min_count,
         tasks=tasks,
         has_conversions=columns.covers_the_chain,
+        key=columns.key,
     ) as writer:
         preparation.write(writer, counted)
     return PreparedDataSet.open(out)
@@ -312,9 +315,11 @@ class _Preparation:
         for table, names in self._columns.shared_tables.items():
             if any(name in self._columns.texts for name in names):
                 self._kinds |= dict.fromkeys(families.pop(table, ()), "text")
-        group = self._columns.group_id
-        alone = [(group,)] if group is not None and group not in self._kinds else []
-        alone = [family for family in alone if family[0] not in self._columns.ids]
+        alone = [
+            (name,)
+            for name in dict.fromkeys((self._columns.group_id, self._columns.key))
+            if name is not None and name not in self._kinds and name not in self._columns.ids
+        ]
         return [*families.values(), *alone]
 
     def _forms(self, columns: Iterable[str], splits: Sequence[SplitName]) -> list[IdForm]:
@@ -326,10 +331,10 @@ class _Preparation:
         ]
 
     @property
-    def group_kind(self) -> IdKind | None:
-        """What the group ids are, as far as is known."""
-        group = self._columns.group_id
-        return None if group is None else self._kinds[group]
+    def group_kinds(self) -> dict[str, IdKind]:
+        """What group ids are, as far as is known: by raw column, of --group-id and --key."""
+        columns = (self._columns.group_id, self._columns.key)
+        return {name: self._kinds[name] for name in columns if name is not None}
 
     @property
     def features(self) -> FeatureColumns:
@@ -399,7 +404,7 @@ class _Preparation:
         for block in self._rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):
                 return None
-            features = self._rows.usable(block, columns, self.group_kind, skipped).features
+            features = self._rows.usable(block, columns, self.group_kinds, skipped).features
             count_ids(counters, columns, features)
             if columns.dense:
                 fitter.add(np.stack(list(features.dense.values()), axis=1))
@@ -452,7 +457,7 @@ class _Preparation:
             writer,
             self._rows,
             RowEncoder(self.features, vocabularies, counted.dense, tasks=self._columns.tasks),
-            group_kind=self.group_kind,
+            group_kinds=self.group_kinds,
             train_rows=counted.rows,
             progress=self._progress,
         )

@@ -37,12 +37,11 @@ from esmm_torchrec.comparison.study import compare
 from esmm_torchrec.comparison.tables import difference_rows, headline_rows, time_rows
 from esmm_torchrec.comparison.verdicts import verdicts
 from esmm_torchrec.comparison.worlds import World
-from esmm_torchrec.data.prepared_form import sha256_of
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
-from tests.prepared_data import write_data_set
+from tests.prepared_data import record_changed_file, write_data_set
 from tests.ranks import run_on_ranks
 
 WORLD = World(impressions=6000, ctr=0.2, cvr=0.4)
@@ -104,12 +103,13 @@ def _without_truth(source: Path, out: Path) -> None:
     description = json.loads((out / "dataset.json").read_text())
     for name in ("true_ctr", "true_cvr"):
         description["columns"].remove(name)
+    (out / "dataset.json").write_text(json.dumps(description))
     for split in description["splits"].values():
-        for file in split["impression_files"]:
+        for part in split["impression_parts"]:
+            file = part["file"]
             table = pq.read_table(out / file).drop_columns(["true_ctr", "true_cvr"])
             pq.write_table(table, out / file)
-            description["checksums"][file] = sha256_of(out / file)
-    (out / "dataset.json").write_text(json.dumps(description))
+            record_changed_file(out, file)
 
 
 def _with_other_test_half(source: Path, out: Path) -> None:
@@ -117,7 +117,8 @@ def _with_other_test_half(source: Path, out: Path) -> None:
     shutil.copytree(source, out)
     description = json.loads((out / "dataset.json").read_text())
     rng = np.random.default_rng(1)
-    for file in description["splits"]["test"]["impression_files"]:
+    for part in description["splits"]["test"]["impression_parts"]:
+        file = part["file"]
         table = pq.read_table(out / file)
         click = rng.integers(0, 2, len(table)).astype(np.int8)
         conversion = click * rng.integers(0, 2, len(table)).astype(np.int8)
@@ -127,8 +128,7 @@ def _with_other_test_half(source: Path, out: Path) -> None:
         other = pa.array(rng.permutation(items), pa.int32(), from_pandas=True)
         table = table.set_column(table.column_names.index("item"), "item", other)
         pq.write_table(table, out / file)
-        description["checksums"][file] = sha256_of(out / file)
-    (out / "dataset.json").write_text(json.dumps(description))
+        record_changed_file(out, file)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ import pytest
 
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import sha256_of
 from esmm_torchrec.errors import DataError
-from tests.prepared_data import write_data_set
+from tests.prepared_data import record_changed_file, write_data_set
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +120,7 @@ def test_wrong_values_are_found_before_they_are_used(
         field = table.schema.field(changed)
         table = table.set_column(place, field, pa.array(column_values, field.type))
     pq.write_table(table, dataset.path / name)
-    described = (dataset.path / "dataset.json").read_text()
-    old, new = dataset.checksums[name], sha256_of(dataset.path / name)
-    (dataset.path / "dataset.json").write_text(described.replace(old, new))
+    record_changed_file(dataset.path, name)
     with pytest.raises(DataError) as told:
         MappedSplit.open(PreparedDataSet.open(dataset.path), "train")
     assert str(told.value) == (f"{dataset.path / name}, row group 0, column {column!r}, {sentence}")

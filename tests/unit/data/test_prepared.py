@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from esmm_torchrec.data import prepared_writer
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import Split, sha256_of
+from esmm_torchrec.data.prepared_form import Part, Split
 from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
+from tests.prepared_data import record_changed_file
 
 ITEMS = Vocabulary.from_counts(np.array([70, 80, 90]), np.array([5, 4, 3]), 1)
 SHOPS = Vocabulary.from_counts(pa.array(["x", "y"]), np.array([2, 2]), 1)
@@ -97,8 +100,22 @@ def test_what_is_opened_is_what_was_written(tmp_path: Path):
         impressions=4,
         happened={"click": 2, "conversion": 1},
         shared_rows=3,
-        impression_files=("train/impressions-00000.parquet",),
-        shared_files=("train/shared-00000.parquet",),
+        impression_parts=(
+            Part(
+                "train/impressions-00000.parquet",
+                row_groups=(4,),
+                bytes=(tmp_path / "deep/ds/train/impressions-00000.parquet").stat().st_size,
+                happened={"click": 2, "conversion": 1},
+                shared_rows=((0, 3),),
+            ),
+        ),
+        shared_parts=(
+            Part(
+                "train/shared-00000.parquet",
+                row_groups=(3,),
+                bytes=(tmp_path / "deep/ds/train/shared-00000.parquet").stat().st_size,
+            ),
+        ),
     )
     assert {t.name: t.num_embeddings for t in data_set.schema.tables} == {"item": 4, "shop/1": 3}
     assert data_set.schema.id_features == FEATURES
@@ -138,7 +155,7 @@ def test_bytes_depend_on_nothing_but_the_rows(tmp_path: Path):
         str(file.relative_to(second.path)) for file in second.path.rglob("*.parquet")
     }
     for name, checksum in first.checksums.items():
-        assert sha256_of(second.path / name) == checksum
+        assert Location.of(second.path / name).sha256() == checksum
 
 
 def test_files_and_row_groups_have_a_fixed_number_of_rows(tmp_path: Path, monkeypatch):
@@ -310,12 +327,10 @@ def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
         (lambda d: d["splits"]["train"].update(shared_rows=2), "train has 3 rows in its shared"),
         (lambda d: d["schema"]["tables"][0].update(num_embeddings=9), "has 3 ids where .* says 8"),
         (lambda d: d["schema"].update(dense_features=[]), "other dense features than its schema"),
-        (lambda d: d["columns"].remove("true_cvr"), "has the foreign column 'true_cvr'"),
         (
             lambda d: d["splits"]["test"]["happened"].update(click=-1),
             r"`int` >= 0 - at `\$\.splits",
         ),
-        (lambda d: d["columns"].append("timestamp"), "lacks the column 'timestamp'"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change, sentence):
@@ -323,6 +338,58 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change, sent
     change_description(path, change)
     with pytest.raises(DataError, match=sentence):
         PreparedDataSet.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda d: d["columns"].remove("true_cvr"), "has the foreign column 'true_cvr'"),
+        (lambda d: d["columns"].append("timestamp"), "lacks the column 'timestamp'"),
+        (
+            lambda d: d["splits"]["test"]["impression_parts"][0].update(row_groups=[2, 2]),
+            "has 4 rows in 1 row groups where dataset.json says 4 in 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_file_is_found_when_it_is_read(tmp_path: Path, change, sentence):
+    path = write(tmp_path / "ds").path
+    change_description(path, change)
+    with pytest.raises(DataError, match=sentence):
+        PreparedDataSet.open(path).verify()
+
+
+def as_version_2(path: Path) -> None:
+    """Describes a data set as the version before did."""
+
+    def change(description: dict) -> None:
+        description["format_version"] = 2
+        del description["key"]
+        for split in description["splits"].values():
+            happened = split.pop("happened")
+            split |= {"clicks": happened["click"], "conversions": happened["conversion"]}
+            for kind in ("impression", "shared"):
+                parts = split.pop(f"{kind}_parts")
+                split[f"{kind}_files"] = [part["file"] for part in parts]
+
+    change_description(path, change)
+
+
+def test_the_version_before_is_read(tmp_path: Path):
+    now = write(tmp_path / "ds")
+    as_version_2(now.path)
+    before = PreparedDataSet.open(now.path)
+    before.verify()
+    assert before.splits["train"].happened == {"click": 2, "conversion": 1}
+    assert before.impression_files("train") == now.impression_files("train")
+    (part,) = before.splits["train"].impression_parts
+    assert part == replace(now.splits["train"].impression_parts[0], happened={}, shared_rows=())
+    assert list(before.checked_rows("train", "impressions")) == list(
+        now.checked_rows("train", "impressions")
+    )
+    shutil.rmtree(now.path / "train")
+    assert PreparedDataSet.open(now.path, data_files=False).schema == now.schema
+    with pytest.raises(DataError, match=r"impressions-00000\.parquet is missing"):
+        PreparedDataSet.open(now.path)
 
 
 def test_what_an_earlier_version_wrote_says_so(tmp_path: Path):
@@ -334,25 +401,6 @@ def test_what_an_earlier_version_wrote_says_so(tmp_path: Path):
         DataError, match="of format version 1, and this library reads versions 2 and 3;"
     ):
         PreparedDataSet.open(path)
-
-
-def test_version_2_counted_clicks_and_conversions(tmp_path: Path):
-    """Before chains: a split had two counts, and the same files."""
-    written = write(tmp_path / "ds")
-    file = written.path / "dataset.json"
-    old = json.loads(file.read_text()) | {"format_version": 2}
-    for split in old["splits"].values():
-        happened = split.pop("happened")
-        split |= {"clicks": happened["click"], "conversions": happened["conversion"]}
-    file.write_text(json.dumps(old))
-    opened = PreparedDataSet.open(written.path)
-    assert opened.splits == written.splits
-    opened.verify()
-
-    del old["splits"]["test"]["clicks"]
-    file.write_text(json.dumps(old))
-    with pytest.raises(DataError, match=r"dataset\.json is broken"):
-        PreparedDataSet.open(written.path)
 
 
 def test_impressions_may_have_weights(tmp_path: Path):
@@ -406,7 +454,7 @@ def test_missing_and_shortened_files_are_named(tmp_path: Path, name):
     path = write(tmp_path / "ds").path
     whole = (path / name).read_bytes()
     (path / name).write_bytes(whole[:-20])
-    with pytest.raises(DataError, match=f"{name} is broken or cut short"):
+    with pytest.raises(DataError, match=rf"{name} (is broken or cut short|has \d+ bytes where)"):
         PreparedDataSet.open(path)
     (path / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing"):
@@ -416,7 +464,9 @@ def test_missing_and_shortened_files_are_named(tmp_path: Path, name):
 def test_verify_finds_a_changed_file(tmp_path: Path):
     data_set = write(tmp_path / "ds")
     (file,) = data_set.impression_files("test")
-    pq.write_table(impressions(item=ints([1, None, 2, 0])), file)
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1
+    file.write_bytes(content)
     PreparedDataSet.open(data_set.path)
     with pytest.raises(DataError, match=r"impressions-00000\.parquet was changed"):
         data_set.verify()
@@ -434,7 +484,6 @@ def test_verify_finds_wrong_values_under_a_right_checksum(tmp_path: Path, change
     path = write(tmp_path / "ds").path
     name = "test/impressions-00000.parquet"
     pq.write_table(impressions(**changes), path / name)
-    checksum = sha256_of(path / name)
-    change_description(path, lambda d: d["checksums"].update({name: checksum}))
+    record_changed_file(path, name)
     with pytest.raises(DataError, match=sentence):
         PreparedDataSet.open(path).verify()

@@ -220,3 +220,16 @@ def test_a_text_file_is_read_as_the_first_day_was(tmp_path: Path) -> None:
 def test_other_data_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EsmmTorchrecError, match="not a prepared data set"):
         append_table(tmp_path / "nothing", train=_day(0))
+
+
+def test_a_day_is_stored_by_the_key_of_the_data_set(tmp_path: Path):
+    """Users of a day stand together, and the test half keeps its order."""
+    options = {**OPTIONS, "key": "user"}
+    first = prepare_table(tmp_path / "data", train=_day(0), test=_day(9, 90), **options)  # type: ignore[arg-type]
+    added = append_table(tmp_path / "data", train=_day(1))
+    whole = PreparedDataSet.open(tmp_path / "data")
+    whole.verify()
+    assert (first.key, added.key, whole.key) == ("user", "user", "user")
+    groups = _rows(added)["group_id"].to_numpy()
+    assert 1 + np.count_nonzero(np.diff(groups)) == len(set(groups))
+    assert _rows(added, "test")["sample_id"] == _rows(first, "test")["sample_id"]

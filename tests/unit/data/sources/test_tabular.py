@@ -167,6 +167,33 @@ def test_every_form_of_the_same_rows_gives_the_same_bytes(
     assert other.statistics == from_frame.statistics
 
 
+@pytest.mark.parametrize("key", ["user", "city"])
+def test_impressions_are_stored_by_a_hash_of_the_key(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raw_tables, "ROWS_PER_BLOCK", 77)
+    train, test = impressions(), impressions(seed=1)
+    ordered = prepare(tmp_path / "by-key", train, test, key=key)
+    plain = prepare(tmp_path / "plain", train, test)
+    assert (ordered.key, plain.key) == (key, None)
+    assert ordered.statistics == plain.statistics
+    for split, raw in (("train", train), ("test", test)):
+        by_key, as_given = (
+            pa.concat_tables(map(pq.read_table, of.impression_files(split)))  # type: ignore[arg-type]
+            for of in (ordered, plain)
+        )
+        rows = by_key.column("sample_id").to_numpy()
+        assert by_key == as_given.take(rows)
+        assert sorted(rows) == list(range(len(raw)))
+        # One run of rows for each user, in the order of the source; not the order of the users.
+        users = raw[key].to_numpy()[rows]
+        starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
+        assert len(starts) == len(set(users)) > 1
+        assert list(users[starts]) != sorted(users[starts])
+        for run in np.split(rows, starts[1:]):
+            assert list(run) == sorted(run)
+
+
 def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (
         prepare(tmp_path / name, impressions(), impressions(seed=1)) for name in ("a", "b")

@@ -1,0 +1,211 @@
+"""Files and folders by path or URI: on a disk, or in a store that pyarrow knows.
+
+A URI is what `pyarrow.fs.FileSystem.from_uri` takes: s3://, gs://, abfs://, hdfs:// or file://.
+Object stores have neither a rename nor a lock, so nothing here needs one. Their files appear when
+they are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from esmm_torchrec.errors import DataError
+
+MAX_ATTEMPTS = 6
+"""How often a request to a store is made before its error is passed on. The clients of most stores
+repeat each of them a few times on their own."""
+
+FIRST_WAIT = 0.25
+"""Seconds between the first two attempts, on average; each further wait is twice as long."""
+
+_PERMANENT = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "NO_SUCH_BUCKET",
+)
+"""What errors say that do not pass."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or a folder, on this machine or in a store."""
+
+    filesystem: pafs.FileSystem
+    path: str
+    """As `filesystem` takes it."""
+    name: str
+    """The path or the URI for messages, without credentials."""
+
+    @classmethod
+    def of(cls, place: Location | Path | str) -> Location:
+        """The location that a path or a URI names.
+
+        Raises:
+            DataError: the URI cannot be understood, or this pyarrow does not know its scheme.
+        """
+        if isinstance(place, Location):
+            return place
+        if isinstance(place, Path) or not is_uri(place):
+            return cls(pafs.LocalFileSystem(), str(place), str(place))
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(place)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            clean = _without_credentials(place)
+            reason = str(error).replace(place, clean)
+            raise DataError(
+                f"the URI {clean} cannot be used ({reason}); "
+                "give a path, or a URI such as s3://bucket/folder"
+            ) from None
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            return cls(filesystem, path, path)
+        path = path.rstrip("/")
+        return cls(filesystem, path, f"{urlsplit(place).scheme}://{path}")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.filesystem, f"{self.path}/{name}", f"{self.name}/{name}")
+
+    @property
+    def absolute(self) -> str:
+        """The name, absolute."""
+        return self.name if self.local is None else str(self.local.resolve())
+
+    @property
+    def local(self) -> Path | None:
+        """The path on this machine, if it is there."""
+        return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
+
+    def size(self) -> int | None:
+        """Bytes of the file; None if there is none."""
+        info = self.retried(lambda: self.filesystem.get_file_info(self.path))
+        return info.size if info.type == pafs.FileType.File else None
+
+    def open_input(self) -> pa.NativeFile:
+        """The file, for reading at any offset; FileNotFoundError if there is none."""
+        return self.retried(lambda: self.filesystem.open_input_file(self.path))
+
+    def open_output(self) -> pa.NativeFile:
+        """The file, to be written anew; folders are made where a file system needs them."""
+        if self.local is not None:
+            self.local.parent.mkdir(parents=True, exist_ok=True)
+        return self.retried(lambda: self.filesystem.open_output_stream(self.path))
+
+    def read_bytes(self) -> bytes:
+        """All of the file; FileNotFoundError if there is none."""
+
+        def read() -> bytes:
+            with self.filesystem.open_input_file(self.path) as file:
+                return file.read()
+
+        return self.retried(read)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Writes the file in one piece."""
+
+        def write() -> None:
+            with self.open_output() as file:
+                file.write(content)
+
+        self.retried(write)
+
+    def delete(self) -> None:
+        """Deletes the file; FileNotFoundError if there is none."""
+        self.retried(lambda: self.filesystem.delete_file(self.path))
+
+    def sha256(self) -> str:
+        """Checksum of the file, in hex."""
+
+        def checksum() -> str:
+            with self.filesystem.open_input_stream(self.path) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore
+
+        return self.retried(checksum)
+
+    def retried(self, action: Callable[[], T]) -> T:
+        """What `action` gives. If the location is in a store, an error that may pass, such as a
+        lost connection or "slow down", is answered with further attempts and growing waits.
+
+        Raises:
+            OSError: the last of them.
+        """
+        wait = FIRST_WAIT
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                return action()
+            except OSError as error:
+                permanent = isinstance(error, FileNotFoundError | NotADirectoryError) or any(
+                    word in str(error) for word in _PERMANENT
+                )
+                if permanent or self.local is not None or attempt == MAX_ATTEMPTS:
+                    raise
+            # Spread out, so that many ranks do not come back at the same moment.
+            time.sleep(wait * random.uniform(0.5, 1.5))
+            wait *= 2
+        raise AssertionError
+
+
+class HashedOutput:
+    """A file that is being written, with the sum of what has been: pyarrow's writers take it."""
+
+    def __init__(self, location: Location) -> None:
+        self._file = location.open_output()
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+        """Written so far."""
+
+    def write(self, content: bytes) -> int:
+        """Appends."""
+        self._hash.update(content)
+        self._file.write(content)
+        self.bytes += len(memoryview(content).cast("B"))
+        return len(content)
+
+    def flush(self) -> None:
+        """Does nothing: the file is of interest once it is whole."""
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.bytes
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file.closed
+
+    def close(self) -> None:
+        """Ends the file, which appears in a store only now."""
+        self._file.close()
+
+    @property
+    def checksum(self) -> str:
+        """sha256 of what was written, in hex."""
+        return self._hash.hexdigest()
+
+
+def is_uri(place: Path | str) -> bool:
+    """Whether it is a URI and not a path."""
+    return isinstance(place, str) and "://" in place
+
+
+def _without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
