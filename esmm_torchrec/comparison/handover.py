@@ -9,10 +9,16 @@ from typing import Any
 
 from esmm_torchrec.comparison.options import ComparisonOptions
 from esmm_torchrec.comparison.selection import Chosen
-from esmm_torchrec.models.methods import METHODS
+from esmm_torchrec.models.methods import ARCHITECTURES, INTERACTIONS, METHODS, OBJECTIVES, ROWS
+from esmm_torchrec.models.registry import Registry
 from esmm_torchrec.training.options import TrainOptions
 
-_PARTS = ("rows", "architecture", "objective", "interaction")
+_PARTS: Mapping[str, Registry[Any]] = {
+    "rows": ROWS,
+    "architecture": ARCHITECTURES,
+    "objective": OBJECTIVES,
+    "interaction": INTERACTIONS,
+}
 
 
 def chosen_options(
@@ -40,10 +46,13 @@ def train_command(options: TrainOptions, data: str) -> str:
             continue
         words += [f"--{field.name.replace('_', '-')}", *_words(value)]
     preset = METHODS[options.method]
-    for part in _PARTS:
+    for part, registry in _PARTS.items():
         chosen, default = getattr(options, part), getattr(preset, part)
         if chosen is None:
             continue
+        if type(chosen) is not type(default):
+            words += [f"--{part}", registry.name_of(type(chosen))]
+            default = type(chosen)()
         for field in fields(chosen):
             value = getattr(chosen, field.name)
             if value != getattr(default, field.name, MISSING):

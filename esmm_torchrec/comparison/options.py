@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 from esmm_torchrec.comparison.data import HeldOutBy
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.models.methods import CLICK_METHOD, METHODS
+from esmm_torchrec.models.methods import (
+    AFTER_METHODS,
+    ARCHITECTURES,
+    CLICK_METHOD,
+    METHODS,
+    PAPER_METHODS,
+)
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 from esmm_torchrec.training.options import TrainOptions
@@ -41,6 +47,13 @@ each round."""
 CLICK_NETWORK = CLICK_METHOD
 COMPARED: tuple[str, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
 
+GROUPS: dict[str, tuple[str, ...]] = {
+    "paper": PAPER_METHODS,
+    "after": ("base", "esmm", "shared-bottom", *AFTER_METHODS),
+    "all": COMPARED,
+}
+"""What "--methods" names several methods by."""
+
 
 class Trial(NamedTuple):
     """What a training of a method is tried with."""
@@ -57,9 +70,13 @@ class ComparisonOptions:
         OptionError: a value is out of its range, or a method is unknown.
     """
 
-    methods: tuple[str, ...] = ("all",)
-    """What is compared, by the names of 'train --method'; all: the paper's seven, UNBIAS with
-    weights, and shared-bottom."""
+    methods: tuple[str, ...] = ("paper",)
+    """What is compared, by the names of 'train --method' and of groups of them. paper: the paper's
+    seven, UNBIAS with weights, and shared-bottom; after: what came after, beside base, esmm and
+    shared-bottom; all: all."""
+    architecture: str | None = None
+    """The architecture of every method, by the names of 'train --architecture', instead of its
+    own."""
     seeds: int = 5
     """Runs of each method. With generated data each has a world of its own (data, split and
     initial weights); with --data, initial weights and order of its own."""
@@ -118,15 +135,17 @@ class ComparisonOptions:
     @property
     def chosen_methods(self) -> tuple[str, ...]:
         """What is compared, in the order of the paper's table."""
+        chosen: set[str] = set()
         for name in self.methods:
-            if name not in (*COMPARED, "all"):
+            if name not in (*GROUPS, *COMPARED):
                 raise OptionError(
-                    f"--methods {name} is not a method to compare; choose from all, "
-                    f"{', '.join(COMPARED)}"
+                    f"--methods {name} is not a method to compare; choose from "
+                    f"{', '.join((*GROUPS, *COMPARED))}"
                 )
-        if not self.methods:
-            raise OptionError(f"--methods needs a name: all, {', '.join(COMPARED)}")
-        return tuple(name for name in COMPARED if name in self.methods or "all" in self.methods)
+            chosen |= set(GROUPS.get(name, (name,)))
+        if not chosen:
+            raise OptionError(f"--methods needs a name: {', '.join((*GROUPS, *COMPARED))}")
+        return tuple(name for name in COMPARED if name in chosen)
 
     @property
     def ascending_fractions(self) -> tuple[float, ...]:
@@ -147,6 +166,9 @@ class ComparisonOptions:
             field.name for field in fields(TrainOptions)
         }
         common: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        common["architecture"] = None
+        if self.architecture is not None and method != CLICK_NETWORK:
+            common["architecture"] = ARCHITECTURES[self.architecture]()
         own: dict[str, Any] = {"method": method, "seed": seed, "epochs": epochs}
         if trial.rate is not None:
             own["rows"] = replace(METHODS[method].rows, **{"rate": trial.rate})

@@ -252,6 +252,27 @@ METHODS: Registry[Method] = Registry(
             SharedBottom(),
             DdpoObjective(),
         ),
+        "mmoe": Method(
+            "ESMM-MMoE",
+            "ESMM with shared experts below the towers",
+            AllRows(),
+            Mmoe(),
+            EsmmObjective(),
+        ),
+        "ple": Method(
+            "ESMM-PLE",
+            "ESMM with experts of each tower and shared ones below",
+            AllRows(),
+            Ple(),
+            EsmmObjective(),
+        ),
+        "aitm": Method(
+            "ESMM-AITM",
+            "ESMM with a conversion tower that attends to the click tower",
+            AllRows(),
+            Aitm(),
+            EsmmObjective(),
+        ),
         "ctr": Method(
             "CTR",
             "a click network alone",
@@ -266,8 +287,18 @@ METHODS: Registry[Method] = Registry(
 those of other packages. "shared-bottom" is the strong baseline that the paper left out; "ctr"
 supplies pCTR to all methods of a comparison."""
 
-PAPER_METHODS = ("base", "aman", "oversampling", "unbias", "division", "esmm-ns", "esmm")
-"""Those of the table of the ESMM paper."""
+PAPER_METHODS = (
+    "base",
+    "aman",
+    "oversampling",
+    "unbias",
+    "unbias-weighted",
+    "division",
+    "esmm-ns",
+    "esmm",
+    "shared-bottom",
+)
+"""Those of the table of the ESMM paper, and what stands beside them here."""
 
 AFTER_METHODS = (
     "mtl-ips",
@@ -278,6 +309,9 @@ AFTER_METHODS = (
     "dcmt",
     "nise",
     "ddpo",
+    "mmoe",
+    "ple",
+    "aitm",
 )
 """Those that came after it."""
 

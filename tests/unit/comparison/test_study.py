@@ -38,7 +38,7 @@ from esmm_torchrec.comparison.tables import difference_rows, headline_rows, time
 from esmm_torchrec.comparison.verdicts import verdicts
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.errors import DataError, OptionError
-from esmm_torchrec.models.methods import METHODS
+from esmm_torchrec.models.methods import AFTER_METHODS, METHODS, PAPER_METHODS
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
 from tests.prepared_data import record_changed_file, write_data_set
@@ -469,7 +469,11 @@ def test_options_that_cannot_be_used() -> None:
     ):
         with pytest.raises(OptionError, match=word):
             ComparisonOptions(**values)
-    assert ComparisonOptions().chosen_methods == COMPARED
+    assert ComparisonOptions().chosen_methods == PAPER_METHODS
+    assert ComparisonOptions(methods=("all",)).chosen_methods == COMPARED
+    assert {*PAPER_METHODS, *AFTER_METHODS} <= set(COMPARED)
+    after = ComparisonOptions(methods=("after",)).chosen_methods
+    assert set(after) == {"base", "esmm", "shared-bottom", *AFTER_METHODS}
     assert ComparisonOptions(methods=("esmm", "base")).chosen_methods == ("base", "esmm")
 
 
@@ -507,9 +511,10 @@ def test_a_test_half_without_conversions_is_refused(tmp_path: Path) -> None:
 def test_the_command_of_a_method_trains_with_what_was_chosen(compared: dict[str, Any]) -> None:
     commands = compared["fixed"]["train_commands"]
     assert set(commands) == {"BASE", "shared-bottom"}
-    for method in ("aman", "esmm"):
-        trial = OPTIONS.trials_of(method)[1]
-        chosen = chosen_options(OPTIONS, method, Chosen(trial, 3, 0.7), batch_size=97)
+    replaced = replace(OPTIONS, architecture="mmoe")
+    for method, options in (("aman", OPTIONS), ("esmm", OPTIONS), ("esmm", replaced)):
+        trial = options.trials_of(method)[1]
+        chosen = chosen_options(options, method, Chosen(trial, 3, 0.7), batch_size=97)
         words = shlex.split(train_command(chosen, "DATA"))
         assert words[:2] == ["esmm-torchrec", "train"]
         parsed = parse_options(train_cli.Options, "train", words[2:])
