@@ -10,6 +10,7 @@ import tyro
 
 from esmm_torchrec.cli.method_options import MethodOptions
 from esmm_torchrec.cli.terminal import format_metrics
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
@@ -41,6 +42,6 @@ def train_and_print(data: Path, out: Path, options: TrainOptions, ranks: Ranks) 
     metrics = train(data, out, own, ranks)
     if ranks.is_first:
         speed = metrics["throughput"]["train_samples_per_second"]
-        print(f"\n{format_metrics(metrics)}")
+        print(f"\n{format_metrics(metrics, RunFolder.open(out).schema.tasks)}")
         print(f"trained at {speed:,.0f} impressions per second")
         print(f"run folder: {out} (metrics.json, plots/, tensorboard/, checkpoints/)", flush=True)

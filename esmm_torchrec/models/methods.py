@@ -29,6 +29,7 @@ from esmm_torchrec.models.objectives.dcmt import DcmtObjective
 from esmm_torchrec.models.objectives.ddpo import DdpoObjective
 from esmm_torchrec.models.objectives.division import DivisionObjective
 from esmm_torchrec.models.objectives.doubly_robust import DoublyRobustObjective
+from esmm_torchrec.models.objectives.esm2 import Esm2Objective
 from esmm_torchrec.models.objectives.esmm import EsmmObjective
 from esmm_torchrec.models.objectives.ips import IpsObjective
 from esmm_torchrec.models.objectives.nise import NiseObjective
@@ -116,6 +117,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "dcmt": DcmtObjective,
         "nise": NiseObjective,
         "ddpo": DdpoObjective,
+        "esm2": Esm2Objective,
     },
     of_type=Objective,
 )
@@ -440,4 +442,5 @@ def build_train_task(
         interaction=parts.interaction,
     )
     model = parts.architecture.build(parts.objective.heads(schema.tasks), builder)
+    model = parts.objective.complete(model, schema.tasks)
     return TrainTask(model, parts.objective.bind(schema.tasks))

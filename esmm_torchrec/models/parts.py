@@ -135,6 +135,16 @@ class Objective(ABC):
         """
         return {}
 
+    def complete(self, model: nn.Module, tasks: TaskChain) -> nn.Module:  # noqa: ARG002
+        """The model that is trained, scored and exported: what the architecture built, or that
+        with further logits, such as the logit of a task that follows from those of several heads.
+
+        Args:
+            model: maps `BatchFeatures` to `Logits` with a logit for each head.
+            tasks: the chain.
+        """
+        return model
+
     def bind(self, tasks: TaskChain) -> Callable[[Logits, ImpressionBatch], torch.Tensor]:
         """The loss of one chain, as a train task takes it."""
         return partial(self.loss, tasks=tasks)

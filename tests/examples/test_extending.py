@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.prepared_data import write_data_set
@@ -18,8 +19,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 MAX_LINES = 40
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+PACKAGE, THIRD_TASK = PAGE.read_text().split("## A third task")
+
+
+def _blocks(language: str, text: str = PACKAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,35 @@ SMALL = ("--epochs", "1", "--embedding-dim", "4", "--tower", "8", "--device", "c
 def test_each_part_takes_few_lines() -> None:
     for block in _blocks("python"):
         assert len(block.splitlines()) <= MAX_LINES
+    assert len(THIRD_TASK.splitlines()) <= MAX_LINES
+
+
+def test_a_third_task(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a change to the library, through the package's own objective and architecture."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = _blocks("python", THIRD_TASK)
+    exec(program, {})
+    commands = re.findall(r"^    esmm-torchrec (.*)$", THIRD_TASK, flags=re.MULTILINE)
+    prepare, train, compare = (command.split() for command in commands)
+    small = ("--embedding-dim", "4", "--tower", "8", "--device", "cpu", "--epochs", "1")
+    few = ("--trials", "1", "--seeds", "1", "--batch-size", "64")
+    for arguments in (prepare, [*train, *small], [*compare, *small, *few]):
+        done = _run(environment, *arguments)
+        assert done.returncode == 0, done.stderr
+    test = json.loads(Path("runs/shop/metrics.json").read_text())["test"]
+    log = pd.read_parquet("shop.parquet")
+    split = json.loads(Path("shop/dataset.json").read_text())["splits"]
+    assert sum(of["happened"]["order"] for of in split.values()) == log["order"].sum()
+    assert test["orders"] == split["test"]["happened"]["order"]
+    assert all(test[f"{name}_auc"] > 0.5 for name in ("click", "cart", "order"))
+    scored = _run(environment, "score", "runs/shop", "--data", "shop", "--out", "scores.parquet")
+    assert scored.returncode == 0, scored.stderr
+    names = ["p_click", "p_cart_given_click", "p_cart", "p_order_given_cart", "p_order"]
+    assert pd.read_parquet("scores.parquet").columns.tolist() == ["sample_id", *names]
+    results = json.loads(Path("shop-comparison/results.json").read_text())
+    assert set(results["methods"]) == {"ESMM", "FOCAL-DCN"}
 
 
 def test_train_knows_the_parts_and_their_options(
