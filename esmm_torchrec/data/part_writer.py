@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from esmm_torchrec.data.prepared_form import Part
 from esmm_torchrec.data.storage import HashedOutput, Location
-from esmm_torchrec.schema import SHARED_ROW, weight_column
+from esmm_torchrec.schema import weight_column
 from esmm_torchrec.tasks import TaskChain
 
 ROWS_PER_GROUP = {"impressions": 1 << 17, "shared": 1 << 13}
@@ -51,15 +51,13 @@ class PartWriter:
         first_shared_row: int = 0,
     ) -> None:
         self.name = name
-        self._columns = columns
         self._first_shared_row = first_shared_row
         self._groups: list[int] = []
-        self._shared_rows: list[tuple[int, int]] = []
         self._tasks = () if tasks is None else tuple(tasks)
         self._happened = {task.name: 0 for task in self._tasks}
         self._file = HashedOutput(root / name)
         self._writer = pq.ParquetWriter(
-            self._file, columns, compression="zstd", **_encodings(columns)
+            self._file, columns, compression="zstd", write_page_checksum=True, **_encodings(columns)
         )
 
     @property
@@ -74,9 +72,6 @@ class PartWriter:
         for task in self._tasks:
             labels = rows.column(task.label).to_numpy()
             self._happened[task.name] += int(np.count_nonzero(labels))
-        if SHARED_ROW in self._columns.names:
-            shared = rows.column(SHARED_ROW).to_numpy()
-            self._shared_rows.append((int(shared.min()), int(shared.max()) + 1))
 
     def close(self) -> WrittenPart:
         """Ends the file."""
@@ -88,7 +83,6 @@ class PartWriter:
             bytes=self._file.bytes,
             happened=self._happened,
             first_shared_row=self._first_shared_row,
-            shared_rows=tuple(self._shared_rows),
         )
         return WrittenPart(part, self._file.checksum)
 

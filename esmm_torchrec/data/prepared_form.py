@@ -78,9 +78,6 @@ class Part:
     first_shared_row: Count = 0
     """What is added to the `shared_row` of its impressions to get a row over all shared files of
     the split: parts that were written independently of each other count from 0 each."""
-    shared_rows: tuple[tuple[Count, Count], ...] = ()
-    """Of each row group of impressions, the first and past the last `shared_row` in it, before
-    `first_shared_row` is added; empty if no feature is shared."""
 
     @property
     def rows(self) -> int:

@@ -80,7 +80,7 @@ def score_stream(
             rows_left -= size
             if ranks.is_first:
                 gathered = Logits(dict(zip(own, torch.cat(parts, dim=1), strict=True)))
-                yield scores_of(gathered, reader.split.schema.tasks, size)
+                yield scores_of(gathered, reader.schema.tasks, size)
             else:
                 yield None
         # Not after an error: within a step it fails, and hides what went wrong.

@@ -48,7 +48,7 @@ class LogFigures(Callback):
         every = max(MIN_STEPS_PER_LINE, -(-WINDOW_SIZE // rows))
         self._every = max(1, min(every, loop.last_step // MIN_LINES))
         self._figures = RunningFigures(
-            loop.ranks, loop.reader.split.schema.tasks, window_size=max(WINDOW_SIZE, rows)
+            loop.ranks, loop.reader.schema.tasks, window_size=max(WINDOW_SIZE, rows)
         )
         if self._states:
             self._figures.load_state_dicts(self._states)

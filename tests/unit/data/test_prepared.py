@@ -106,7 +106,6 @@ def test_what_is_opened_is_what_was_written(tmp_path: Path):
                 row_groups=(4,),
                 bytes=(tmp_path / "deep/ds/train/impressions-00000.parquet").stat().st_size,
                 happened={"click": 2, "conversion": 1},
-                shared_rows=((0, 3),),
             ),
         ),
         shared_parts=(
@@ -382,7 +381,7 @@ def test_the_version_before_is_read(tmp_path: Path):
     assert before.splits["train"].happened == {"click": 2, "conversion": 1}
     assert before.impression_files("train") == now.impression_files("train")
     (part,) = before.splits["train"].impression_parts
-    assert part == replace(now.splits["train"].impression_parts[0], happened={}, shared_rows=())
+    assert part == replace(now.splits["train"].impression_parts[0], happened={})
     assert list(before.checked_rows("train", "impressions")) == list(
         now.checked_rows("train", "impressions")
     )

@@ -64,8 +64,11 @@ def _with_samples(reader: ImpressionReader) -> list[tuple[ImpressionBatch, list[
     ]
 
 
-def _check_features(
-    batch: ImpressionBatch, samples: list[int], frame: pd.DataFrame, split: MappedSplit
+def check_features(
+    batch: ImpressionBatch,
+    samples: list[int],
+    frame: pd.DataFrame,
+    split: MappedSplit,
 ) -> None:
     """Every id and weight of a batch equals the file's; padding is empty."""
     assert batch.weight is not None
@@ -109,7 +112,7 @@ def test_batches_hold_what_the_files_hold(
             shared_features=shared_features,
         )
         for batch, samples in _with_samples(reader):
-            _check_features(batch, samples, frame, split)
+            check_features(batch, samples, frame, split)
             assert batch.weight is not None
             real = batch.weight > 0
             assert int(real.sum()) == len(samples)

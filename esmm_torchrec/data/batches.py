@@ -1,0 +1,151 @@
+"""From rows of a mapped split to one ImpressionBatch.
+
+Shapes: B rows of a batch, n <= B of them not padding, U distinct shared rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.data.mapped import Bags, MappedSplit
+from esmm_torchrec.schema import COLLECTIONS, SHARED_ROW
+
+SharedFeatures = Literal["once", "expanded"]
+"""once: a batch carries each distinct shared row once, with an index. expanded: it is written out
+for every impression."""
+
+
+class BatchMaker:
+    """Makes batches of one size from the rows of a split.
+
+    What a rank must know of the others is three or four numbers per step: see `counts`.
+
+    Args:
+        split: where the rows are.
+        batch_size: B.
+        shared_features: how a batch carries shared features.
+        pin_memory: whether batches lie in page-locked memory.
+    """
+
+    def __init__(
+        self,
+        split: MappedSplit,
+        *,
+        batch_size: int,
+        shared_features: SharedFeatures,
+        pin_memory: bool,
+    ) -> None:
+        self._split = split
+        self._batch_size = batch_size
+        self._once = shared_features == "once" and SHARED_ROW in split.scalars
+        self._pin_memory = pin_memory
+        links = split.schema.tasks.links
+        self._given = list(dict.fromkeys(before.label for _, before in links))
+        """Labels that other tasks are given."""
+
+    def counts(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """float64 (2 + labels,): the sum of the weights, that of the rows with each label that
+        other tasks are given, and last the bags that shared features need, which is U or one more
+        if there is padding. Over all ranks, the last is a maximum and the others are sums.
+
+        Args:
+            rows: int (n,), row numbers.
+            weights: float32 (n,).
+        """
+        columns = self._split.scalars
+        sums = [weights.sum(dtype=np.float64)]
+        sums += [weights @ columns[label][rows].astype(np.float64) for label in self._given]
+        bags = 0
+        if self._once:
+            bags = len(np.unique(columns[SHARED_ROW][rows])) + (len(rows) < self._batch_size)
+        return np.array([*sums, bags], np.float64)
+
+    def make(
+        self, rows: np.ndarray, weights: np.ndarray, totals: np.ndarray, world_size: int
+    ) -> ImpressionBatch:
+        """The batch of some rows, padded to B.
+
+        Args:
+            rows: int (n,), row numbers.
+            weights: float32 (n,).
+            totals: `counts` over all ranks.
+            world_size: how many ranks these are.
+        """
+        means = torch.from_numpy((totals[:-1] / world_size).astype(np.float32))
+        labels = {
+            label: torch.from_numpy(
+                self._padded(self._split.scalars[label][rows].astype(np.float32))
+            )
+            for label in self._split.schema.tasks.labels
+        }
+        dense = self._split.dense
+        batch = ImpressionBatch(
+            labels=labels,
+            **self._sparse(rows, max(1, int(totals[-1]))),
+            dense_features=torch.from_numpy(self._padded(dense[rows])) if dense.shape[1] else None,
+            weight=torch.from_numpy(self._padded(weights)),
+            mean_weight=means[0],
+            mean_label_weight=dict(zip(self._given, means[1:], strict=True)),
+        )
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _padded(self, values: np.ndarray) -> np.ndarray:
+        """`values` with zeros up to B rows."""
+        missing = self._batch_size - len(values)
+        if missing == 0:
+            return values
+        return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
+
+    def _sparse(self, rows: np.ndarray, most_distinct: int) -> dict[str, Any]:
+        """The KeyedJaggedTensor of each collection, and shared_index."""
+        owners = self._split.scalars.get(SHARED_ROW)
+        own_owners = rows if owners is None else owners[rows]
+        distinct, num_distinct, index = own_owners, self._batch_size, None
+        if self._once and owners is not None:
+            distinct, inverse = np.unique(own_owners, return_inverse=True)
+            num_distinct = most_distinct
+            # Padding points at a bag that is empty on this rank, one past its distinct rows.
+            index = np.full(self._batch_size, len(distinct), np.int64)
+            index[: len(rows)] = inverse
+        features: dict[str, Any] = {}
+        for collection, stores in self._split.bags.items():
+            pooled_once = COLLECTIONS[collection].shared
+            bags = [
+                store.gather(distinct if pooled_once else own_owners if store.shared else rows)
+                for store in stores
+            ]
+            features[collection] = _keyed_jagged_tensor(
+                [key for store in stores for key in store.features],
+                bags,
+                num_bags=num_distinct if pooled_once else self._batch_size,
+            )
+        if index is not None:
+            features["shared_index"] = torch.from_numpy(index)
+        return features
+
+
+def _keyed_jagged_tensor(
+    keys: list[str], parts: Sequence[Bags], *, num_bags: int
+) -> KeyedJaggedTensor:
+    """One KeyedJaggedTensor of features from several stores, padded with empty bags."""
+    lengths = [
+        np.pad(part.lengths, ((0, 0), (0, num_bags - part.lengths.shape[1]))).ravel()
+        for part in parts
+    ]
+    weights = [part.weights for part in parts if part.weights is not None]
+    return KeyedJaggedTensor(
+        keys,
+        torch.from_numpy(_concatenated([part.values for part in parts])),
+        weights=torch.from_numpy(_concatenated(weights)) if weights else None,
+        lengths=torch.from_numpy(_concatenated(lengths)),
+    )
+
+
+def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

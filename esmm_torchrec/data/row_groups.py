@@ -1,0 +1,146 @@
+"""Rows of a prepared split by their place in a sequence of row groups, read as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import PREPARE_AGAIN, Part, SplitName, same_columns
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.schema import SHARED_ROW
+
+
+class _Group(NamedTuple):
+    part: Part
+    index: int
+    rows: int
+
+
+class RowGroups:
+    """The row groups of one split.
+
+    Args:
+        dataset: in a folder or a store.
+        split: which one.
+    """
+
+    def __init__(self, dataset: PreparedDataSet, split: SplitName) -> None:
+        self._dataset = dataset
+        of_split = dataset.splits[split]
+        self._groups = _groups(of_split.impression_parts)
+        self._shared = _groups(of_split.shared_parts)
+        self._shared_ends = np.cumsum([group.rows for group in self._shared], dtype=np.int64)
+        self._kept: dict[int, tuple[int, pa.Table]] = {}
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (groups,), of each row group in stored order."""
+        return np.array([group.rows for group in self._groups], np.int64)
+
+    def impressions(
+        self, order: np.ndarray, ends: np.ndarray, first: int, last: int, *, keeper: int
+    ) -> list[pa.Table]:
+        """The rows [first, last) of a sequence of row groups; `shared_row` counts over the split.
+
+        Args:
+            order: int (groups,), the sequence.
+            ends: int64 (groups,), its rows up to and with each group.
+            first: of the rows.
+            last: past them.
+            keeper: who asks. The last row group read for each is kept, because whoever asks goes on
+                where it stopped.
+
+        Raises:
+            DataError: a file is missing, broken or cannot be read; names it.
+        """
+        tables: list[pa.Table] = []
+        place = int(np.searchsorted(ends, first, side="right"))
+        while first < last:
+            group = int(order[place])
+            start = int(ends[place]) - self._groups[group].rows
+            end = min(last, int(ends[place]))
+            kept = self._kept.get(keeper)
+            if kept is None or kept[0] != group:
+                kept = (group, self._read_impressions(self._groups[group]))
+                self._kept[keeper] = kept
+            tables.append(kept[1].slice(first - start, end - first))
+            first, place = end, place + 1
+        return tables
+
+    def shared(self, rows: np.ndarray) -> pa.Table:
+        """Shared rows.
+
+        Args:
+            rows: int64 (n,), ascending, distinct, over all shared files of the split.
+
+        Raises:
+            DataError: a file is missing, broken or cannot be read, or there is no such row.
+        """
+        columns = self._dataset.shared_columns
+        if len(rows) and (rows[0] < 0 or rows[-1] >= self._shared_ends[-1]):
+            raise DataError(
+                f"{self._dataset.root}: a {SHARED_ROW} is outside the {self._shared_ends[-1]} "
+                f"shared rows of the split; {PREPARE_AGAIN}"
+            )
+        tables = [columns.empty_table()]
+        group_of = np.searchsorted(self._shared_ends, rows, side="right")
+        for place in np.unique(group_of).tolist():
+            group = self._shared[place]
+            start = int(self._shared_ends[place]) - group.rows
+            table = self._read(group, columns)
+            tables.append(table.take(rows[group_of == place] - start).cast(columns))
+        return pa.concat_tables(tables)
+
+    def _read_impressions(self, group: _Group) -> pa.Table:
+        table = self._read(group, self._dataset.impression_columns)
+        first = group.part.first_shared_row
+        if first == 0 or SHARED_ROW not in table.column_names:
+            return table
+        place = table.column_names.index(SHARED_ROW)
+        counted = table.column(place).to_numpy().astype(np.int64) + first
+        return table.set_column(place, SHARED_ROW, pa.array(counted))
+
+    def _read(self, group: _Group, columns: pa.Schema) -> pa.Table:
+        file = self._dataset.root / group.part.file
+
+        def read() -> pa.Table:
+            with file.filesystem.open_input_file(file.path) as source:
+                if source.size() != group.part.bytes:
+                    raise DataError(
+                        f"{file} has {source.size()} bytes where the description says "
+                        f"{group.part.bytes}: it is broken or was cut short; restore it from a "
+                        f"copy or {PREPARE_AGAIN}"
+                    )
+                with pq.ParquetFile(
+                    source, pre_buffer=True, page_checksum_verification=True
+                ) as parquet:
+                    wrong = same_columns(parquet.schema_arrow, columns)
+                    if wrong:
+                        raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
+                    return parquet.read_row_group(group.index, use_threads=False)
+
+        return _in_words(str(file), lambda: file.retried(read))
+
+
+def _groups(parts: tuple[Part, ...]) -> list[_Group]:
+    return [
+        _Group(part, index, rows) for part in parts for index, rows in enumerate(part.row_groups)
+    ]
+
+
+def _in_words(file: str, read: Callable[[], pa.Table]) -> pa.Table:
+    try:
+        return read()
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; restore it from a copy or {PREPARE_AGAIN}") from None
+    except pa.ArrowException as error:
+        raise DataError(f"{file} is broken ({error}); restore it or {PREPARE_AGAIN}") from None
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error}); once it can, resume the run from its last checkpoint"
+        ) from None

@@ -1,0 +1,266 @@
+"""From row groups to ImpressionBatches, without a copy of the split: for sets beyond one machine.
+
+The row groups of a split, permuted by (seed, epoch), are one sequence of rows. It is cut into L
+lanes of equal rows, and a lane into windows of M rows. The rows of a window are permuted by (seed,
+epoch, lane, window). A step takes the next S / L rows of every lane, and rank r of W has the lanes
+[rL/W, (r+1)L/W):
+
+    lane 0   | window 0        | window 1        | …      rank 0
+    lane 1   | window 0        | window 1        | …      rank 0
+    lane 2   | window 0        | window 1        | …      rank 1
+    lane 3   | window 0        | window 1        | …      rank 1
+              ^ step 0: S / 4 rows of each
+
+So what a step reads follows from the set, the seed, L and M, and not from the number of ranks. A
+rank holds two windows of each of its lanes. Shuffling within a window is as good as shuffling
+everything if the set is stored by a hash of the user (`prepare table --key`), because a window is
+then a random sample of users.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
+from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
+from esmm_torchrec.data.mapped import HistoryWeights, MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SplitName
+from esmm_torchrec.data.reader import shuffled_chunks
+from esmm_torchrec.data.row_groups import RowGroups
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.schema import SHARED_ROW, WEIGHT, Schema
+
+
+@dataclass(frozen=True)
+class StreamedSplit:
+    """A split that is read window by window, from a disk or a store."""
+
+    dataset: PreparedDataSet
+    name: SplitName
+    lanes: int
+    """L, fixed for a run; the number of ranks divides it."""
+    window: int
+    """M, rows of a lane that are shuffled together."""
+    history_weights: HistoryWeights = "normalised"
+    """What becomes of the weights of multi-valued features."""
+    cache: Path | None = None
+    """Where windows are laid out; None: the system's folder for temporary files."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("lanes", self.lanes), ("window", self.window)):
+            if value < 1:
+                raise OptionError(f"{name} {value} is not positive; give at least 1", name)
+
+    @property
+    def schema(self) -> Schema:
+        """Of the impressions."""
+        return self.dataset.schema
+
+    @property
+    def impressions(self) -> int:
+        """Number of rows."""
+        return self.dataset.splits[self.name].impressions
+
+
+class StreamReader(BatchReader):
+    """Reads a split as batches, window by window; see `BatchReader`.
+
+    Args:
+        split: where the rows are.
+        rows_per_step: S, a multiple of L.
+        rank: r.
+        world_size: W, which divides L.
+        seed: of the order.
+        shuffle: False keeps the order of the data: lane by lane, row by row.
+        shuffle_chunk: as in `ImpressionReader`, within a window.
+        shared_features: how a batch carries shared features.
+        pin_memory: whether batches lie in page-locked memory.
+        exchange: how ranks tell each other what their rows weigh; needed if W > 1.
+
+    Raises:
+        OptionError: W does not divide L, or L does not divide S.
+        DataError: while iterating, a file is missing, broken or cannot be read; the position stays.
+    """
+
+    def __init__(
+        self,
+        split: StreamedSplit,
+        *,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shuffle_chunk: int = 1,
+        shared_features: SharedFeatures = "once",
+        pin_memory: bool = False,
+        exchange: Exchange | None = None,
+    ) -> None:
+        lanes = split.lanes
+        if lanes % world_size:
+            raise OptionError(
+                f"{world_size} ranks do not divide {lanes} lanes; start a number of ranks that "
+                "does, or a new run with another number of lanes"
+            )
+        if rows_per_step % lanes:
+            raise OptionError(
+                f"a batch_size of {rows_per_step} is not a multiple of {lanes} lanes; choose one "
+                "that is",
+                "batch_size",
+            )
+        super().__init__(
+            split.schema,
+            num_rows=split.impressions,
+            batch_size=rows_per_step // world_size,
+            rank=rank,
+            world_size=world_size,
+            rows_per_step=rows_per_step,
+            exchange=exchange,
+        )
+        assert exchange is not None or world_size == 1
+        self.split = split
+        self.seed = seed
+        self._shuffle = shuffle
+        self._shuffle_chunk = shuffle_chunk
+        self._shared_features: SharedFeatures = shared_features
+        self._pin_memory = pin_memory
+        self._groups = RowGroups(split.dataset, split.name)
+        self._own_lanes = range(lanes * rank // world_size, lanes * (rank + 1) // world_size)
+        self._rows_per_lane = -(-self.num_rows // lanes)
+        self._step = rows_per_step // lanes
+        """Rows of a lane in a step."""
+
+    def _next_row(self, row: int) -> int | None:
+        following = self._end_of_step(row // self.split.lanes)
+        return following * self.split.lanes if following < self._rows_per_lane else None
+
+    def _end_of_step(self, place: int) -> int:
+        """Where in its lane the step ends that begins at `place`; a step does not cross windows."""
+        window = self.split.window
+        return min(place + self._step, (place // window + 1) * window)
+
+    def _steps_from(self, row: int) -> int:
+        place, window = row // self.split.lanes, self.split.window
+        if place >= self._rows_per_lane:
+            return 0
+        end = min((place // window + 1) * window, self._rows_per_lane)
+        whole, rest = divmod(self._rows_per_lane - end, window)
+        return (
+            -(-(end - place) // self._step)
+            + whole * -(-window // self._step)
+            + -(-rest // self._step)
+        )
+
+    def _blocks(self) -> Iterator[Callable[[], Block]]:
+        rows = self._groups.rows
+        order = np.arange(len(rows))
+        if self._shuffle:
+            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(rows))
+        ends = np.cumsum(rows[order])
+        place = self._row // self.split.lanes
+        while place < self._rows_per_lane:
+            number = place // self.split.window
+            yield partial(self._window, self._epoch, order, ends, number, place)
+            place = (number + 1) * self.split.window
+
+    def _window(
+        self, epoch: int, order: np.ndarray, ends: np.ndarray, number: int, place: int
+    ) -> Block:
+        """The steps of a window of all lanes of this rank, from `place` in them on."""
+        first = number * self.split.window
+        tables: list[pa.Table] = []
+        orders: list[np.ndarray] = []
+        base = 0
+        for lane in self._own_lanes:
+            of_lane = self._rows_of(order, ends, lane, first)
+            rng = np.random.default_rng([self.seed, epoch, lane, number])
+            orders.append(base + self._order(of_lane, rng))
+            tables += of_lane
+            base += len(orders[-1])
+        split = self._laid_out(tables)
+        maker = BatchMaker(
+            split,
+            batch_size=self.batch_size,
+            shared_features=self._shared_features,
+            pin_memory=self._pin_memory,
+        )
+        last = min(first + self.split.window, self._rows_per_lane)
+        steps: list[np.ndarray] = []
+        while place < last:
+            end = self._end_of_step(place)
+            steps.append(np.concatenate([rows[place - first : end - first] for rows in orders]))
+            place = end
+        weight = split.scalars.get(WEIGHT)
+
+        def weights(rows: np.ndarray) -> np.ndarray:
+            return np.ones(len(rows), np.float32) if weight is None else weight[rows]
+
+        def batch(step: int, totals: np.ndarray) -> ImpressionBatch:
+            rows = steps[step]
+            return maker.make(rows, weights(rows), totals, self.world_size)
+
+        return Block(np.stack([maker.counts(rows, weights(rows)) for rows in steps]), batch)
+
+    def _rows_of(
+        self, order: np.ndarray, ends: np.ndarray, lane: int, first: int
+    ) -> list[pa.Table]:
+        """The rows of a lane in the window that begins at `first` in it."""
+        begin, end = (self.num_rows * number // self.split.lanes for number in (lane, lane + 1))
+        low = min(begin + first, end)
+        high = min(low + self.split.window, end)
+        return self._groups.impressions(order, ends, low, high, keeper=lane)
+
+    def _order(self, tables: list[pa.Table], rng: np.random.Generator) -> np.ndarray:
+        rows = sum(map(len, tables))
+        if not self._shuffle:
+            return np.arange(rows)
+        if self._shuffle_chunk == 1 or not tables or SHARED_ROW not in tables[0].column_names:
+            return rng.permutation(rows)
+        owner = np.concatenate([table.column(SHARED_ROW).to_numpy() for table in tables])
+        return shuffled_chunks(owner, self._shuffle_chunk, rng)
+
+    def _laid_out(self, tables: list[pa.Table]) -> MappedSplit:
+        """The rows of a window as a small mapped split, whose files go with the last reference."""
+        data_set = self.split.dataset
+        shared: list[pa.RecordBatch] = []
+        if self.schema.has_shared_features:
+            used = [table.column(SHARED_ROW).to_numpy() for table in tables]
+            distinct = np.unique(np.concatenate(used)) if used else np.zeros(0, np.int64)
+            shared = _batches([self._groups.shared(distinct)], data_set.shared_columns)
+            tables = [
+                table.set_column(
+                    table.column_names.index(SHARED_ROW),
+                    SHARED_ROW,
+                    pa.array(np.searchsorted(distinct, rows).astype(np.int32)),
+                )
+                for table, rows in zip(tables, used, strict=True)
+            ]
+        if self.split.cache is not None:
+            self.split.cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="esmm_torchrec-window-", dir=self.split.cache))
+        try:
+            return MappedSplit.write(
+                folder / "window",
+                schema=self.schema,
+                impressions=_batches(tables, data_set.impression_columns),
+                shared=shared,
+                history_weights=self.split.history_weights,
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _batches(tables: list[pa.Table], columns: pa.Schema) -> list[pa.RecordBatch]:
+    """The rows of some tables; one empty batch if there are none."""
+    batches = [batch for table in tables for batch in table.combine_chunks().to_batches()]
+    return batches or [pa.RecordBatch.from_pylist([], schema=columns)]
