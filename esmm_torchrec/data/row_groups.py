@@ -17,7 +17,7 @@ from esmm_torchrec.schema import SHARED_ROW
 
 class _Group(NamedTuple):
     part: Part
-    index: int
+    number: int
     rows: int
 
 
@@ -122,14 +122,14 @@ class RowGroups:
                     wrong = same_columns(parquet.schema_arrow, columns)
                     if wrong:
                         raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
-                    return parquet.read_row_group(group.index, use_threads=False)
+                    return parquet.read_row_group(group.number, use_threads=False)
 
         return _in_words(str(file), lambda: file.retried(read))
 
 
 def _groups(parts: tuple[Part, ...]) -> list[_Group]:
     return [
-        _Group(part, index, rows) for part in parts for index, rows in enumerate(part.row_groups)
+        _Group(part, number, rows) for part in parts for number, rows in enumerate(part.row_groups)
     ]
 
 
