@@ -423,25 +423,36 @@ def _misfit(space: Sequence[ShardingOption], topology: Topology) -> NoPlanError 
     by_table: dict[str, list[ShardingOption]] = {}
     for option in space:
         by_table.setdefault(option.name, []).append(option)
-    smallest = [min(options, key=largest_shard) for options in by_table.values()]
+    fitting = {
+        name: [option for option in options if largest_shard(option).fits_in(capacity)]
+        for name, options in by_table.items()
+    }
     for kind, where in (
         ("hbm", "GPU"),
         ("ddr", "GPU's share of host memory" if on_gpu else "rank"),
     ):
         have = getattr(capacity, kind)
-        need = {option.name: getattr(largest_shard(option), kind) for option in smallest}
-        too_large = [option for option in smallest if need[option.name] > have]
+        too_large = [
+            option
+            for name, options in by_table.items()
+            if not fitting[name]
+            and getattr(largest_shard(option := min(options, key=largest_shard)), kind) > have
+        ]
         if too_large:
-            option = max(too_large, key=lambda o: need[o.name])
+            option = max(too_large, key=lambda o: getattr(largest_shard(o), kind))
+            need = getattr(largest_shard(option), kind)
             others = f" (nor do {len(too_large) - 1} others)" if len(too_large) > 1 else ""
             return NoPlanError(
                 f"table {option.name!r} does not fit{others}: {option.sharding_type} puts "
-                f"{gib(need[option.name])} of it on one {where}, which has {gib(have)} for tables, "
-                f"{gib(need[option.name] - have)} too little",
+                f"{gib(need)} of it on one {where}, which has {gib(have)} for tables, "
+                f"{gib(need - have)} too little",
                 [option.name for option in too_large],
                 alone=True,
             )
-        total = sum(getattr(o.total_storage, kind) for o in smallest)
+        total = sum(
+            min((getattr(o.total_storage, kind) for o in options), default=0)
+            for options in fitting.values()
+        )
         if total > have * topology.world_size:
             return NoPlanError(
                 f"all tables together need {gib(total)} and the {topology.world_size} "
