@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import NoneType
 from typing import TypeVar, get_args
@@ -47,6 +47,30 @@ def _optional(
         str_from_instance=lambda value: (
             ["none"] if value is None else spec.str_from_instance(value)
         ),
+    )
+
+
+@_REGISTRY.primitive_rule
+def _counts_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """`Mapping[str, int]` takes NAME=N, any number of times."""
+    if info.type != Mapping[str, int]:
+        return None
+
+    def read(texts: list[str]) -> dict[str, int]:
+        counts = {}
+        for text in texts:
+            name, _, count = text.rpartition("=")
+            if not name or not (count.isascii() and count.isdigit()) or name in counts:
+                raise ValueError(f"{text!r} is not of the form NAME=N, with each name once")
+            counts[name] = int(count)
+        return counts
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=N [NAME=N ...]]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{name}={count}" for name, count in value.items()],
     )
 
 

@@ -52,7 +52,7 @@ def run(options: Options) -> None:
 def _evaluate(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
     dataset = PreparedDataSet.open(options.data)
-    folder.check_schema(dataset.schema, options.data)
+    folder.check_data(options.data)
     split = MappedSplit.open(
         dataset, options.split, history_weights=folder.config["options"]["history_weights"]
     )

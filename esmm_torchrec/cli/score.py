@@ -75,7 +75,7 @@ def _split(options: Options, run: RunFolder, ranks: Ranks) -> Iterator[MappedSpl
     """What is to be scored; raw rows are laid out beside --out for as long as the block lasts."""
     if options.data is not None:
         dataset = PreparedDataSet.open(options.data)
-        run.check_schema(dataset.schema, options.data)
+        run.check_data(options.data)
         weights = run.config["options"]["history_weights"]
         yield MappedSplit.open(dataset, options.split, history_weights=weights)
         return

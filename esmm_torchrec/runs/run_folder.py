@@ -147,7 +147,7 @@ class RunFolder:
             )
         data = config["history"][-1]["data"]
         if self.preprocessing.exists() and not self.was_trained_on(data["fingerprint"]):
-            differs = self._difference(Schema.from_dict(config["schema"]), Path(data["path"]))
+            differs = self._difference(Path(data["path"]))
             if differs:
                 raise RunError(
                     f"{data['path']} {differs} the data of {self.path}; give data prepared with "
@@ -191,29 +191,28 @@ class RunFolder:
         """Shape of the run's model."""
         return ModelOptions.from_dict(self.config["model"])
 
-    def check_schema(self, schema: Schema, data: Path | str) -> None:
+    def check_data(self, data: Path | str) -> None:
         """Makes sure that ids and dense values of a data set mean what they meant in training:
         the features, the vocabularies and what dense columns were standardised with are the same.
 
         Args:
-            schema: of the data set.
-            data: its folder.
+            data: the folder of the data set.
 
         Raises:
             RunError: they do not, or the run's own description of its data is broken.
         """
-        differs = self._difference(schema, Path(data))
+        differs = self._difference(Path(data))
         if differs:
             raise RunError(
                 f"{data} {differs} the data of {self.path}; give the data set that the run was "
                 "trained on, or the raw rows to 'score --input'"
             )
 
-    def _difference(self, schema: Schema, data: Path) -> str | None:
+    def _difference(self, data: Path) -> str | None:
         """In what a data set differs from that of the run; None if ids and values mean the same."""
-        if schema != self.schema:
-            return "has other features or vocabularies than"
         own, other = _encoding(self.preprocessing), _encoding(data)
+        if other["schema"] != own["schema"]:
+            return "has other features or vocabularies than"
         if other["vocabularies"] != own["vocabularies"]:
             return "gives ids other rows of their tables than"
         if other["dense"] != own["dense"]:
@@ -322,6 +321,7 @@ def _encoding(folder: Path) -> dict[str, Any]:
                 if folder
             },
             "dense": description["statistics"]["dense"],
+            "schema": description["schema"],
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); make it again") from None

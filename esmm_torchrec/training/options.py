@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +92,10 @@ class TrainOptions:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int | None = None
     """Keep this many of the latest checkpoints; None: all."""
+    table_rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows of tables, NAME=N, that have more than the data need: room for the ids of later days, so
+    that plans and checkpoints keep their shape. A run that starts from another one has at least its
+    rows."""
     start_from: Path | None = None
     """A run whose weights and optimiser state a new run starts with; its vocabularies must be the
     beginning of those of the data."""
@@ -163,6 +168,7 @@ class TrainOptions:
             "interaction": part_to_dict(INTERACTIONS, self.parts.interaction),
             "tower": list(self.tower),
             "plan": None if self.plan is None else str(self.plan),
+            "table_rows": [f"{name}={rows}" for name, rows in sorted(self.table_rows.items())],
             "start_from": None if self.start_from is None else str(self.start_from),
         }
         return values

@@ -39,9 +39,9 @@ from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.nonfinite import WatchLoss
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
-from esmm_torchrec.training.warm_start import source_checkpoint
+from esmm_torchrec.training.warm_start import source_checkpoint, with_table_rows
 
-_IDENTITY = ("rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
+_IDENTITY = ("rows", "table_rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
 """Options that make a run what it is, beside those of the model: what is trained, on which rows, in
 which order. The others may change when it is resumed."""
 
@@ -78,7 +78,7 @@ def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks
 def _train(
     data: Path, out: Path, options: TrainOptions, ranks: Ranks, lock: RunLock
 ) -> dict[str, Any]:
-    dataset = PreparedDataSet.open(data)
+    dataset = with_table_rows(PreparedDataSet.open(data), options)
     config = _config(dataset, options, ranks)
 
     def find() -> RunFolder | None:

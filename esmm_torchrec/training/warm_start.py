@@ -11,9 +11,9 @@ from pathlib import Path
 
 from esmm_torchrec.checkpoints.files import find_checkpoint
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import RunError
+from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.schema import Schema
+from esmm_torchrec.schema import Schema, Table
 from esmm_torchrec.training.options import TrainOptions
 
 
@@ -45,6 +45,39 @@ def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOption
     if checkpoint is None:
         raise RunError(f"{path} has no checkpoint yet; wait for its first one")
     return checkpoint
+
+
+def with_table_rows(dataset: PreparedDataSet, options: TrainOptions) -> PreparedDataSet:
+    """The data set with tables of as many rows as the options ask for: `table_rows`, and no fewer
+    than in the run to start from.
+
+    Raises:
+        OptionError: `table_rows` names a table that is not there, or has too few rows for it.
+        RunError: the run to start from cannot be read.
+    """
+    rows = {table.name: table.num_embeddings for table in dataset.schema.tables}
+    needed_by = dict.fromkeys(rows, str(dataset.path))
+    if options.start_from is not None:
+        for table in RunFolder.open(options.start_from).schema.tables:
+            if table.num_embeddings > rows.get(table.name, table.num_embeddings):
+                rows[table.name] = table.num_embeddings
+                needed_by[table.name] = str(options.start_from)
+    for name, count in options.table_rows.items():
+        if name not in rows:
+            raise OptionError(
+                f"table_rows names the table {name!r}, and {dataset.path} has "
+                f"{', '.join(map(repr, rows))}",
+                "table_rows",
+            )
+        if count < rows[name]:
+            raise OptionError(
+                f"table_rows {name}={count} is too few: {needed_by[name]} has {rows[name]} rows in "
+                "this table; give at least as many",
+                "table_rows",
+            )
+        rows[name] = count
+    tables = tuple(Table(name, count) for name, count in rows.items())
+    return replace(dataset, schema=replace(dataset.schema, tables=tables))
 
 
 def _check_features(run: RunFolder, dataset: PreparedDataSet) -> None:

@@ -185,10 +185,11 @@ def test_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
 
 
 def _write_description(folder: Path, **changed: Any) -> None:
-    """What check_schema looks at in a dataset.json."""
+    """What check_data looks at in a dataset.json."""
     description = {
         "checksums": {"vocabulary/item.parquet": "1a", "train/impressions-00000.parquet": "2b"},
         "dense": {"price": {"mean": 2.0, "std": 4.0}},
+        "schema": SCHEMA.to_dict(),
     } | changed
     folder.mkdir(exist_ok=True)
     statistics = {"dense": description.pop("dense"), "mean_values_per_bag": {}}
@@ -197,27 +198,24 @@ def _write_description(folder: Path, **changed: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "changed", "differs"),
+    ("changed", "differs"),
     [
         (
-            replace(SCHEMA, tables=(Table("item", 10),)),
-            {},
+            {"schema": replace(SCHEMA, tables=(Table("item", 10),)).to_dict()},
             "has other features or vocabularies than",
         ),
         (
-            SCHEMA,
             {"checksums": {"vocabulary/item.parquet": "3c"}},
             "gives ids other rows of their tables than",
         ),
         (
-            SCHEMA,
             {"dense": {"price": {"mean": 2.5, "std": 4.0}}},
             "standardised its dense features otherwise than",
         ),
     ],
 )
 def test_data_that_means_something_else_than_in_training_is_refused(
-    schema: Schema, changed: dict[str, Any], differs: str, run: RunFolder, tmp_path: Path
+    changed: dict[str, Any], differs: str, run: RunFolder, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     _write_description(run.preprocessing)
@@ -226,7 +224,7 @@ def test_data_that_means_something_else_than_in_training_is_refused(
         f"{data} {differs} the data of {run.path}; give the data set that the run was trained on, "
         "or the raw rows to 'score --input'"
     ):
-        run.check_schema(schema, data)
+        run.check_data(data)
 
 
 def test_other_rows_in_the_same_form_are_taken(run: RunFolder, tmp_path: Path) -> None:
@@ -234,10 +232,10 @@ def test_other_rows_in_the_same_form_are_taken(run: RunFolder, tmp_path: Path) -
     _write_description(run.preprocessing)
     checksums = {"vocabulary/item.parquet": "1a", "train/impressions-00000.parquet": "9z"}
     _write_description(data, checksums=checksums)
-    run.check_schema(SCHEMA, str(data))
+    run.check_data(str(data))
     (run.preprocessing / "dataset.json").write_text("{}")
     with _refused(f"{run.preprocessing / 'dataset.json'} is broken ('checksums'); make it again"):
-        run.check_schema(SCHEMA, data)
+        run.check_data(data)
 
 
 def test_a_run_is_resumed_with_data_of_the_same_form_only(run: RunFolder, tmp_path: Path) -> None:
