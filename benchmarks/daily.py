@@ -10,7 +10,6 @@ of items that were new today, and on those of items that were there from the sta
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,13 +113,13 @@ def measured(run: Path, rows: pd.DataFrame, known_items: Sequence[int]) -> dict[
     scores = Predictor(run).score(rows)
     parts = {
         "all": np.ones(len(rows), bool),
-        "new": (rows["item"] >= known_items[1]) & (rows["item"] < known_items[2]),
-        "old": rows["item"] < known_items[0],
+        "new": np.asarray((rows["item"] >= known_items[1]) & (rows["item"] < known_items[2])),
+        "old": np.asarray(rows["item"] < known_items[0]),
     }
     figures: dict[str, float] = {}
     for name, part in parts.items():
         for task, score in (("click", "pctr"), ("conversion", "pctcvr")):
-            value = auc(scores[score][part].to_numpy(), rows[task][part].to_numpy())
+            value = auc(np.asarray(scores[score])[part], np.asarray(rows[task])[part])
             figures[f"{task}_auc_{name}"] = float("nan") if value is None else value
     return figures
 
@@ -152,7 +151,7 @@ def week(options: Options, folder: Path) -> list[dict[str, Any]]:
             train(folder / f"all-{number}", folder / f"scratch-{number}", fresh, ranks)
         seconds["scratch"] += time.perf_counter()
 
-        known = [FIRST_ITEMS + options.new_items * n for n in (0, number - 1, number)]
+        known = [FIRST_ITEMS + options.new_items * n for n in (0, max(0, number - 1), number)]
         runs = {"daily": f"daily-{number}", "scratch": f"scratch-{number}", "first": "daily-0"}
         if number:
             runs["yesterday"] = f"daily-{number - 1}"
@@ -184,7 +183,7 @@ def main(options: Options) -> None:
     """Runs the week."""
     with TemporaryDirectory() as folder:
         evenings = week(options, Path(folder))
-    publish(json.loads(json.dumps({"evenings": evenings})), options.out)
+    publish({"evenings": evenings}, options.out)
 
 
 if __name__ == "__main__":
