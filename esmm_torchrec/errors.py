@@ -6,8 +6,10 @@
     ├── PlanError      a sharding plan or a request for one
     └── RunError       a run folder or a checkpoint in it
 
-Each message is one sentence that names the file, row, column or option and says what to do. The
-command line prints it and exits with code 2. An internal bug raises AssertionError.
+Each message is one sentence that names the file, row, column or argument and says what to do.
+Arguments stand in backticks, as a Python caller knows them: `embedding_dim`. The command line
+prints the sentence with options in their place, --embedding-dim, and exits with code 2. An internal
+bug raises AssertionError.
 
     KeyboardInterrupt
     └── Interrupted    a training that was interrupted; the message says what is saved
@@ -16,6 +18,25 @@ command line prints it and exits with code 2. An internal bug raises AssertionEr
 from __future__ import annotations
 
 import re
+
+_ARGUMENT = re.compile(r"`([a-z][a-z0-9_.]*)`")
+
+_OPTIONS = {
+    "constraints": "constraint",
+    "ids": "id",
+    "shared_tables": "share-table",
+    "start_from": "from",
+    "texts": "text",
+    "towers": "tower",
+}
+"""Argument → its option, if that has another name."""
+
+
+def for_command_line(sentence: str) -> str:
+    """A sentence with options for arguments: "--embedding-dim" for "`embedding_dim`"."""
+    return _ARGUMENT.sub(
+        lambda found: f"--{_OPTIONS.get(found[1], found[1]).replace('_', '-')}", sentence
+    )
 
 
 class EsmmTorchrecError(Exception):
@@ -27,28 +48,7 @@ class DataError(EsmmTorchrecError):
 
 
 class OptionError(EsmmTorchrecError, ValueError):
-    """An argument cannot be used, alone or beside the others.
-
-    Args:
-        message: names the arguments as a Python caller knows them.
-        arguments: the names in the message that are options of the command line, which are
-            spelled differently there; see `for_command_line`.
-    """
-
-    def __init__(self, message: str, *arguments: str) -> None:
-        super().__init__(message)
-        self.arguments = arguments
-
-    def for_command_line(self) -> str:
-        """The message with options for arguments: "--embedding-dim" for "embedding_dim"."""
-        message = str(self)
-        for argument in self.arguments:
-            option = f"--{argument.replace('_', '-')}"
-            message = re.sub(rf"(?<![\w-]){re.escape(argument)}(?!\w)", option, message)
-        return message
-
-    def __reduce__(self) -> tuple[type[OptionError], tuple[str, ...]]:
-        return type(self), (str(self), *self.arguments)
+    """An argument cannot be used, alone or beside the others."""
 
 
 class PlanError(EsmmTorchrecError):

@@ -218,7 +218,7 @@ def _check_forms(state: State, path: Path) -> None:
                     f"{' x '.join(map(str, entry.size))} values, and this placement has "
                     f"{' x '.join(map(str, _size(tensor)))}: row-wise Adagrad keeps one for each "
                     "row and column shard; resume with as many column shards, for example with the "
-                    "run's plan.json as --plan"
+                    "run's plan.json as `plan`"
                 )
 
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import NoReturn, TypeVar
 
 from esmm_torchrec.cli.arguments import read_options
-from esmm_torchrec.errors import EsmmTorchrecError, Interrupted, OptionError
+from esmm_torchrec.errors import EsmmTorchrecError, Interrupted, OptionError, for_command_line
 
 T = TypeVar("T")
 
@@ -95,14 +95,14 @@ def print_error(message: str, *, on_every_rank: bool = False) -> None:
     ends this process meanwhile; where it did not, the sentence would otherwise be lost.
 
     Args:
-        message: one sentence.
+        message: one sentence; arguments in backticks become options.
         on_every_rank: the error cannot but be the same on all of them, so rank 0 alone prints.
     """
     if not _is_first_rank():
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
         if on_every_rank:
             return
-    print(f"esmm-torchrec: {message}", file=sys.stderr, flush=True)
+    print(f"esmm-torchrec: {for_command_line(message)}", file=sys.stderr, flush=True)
 
 
 def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
@@ -110,7 +110,7 @@ def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     try:
         return read_options(options, prog, arguments)
     except OptionError as error:
-        print_error(error.for_command_line(), on_every_rank=True)
+        print_error(str(error), on_every_rank=True)
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
@@ -196,7 +196,7 @@ def errors_in_words(out: object = None) -> Iterator[None]:
             raise
         sys.stdout.flush()
     except EsmmTorchrecError as error:
-        print_error(error.for_command_line() if isinstance(error, OptionError) else str(error))
+        print_error(str(error))
         _end(EXIT_USER_ERROR)
     except KeyboardInterrupt as error:
         if _is_first_rank():  # torchrun passes the signal on to every rank

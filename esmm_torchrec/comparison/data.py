@@ -141,7 +141,7 @@ def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
     column = {"group": GROUP_ID, "shared-row": SHARED_ROW, "impression": SAMPLE_ID}[held_out_by]
     if column not in train.scalars:
         raise OptionError(
-            f"--held-out-by {held_out_by}: the data set has no column {column}; choose another"
+            f"`held_out_by` {held_out_by}: the data set has no column {column}; choose another"
         )
     users = train.scalars[column].astype(np.int64)
     return replace(train, scalars=dict(train.scalars) | {GROUP_ID: users})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.comparison.data import HeldOutBy
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import (
@@ -109,26 +110,27 @@ class ComparisonOptions:
     """auto: CUDA where there is a GPU for each rank."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         self.chosen_methods  # noqa: B018
         for option, value in (
-            ("--seeds", self.seeds),
-            ("--epochs", self.epochs),
-            ("--test-impressions", self.test_impressions),
+            ("`seeds`", self.seeds),
+            ("`epochs`", self.epochs),
+            ("`test_impressions`", self.test_impressions),
         ):
             if value < 1:
                 raise OptionError(f"{option} {value} is not positive; give at least 1")
         if not 1 <= self.trials <= len(SETTINGS):
-            raise OptionError(f"--trials {self.trials} is not from 1 to {len(SETTINGS)}")
+            raise OptionError(f"`trials` {self.trials} is not from 1 to {len(SETTINGS)}")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise OptionError(
-                    f"--fractions {fraction:g} is not a fraction; give numbers above 0 up to 1"
+                    f"`fractions` {fraction:g} is not a fraction; give numbers above 0 up to 1"
                 )
         if not self.fractions:
-            raise OptionError("--fractions needs at least one number above 0 up to 1")
+            raise OptionError("`fractions` needs at least one number above 0 up to 1")
         if not 0 < self.validation_share < 1:
             raise OptionError(
-                f"--validation-share {self.validation_share:g} is not between 0 and 1; give a share"
+                f"`validation_share` {self.validation_share:g} is not between 0 and 1; give a share"
             )
         self.train(CLICK_NETWORK, Trial(SETTINGS[0], None), seed=0)
 
@@ -139,12 +141,12 @@ class ComparisonOptions:
         for name in self.methods:
             if name not in (*GROUPS, *COMPARED):
                 raise OptionError(
-                    f"--methods {name} is not a method to compare; choose from "
+                    f"`methods` {name} is not a method to compare; choose from "
                     f"{', '.join((*GROUPS, *COMPARED))}"
                 )
             chosen |= set(GROUPS.get(name, (name,)))
         if not chosen:
-            raise OptionError(f"--methods needs a name: {', '.join((*GROUPS, *COMPARED))}")
+            raise OptionError(f"`methods` needs a name: {', '.join((*GROUPS, *COMPARED))}")
         return tuple(name for name in COMPARED if name in chosen)
 
     @property

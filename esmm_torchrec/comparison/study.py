@@ -199,7 +199,7 @@ def _check_fractions(options: ComparisonOptions, source: Source) -> None:
         last = train.schema.tasks[-1]
         if not train.scalars[last.label][rows].any():
             raise OptionError(
-                f"--fractions {fraction:g} leaves {len(rows):,} training impressions and no "
+                f"`fractions` {fraction:g} leaves {len(rows):,} training impressions and no "
                 f"{last.name}; give a larger one"
             )
 
@@ -211,9 +211,9 @@ def _check_expected_conversions(options: ComparisonOptions, world: World) -> Non
         conversions = impressions * world.ctr * world.cvr
         if conversions < MIN_CONVERSIONS:
             raise OptionError(
-                f"--fractions {fraction:g} leaves about {impressions:,.0f} training impressions "
+                f"`fractions` {fraction:g} leaves about {impressions:,.0f} training impressions "
                 f"and {conversions:.2g} conversions of a world; give a larger one, or more "
-                "--world.impressions"
+                "`world.impressions`"
             )
 
 
@@ -307,7 +307,7 @@ class _Study:
                         tried.append(Chosen(trial, length["epochs"], score))
             if not tried:
                 raise OptionError(
-                    f"--validation-share {self.options.validation_share:g} leaves no clicks and "
+                    f"`validation_share` {self.options.validation_share:g} leaves no clicks and "
                     f"conversions to choose a setting of {METHODS[method].title} by; give more"
                 )
             # The first of equals, so that the order of trials decides and not a rounding.

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.data.hashing import splitmix64
 from esmm_torchrec.errors import DataError
 
@@ -77,6 +78,7 @@ class DenseTransform:
     """Whether a further feature says where a value is missing."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         numbers = (self.mean, self.std, self.low, self.high, self.scale, self.missing)
         finite = all(n is None or math.isfinite(n) for n in (*numbers, *self.knots, *self.heights))
         ascending = all(a < b for a, b in zip(self.knots, self.knots[1:], strict=False))

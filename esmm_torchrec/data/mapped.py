@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.errors import DataError
@@ -125,6 +126,7 @@ class MappedSplit:
         return len(self.scalars[SAMPLE_ID])
 
     @classmethod
+    @checks_choices
     def open(
         cls,
         dataset: PreparedDataSet,
@@ -170,6 +172,7 @@ class MappedSplit:
         return cls.map(folder, dataset.schema)
 
     @classmethod
+    @checks_choices
     def write(
         cls,
         folder: Path,

@@ -35,6 +35,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
     PREPARE_AGAIN,
@@ -118,7 +119,8 @@ class PreparedDataSet(Description):
                     fingerprint=hashlib.sha256(content).hexdigest(),
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{root / DESCRIPTION} is broken ({error}); {PREPARE_AGAIN}") from None
+            reason = str(error).replace("`", "'")
+            raise DataError(f"{root / DESCRIPTION} is broken ({reason}); {PREPARE_AGAIN}") from None
         raise DataError(
             f"{root} is a prepared data set of format version {version}, and this library reads "
             f"versions {' and '.join(map(str, READABLE_VERSIONS))}; {PREPARE_AGAIN}"
@@ -134,14 +136,16 @@ class PreparedDataSet(Description):
         if self.root.local is None:
             raise DataError(
                 f"{self.root} is not on this machine, and what was asked for needs a mapped copy; "
-                "stream it (--read stream), or copy it to a disk and give the path of the copy"
+                "stream it (`read` stream), or copy it to a disk and give the path of the copy"
             )
         return self.root.local
 
+    @checks_choices
     def impression_files(self, split: SplitName) -> list[Path]:
         """Files of the impressions of a split, in the order of their rows."""
         return [self.path / name for name in self.splits[split].impression_files]
 
+    @checks_choices
     def shared_files(self, split: SplitName) -> list[Path]:
         """Files of the shared rows of a split; `shared_row` counts through them in this order."""
         return [self.path / name for name in self.splits[split].shared_files]
@@ -199,6 +203,7 @@ class PreparedDataSet(Description):
                         f"broken or was cut short; restore it from a copy or {PREPARE_AGAIN}"
                     )
 
+    @checks_choices
     def checked_rows(
         self, split: SplitName, kind: Literal["impressions", "shared"]
     ) -> Iterator[pa.RecordBatch]:

@@ -63,6 +63,7 @@ class ImpressionReader(BatchReader):
         OptionError: an argument is not positive, or there is no row to read.
     """
 
+    @checks_choices
     def __init__(
         self,
         split: MappedSplit,

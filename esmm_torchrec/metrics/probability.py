@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.metrics.ranking import equal_mass_edges
 
 LARGEST_PROBABILITY = 1.0 - float(np.finfo(np.float32).eps)
@@ -67,6 +68,9 @@ class Prediction:
     form: Literal["logit", "log_probability"]
     """A log-probability may be above 0 if it is the ratio of two networks (DIVISION of the ESMM
     paper). It is ranked and averaged as it is and clipped for log loss only."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def __getitem__(self, rows: NDArray[np.bool_] | slice) -> Prediction:
         """The prediction of some rows."""

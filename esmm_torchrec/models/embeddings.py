@@ -85,9 +85,8 @@ def embedding_bag_collections(
     """
     if embedding_dim < DIM_MULTIPLE or embedding_dim % DIM_MULTIPLE:
         raise OptionError(
-            f"embedding_dim {embedding_dim} is not a positive multiple of {DIM_MULTIPLE}, which "
-            "fbgemm's kernels require; use the next one up",
-            "embedding_dim",
+            f"`embedding_dim` {embedding_dim} is not a positive multiple of {DIM_MULTIPLE}, which "
+            "fbgemm's kernels require; use the next one up"
         )
 
     names = module_names((table.name for table in schema.tables), prefix=prefix)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.models.architectures.aitm import Aitm
 from esmm_torchrec.models.architectures.mmoe import Mmoe
 from esmm_torchrec.models.architectures.ple import Ple
@@ -366,6 +367,9 @@ class ModelOptions:
     """None: that of the method."""
     interaction: Interaction | None = None
     """None: that of the method."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @property
     def parts(self) -> Parts:

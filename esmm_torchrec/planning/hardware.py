@@ -22,6 +22,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.errors import OptionError, PlanError
 from esmm_torchrec.planning.strict_yaml import load_yaml
 from esmm_torchrec.sharding.forms import checked
@@ -69,6 +70,7 @@ class Hardware:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not 0 < value < MAX_NUMBER:
                 raise PlanError(
@@ -86,13 +88,13 @@ class Hardware:
             OptionError: the last host would not be full.
         """
         if world_size < 1:
-            raise OptionError(f"--gpus {world_size} is not at least 1")
+            raise OptionError(f"`gpus` {world_size} is not at least 1")
         if world_size <= self.ranks_per_host:
             return world_size
         if world_size % self.ranks_per_host:
             below = world_size - world_size % self.ranks_per_host
             raise OptionError(
-                f"--gpus {world_size} does not fill hosts of {self.ranks_per_host} "
+                f"`gpus` {world_size} does not fill hosts of {self.ranks_per_host} "
                 f"({self.name}); use {below} or {below + self.ranks_per_host}"
             )
         return self.ranks_per_host
@@ -343,7 +345,7 @@ def preset(name: str) -> Hardware:
         return PRESETS[name.lower()]
     except KeyError:
         raise OptionError(
-            f"there is no GPU {name!r}; use {', '.join(PRESETS)}, or --hardware FILE"
+            f"there is no GPU {name!r}; use {', '.join(PRESETS)}, or `hardware` FILE"
         ) from None
 
 

@@ -219,11 +219,11 @@ def _refusal(scenario: Scenario, table: PlannedTable, options: TableOptions) -> 
         if optimizer == "rowwise_adagrad":
             return (
                 f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad "
-                "does not exist; use --sparse-optimizer adagrad, sgd or adam"
+                "does not exist; use `sparse_optimizer` adagrad, sgd or adam"
             )
     elif device == "cpu" and optimizer == "adam":
         return (
-            "adam does not exist in the fused kernel on a CPU; use --kernels dense or another "
-            "--sparse-optimizer"
+            "adam does not exist in the fused kernel on a CPU; use `kernels` dense or another "
+            "`sparse_optimizer`"
         )
     return None

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Literal, get_args
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.planning.hardware import Hardware, TowerDtype
 from esmm_torchrec.planning.table_list import TableList
@@ -58,7 +59,7 @@ def parse_constraint(text: str) -> Constraint:
     pattern, equals, words = text.partition("=")
     if not pattern or not equals or not words:
         raise OptionError(
-            f"--constraint {text!r} is not PATTERN=WORDS, such as 'item*=row_wise,fused_uvm'"
+            f"`constraints` {text!r} is not PATTERN=WORDS, such as 'item*=row_wise,fused_uvm'"
         )
     types: list[str] = []
     kernels: list[str] = []
@@ -74,13 +75,13 @@ def parse_constraint(text: str) -> Constraint:
             except ValueError:
                 cache = math.nan
             if not 0 < cache <= 1:
-                raise OptionError(f"--constraint {text!r}: cache must be above 0 and at most 1")
+                raise OptionError(f"`constraints` {text!r}: cache must be above 0 and at most 1")
         else:
             known = ", ".join((*STRATEGIES[1:], *COMPUTE_KERNELS, "cache=SHARE"))
-            raise OptionError(f"--constraint {text!r}: there is no {word!r}; use {known}")
+            raise OptionError(f"`constraints` {text!r}: there is no {word!r}; use {known}")
     if "data_parallel" in types and kernels and "dense" not in kernels:
         raise OptionError(
-            f"--constraint {text!r}: data_parallel runs with the kernel dense only; leave "
+            f"`constraints` {text!r}: data_parallel runs with the kernel dense only; leave "
             f"{kernels[0]} out"
         )
     return Constraint(pattern, tuple(types), tuple(kernels), cache)
@@ -111,38 +112,39 @@ class Scenario:
     tower_dtype: TowerDtype = "float32"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.batch_size < 1:
-            raise OptionError(f"--batch-size {self.batch_size} is not at least 1")
+            raise OptionError(f"`batch_size` {self.batch_size} is not at least 1")
         if not 0 <= self.reserve < 1:
-            raise OptionError(f"--reserve {self.reserve} is not at least 0 and below 1")
+            raise OptionError(f"`reserve` {self.reserve} is not at least 0 and below 1")
         if self.cache_load_factor is not None and not 0 < self.cache_load_factor <= 1:
             raise OptionError(
-                f"--cache-load-factor {self.cache_load_factor} is not above 0 and at most 1"
+                f"`cache_load_factor` {self.cache_load_factor} is not above 0 and at most 1"
             )
         if self.column_width < 4 or self.column_width % 4:
-            raise OptionError(f"--column-width {self.column_width} is not a multiple of 4")
+            raise OptionError(f"`column_width` {self.column_width} is not a multiple of 4")
         if not self.kernels:
-            raise OptionError("--kernels needs at least one kernel")
+            raise OptionError("`kernels` needs at least one kernel")
         if not self.towers or min(self.towers) < 1:
-            raise OptionError("--tower needs widths of at least 1")
+            raise OptionError("`towers` needs widths of at least 1")
         for constraint in self.constraints:
             names = [table.name for table in self.tables.tables]
             if not any(fnmatchcase(name, constraint.pattern) for name in names):
                 raise OptionError(
-                    f"--constraint {constraint.pattern!r} matches no table of "
+                    f"`constraints` {constraint.pattern!r} matches no table of "
                     f"{self.tables.source}, which has {', '.join(names[:5])}"
                     + (", …" if len(names) > 5 else "")
                 )
             if constraint.cache_load_factor is not None and not self._may_cache(constraint):
                 raise OptionError(
-                    f"--constraint {constraint.pattern}=cache={constraint.cache_load_factor:g} "
-                    "needs the kernel fused_uvm_caching; add it to the constraint or to --kernels"
+                    f"`constraints` {constraint.pattern}=cache={constraint.cache_load_factor:g} "
+                    "needs the kernel fused_uvm_caching; add it to the constraint or to `kernels`"
                 )
         offered = (self.kernels, *(constraint.kernels for constraint in self.constraints))
         if self.cache_load_factor is not None and not any(CACHING in some for some in offered):
             raise OptionError(
-                f"--cache-load-factor {self.cache_load_factor:g} needs the kernel "
-                f"{CACHING}; add it to --kernels or to a --constraint"
+                f"`cache_load_factor` {self.cache_load_factor:g} needs the kernel "
+                f"{CACHING}; add it to `kernels` or to a `constraints`"
             )
 
     def _may_cache(self, constraint: Constraint) -> bool:

@@ -51,7 +51,7 @@ class RunLock:
                 os.close(descriptor)
                 raise RunError(
                     f"{self._path.parent} is in use by another training ({holder}); wait for its "
-                    "end, or choose another --out"
+                    "end, or choose another `out`"
                 ) from None
             if self._is_current(descriptor):
                 os.ftruncate(descriptor, 0)

@@ -6,6 +6,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.checkpoints.files import find_checkpoint
 from esmm_torchrec.checkpoints.state import load_model
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.runs.run_folder import RunFolder
@@ -14,6 +15,7 @@ from esmm_torchrec.sharding.planner import ShardingOption, Workload, make_plan
 from esmm_torchrec.sharding.process_group import Ranks
 
 
+@checks_choices
 def restore(
     run: RunFolder,
     ranks: Ranks,

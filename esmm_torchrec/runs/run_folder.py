@@ -67,7 +67,7 @@ class RunFolder:
             _ = run.schema, run.model_options, config["options"]["history_weights"]
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f"{path} is not a run folder, it has no {_CONFIG}; give the --out of a training run"
+                f"{path} is not a run folder, it has no {_CONFIG}; give the `out` of a training run"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, DataError) as error:
             raise RunError(f"{path / _CONFIG} is broken ({error}); train again") from None
@@ -91,7 +91,7 @@ class RunFolder:
         if (path / _CONFIG).exists():
             if resume == "never":
                 raise RunError(
-                    f"{path} holds a run already and --resume is never; choose another --out"
+                    f"{path} holds a run already and `resume` is never; choose another `out`"
                 )
             found = cls.open(path)
             found._check_identity(config)
@@ -99,12 +99,12 @@ class RunFolder:
                 find_checkpoint(found.checkpoints, int(resume))
             return found
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file; choose another --out")
+            raise RunError(f"{path} is a file; choose another `out`")
         ours = {_partial(path / _CONFIG), path / LOCK}
         if path.exists() and any(file not in ours for file in path.iterdir()):
-            raise RunError(f"{path} is not empty and does not hold a run; choose another --out")
+            raise RunError(f"{path} is not empty and does not hold a run; choose another `out`")
         if resume.isdecimal():
-            raise RunError(f"{path} does not hold a run to resume; leave out --resume {resume}")
+            raise RunError(f"{path} does not hold a run to resume; leave out `resume` {resume}")
         return None
 
     @classmethod
@@ -142,7 +142,7 @@ class RunFolder:
         differs = self.difference(config["identity"])
         if differs:
             raise RunError(
-                f"{self.path} holds a run with {differs}; choose another --out, or give the same "
+                f"{self.path} holds a run with {differs}; choose another `out`, or give the same "
                 "option to resume"
             )
         data = config["history"][-1]["data"]
@@ -151,7 +151,7 @@ class RunFolder:
             if differs:
                 raise RunError(
                     f"{data['path']} {differs} the data of {self.path}; give data prepared with "
-                    f"the same vocabularies, or start another run with --from {self.path}"
+                    f"the same vocabularies, or start another run with `start_from` {self.path}"
                 )
 
     def difference(self, identity: Mapping[str, Any]) -> str | None:
@@ -205,7 +205,7 @@ class RunFolder:
         if differs:
             raise RunError(
                 f"{data} {differs} the data of {self.path}; give the data set that the run was "
-                "trained on, or the raw rows to 'score --input'"
+                "trained on, or score its raw rows"
             )
 
     def _difference(self, data: Path) -> str | None:
@@ -330,13 +330,13 @@ def _encoding(folder: Path) -> dict[str, Any]:
 def _differing_option(name: str, there: Any, here: Any) -> tuple[str, str, str]:
     """The option in which two values differ, and the values: `name` itself, or one of the options
     of a method's part."""
-    option = f"--{name.replace('_', '-')}"
+    option = f"`{name}`"
     if not isinstance(there, dict) or not isinstance(here, dict):
         return option, _said(there), _said(here)
     if there["name"] != here["name"]:
         return option, there["name"], here["name"]
     key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
-    return f"{option}.{key.replace('_', '-')}", _said(there.get(key)), _said(here.get(key))
+    return f"`{name}.{key}`", _said(there.get(key)), _said(here.get(key))
 
 
 def _said(value: Any) -> str:

@@ -143,7 +143,7 @@ def score(
 def refuse_existing(out: Path) -> None:
     """Raises RunError where `out` is; makes the folder that it is to be in."""
     if out.exists():
-        raise RunError(f"{out} exists already; remove it or choose another --out")
+        raise RunError(f"{out} exists already; remove it or choose another `out`")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

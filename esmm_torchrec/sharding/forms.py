@@ -41,5 +41,5 @@ def checked(values: Any, form: type[T], where: str) -> T:
             message += f"; use {either(choices)}" if choices else ""
         if message.startswith("Object contains unknown field"):
             message += f"; use {either(get_type_hints(form))}"
-        message = message[0].lower() + message[1:]
+        message = message[0].lower() + message[1:].replace("`", "'")
         raise PlanError(f"{where}: {f'{name}: ' if name else ''}{message}") from None

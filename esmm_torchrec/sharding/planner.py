@@ -18,6 +18,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.models.embeddings import DIM_MULTIPLE
 from esmm_torchrec.sharding.host import usable_memory
@@ -62,7 +63,7 @@ def choose_kernel(
     if sharding == "data_parallel":
         if optimizer == "rowwise_adagrad":
             raise PlanError(
-                "--sharding data_parallel does not exist with --sparse-optimizer rowwise_adagrad, "
+                "`sharding` data_parallel does not exist with `sparse_optimizer` rowwise_adagrad, "
                 "which TorchRec has in fused form only; use adagrad or another sharding"
             )
         return "dense"
@@ -96,6 +97,7 @@ def sharding_types(
     return tuple(t for t in types if every_part_has_a_row(rows, parts.get(t, 1))) or (table_wise,)
 
 
+@checks_choices
 def make_plan(
     module: nn.Module,
     *,
@@ -135,8 +137,8 @@ def make_plan(
             )
         except NoPlanError as error:
             raise PlanError(
-                f"no plan for --sharding {sharding} on {ranks.world_size} ranks: {error}; use more "
-                "ranks, a smaller --embedding-dim or another sharding"
+                f"no plan for `sharding` {sharding} on {ranks.world_size} ranks: {error}; use more "
+                "ranks, a smaller `embedding_dim` or another sharding"
             ) from None
         return to_sharding_plan(selected, topology)
 

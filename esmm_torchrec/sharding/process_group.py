@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.errors import EsmmTorchrecError, OptionError
 from esmm_torchrec.sharding.host import threads_per_rank
 
@@ -120,12 +121,13 @@ def choose_device(option: DeviceOption, local_rank: int, local_world_size: int =
         return torch.device("cpu")
     if local_rank >= gpus:
         raise OptionError(
-            f"--device {option} needs a GPU for each rank of this machine and finds {gpus}; "
-            "start fewer ranks or use --device cpu"
+            f"`device` {option} needs a GPU for each rank of this machine and finds {gpus}; "
+            "start fewer ranks or use `device` cpu"
         )
     return torch.device("cuda", local_rank)
 
 
+@checks_choices
 @contextmanager
 def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
     """Joins the group that torchrun describes, or makes one of a single rank; leaves it at the end.

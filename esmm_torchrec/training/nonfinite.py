@@ -93,7 +93,7 @@ class WatchLoss(Callback):
         loop.ranks.barrier()
         raise RunError(
             f"the loss of step {step} is not finite and its batch is saved in {self._folder}; "
-            "lower --dense-lr or --sparse-lr, or skip such steps with --on-nonfinite skip"
+            "lower `dense_lr` or `sparse_lr`, or skip such steps with `on_nonfinite` skip"
         )
 
 
@@ -112,7 +112,7 @@ def check_weights(loop: TrainingLoop) -> None:
     if not finite:
         raise RunError(
             f"the weights are not finite after step {loop.step}, which is not saved; lower "
-            "--dense-lr or --sparse-lr"
+            "`dense_lr` or `sparse_lr`"
         )
 
 

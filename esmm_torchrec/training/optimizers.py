@@ -167,7 +167,7 @@ def fuse_optimizer(
             if dense and optimizer == "rowwise_adagrad":
                 raise PlanError(
                     f"table {config.name!r} has the dense kernel in the plan, where "
-                    "--sparse-optimizer rowwise_adagrad does not exist; use adagrad"
+                    "`sparse_optimizer` rowwise_adagrad does not exist; use adagrad"
                 )
             if not dense and optimizer == "adam" and device.type == "cpu":
                 raise PlanError(

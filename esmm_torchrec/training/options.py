@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.data.mapped import HistoryWeights
 from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
@@ -104,34 +105,35 @@ class TrainOptions:
     a number: resume from the checkpoint of that step."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         positive = {
-            "--epochs": self.epochs,
-            "--batch-size": 1 if self.batch_size == "auto" else self.batch_size,
-            "--embedding-dim": self.embedding_dim,
-            "--shuffle-chunk": self.shuffle_chunk,
-            "--sparse-lr": self.sparse_lr,
-            "--dense-lr": self.dense_lr,
-            "--keep-checkpoints": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
-            "--max-steps": 1 if self.max_steps is None else self.max_steps,
+            "`epochs`": self.epochs,
+            "`batch_size`": 1 if self.batch_size == "auto" else self.batch_size,
+            "`embedding_dim`": self.embedding_dim,
+            "`shuffle_chunk`": self.shuffle_chunk,
+            "`sparse_lr`": self.sparse_lr,
+            "`dense_lr`": self.dense_lr,
+            "`keep_checkpoints`": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
+            "`max_steps`": 1 if self.max_steps is None else self.max_steps,
         }
         for option, value in positive.items():
             if not value > 0:
                 raise OptionError(f"{option} {value} is not positive; give a number above 0")
         if not self.tower or min(self.tower) < 1:
-            raise OptionError("--tower needs the widths of the hidden layers, such as 360 200 80")
+            raise OptionError("`tower` needs the widths of the hidden layers, such as 360 200 80")
         if self.seed < 0:
-            raise OptionError(f"--seed {self.seed} is negative; give 0 or more")
+            raise OptionError(f"`seed` {self.seed} is negative; give 0 or more")
         if self.weight_decay < 0:
-            raise OptionError(f"--weight-decay {self.weight_decay} is negative; give 0 or more")
+            raise OptionError(f"`weight_decay` {self.weight_decay} is negative; give 0 or more")
         if self.checkpoint_every < 0:
             raise OptionError(
-                f"--checkpoint-every {self.checkpoint_every} is negative; give 0 or more"
+                f"`checkpoint_every` {self.checkpoint_every} is negative; give 0 or more"
             )
         _ = self.parts
         if self.resume not in ("auto", "never") and not (
             self.resume.isascii() and self.resume.isdigit()
         ):
-            raise OptionError(f"--resume {self.resume} is not auto, never or the number of a step")
+            raise OptionError(f"`resume` {self.resume} is not auto, never or the number of a step")
 
     @property
     def model(self) -> ModelOptions:

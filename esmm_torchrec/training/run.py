@@ -180,14 +180,14 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        same = "give the same command again" if resume == "auto" else "give --resume auto"
+        same = "give the same command again" if resume == "auto" else "give `resume` auto"
         last = find_checkpoint(out / "checkpoints")
         sentence = (
             f"interrupted; {same} to resume {out} from step {step_of(last)}"
             if last
             else (
                 f"interrupted before a checkpoint was written to {out}; {same} to start again, and "
-                "--checkpoint-every to save on the way"
+                "`checkpoint_every` to save on the way"
             )
         )
         raise Interrupted(sentence, terminated=terminated) from interrupt
@@ -224,7 +224,7 @@ def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOption
     if options.plan is not None:
         unused = ""
         if options.sharding != "auto":
-            unused = f"; --sharding {options.sharding} is not used beside it"
+            unused = f"; the sharding {options.sharding} is not used beside it"
         print(f"placed as {options.plan} says{unused}")
     for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
         print(f"warning: {warning}")
@@ -239,7 +239,7 @@ def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOption
     size = f"{reader.global_batch_size:,} impressions per step"
     print(
         f"{size}, {reader.steps_per_epoch:,} steps per pass"
-        + (" (chosen by --batch-size auto)" if options.batch_size == "auto" else ""),
+        + (" (chosen automatically)" if options.batch_size == "auto" else ""),
         flush=True,
     )
 

@@ -123,6 +123,39 @@ def test_no_text_names_a_place_on_somebodys_machine(path: Path) -> None:
     assert found is None, found
 
 
+TEXT_FOR_A_TERMINAL = {
+    "comparison/handover.py",
+    "comparison/report.py",
+    "data/sources/ali_ccp/files.py",
+    "planning/estimates.py",
+    "planning/plan_report.py",
+}
+"""They print or quote whole commands."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in MODULES
+        if not {"cli", "commands"} & set(path.parts)
+        and str(path.relative_to(PACKAGE)) not in TEXT_FOR_A_TERMINAL
+    ],
+    ids=_name,
+)
+def test_messages_of_the_library_name_arguments_and_not_options(path: Path) -> None:
+    """The command line turns `embedding_dim` into --embedding-dim."""
+    tree = ast.parse(path.read_text())
+    texts = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            assert not re.search(r"(?<!-)--[a-z]", node.value), node.value
+
+
 def test_every_example_is_run_by_a_test() -> None:
     for path in (ROOT / "examples").glob("*.py"):
         assert (ROOT / "tests" / "examples" / f"test_{path.name}").exists(), path.name

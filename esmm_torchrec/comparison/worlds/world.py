@@ -83,8 +83,7 @@ class World:
         for field in fields(self):
             value, (low, high) = getattr(self, field.name), ranges[field.name]
             if not low <= value <= high:
-                option = "--" + field.name.replace("_", "-")
-                raise OptionError(f"{option} is {value}; it must be from {low:,} to {high:,}")
+                raise OptionError(f"`{field.name}` is {value}; it must be from {low:,} to {high:,}")
 
     @property
     def split_impressions(self) -> dict[Split, int]:

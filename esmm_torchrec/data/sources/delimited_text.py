@@ -50,16 +50,16 @@ class TextFormat:
     def __post_init__(self) -> None:
         for name, value in (("separator", self.separator), ("quote", self.quote)):
             if value is not None and (len(value) != 1 or not value.isascii() or value in "\r\n"):
-                raise OptionError(f"--{name} must be one ASCII character, not {value!r}")
+                raise OptionError(f"`{name}` must be one ASCII character, not {value!r}")
         if self.separator is not None and self.separator == self.quote:
-            raise OptionError(f"--separator and --quote are both {self.quote!r}; choose two")
+            raise OptionError(f"`separator` and `quote` are both {self.quote!r}; choose two")
         if self.encoding is not None:
             try:
                 known = codecs.lookup(self.encoding)._is_text_encoding  # type: ignore[attr-defined]
             except LookupError:
                 known = False
             if not known:
-                raise OptionError(f"--encoding {self.encoding!r} is not an encoding Python knows")
+                raise OptionError(f"`encoding` {self.encoding!r} is not an encoding Python knows")
 
 
 class Fields(NamedTuple):
@@ -204,7 +204,7 @@ class DelimitedText:
             before = error.object[: error.start].decode(error.encoding, "ignore")
             raise DataError(
                 f"{self.path}, line {line + before.count(chr(_LF))}: the text is not "
-                f"{self._encoding or 'UTF-8'}; name the encoding of the file with --encoding, "
+                f"{self._encoding or 'UTF-8'}; name the encoding of the file with `encoding`, "
                 "cp1252 for example"
             ) from None
         except (pa.ArrowException, OSError, UnicodeError) as error:
@@ -280,5 +280,5 @@ class DelimitedText:
             raise DataError(
                 f"{self.path}, line {place}: the quote {self._quote} is not closed at the end of "
                 "its field, or stands inside of one; close it or double it, or read the file "
-                "without quoting with --quote none"
+                "without quoting with `quote` none"
             )

@@ -147,6 +147,7 @@ class RawReading:
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
+            reason = str(error).replace("`", "'")
             raise DataError(
-                f"the data set does not say how its rows were read ({error}); prepare it again"
+                f"the data set does not say how its rows were read ({reason}); prepare it again"
             ) from None

@@ -66,10 +66,10 @@ class BadRows:
         """What to raise for a row that may not be skipped."""
         if self.limit:
             return DataError(
-                f"there are more than {self.limit} bad rows (--max-bad-rows), the first one too "
+                f"there are more than {self.limit} bad rows (`max_bad_rows`), the first one too "
                 f"many: {sentence}"
             )
-        return DataError(f"{sentence}; fix it, or skip up to N bad rows with --max-bad-rows N")
+        return DataError(f"{sentence}; fix it, or skip up to N bad rows with `max_bad_rows` N")
 
 
 class RawRows(NamedTuple):
@@ -166,7 +166,7 @@ def open_raw_tables(
     """
     frames = list(given) if isinstance(given, (list, tuple)) else [given]
     if not frames:
-        raise DataError(f"there is no {what} file; give at least one with --{what}")
+        raise DataError(f"there is no {what} file; give at least one")
     tables: list[RawTable] = []
     for frame in frames:
         if isinstance(frame, pd.DataFrame):

@@ -14,6 +14,7 @@ import pandas.util
 import pyarrow as pa
 import pyarrow.compute
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.data.sources.raw_times import read_times
 from esmm_torchrec.data.sources.raw_values import Fault, one_array, row_hashes
 from esmm_torchrec.data.vocabulary import IdCounter
@@ -41,12 +42,11 @@ class RowSplit:
     """Of the training rows; about this much, and for "time" no less."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(SplitKind):
-            raise OptionError(f"--split knows time, share and group, not {self.kind!r}")
+        check_choices(self)
         if (self.column is None) != (self.kind == "share"):
-            raise OptionError("--split must be time:COL:0.8, group:COL:0.8 or share:0.8")
+            raise OptionError("`split` must be time:COL:0.8, group:COL:0.8 or share:0.8")
         if not 0 < self.share < 1:
-            raise OptionError(f"--split needs a training share between 0 and 1, not {self.share}")
+            raise OptionError(f"`split` needs a training share between 0 and 1, not {self.share}")
 
     @classmethod
     def parse(cls, text: str) -> RowSplit:
@@ -55,9 +55,11 @@ class RowSplit:
         column, _, share = rest.rpartition(":")
         try:
             number = float(share)
+            if kind not in get_args(SplitKind):
+                raise ValueError(kind)
         except ValueError:
             raise OptionError(
-                f"--split {text!r} is not of the form time:COL:0.8, group:COL:0.8 or share:0.8"
+                f"`split` {text!r} is not of the form time:COL:0.8, group:COL:0.8 or share:0.8"
             ) from None
         return cls(kind, column or None, number)  # type: ignore[arg-type]
 
@@ -124,7 +126,7 @@ class RowSplit:
         times, counts = times[order], counted.counts[order]
         if len(times) < 2:
             raise DataError(
-                f"column {self.column!r} holds {len(times)} different times, and --split needs at "
+                f"column {self.column!r} holds {len(times)} different times, and `split` needs at "
                 "least two; name another column"
             )
         reached = np.cumsum(counts) >= self.share * counts.sum()

@@ -73,7 +73,7 @@ class TableColumns:
 
     def __post_init__(self) -> None:
         if not (self.ids or self.texts or self.time_features or self.dense):
-            raise OptionError("there is no feature; name at least one column with --id or --dense")
+            raise OptionError("there is no feature; name at least one column with `ids` or `dense`")
         outcomes = list(self.labels.values())
         for column in outcomes:
             if outcomes.count(column) > 1:
@@ -81,8 +81,8 @@ class TableColumns:
                 raise OptionError(f"{column!r} is both {options}; name two columns")
         if self.tasks != DEFAULT_TASKS and (self.true_ctr, self.true_cvr) != (None, None):
             raise OptionError(
-                "--true-ctr and --true-cvr are those of --click and --conversion; leave them out "
-                "beside --actions"
+                "`true_ctr` and `true_cvr` are those of `click` and `conversion`; leave them out "
+                "beside `actions`"
             )
         features = [column for _, column in self.features]
         for role, column in self.roles:
@@ -91,16 +91,16 @@ class TableColumns:
                     f"{column!r} is {role} and a feature, too; a feature must not know the outcome"
                 )
         for option, named in (
-            ("--id or --text", [*self.ids, *self.texts]),
-            ("--dense", self.dense),
-            ("--time-features", self.time_features),
+            ("`ids` or `texts`", [*self.ids, *self.texts]),
+            ("`dense`", self.dense),
+            ("`time_features`", self.time_features),
         ):
             for name in named:
                 if named.count(name) > 1:
                     raise OptionError(f"{option} names the column {name!r} twice; name it once")
         for name in self.weights:
             if name not in self.ids:
-                raise OptionError(f"--weights names {name!r}, which is not an --id column; add it")
+                raise OptionError(f"`weights` names {name!r}, which is not an `ids` column; add it")
         self._check_shared_tables()
 
     def _check_shared_tables(self) -> None:
@@ -110,19 +110,20 @@ class TableColumns:
             for name in names:
                 if name not in columns:
                     raise OptionError(
-                        f"--share-table {table} names {name!r}, which is not an --id column; add it"
+                        f"`shared_tables` {table} names {name!r}, which is not an `ids` column; "
+                        "add it"
                     )
                 if name in tables:
                     raise OptionError(
-                        f"--share-table puts {name!r} into {tables[name]!r} and into {table!r}; "
+                        f"`shared_tables` puts {name!r} into {tables[name]!r} and into {table!r}; "
                         "choose one"
                     )
                 tables[name] = table
         for name in columns:
             if name in self.shared_tables and name not in tables:
                 raise OptionError(
-                    f"--share-table is called {name!r} as an --id column outside of it; choose "
-                    "another name"
+                    f"`shared_tables` has {name!r}, the name of an `ids` column outside of it; "
+                    "choose another name"
                 )
 
     @property
@@ -183,7 +184,7 @@ class TableColumns:
         return [
             *((self.label_role(label), column) for label, column in self.labels.items()),
             *(
-                (f"--{role.replace('_', '-')}", getattr(self, role))
+                (f"`{role}`", getattr(self, role))
                 for role in options
                 if getattr(self, role) is not None
             ),
@@ -191,21 +192,21 @@ class TableColumns:
 
     def label_role(self, label: str) -> str:
         """The option that names the column of a label."""
-        return f"--{label}" if self.tasks == DEFAULT_TASKS else f"--actions {label}"
+        return f"`{label}`" if self.tasks == DEFAULT_TASKS else f"`actions` {label}"
 
     @property
     def _outcome_roles(self) -> frozenset[str]:
-        return frozenset({*map(self.label_role, self.labels), "--true-ctr", "--true-cvr"})
+        return frozenset({*map(self.label_role, self.labels), "`true_ctr`", "`true_cvr`"})
 
     @property
     def features(self) -> list[tuple[str, str]]:
         """(what it is, raw column) of every feature column."""
         return [
-            *(("--id", name) for name in self.ids),
-            *(("--text", name) for name in self.texts),
-            *(("--time-features", name) for name in self.time_features),
-            *((f"--weights of {name!r}", column) for name, column in self.weights.items()),
-            *(("--dense", name) for name in self.dense),
+            *(("`ids`", name) for name in self.ids),
+            *(("`texts`", name) for name in self.texts),
+            *(("`time_features`", name) for name in self.time_features),
+            *((f"`weights` of {name!r}", column) for name, column in self.weights.items()),
+            *(("`dense`", name) for name in self.dense),
         ]
 
 

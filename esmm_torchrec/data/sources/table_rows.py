@@ -103,7 +103,7 @@ class TableRows:
         self._last_train_time: int | None = None
         wanted = columns.roles + columns.features
         if split is not None and split.column is not None:
-            wanted = [*wanted, ("--split", split.column)]
+            wanted = [*wanted, ("`split`", split.column)]
         self._raw_columns = list(dict.fromkeys(name for _, name in wanted))
         for table in dict.fromkeys([*tables["train"], *tables["test"]]):
             table.check_columns(wanted)
@@ -194,7 +194,7 @@ class TableRows:
                 raise DataError(
                     f"{place}: {task.name} without {before.name} ({columns[task.label]!r} is 1, "
                     f"{columns[before.label]!r} is 0); fix it, or leave such rows out or keep them "
-                    f"without the {task.name} with --unclicked-conversions drop|keep"
+                    f"without the {task.name} with `unclicked_conversions` drop or keep"
                 )
             found |= wrong
         return found

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.dense import DENSE_METHODS, DenseFitter, DenseMethod, DenseTransform
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -47,6 +48,7 @@ from esmm_torchrec.schema import CLICK, CONVERSION, IdFeature, Schema, Table
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
+@checks_choices
 def prepare_table(
     out: Path | str,
     *,
@@ -149,9 +151,9 @@ def prepare_table(
         key=None if key is None else str(key),
     )
     if min_count < 1:
-        raise OptionError(f"--min-count must be 1 or more, not {min_count}")
+        raise OptionError(f"`min_count` must be 1 or more, not {min_count}")
     if max_bad_rows < 0:
-        raise OptionError(f"--max-bad-rows must be 0 or more, not {max_bad_rows}")
+        raise OptionError(f"`max_bad_rows` must be 0 or more, not {max_bad_rows}")
     methods: dict[str, DenseMethod] = dict.fromkeys(map(str, dense), "auto")
     if isinstance(dense, Mapping):
         methods |= {str(name): method for name, method in dense.items()}
@@ -161,14 +163,10 @@ def prepare_table(
                 f"the method {method!r} of the dense column {name!r} is not one of "
                 f"{', '.join(DENSE_METHODS)}"
             )
-    if unclicked_conversions not in get_args(UnclickedConversions):
-        raise OptionError(
-            f"--unclicked-conversions is error, drop or keep, not {unclicked_conversions!r}"
-        )
     if list_separator == "":
-        raise OptionError("--list-separator is empty; give the text between the values of a list")
+        raise OptionError("`list_separator` is empty; give the text between the values of a list")
     if (test is None) == (split is None):
-        raise OptionError("give either --test files or --split, which divides the --train files")
+        raise OptionError("give either `test` files or `split`, which divides the `train` files")
     refuse_existing(Location.of(out))
     rule = RowSplit.parse(split) if isinstance(split, str) else split
     text_format = text_format or TextFormat()
@@ -231,7 +229,7 @@ def _chain(
     """The chain, and the raw column of each label that has one."""
     if bool(actions) == (click is not None) or (actions and conversion is not None):
         raise OptionError(
-            "give either --actions, the columns of a chain in order, or --click and --conversion"
+            "give either `actions`, the columns of a chain in order, or `click` and `conversion`"
         )
     if click is not None:
         labels = {CLICK: str(click)}
@@ -245,8 +243,8 @@ def _chain(
     )
     if len(named) < 2 or len(named) < len(actions):
         raise OptionError(
-            f"--actions {' '.join(map(str, actions))} is not a chain of two actions or more, each "
-            "named once; for clicks alone give --click"
+            f"`actions` {' '.join(map(str, actions))} is not a chain of two actions or more, each "
+            "named once; for clicks alone give `click`"
         )
     tasks = TaskChain.of(*named)
     return tasks, dict(zip(tasks.labels, named.values(), strict=True))

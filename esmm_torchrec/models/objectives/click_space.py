@@ -31,8 +31,7 @@ class ClickSpaceObjective(Objective):
 
     def __post_init__(self) -> None:
         if self.conversion_loss_weight < 0:
-            option = "objective.conversion_loss_weight"
-            raise OptionError(f"{option} is negative; give 0 or more", option)
+            raise OptionError("`objective.conversion_loss_weight` is negative; give 0 or more")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for each task."""

@@ -99,7 +99,7 @@ class Esm2Objective(EsmmObjective):
         if [task.given for task in tasks] != [None, tasks[0].name, tasks[0].name]:
             raise OptionError(
                 "the esm2 objective needs a chain of three tasks whose second and third are given "
-                "the first; prepare the data with --actions such as click cart order:click",
+                "the first; prepare the data with `actions` such as click cart order:click",
                 "objective",
             )
         first, action, last = tasks

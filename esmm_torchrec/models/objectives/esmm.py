@@ -54,8 +54,7 @@ class EsmmObjective(Objective):
     def __post_init__(self) -> None:
         for name in ("click_loss_weight", "ctcvr_loss_weight"):
             if getattr(self, name) < 0:
-                option = f"objective.{name}"
-                raise OptionError(f"{option} is negative; give 0 or more", option)
+                raise OptionError(f"`objective.{name}` is negative; give 0 or more")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for each task."""

@@ -34,9 +34,7 @@ class OversampledRows(Rows):
 
     def __post_init__(self) -> None:
         if self.rate < 1 or self.rate != int(self.rate):
-            raise OptionError(
-                f"rows.rate {self.rate} is not a whole number of copies above 0", "rows.rate"
-            )
+            raise OptionError(f"`rows.rate` {self.rate} is not a whole number of copies above 0")
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """The clicked impressions, those that converted `rate` times."""

@@ -34,9 +34,7 @@ class RejectionSampledRows(Rows):
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
-            raise OptionError(
-                f"rows.rate {self.rate:g} is not a quantile above 0 and up to 1", "rows.rate"
-            )
+            raise OptionError(f"`rows.rate` {self.rate:g} is not a quantile above 0 and up to 1")
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """The accepted clicks."""

@@ -25,9 +25,7 @@ class MissingAsNegativeRows(Rows):
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
-            raise OptionError(
-                f"rows.rate {self.rate:g} is not a share above 0 and up to 1", "rows.rate"
-            )
+            raise OptionError(f"`rows.rate` {self.rate:g} is not a share above 0 and up to 1")
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """All clicked impressions and `rate` of the others, in their order."""

@@ -325,7 +325,7 @@ def test_state_that_goes_with_another_placement_is_refused_by_the_table(tmp_path
         f"checkpoint {tmp_path / 'step-00000001'} keeps the optimiser's state 'sum' of table "
         "'item' as 14 values, and this placement has 7: row-wise Adagrad keeps one for each row "
         "and column shard; resume with as many column shards, for example with the run's plan.json "
-        "as --plan"
+        "as `plan`"
     )
 
 

@@ -20,7 +20,7 @@ import tyro
 
 from esmm_torchrec.cli.arguments import read_options
 from esmm_torchrec.cli.main import COMMANDS, main, run_command, settle_process
-from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.errors import DataError, OptionError, RunError
 from esmm_torchrec.progress import progress_bar
 
 PROGRAM = [sys.executable, "-m", "esmm_torchrec"]
@@ -235,6 +235,10 @@ def _broken_data(_: Out) -> None:
     raise DataError("a.csv, line 3, column 'age': 'x' is not a number")
 
 
+def _wrong_argument(_: Out) -> None:
+    raise RunError("give `start_from`, or `objective.detach_click` of `Other` for `out`")
+
+
 def _interrupted(_: Out) -> None:
     raise KeyboardInterrupt
 
@@ -250,6 +254,11 @@ def _interrupted(_: Out) -> None:
         ),
         (_is_a_folder, 2, "cannot read or write {out.parent}: is a directory"),
         (_broken_data, 2, "a.csv, line 3, column 'age': 'x' is not a number"),
+        (
+            _wrong_argument,
+            2,
+            "give --from, or --objective.detach-click of `Other` for --out",
+        ),
         (_interrupted, 130, "interrupted; give the same command again"),
     ],
 )

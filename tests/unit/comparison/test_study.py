@@ -458,14 +458,14 @@ def test_options_that_cannot_be_used() -> None:
     for values, word in (
         ({"methods": ("esmn",)}, "esmn"),
         ({"methods": ("ctr",)}, "ctr"),
-        ({"methods": ()}, "--methods"),
-        ({"seeds": 0}, "--seeds"),
-        ({"fractions": (0.0, 1.0)}, "--fractions"),
-        ({"fractions": (1.5,)}, "--fractions"),
-        ({"fractions": ()}, "--fractions"),
-        ({"trials": len(SETTINGS) + 1}, "--trials"),
-        ({"validation_share": 1.0}, "--validation-share"),
-        ({"batch_size": 0}, "--batch-size"),
+        ({"methods": ()}, "`methods`"),
+        ({"seeds": 0}, "`seeds`"),
+        ({"fractions": (0.0, 1.0)}, "`fractions`"),
+        ({"fractions": (1.5,)}, "`fractions`"),
+        ({"fractions": ()}, "`fractions`"),
+        ({"trials": len(SETTINGS) + 1}, "`trials`"),
+        ({"validation_share": 1.0}, "`validation_share`"),
+        ({"batch_size": 0}, "`batch_size`"),
     ):
         with pytest.raises(OptionError, match=word):
             ComparisonOptions(**values)

@@ -89,5 +89,5 @@ def test_group_id_does_not_decide_what_is_held_out(data: ComparisonData) -> None
     by_group = Stage.validation(replace(data, train=with_users(data.train, "group")), 0.3)
     group = data.train.scalars["group_id"]
     assert not set(group[by_group.scored_rows]) & set(group[by_group.train_rows])
-    with pytest.raises(OptionError, match="--held-out-by group"):
+    with pytest.raises(OptionError, match="`held_out_by` group"):
         with_users(without, "group")

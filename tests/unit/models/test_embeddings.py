@@ -72,7 +72,7 @@ def test_collections_follow_weights_and_sharing() -> None:
 @pytest.mark.parametrize("dim", [0, 2, 18])
 def test_a_dim_that_fbgemm_cannot_hold_is_named(dim: int) -> None:
     schema = Schema((Table("item", 5),), (IdFeature("item", "item"),))
-    with pytest.raises(OptionError, match=f"embedding_dim {dim} is not a positive multiple of 4"):
+    with pytest.raises(OptionError, match=f"`embedding_dim` {dim} is not a positive multiple of 4"):
         embedding_bag_collections(schema, dim)
 
 

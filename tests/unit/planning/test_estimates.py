@@ -385,18 +385,18 @@ def test_constraints_go_before_the_strategy_and_later_ones_before_earlier() -> N
     "text", ["item", "=row_wise", "item=", "item=rows", "item=cache=2", "a=data_parallel,fused"]
 )
 def test_a_constraint_must_be_words_that_exist(text: str) -> None:
-    with pytest.raises(OptionError, match="--constraint"):
+    with pytest.raises(OptionError, match="`constraints`"):
         parse_constraint(text)
 
 
 def test_a_scenario_checks_its_options() -> None:
     for fields, expected in (
-        ({"batch_size": 0}, "--batch-size 0"),
-        ({"reserve": 1.0}, "--reserve 1.0"),
-        ({"cache_load_factor": 0.0}, "--cache-load-factor"),
-        ({"column_width": 6}, "--column-width 6"),
-        ({"towers": ()}, "--tower"),
-        ({"kernels": ()}, "--kernels"),
+        ({"batch_size": 0}, "`batch_size` 0"),
+        ({"reserve": 1.0}, "`reserve` 1.0"),
+        ({"cache_load_factor": 0.0}, "`cache_load_factor`"),
+        ({"column_width": 6}, "`column_width` 6"),
+        ({"towers": ()}, "`towers`"),
+        ({"kernels": ()}, "`kernels`"),
         ({"constraints": (Constraint("zzz*"),)}, "'zzz[*]' matches no table"),
     ):
         with pytest.raises(OptionError, match=expected):
@@ -486,7 +486,7 @@ def test_kernels_without_the_optimizer_are_left_out() -> None:
             {"constraints": ("item=cache=0.1", "user=fused_uvm_caching")},
             "needs the kernel fused_uvm_caching",
         ),
-        ({"cache_load_factor": 0.1}, "--cache-load-factor 0.1 needs the kernel"),
+        ({"cache_load_factor": 0.1}, "`cache_load_factor` 0.1 needs the kernel"),
         ({"constraints": ("item=cache=0.1",), "kernels": ("fused_uvm_caching",)}, None),
         ({"constraints": ("item=cache=0.1", "*=fused_uvm_caching")}, None),
         ({"constraints": ("item=fused_uvm_caching",), "cache_load_factor": 0.1}, None),

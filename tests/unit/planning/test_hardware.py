@@ -38,9 +38,9 @@ def test_hosts_are_filled_one_after_another(ranks: int, local: int) -> None:
 
 
 def test_a_host_left_half_empty_is_refused() -> None:
-    with pytest.raises(OptionError, match="--gpus 12 does not fill hosts of 8"):
+    with pytest.raises(OptionError, match="`gpus` 12 does not fill hosts of 8"):
         preset("h100").local_world_size(12)
-    with pytest.raises(OptionError, match="--gpus 0"):
+    with pytest.raises(OptionError, match="`gpus` 0"):
         preset("h100").local_world_size(0)
 
 
@@ -109,12 +109,12 @@ def test_a_file_may_change_a_preset(tmp_path: Path) -> None:
         ("base: h100\nmemory_gib: .inf\n", "memory_gib must be above 0 and below .* not inf"),
         ("base: h100\nmemory_gb_s: .nan\n", "memory_gb_s must be above 0 and below .* not nan"),
         ("base: h100\nmemory: 40\n", "no field 'memory'"),
-        ("base: h100\nmemory_gib: much\n", "memory_gib: expected `float`, got `str`"),
+        ("base: h100\nmemory_gib: much\n", "memory_gib: expected 'float', got 'str'"),
         ("base: h100\nmemory_gib: -1\n", "memory_gib must be above 0"),
-        ("base: h100\nranks_per_host: 2.5\n", "ranks_per_host: expected `int`, got `float`"),
+        ("base: h100\nranks_per_host: 2.5\n", "ranks_per_host: expected 'int', got 'float'"),
         ("base: h100\ndevice: tpu\n", "device: invalid enum value 'tpu'; use cuda or cpu"),
-        ("base: h100\nsources: none\n", "sources: expected `array`, got `str`"),
-        ("name: mine\n", "missing required field `device`"),
+        ("base: h100\nsources: none\n", "sources: expected 'array', got 'str'"),
+        ("name: mine\n", "missing required field 'device'"),
         ("- h100\n", "must be a mapping"),
         ("base: h100\nbase: h200\n", "line 2 .*'base' occurs twice"),
         ("base: [\n", "line 2 is not the YAML"),

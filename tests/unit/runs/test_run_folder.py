@@ -73,15 +73,15 @@ def test_a_run_with_a_checkpoint_keeps_its_config_until_it_is_resumed(run: RunFo
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"embedding_dim": 32}, "--embedding-dim 16 and this one has 32"),
-        ({"tower": (8,)}, "--tower 8 4 and this one has 8"),
-        ({"seed": 3}, "--seed 0 and this one has 3"),
-        ({"rows": {"name": "all"}}, "--rows aman and this one has all"),
+        ({"embedding_dim": 32}, "`embedding_dim` 16 and this one has 32"),
+        ({"tower": (8,)}, "`tower` 8 4 and this one has 8"),
+        ({"seed": 3}, "`seed` 0 and this one has 3"),
+        ({"rows": {"name": "all"}}, "`rows` aman and this one has all"),
         (
             {"rows": {"name": "aman", "negative_rate": 0.25}},
-            "--rows.negative-rate 0.5 and this one has 0.25",
+            "`rows.negative_rate` 0.5 and this one has 0.25",
         ),
-        ({"dtype": "bfloat16"}, "--dtype none and this one has bfloat16"),
+        ({"dtype": "bfloat16"}, "`dtype` none and this one has bfloat16"),
     ],
 )
 def test_another_run_is_refused_by_the_option_that_differs(
@@ -89,7 +89,7 @@ def test_another_run_is_refused_by_the_option_that_differs(
 ) -> None:
     before = (run.path / "config.json").read_bytes()
     sentence = (
-        f"{run.path} holds a run with {what}; choose another --out, or give the same option to "
+        f"{run.path} holds a run with {what}; choose another `out`, or give the same option to "
         "resume"
     )
     with _refused(sentence):
@@ -98,7 +98,7 @@ def test_another_run_is_refused_by_the_option_that_differs(
 
 
 def test_a_run_is_not_begun_twice(run: RunFolder) -> None:
-    with _refused(f"{run.path} holds a run already and --resume is never; choose another --out"):
+    with _refused(f"{run.path} holds a run already and `resume` is never; choose another `out`"):
         RunFolder.start(run.path, _config(), resume="never")
 
 
@@ -109,16 +109,16 @@ def test_a_step_to_go_on_from_must_be_there(run: RunFolder, tmp_path: Path) -> N
     assert RunFolder.find(run.path, _config(), resume="20") is not None
     with _refused(f"{run.checkpoints} has no checkpoint of step 30; there is: 10, 20"):
         RunFolder.find(run.path, _config(), resume="30")
-    with _refused(f"{tmp_path / 'new'} does not hold a run to resume; leave out --resume 20"):
+    with _refused(f"{tmp_path / 'new'} does not hold a run to resume; leave out `resume` 20"):
         RunFolder.find(tmp_path / "new", _config(), resume="20")
     assert not (tmp_path / "new").exists()
 
 
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("mine")
-    with _refused(f"{tmp_path} is not empty and does not hold a run; choose another --out"):
+    with _refused(f"{tmp_path} is not empty and does not hold a run; choose another `out`"):
         RunFolder.start(tmp_path, _config(), resume="auto")
-    with _refused(f"{tmp_path / 'letters.txt'} is a file; choose another --out"):
+    with _refused(f"{tmp_path / 'letters.txt'} is a file; choose another `out`"):
         RunFolder.start(tmp_path / "letters.txt", _config(), resume="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
@@ -179,7 +179,7 @@ def test_the_config_of_another_version_is_said_to_be_one(run: RunFolder) -> None
 
 def test_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
     with _refused(
-        f"{tmp_path} is not a run folder, it has no config.json; give the --out of a training run"
+        f"{tmp_path} is not a run folder, it has no config.json; give the `out` of a training run"
     ):
         RunFolder.open(tmp_path)
 
@@ -222,7 +222,7 @@ def test_data_that_means_something_else_than_in_training_is_refused(
     _write_description(data, **changed)
     with _refused(
         f"{data} {differs} the data of {run.path}; give the data set that the run was trained on, "
-        "or the raw rows to 'score --input'"
+        "or score its raw rows"
     ):
         run.check_data(data)
 
@@ -247,7 +247,7 @@ def test_a_run_is_resumed_with_data_of_the_same_form_only(run: RunFolder, tmp_pa
     assert RunFolder.find(run.path, _config(data="def", path=str(same)), resume="auto") is not None
     with _refused(
         f"{other} gives ids other rows of their tables than the data of {run.path}; give data "
-        f"prepared with the same vocabularies, or start another run with --from {run.path}"
+        f"prepared with the same vocabularies, or start another run with `start_from` {run.path}"
     ):
         RunFolder.find(run.path, _config(data="def", path=str(other)), resume="auto")
 

@@ -183,7 +183,7 @@ def _host(index: int, local: int) -> list[int]:
 
 
 def plan_values(**changes: Any) -> dict[str, Any]:
-    """A right plan for item and shop on two ranks, with some fields of `item` changed."""
+    """A right plan for item and shop on two ranks, with some fields of 'item' changed."""
     item = {
         "num_embeddings": 1001,
         "embedding_dim": 64,
@@ -265,12 +265,12 @@ MISTAKES = {
     "item is on no rank": ({"ranks": None}, "lacks 'ranks'"),
     "two ranks": ({"ranks": [0, 1]}, "table_wise needs exactly one rank"),
     "a rank too many": ({"ranks": [2]}, "rank 2 does not exist"),
-    "a negative rank": ({"ranks": [-1]}, "ranks[0]: expected `int` >= 0"),
+    "a negative rank": ({"ranks": [-1]}, "ranks[0]: expected 'int' >= 0"),
     "unknown type": ({"sharding_type": "rowwise"}, "no sharding type 'rowwise'"),
     "unknown kernel": ({"compute_kernel": "quick"}, "no compute kernel 'quick'"),
-    "unknown field": ({"shard": []}, "unknown field `shard`; use num_embeddings"),
-    "no rows": ({"num_embeddings": 0}, "num_embeddings: expected `int` >= 1"),
-    "rows as text": ({"num_embeddings": "1001"}, "num_embeddings: expected `int`, got `str`"),
+    "unknown field": ({"shard": []}, "unknown field 'shard'; use num_embeddings"),
+    "no rows": ({"num_embeddings": 0}, "num_embeddings: expected 'int' >= 1"),
+    "rows as text": ({"num_embeddings": "1001"}, "num_embeddings: expected 'int', got 'str'"),
     "fused data_parallel": (
         {"sharding_type": "data_parallel", "ranks": None},
         "kernel 'dense' only",
@@ -346,8 +346,8 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     for text, expected in (
         ("{", "line 1 column 2 is not JSON"),
-        ("[]", "expected `object`, got `array`"),
-        ('{"format_version": 2}', "missing required field `world_size`"),
+        ("[]", "expected 'object', got 'array'"),
+        ('{"format_version": 2}', "missing required field 'world_size'"),
         (json.dumps(plan_values() | {"format_version": 2}), "format_version is 2"),
         (json.dumps(plan_values() | {"tables": {}}), "at least one table"),
         (json.dumps(plan_values() | {"device": "tpu"}), "'cpu' or 'cuda'"),

@@ -133,7 +133,7 @@ def test_auto_on_a_cpu_divides_only_where_whole_tables_leave_a_rank_too_much(
 
     # item takes 12.8 MB, half of both 11.2
     monkeypatch.setattr(planner, "usable_memory", lambda: int(2 * 12_000_000 / 0.85))
-    with pytest.raises(PlanError, match="--sharding table_wise on 2 ranks"):
+    with pytest.raises(PlanError, match="`sharding` table_wise on 2 ranks"):
         _kinds(two, "table_wise", even)
     assert "row_wise" in _kinds(two, "auto", even)
 
@@ -177,7 +177,7 @@ def test_no_rank_is_left_without_a_row(
 
 def test_tables_that_do_not_fit_are_said_to(two: Ranks) -> None:
     sentence = (
-        "no plan for --sharding row_wise on 2 ranks: table 'history' does not fit (nor do 1 "
+        "no plan for `sharding` row_wise on 2 ranks: table 'history' does not fit (nor do 1 "
         "others): row_wise puts 1,907 GiB of it on one rank"
     )
     with pytest.raises(PlanError, match="^" + re.escape(sentence)) as error:
@@ -207,5 +207,5 @@ def test_the_kernel_is_fused_wherever_torchrec_has_it(
 
 
 def test_rowwise_adagrad_has_no_data_parallel() -> None:
-    with pytest.raises(PlanError, match="--sharding data_parallel does not exist with --sparse-"):
+    with pytest.raises(PlanError, match="`sharding` data_parallel does not exist with `sparse_"):
         choose_kernel("rowwise_adagrad", sharding="data_parallel", device=CPU)

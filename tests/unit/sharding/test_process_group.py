@@ -58,7 +58,7 @@ def test_cuda_without_a_gpu_for_each_rank_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device("cuda", 0, 2).index == 0
-    with pytest.raises(OptionError, match=r"--device cuda needs a GPU for each rank .* finds 1;"):
+    with pytest.raises(OptionError, match=r"`device` cuda needs a GPU for each rank .* finds 1;"):
         choose_device("cuda", 1, 2)
 
 

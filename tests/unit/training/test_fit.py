@@ -29,13 +29,13 @@ def test_the_automatic_batch_size_follows_the_rows(rows: int, device: str, size:
 
 
 def test_a_batch_size_is_auto_or_positive() -> None:
-    with pytest.raises(OptionError, match="--batch-size 0 is not positive"):
+    with pytest.raises(OptionError, match="`batch_size` 0 is not positive"):
         TrainOptions(batch_size=0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"seed": -1}, "--seed -1 is negative"), ({"resume": "²"}, "--resume ² is not auto")],
+    [({"seed": -1}, "`seed` -1 is negative"), ({"resume": "²"}, "`resume` ² is not auto")],
 )
 def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):

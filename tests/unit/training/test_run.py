@@ -177,7 +177,7 @@ def test_a_run_of_other_options_is_left_alone(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
     def refused() -> None:
-        with process_group("cpu") as ranks, pytest.raises(RunError, match="--tower 8 and this one"):
+        with process_group("cpu") as ranks, pytest.raises(RunError, match="`tower` 8 and this one"):
             train(data, out, replace(OPTIONS, tower=(9,)), ranks)
 
     refused()
@@ -297,7 +297,7 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
     with pytest.raises(Interrupted) as interrupt:
         _train(data, again, replace(OPTIONS, resume="15"))
     assert str(interrupt.value) == (
-        f"interrupted; give --resume auto to resume {again} from step 15"
+        f"interrupted; give `resume` auto to resume {again} from step 15"
     )
     assert list(checkpoint_folders(again / "checkpoints")) == [15]
     assert not (again / "metrics.json").exists()
@@ -311,7 +311,7 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
         _train(data, tmp_path / "new", OPTIONS)
     assert str(interrupt.value) == (
         f"interrupted before a checkpoint was written to {tmp_path / 'new'}; give the same command "
-        "again to start again, and --checkpoint-every to save on the way"
+        "again to start again, and `checkpoint_every` to save on the way"
     )
 
 
@@ -339,7 +339,7 @@ def test_a_plan_is_said_to_decide_alone(
 ) -> None:
     plan = trained[0] / "plan.json"
     _train(data, tmp_path, replace(OPTIONS, max_steps=1, plan=plan, sharding="row_wise"))
-    said = f"placed as {plan} says; --sharding row_wise is not used beside it\n"
+    said = f"placed as {plan} says; the sharding row_wise is not used beside it\n"
     assert said in capsys.readouterr().out
     options = json.loads((tmp_path / "config.json").read_text())["options"]
     assert (options["sharding"], options["plan"]) == (None, str(plan))

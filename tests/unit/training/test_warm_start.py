@@ -92,7 +92,7 @@ def test_a_run_does_not_start_from_what_means_something_else(
     out = tmp_path / "out"
     start = replace(STILL, start_from=run)
     assert _refusal(next_day, out, replace(start, embedding_dim=16)) == (
-        f"{run} has --embedding-dim 8 and this one has 16; give the same option to start from it"
+        f"{run} has `embedding_dim` 8 and this one has 16; give the same option to start from it"
     )
     advice = (
         f"the data of {run}; to start from that run, give data whose vocabularies begin with those "

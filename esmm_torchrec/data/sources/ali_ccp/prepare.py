@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.counting import SharedRowUse
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns, shared_columns
@@ -300,7 +301,7 @@ class _Preparation:
             line = impressions.first_unclicked_conversion
             raise DataError(
                 f"{file.path}, line {line}: a purchase without a click; "
-                "drop such rows or keep them as unclicked with --unclicked-purchases drop|keep"
+                "drop such rows or keep them as unclicked with `unclicked_purchases` drop or keep"
             )
         if self.unclicked_purchases == "drop":
             count = impressions.unclicked_conversions
@@ -370,6 +371,7 @@ class _Preparation:
                 stop.set()
 
 
+@checks_choices
 def prepare_ali_ccp(
     raw: Path | str,
     out: Path | str,
@@ -408,9 +410,9 @@ def prepare_ali_ccp(
     """
     raw, out = Path(raw), Path(out)
     if min_count < 1:
-        raise OptionError(f"--min-count must be 1 or more, not {min_count}")
+        raise OptionError(f"`min_count` must be 1 or more, not {min_count}")
     if max_bad_rows < 0:
-        raise OptionError(f"--max-bad-rows must be 0 or more, not {max_bad_rows}")
+        raise OptionError(f"`max_bad_rows` must be 0 or more, not {max_bad_rows}")
     if not raw.is_dir():
         raise DataError(f"{raw} is not a folder; name the one that holds the raw Ali-CCP files")
     sources: dict[SplitName, Folder | Archive] = {split: locate(raw, split) for split in SPLITS}

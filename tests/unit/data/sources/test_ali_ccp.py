@@ -477,7 +477,7 @@ def test_a_bad_impression_is_named(tmp_path: Path, what, line):
     with pytest.raises(DataError, match=re.escape(sentence)) as raised:
         small(tmp_path)
     assert "\n" not in str(raised.value)
-    assert str(raised.value).endswith("fix it, or skip up to N bad rows with --max-bad-rows N")
+    assert str(raised.value).endswith("fix it, or skip up to N bad rows with `max_bad_rows` N")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 
@@ -624,8 +624,8 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"min_count": 0}, "--min-count must be 1 or more, not 0"),
-        ({"max_bad_rows": -1}, "--max-bad-rows must be 0 or more, not -1"),
+        ({"min_count": 0}, "`min_count` must be 1 or more, not 0"),
+        ({"max_bad_rows": -1}, "`max_bad_rows` must be 0 or more, not -1"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, options, sentence):

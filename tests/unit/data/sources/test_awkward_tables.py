@@ -111,9 +111,9 @@ def test_bad_rows_of_a_divided_table_are_counted_once(tmp_path: Path) -> None:
         ("share:1", "between 0 and 1, not 1.0"),
         ("share:user:0.5", "must be time:COL:0.8"),
         ("time:0.5", "must be time:COL:0.8"),
-        ("day:when:0.5", "knows time, share and group, not 'day'"),
+        ("day:when:0.5", "is not of the form time:COL:0.8"),
         ("time", "is not of the form time:COL:0.8"),
-        (None, "give either --test files or --split"),
+        (None, "give either `test` files or `split`"),
     ],
 )
 def test_a_split_that_is_none_is_refused(split: str | None, sentence: str, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_split_that_is_none_is_refused(split: str | None, sentence: str, tmp_p
 
 
 def test_rows_of_one_time_cannot_be_divided_by_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'when' holds 1 different times, and --split needs"):
+    with pytest.raises(DataError, match="'when' holds 1 different times, and `split` needs"):
         prepare(tmp_path / "out", log().assign(when=5), split="time:when:0.5")
 
 

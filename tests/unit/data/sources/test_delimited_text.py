@@ -175,11 +175,11 @@ def test_the_separator_is_detected_in_the_header(separator: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("format", "sentence"),
     [
-        ({"separator": ",,"}, "--separator must be one ASCII character, not ',,'"),
-        ({"quote": "\n"}, "--quote must be one ASCII character"),
-        ({"separator": '"'}, "--separator and --quote are both '\"'"),
-        ({"encoding": "klingon"}, "--encoding 'klingon' is not an encoding Python knows"),
-        ({"encoding": "zlib"}, "--encoding 'zlib' is not an encoding Python knows"),
+        ({"separator": ",,"}, "`separator` must be one ASCII character, not ',,'"),
+        ({"quote": "\n"}, "`quote` must be one ASCII character"),
+        ({"separator": '"'}, "`separator` and `quote` are both '\"'"),
+        ({"encoding": "klingon"}, "`encoding` 'klingon' is not an encoding Python knows"),
+        ({"encoding": "zlib"}, "`encoding` 'zlib' is not an encoding Python knows"),
     ],
 )
 def test_a_format_that_cannot_be_is_refused(format: dict[str, str], sentence: str) -> None:

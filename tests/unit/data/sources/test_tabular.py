@@ -443,7 +443,7 @@ def test_conversions_without_a_click(policy: str, tmp_path: Path) -> None:
     train.loc[[40, 41], ["clicked", "bought", "city"]] = [0, 1, "only here"]
     path = _as_csv(train, tmp_path / "train")
     if policy == "error":
-        with pytest.raises(DataError, match=r"train\.csv, line 42: .*--unclicked-conversions"):
+        with pytest.raises(DataError, match=r"train\.csv, line 42: .*`unclicked_conversions`"):
             prepare(tmp_path / "out", path, test)
         assert not (tmp_path / "out").exists()
         return
@@ -493,7 +493,7 @@ def test_a_bad_value_is_named_by_file_line_and_column(
     message = str(raised.value)
     assert message.startswith(f"{paths[split]}, line 19, column {column!r}: ")
     assert sentence in message
-    assert message.endswith("fix it, or skip up to N bad rows with --max-bad-rows N")
+    assert message.endswith("fix it, or skip up to N bad rows with `max_bad_rows` N")
     assert not list(tmp_path.glob("out*"))
 
     data_set = prepare(tmp_path / "out", paths["train"], paths["test"], max_bad_rows=1, **roles)
@@ -600,9 +600,9 @@ def _frame_with(**columns: Any) -> pd.DataFrame:
         (
             _frame_with(),
             {"click": "Click"},
-            "has no column 'Click' (--click); did you mean 'clicked'",
+            "has no column 'Click' (`click`); did you mean 'clicked'",
         ),
-        (_frame_with(), {"dense": ["zzzz"]}, "has no column 'zzzz' (--dense); it has 'clicked', "),
+        (_frame_with(), {"dense": ["zzzz"]}, "has no column 'zzzz' (`dense`); it has 'clicked', "),
         (
             pd.concat([_frame_with(), _frame_with()[["user"]]], axis=1),
             {},
@@ -645,7 +645,7 @@ def _frame_with(**columns: Any) -> pd.DataFrame:
             {"dense": {"price": "as-is"}},
             "column 'price' holds 1.7e+308, too far from its training values for a 32-bit float",
         ),
-        ([], {}, "there is no train file; give at least one with --train"),
+        ([], {}, "there is no train file; give at least one"),
     ],
 )
 def test_a_table_that_cannot_be_prepared_is_refused_in_a_sentence(
@@ -739,25 +739,28 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
     [
         (
             {"ids": [], "dense": []},
-            "there is no feature; name at least one column with --id or --dense",
+            "there is no feature; name at least one column with `ids` or `dense`",
         ),
-        ({"conversion": "clicked"}, "'clicked' is both --click and --conversion"),
-        ({"dense": ["bought"]}, "'bought' is --conversion and a feature"),
-        ({"true_ctr": "price"}, "'price' is --true-ctr and a feature"),
-        ({"ids": ["user", "user"]}, "--id or --text names the column 'user' twice"),
-        ({"weights": {"age": "price"}}, "--weights names 'age', which is not an --id column"),
+        ({"conversion": "clicked"}, "'clicked' is both `click` and `conversion`"),
+        ({"dense": ["bought"]}, "'bought' is `conversion` and a feature"),
+        ({"true_ctr": "price"}, "'price' is `true_ctr` and a feature"),
+        ({"ids": ["user", "user"]}, "`ids` or `texts` names the column 'user' twice"),
+        ({"weights": {"age": "price"}}, "`weights` names 'age', which is not an `ids` column"),
         (
             {"shared_tables": {"t": ["age"]}},
-            "--share-table t names 'age', which is not an --id column",
+            "`shared_tables` t names 'age', which is not an `ids` column",
         ),
         (
             {"shared_tables": {"t": ["user"], "u": ["user"]}},
-            "--share-table puts 'user' into 't' and into 'u'",
+            "`shared_tables` puts 'user' into 't' and into 'u'",
         ),
-        ({"shared_tables": {"city": ["user"]}}, "--share-table is called 'city' as an --id column"),
-        ({"min_count": 0}, "--min-count must be 1 or more, not 0"),
+        (
+            {"shared_tables": {"city": ["user"]}},
+            "`shared_tables` has 'city', the name of an `ids` column",
+        ),
+        ({"min_count": 0}, "`min_count` must be 1 or more, not 0"),
         ({"dense": {"price": "logg"}}, "the method 'logg' of the dense column 'price' is not one"),
-        ({"max_bad_rows": -1}, "--max-bad-rows must be 0 or more, not -1"),
+        ({"max_bad_rows": -1}, "`max_bad_rows` must be 0 or more, not -1"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -1,0 +1,91 @@
+"""Literal types checked at run time, so that a word from Python is checked like one from the
+command line.
+
+A dataclass calls `check_choices(self)` in its `__post_init__`; a function or a method with Literal
+parameters is decorated with `checks_choices`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache, wraps
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from esmm_torchrec.errors import OptionError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def check_choices(options: object) -> None:
+    """Checks every field of a dataclass whose type has a Literal in it.
+
+    Args:
+        options: an instance of the dataclass.
+
+    Raises:
+        OptionError: the value of such a field is not one of its choices.
+    """
+    hints = _hints_with_choices(type(options))
+    for field in fields(options):  # pyright: ignore[reportArgumentType]
+        if field.name in hints:
+            _check(field.name, getattr(options, field.name), hints[field.name])
+
+
+def checks_choices(function: F) -> F:
+    """Decorates a function: its Literal parameters are checked before it is called.
+
+    Raises:
+        OptionError: on a call, an argument is not one of the choices.
+    """
+    parameters = list(inspect.signature(function).parameters)
+
+    @wraps(function)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        hints = _hints_with_choices(function)
+        for name, value in (*zip(parameters, arguments, strict=False), *named.items()):
+            if name in hints:
+                _check(name, value, hints[name])
+        return function(*arguments, **named)
+
+    return checked  # pyright: ignore[reportReturnType]
+
+
+@cache
+def _hints_with_choices(owner: Any) -> Mapping[str, Any]:
+    hints = get_type_hints(owner)
+    return {name: hint for name, hint in hints.items() if name != "return" and _choices(hint)}
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """All choices of the Literals in a type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for part in get_args(hint) for choice in _choices(part))
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        given = value
+        if isinstance(value, tuple | list):
+            given = next(one for one in value if not _fits(one, Literal[*_choices(hint)]))
+        choices = ", ".join(map(str, _choices(hint)))
+        raise OptionError(f"`{name}` {given!r} is not one of {choices}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value may be of a type, as far as the type's Literals say."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value is part or value == part for part in parts)
+    if origin is Annotated:
+        return _fits(value, parts[0])
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if not _choices(hint):
+        return isinstance(value, hint) if isinstance(hint, type) else True
+    if isinstance(value, tuple | list):
+        return all(_fits(one, parts[0]) for one in value)
+    return False
