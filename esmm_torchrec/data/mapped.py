@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from esmm_torchrec.choices import checks_choices
+from esmm_torchrec.data.array_files import ArrayWriter, Layout, is_intact
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.errors import DataError
@@ -49,7 +48,7 @@ from esmm_torchrec.schema import (
     weight_column,
 )
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 CACHE_FOLDER = ".mapped"
 LONGEST_BAG = np.iinfo(np.uint16).max
 
@@ -134,9 +133,10 @@ class MappedSplit:
         *,
         history_weights: HistoryWeights = "normalised",
     ) -> MappedSplit:
-        """Maps a split; writes the mapped copy first where there is none or a stale one, which
-        reads and checks every file of the split. A current copy is mapped as it is, also from
-        where nothing can be written.
+        """Maps a split; writes the mapped copy first if there is none, a stale one or a damaged
+        one, which reads and checks every file of the split. The checksums of a copy are compared
+        once, when it is first opened; a current copy can be mapped from where nothing can be
+        written.
 
         Args:
             dataset: whose split it is.
@@ -149,14 +149,10 @@ class MappedSplit:
         """
         cache = dataset.path / CACHE_FOLDER
         folder = cache / f"{split}-{history_weights}"
-        if _is_current(folder, dataset.fingerprint):
+        if _is_current(folder, dataset.fingerprint, read=False):
             return cls.map(folder, dataset.schema)
-        with _writing(cache):
-            cache.mkdir(exist_ok=True)
-            lock = (cache / f"{folder.name}.lock").open("w")
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_current(folder, dataset.fingerprint):
+        with _locked(folder):
+            if not _is_current(folder, dataset.fingerprint, read=True):
                 counts = dataset.splits[split]
                 with progress_bar(
                     f"Laying out {split}", counts.impressions + counts.shared_rows, "rows"
@@ -168,6 +164,10 @@ class MappedSplit:
                         shared=_shown(dataset.checked_rows(split, "shared"), bar),
                         history_weights=history_weights,
                         fingerprint=dataset.fingerprint,
+                    )
+                if not _is_current(folder, dataset.fingerprint, read=True):
+                    raise DataError(
+                        f"{folder} does not hold what was just written to it; check its disk"
                     )
         return cls.map(folder, dataset.schema)
 
@@ -213,14 +213,9 @@ class MappedSplit:
             )
             layout.append("impressions", impressions)
             layout.append("shared", shared)
-            description = {
-                "version": LAYOUT_VERSION,
-                "fingerprint": fingerprint,
-                "written_out": written_out,
-                "arrays": layout.arrays,
-            }
+            written = Layout(LAYOUT_VERSION, fingerprint, written_out, layout.writer.arrays)
             with _writing(folder):
-                (partial / "layout.json").write_text(json.dumps(description))
+                written.write(partial)
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -229,17 +224,13 @@ class MappedSplit:
     @classmethod
     def map(cls, folder: Path, schema: Schema) -> MappedSplit:
         """Maps what `write` has laid out."""
-        layout = json.loads((folder / "layout.json").read_text())
-        shapes = layout["arrays"]
+        layout = Layout.read(folder)
 
         def array(name: str) -> np.ndarray:
-            dtype, shape = shapes[name]
-            if 0 in shape:
-                return np.empty(shape, dtype)
-            return np.asarray(np.memmap(folder / name, dtype=dtype, mode="r", shape=tuple(shape)))
+            return layout.map(folder, name)
 
         bags: dict[CollectionName, tuple[MappedBags, ...]] = {}
-        for store in _stores(schema, written_out=layout["written_out"]):
+        for store in _stores(schema, written_out=layout.written_out):
             mapped = MappedBags(
                 features=tuple(feature.name for feature in store.features),
                 shared=store.shared,
@@ -251,7 +242,7 @@ class MappedSplit:
             bags[store.collection] = (*bags.get(store.collection, ()), mapped)
         return cls(
             schema=schema,
-            scalars={name: array(name) for name in _scalars(schema) if name in shapes},
+            scalars={name: array(name) for name in _scalars(schema) if name in layout.arrays},
             dense=array("dense"),
             bags=bags,
         )
@@ -292,19 +283,33 @@ def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:
     ]
 
 
-def _is_current(folder: Path, fingerprint: str) -> bool:
-    """Whether a mapped copy is there, of these data and whole: its files have the sizes that its
-    description gives. Anything else is laid out again."""
+def _is_current(folder: Path, fingerprint: str, *, read: bool) -> bool:
+    """Whether a mapped copy is there, of these data and intact. Anything else is laid out again."""
     try:
-        layout = json.loads((folder / "layout.json").read_text())
-        if layout["version"] != LAYOUT_VERSION or layout["fingerprint"] != fingerprint:
-            return False
-        return all(
-            (folder / name).stat().st_size == np.dtype(dtype).itemsize * math.prod(shape)
-            for name, (dtype, shape) in layout["arrays"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        layout = Layout.read(folder)
+    except (OSError, ValueError):
         return False
+    same = (layout.version, layout.fingerprint) == (LAYOUT_VERSION, fingerprint)
+    return same and is_intact(folder, layout, read=read)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing or checking a mapped copy. One that is there may be in a
+    place where no lock can be made, nor anything else."""
+    path = folder.with_name(f"{folder.name}.lock")
+    try:
+        with _writing(folder.parent):
+            folder.parent.mkdir(exist_ok=True)
+            lock = path.open("w")
+    except DataError:
+        if not folder.exists():
+            raise
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -338,14 +343,11 @@ class _Layout:
         self.schema = schema
         self.stores = stores
         self.normalised = normalised
-        self.arrays: dict[str, tuple[str, list[int]]] = {}
+        self.writer = ArrayWriter(folder)
 
     def _extend(self, name: str, values: np.ndarray) -> None:
-        dtype, shape = self.arrays.setdefault(name, (str(values.dtype), [0, *values.shape[1:]]))
-        assert str(values.dtype) == dtype
-        with _writing(self.folder.with_suffix("")), (self.folder / name).open("ab") as file:
-            file.write(np.ascontiguousarray(values).data)
-        shape[0] += len(values)
+        with _writing(self.folder.with_suffix("")):
+            self.writer.extend(name, values)
 
     def append(
         self, kind: Literal["impressions", "shared"], blocks: Iterable[pa.RecordBatch]

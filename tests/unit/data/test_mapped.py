@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from esmm_torchrec.data import array_files
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import DataError
@@ -54,6 +55,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(dataset: PreparedDataSet) -> Non
 
 READ = """
 import os, sys
+from esmm_torchrec.data import array_files
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import DataError
@@ -137,13 +139,35 @@ def test_a_file_that_was_changed_is_found_when_it_is_laid_out(dataset: PreparedD
         MappedSplit.open(dataset, "test")
 
 
+def _copy_of(dataset: PreparedDataSet) -> tuple[Path, dict[str, np.ndarray]]:
+    """The folder of a mapped copy, and what is in it."""
+    split = MappedSplit.open(dataset, "train")
+    (folder,) = (dataset.path / ".mapped").glob("train-*/")
+    return folder, _contents(split)
+
+
+def _contents(split: MappedSplit) -> dict[str, np.ndarray]:
+    arrays = {name: column.copy() for name, column in split.scalars.items()}
+    for name, stores in split.bags.items():
+        for number, store in enumerate(stores):
+            for kind in ("offsets", "lengths", "values", "weights"):
+                array = getattr(store, kind)
+                if array is not None:
+                    arrays[f"{name}-{number}-{kind}"] = array.copy()
+    return arrays | {"dense": split.dense.copy()}
+
+
+def _assert_same(split: MappedSplit, expected: dict[str, np.ndarray]) -> None:
+    found = _contents(split)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, name)
+
+
 @pytest.mark.parametrize("damage", ["short", "long", "missing", "description", "empty description"])
 def test_a_damaged_copy_is_laid_out_again(damage: str, tmp_path: Path) -> None:
     dataset = write_data_set(tmp_path / "data", train=40, test=20)
-    before = {
-        name: column.copy() for name, column in MappedSplit.open(dataset, "train").scalars.items()
-    }
-    (folder,) = (dataset.path / ".mapped").glob("train-*/")
+    folder, before = _copy_of(dataset)
     file = folder / "click"
     if damage == "short":
         file.write_bytes(file.read_bytes()[:-1])
@@ -153,7 +177,40 @@ def test_a_damaged_copy_is_laid_out_again(damage: str, tmp_path: Path) -> None:
         file.unlink()
     else:
         (folder / "layout.json").write_text("{" if damage == "description" else "{}")
-    after = MappedSplit.open(dataset, "train").scalars
-    assert after.keys() == before.keys()
-    for name, column in before.items():
-        np.testing.assert_array_equal(after[name], column)
+    _assert_same(MappedSplit.open(dataset, "train"), before)
+
+
+def test_a_changed_byte_in_any_file_is_laid_out_again(tmp_path: Path) -> None:
+    dataset = write_data_set(tmp_path / "data", train=40, test=20)
+    folder, before = _copy_of(dataset)
+    names = sorted(path.name for path in folder.iterdir())
+    assert {"click", "dense", "layout.json", "checked.json"} < set(names)
+    for name in names:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (folder / name).write_bytes(content)
+        _assert_same(MappedSplit.open(dataset, "train"), before)
+
+
+def test_a_copy_is_read_once_and_again_when_it_was_copied(
+    dataset: PreparedDataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    checksum = array_files._checksum
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return checksum(path)
+
+    monkeypatch.setattr(array_files, "_checksum", noted)
+    MappedSplit.open(dataset, "test")
+    assert "click" in read
+    read.clear()
+    MappedSplit.open(dataset, "test")
+    assert not read
+    moved = PreparedDataSet.open(shutil.copytree(dataset.path, tmp_path / "moved"))
+    MappedSplit.open(moved, "test")
+    assert "click" in read
+    read.clear()
+    MappedSplit.open(moved, "test")
+    assert not read
