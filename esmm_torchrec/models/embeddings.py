@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.id_range import LookedUp, check_ids, looked_up
 from esmm_torchrec.schema import COLLECTIONS, CollectionName, Schema
 
 DIM_MULTIPLE = 4
@@ -151,6 +152,11 @@ class PooledFeatures(nn.Module):
                     f"{name} must {'' if 'weighted' in name else 'not '}be weighted; exchange the "
                     "weighted and the unweighted collection"
                 )
+        self._tables = looked_up(
+            config
+            for collection in self.children()
+            for config in cast(EmbeddingBagCollection, collection).embedding_bag_configs()
+        )
         self._keys = _keys(embedding_bag_collection, weighted_embedding_bag_collection)
         self._shared_keys = _keys(
             shared_embedding_bag_collection, shared_weighted_embedding_bag_collection
@@ -177,20 +183,25 @@ class PooledFeatures(nn.Module):
             the shared collections after the others, dense features last.
 
         Raises:
-            OptionError: dense features are given to a model without or missing from one with.
+            OptionError: dense features are given to a model without or missing from one with, or
+                an id is not a row of its table.
         """
         if isinstance(features, KeyedJaggedTensor):
             features = BatchFeatures(features)
         pooled: list[KeyedTensor] = []
         shared: list[KeyedTensor] = []
         if self.embedding_bag_collection is not None:
+            _check_ids(features.sparse_features, self._tables)
             pooled.append(self.embedding_bag_collection(features.sparse_features))
         if self.weighted_embedding_bag_collection is not None:
+            _check_ids(features.weighted_sparse_features, self._tables)
             weighted = self.weighted_embedding_bag_collection(features.weighted_sparse_features)
             pooled.append(weighted)
         if self.shared_embedding_bag_collection is not None:
+            _check_ids(features.shared_sparse_features, self._tables)
             shared.append(self.shared_embedding_bag_collection(features.shared_sparse_features))
         if self.shared_weighted_embedding_bag_collection is not None:
+            _check_ids(features.shared_weighted_sparse_features, self._tables)
             shared.append(
                 self.shared_weighted_embedding_bag_collection(
                     features.shared_weighted_sparse_features
@@ -205,6 +216,11 @@ class PooledFeatures(nn.Module):
         if self.dense_in_features:
             parts.append(dense)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@torch.fx.wrap
+def _check_ids(features: KeyedJaggedTensor | None, tables: dict[str, LookedUp]) -> None:
+    check_ids(features, tables)
 
 
 @torch.fx.wrap

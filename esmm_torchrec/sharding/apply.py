@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from esmm_torchrec.models.embeddings import PooledFeatures
+from esmm_torchrec.models.id_range import check_ids, looked_up
 from esmm_torchrec.sharding.planner import embedding_bag_collections_of
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.sharders import sharders
@@ -52,6 +54,8 @@ def shard(
 
     Raises:
         KeyError, ValueError: as TorchRec raises them, for a plan of other tables.
+
+    The ids of each batch are checked against the rows of their tables, see `models.id_range`.
     """
     sources: dict[str, torch.Tensor | EmbeddingBagConfig] = {}
     for path, collection in embedding_bag_collections_of(module).items():
@@ -59,6 +63,13 @@ def shard(
             weight = collection.embedding_bags.get_parameter(f"{config.name}.weight")
             key = f"{path}.embedding_bags.{config.name}.weight"
             sources[key] = config if weight.is_meta else weight.detach()
+    # These check ids themselves.
+    own = {path for path, child in module.named_modules() if isinstance(child, PooledFeatures)}
+    tables = {
+        path: looked_up(collection.embedding_bag_configs())
+        for path, collection in embedding_bag_collections_of(module).items()
+        if path.rpartition(".")[0] not in own
+    }
     parallel = DistributedModelParallel(module, device=ranks.device, plan=plan, sharders=sharders())
     state = parallel.state_dict()
     with torch.no_grad():
@@ -71,6 +82,11 @@ def shard(
                     _draw(local, row, column, config=source, seed=seed)
                 if zero_row is not None and row <= zero_row < row + rows:
                     local[zero_row - row] = 0
+    for path, of_features in tables.items():
+        collection = get_unwrapped_module(parallel).get_submodule(path)
+        collection.register_forward_pre_hook(
+            lambda _, inputs, of_features=of_features: check_ids(inputs[0], of_features)
+        )
     return parallel
 
 

@@ -102,7 +102,7 @@ MISTAKES = [
     (f"batchsize: 3\ntables: [{{{ITEM}}}]", "unknown field 'batchsize'; use tables or batch_size"),
     (f"batch_size: 0\ntables: [{{{ITEM}}}]", "batch_size: expected 'int' >= 1"),
     ("tables: [item]", "table 1: expected 'object', got 'str'"),
-    ("tables: [{name: item, embedding_dim: 16}]", r"table 1 \('item'\): .* `num_embeddings`"),
+    ("tables: [{name: item, embedding_dim: 16}]", r"table 1 \('item'\): .* 'num_embeddings'"),
     (f"tables: [{{{ITEM}, colour: red}}]", r"1 \('item'\): .* unknown field 'colour'"),
     ("tables: [{name: item, num_embeddings: 1e6, embedding_dim: 16}]", "expected 'int', got"),
     ("tables: [{name: item, num_embeddings: 10, embedding_dim: 18}]", "18 is not a positive mult"),

@@ -1,0 +1,93 @@
+"""Ids that are not rows of their table are refused before they reach a kernel.
+
+fbgemm replaces such an id by 0, with one line on stderr, and trains row 0. A table sharded by rows
+may take another row without a word. This library's reader never gives such ids; others may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from esmm_torchrec.errors import OptionError
+
+
+class LookedUp(NamedTuple):
+    """The table that a feature looks up."""
+
+    table: str
+    rows: int
+
+
+_UNCHECKED = -1
+"""Rows of a feature that is not looked up."""
+
+
+def looked_up(configs: Iterable[EmbeddingBagConfig]) -> dict[str, LookedUp]:
+    """Feature → its table."""
+    return {
+        name: LookedUp(config.name, config.num_embeddings)
+        for config in configs
+        for name in config.feature_names
+    }
+
+
+def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]) -> None:
+    """Makes sure that every id of a batch is a row of its table.
+
+    fbgemm's own check would not do: it lets -1 pass, and comes after a table sharded by rows has
+    divided ids among ranks.
+
+    On a GPU nobody waits for the answer: a wrong id ends the process with a device-side assertion.
+
+    Args:
+        features: ids int32 or int64. None is not checked, nor is anything while torch compiles.
+        tables: by feature; other features are not checked.
+
+    Raises:
+        OptionError: an id is out of range; names the feature.
+    """
+    if features is None or torch.compiler.is_compiling():
+        return
+    values = features.values()
+    if values.is_meta or not values.numel():
+        return
+    rows = tuple(
+        tables[name].rows if name in tables else _UNCHECKED
+        for name in features.keys()  # noqa: SIM118
+    )
+    lengths = torch.tensor(features.length_per_key()).to(values.device, non_blocking=True)
+    rows_of_ids = _tensor(rows, values.device).repeat_interleave(
+        lengths, output_size=values.numel()
+    )
+    in_range = (values >= 0) & (values < rows_of_ids)
+    if _UNCHECKED in rows:
+        in_range |= rows_of_ids == _UNCHECKED
+    in_range = in_range.all()
+    if values.device.type == "cuda":
+        torch._assert_async(in_range, "an id is not a row of its table")
+    elif not in_range:
+        raise _wrong_id(features, tables)
+
+
+@lru_cache(maxsize=256)
+def _tensor(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, device=device)
+
+
+def _wrong_id(features: KeyedJaggedTensor, tables: Mapping[str, LookedUp]) -> OptionError:
+    bags = features.to_dict()
+    for name, (table, rows) in tables.items():
+        ids = bags[name].values() if name in bags else torch.empty(0)
+        wrong = ids[(ids < 0) | (ids >= rows)]
+        if len(wrong):
+            return OptionError(
+                f"feature {name!r} has the id {int(wrong[0])}, and its table {table!r} has rows 0 "
+                f"to {rows - 1}; map ids to rows first, unknown ones to a row of their own"
+            )
+    raise AssertionError("no id is out of range")
