@@ -40,7 +40,14 @@ def for_command_line(sentence: str) -> str:
 
 
 class EsmmTorchrecError(Exception):
-    """Base of all errors that the user can fix."""
+    """Base of all errors that the user can fix.
+
+    Args:
+        sentence: with arguments in backticks.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
 
 
 class DataError(EsmmTorchrecError):

@@ -87,7 +87,7 @@ def append_table(
     path = Path(data_set)
     if day is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?<!\.partial)", day):
         raise OptionError(
-            f"day {day!r} is not a name of letters, digits and ._-, such as 2026-11-02", "day"
+            f"`day` {day!r} is not a name of letters, digits and ._-, such as 2026-11-02"
         )
     PreparedDataSet.open(path)
     with _locked(path / DAYS):

@@ -65,7 +65,7 @@ class Mmoe(Architecture):
         for name in ("num_experts", "expert_layers"):
             if getattr(self, name) < 1:
                 option = f"architecture.{name}"
-                raise OptionError(f"{option} {getattr(self, name)} is not above 0", option)
+                raise OptionError(f"`{option}` {getattr(self, name)} is not above 0")
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
         """Towers start as those of the other architectures as far as their shapes are the same.
@@ -108,9 +108,7 @@ def split_widths(
     """
     if expert_layers > len(layer_sizes):
         raise OptionError(
-            f"{option} {expert_layers} is more than the {len(layer_sizes)} widths of tower; give "
-            "tower a width for each layer of the experts",
-            option,
-            "tower",
+            f"`{option}` {expert_layers} is more than the {len(layer_sizes)} widths of `tower`; "
+            "give a width for each layer of the experts"
         )
     return tuple(layer_sizes[:expert_layers]), tuple(layer_sizes[expert_layers:])

@@ -112,7 +112,7 @@ class Ple(Architecture):
         for name in ("num_experts", "levels"):
             if getattr(self, name) < 1:
                 option = f"architecture.{name}"
-                raise OptionError(f"{option} {getattr(self, name)} is not above 0", option)
+                raise OptionError(f"`{option}` {getattr(self, name)} is not above 0")
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
         """Towers start as those of the other architectures as far as their shapes are the same.

@@ -42,7 +42,7 @@ class Dcn(Interaction):
         for name in ("num_layers", "low_rank"):
             if getattr(self, name) < 1:
                 option = f"interaction.{name}"
-                raise OptionError(f"{option} {getattr(self, name)} is not above 0", option)
+                raise OptionError(f"`{option}` {getattr(self, name)} is not above 0")
 
     def build(
         self,

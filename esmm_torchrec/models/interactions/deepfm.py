@@ -58,7 +58,7 @@ class DeepFm(Interaction):
     def __post_init__(self) -> None:
         if self.width < 1:
             option = "interaction.width"
-            raise OptionError(f"{option} {self.width} is not above 0", option)
+            raise OptionError(f"`{option}` {self.width} is not above 0")
 
     def build(
         self, in_features: int, num_embeddings: int, embedding_dim: int

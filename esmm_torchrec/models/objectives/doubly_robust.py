@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.models import losses
 from esmm_torchrec.models.objectives.propensity import (
     PropensityObjective,
@@ -52,11 +52,9 @@ class DoublyRobustObjective(PropensityObjective):
     """How the errors of the imputation are weighted: dr by 1/q, mrdr by (1 − q)/q²."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         super().__post_init__()
         check_not_negative(self, "conversion_loss_weight", "ctcvr_loss_weight")
-        if self.imputation not in ("dr", "mrdr"):
-            option = "objective.imputation"
-            raise OptionError(f"{option} {self.imputation!r} is neither dr nor mrdr", option)
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for the imputed error, and for each of the two tasks."""

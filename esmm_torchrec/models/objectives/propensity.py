@@ -36,7 +36,7 @@ def check_not_negative(part: Objective, *names: str) -> None:
     for name in names:
         if getattr(part, name) < 0:
             option = f"objective.{name}"
-            raise OptionError(f"{option} is negative; give 0 or more", option)
+            raise OptionError(f"`{option}` is negative; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PropensityObjective(Objective):
     def __post_init__(self) -> None:
         if not 0 <= self.clip_quantile <= 1:
             option = "objective.clip_quantile"
-            raise OptionError(f"{option} {self.clip_quantile:g} is not from 0 to 1", option)
+            raise OptionError(f"`{option}` {self.clip_quantile:g} is not from 0 to 1")
 
     def click_weights(
         self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain

@@ -236,7 +236,7 @@ def test_they_need_a_chain_of_two(method: str) -> None:
     [
         (lambda: IpsObjective(clip_quantile=1.5), "objective.clip_quantile"),
         (lambda: IpsObjective(conversion_loss_weight=-1), "objective.conversion_loss_weight"),
-        (lambda: DoublyRobustObjective(imputation="x"), "objective.imputation"),  # pyright: ignore
+        (lambda: DoublyRobustObjective(imputation="x"), "imputation"),  # pyright: ignore
         (lambda: NiseObjective(max_conversion_weight=-1), "objective.max_conversion_weight"),
         (lambda: DcmtObjective(counterfactual_weight=-1), "objective.counterfactual_weight"),
     ],
