@@ -19,6 +19,7 @@ from functools import partial
 import numpy as np
 
 from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
 from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
 from esmm_torchrec.data.mapped import MappedSplit

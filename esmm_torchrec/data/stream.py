@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.choices import check_choices, checks_choices
 from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
 from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
 from esmm_torchrec.data.mapped import HistoryWeights, MappedSplit
@@ -57,9 +58,10 @@ class StreamedSplit:
     """Where windows are laid out; None: the system's folder for temporary files."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, value in (("lanes", self.lanes), ("window", self.window)):
             if value < 1:
-                raise OptionError(f"{name} {value} is not positive; give at least 1", name)
+                raise OptionError(f"`{name}` {value} is not positive; give at least 1")
 
     @property
     def schema(self) -> Schema:
@@ -92,6 +94,7 @@ class StreamReader(BatchReader):
         DataError: while iterating, a file is missing, broken or cannot be read; the position stays.
     """
 
+    @checks_choices
     def __init__(
         self,
         split: StreamedSplit,
@@ -114,9 +117,8 @@ class StreamReader(BatchReader):
             )
         if rows_per_step % lanes:
             raise OptionError(
-                f"a batch_size of {rows_per_step} is not a multiple of {lanes} lanes; choose one "
-                "that is",
-                "batch_size",
+                f"a `batch_size` of {rows_per_step} is not a multiple of {lanes} lanes; choose one "
+                "that is"
             )
         super().__init__(
             split.schema,

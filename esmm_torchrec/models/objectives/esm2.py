@@ -98,9 +98,8 @@ class Esm2Objective(EsmmObjective):
         """
         if [task.given for task in tasks] != [None, tasks[0].name, tasks[0].name]:
             raise OptionError(
-                "the esm2 objective needs a chain of three tasks whose second and third are given "
-                "the first; prepare the data with `actions` such as click cart order:click",
-                "objective",
+                "the objective esm2 needs a chain of three tasks whose second and third are given "
+                "the first; prepare the data with `actions` such as click cart order:click"
             )
         first, action, last = tasks
         # The base rates of the branches are not known; that of the last task is between them.
