@@ -70,7 +70,7 @@ def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]
         in_range |= rows_of_ids == _UNCHECKED
     in_range = in_range.all()
     if values.device.type == "cuda":
-        torch._assert_async(in_range, "an id is not a row of its table")
+        torch._assert_async(in_range, "an id is not a row of its table")  # pyright: ignore[reportPrivateImportUsage]
     elif not in_range:
         raise _wrong_id(features, tables)
 

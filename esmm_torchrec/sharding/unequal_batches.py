@@ -37,7 +37,8 @@ def allow_unequal_batches(sharded: ShardedEmbeddingBagCollection, group: dist.Pr
     # A list, which sharded.modules() does not enter.
     for module in sharded._output_dists:
         if isinstance(module, RwPooledEmbeddingDist | TwRwPooledEmbeddingDist):
-            module.forward = _padded(module.forward, dist.get_rank(group))
+            padded = _padded(module.forward, dist.get_rank(group))
+            module.forward = padded  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _padded(output_dist: OutputDist, rank: int) -> OutputDist:
