@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from esmm_torchrec.cli.terminal import format_metrics
+from esmm_torchrec.cli.terminal import format_metrics, format_slices
+from esmm_torchrec.data.field_values import field_values
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.metrics.report import measure, relative_improvements
+from esmm_torchrec.metrics.slices import measure_slices
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, is_finished
@@ -39,6 +42,12 @@ class Options:
     """Of the checkpoint; the last one if not given."""
     device: DeviceOption = "auto"
     """auto: CUDA where there is a GPU for each rank."""
+    by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
+    """Also calibration for each value of these fields: single-valued id features, or dense ones in
+    tenths. The table shows the values that deviate most, --json all of them."""
+    against: Path | None = None
+    """metrics.json of another run, or what --json wrote, for the same impressions: RelaImpr of each
+    AUC over that one."""
     json: Path | None = None
     """Write the figures to this file, too: those of the labels below the name of the split."""
 
@@ -56,6 +65,8 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
     split = MappedSplit.open(
         dataset, options.split, history_weights=folder.config["options"]["history_weights"]
     )
+    other = None if options.against is None else _read(options.against, options)
+    fields = {field: field_values(dataset, split, field) for field in options.by}
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     model = restore(
         folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
@@ -64,8 +75,14 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
     if scored is None:
         return
     metrics = measure(scored)
+    if other is not None:
+        metrics["test"] |= relative_improvements(metrics["test"], other)
     print(format_metrics(metrics, scored.tasks).replace("test half", f"{options.split} half", 1))
     print(described(folder, step))
+    slices = {}
+    for field, values in fields.items():
+        slices[field] = measure_slices(scored, values.codes, values.names)
+        print(f"\n{format_slices(field, slices[field])}")
     if options.json is not None:
         figures = {
             "run": str(options.run),
@@ -75,4 +92,21 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
             "split": options.split,
             options.split: metrics.pop("test"),
         } | metrics
+        if slices:
+            figures["by"] = slices
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _read(path: Path, options: Options) -> dict[str, Any]:
+    """The figures of another model on the split.
+
+    Raises:
+        RunError: the file cannot be read, or has none.
+    """
+    try:
+        return json.loads(path.read_text())[options.split]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{path} does not hold figures of the {options.split} half; give the metrics.json of a "
+            "run, or what 'evaluate --json' wrote"
+        ) from None

@@ -29,9 +29,18 @@ ctcvr; log losses are in nats:
     <task>_calibration                 Σ predicted / Σ label: TorchRec's name for the
     <task>_pcoc                        same number, "predicted over observed" in the literature
     <task>_ece                         expected calibration error, 15 bins of equal mass
+    <task>_base_rate                   share of the task's impressions with the label
+    <task>_mean_entire_space           mean predicted probability over all impressions, of a task
+                                       that is given another: for ESMM's pCVR, known to be too high
+                                       there, beside cvr_base_rate, the conversion rate of clicks
+    ips_effective_sample_size          (Σw)² / Σw² of the clicks for w = 1 / pCTR, clipped at its
+    ips_effective_sample_share         .9 quantile over them, and as a share of the clicks: what
+                                       weighting by inverse propensities leaves of them
     <task>_share_above_one             share of impressions whose probability exceeds 1, if it is a
                                        quotient
     reasons                            {key: one sentence} for each value that is None
+
+With `relative_improvements` also <task>_relaimpr, (AUC − .5) / (AUC of another model − .5) − 1.
 
 "truth": against the true probabilities of the default chain, if `true_ctr` and `true_cvr` are
 known. "soft" means the true probability as the label, which has no label noise; "excess" means
@@ -64,6 +73,7 @@ above the log loss of the true probability, which no model can beat:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -75,6 +85,9 @@ from esmm_torchrec.metrics.ranking import auc, auc_within_strata, grouped_auc, s
 from esmm_torchrec.metrics.scored import ScoredImpressions, Scores
 from esmm_torchrec.metrics.windowed import WINDOW_SIZE
 from esmm_torchrec.tasks import DEFAULT_TASKS, Task
+
+PROPENSITY_QUANTILE = 0.1
+"""Of pCTR over the clicks, at which the propensities of `ips_effective_sample_size` are clipped."""
 
 
 def measure(scored: ScoredImpressions) -> dict[str, dict[str, Any]]:
@@ -155,9 +168,11 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
         if given is None:
             continue
         space = _Space(scored, task, given)
+        _put_mean(part, task.rate, scored)
         for name, column in ((given.joint, given.joint_score), (task.joint, task.joint_score)):
             key = f"{task.rate}_auc_by_{column}"
             _put_auc(part, key, name, space.of(scored.scores.get(name)), space)
+    _put_effective_sample_size(part, scored)
     if scored.common_ctr_logit is not None:
         product = scored.ctcvr_common_ctr
         name = "cvr" if product is None else "ctcvr"
@@ -169,6 +184,53 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
             share = np.average(above, weights=scored.weight) if above.size else None
             part.put(f"{name}_share_above_one", share, "there is no impression")
     return part.finished()
+
+
+def _put_mean(part: _Part, name: str, scored: ScoredImpressions) -> None:
+    """The mean prediction over all impressions."""
+    prediction = scored.scores.get(name)
+    flaw = _flaw(name, prediction)
+    mean = None
+    if prediction is not None and not flaw and scored.size:
+        mean = float(np.average(prediction.probability.astype(np.float64), weights=scored.weight))
+    part.put(f"{name}_mean_entire_space", mean, flaw or "there is no impression")
+
+
+def _put_effective_sample_size(part: _Part, scored: ScoredImpressions) -> None:
+    """How many clicks remain if they are weighted by 1 / pCTR."""
+    first = scored.tasks[0]
+    prediction = scored.scores.get(first.rate)
+    flaw = _flaw(first.rate, prediction)
+    size = share = None
+    clicked = scored.happened(first.name)
+    if prediction is not None and not flaw and clicked.any():
+        pctr = prediction[clicked].block(slice(None)).probability
+        weights = 1 / np.maximum(pctr, np.quantile(pctr, PROPENSITY_QUANTILE, method="lower"))
+        size = float(weights.sum() ** 2 / (weights**2).sum())
+        share = size / len(pctr)
+    reason = flaw or f"there is no {first.name}"
+    part.put("ips_effective_sample_size", size, reason)
+    part.put("ips_effective_sample_share", share, reason)
+
+
+def relative_improvements(
+    test: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """RelaImpr of each AUC over that of another model: (AUC − .5) / (other AUC − .5) − 1 (Yan et
+    al., "Coupled Group Lasso for Web-Scale CTR Prediction", ICML 2014); None if the other ranks no
+    better than chance.
+
+    Args:
+        test: part "test" of `measure`.
+        other: the same of the other model, on the same impressions.
+    """
+    found: dict[str, float | None] = {}
+    for key, value in test.items():
+        base = other.get(key)
+        if key.endswith("_auc") and value is not None and base is not None:
+            name = f"{key.removesuffix('_auc')}_relaimpr"
+            found[name] = (value - 0.5) / (base - 0.5) - 1 if base > 0.5 else None
+    return found
 
 
 def _put_task(part: _Part, name: str, prediction: Prediction | None, space: _Space) -> None:
@@ -186,6 +248,9 @@ def _put_task(part: _Part, name: str, prediction: Prediction | None, space: _Spa
         ("ece", curve and curve.expected_calibration_error),
     ):
         part.put(f"{name}_{figure}", value, flaw or space.reason)
+    size = space.label.size if space.weights is None else float(space.weights.sum())
+    rate = float(np.average(space.label, weights=space.weights)) if size else None
+    part.put(f"{name}_base_rate", rate, space.reason)
     if space.groups is None:
         return
     grouped = usable and grouped_auc(usable.values, space.label, space.groups, space.weights)

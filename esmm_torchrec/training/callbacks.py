@@ -61,7 +61,13 @@ class LogFigures(Callback):
         self._figures.add(output)
         if loop.step % self._every and loop.step != loop.last_step:
             return
-        figures = self._figures.compute()
+        tasks = loop.reader.split.schema.tasks
+        figures = self._figures.compute() | {
+            name: value.item()
+            for name, value in loop.trainer.objective.figures(
+                output.logits, output.labels, tasks
+            ).items()
+        }
         if self._history is not None:
             loop.figures = {
                 "epoch": loop.reader.epoch,

@@ -54,6 +54,8 @@ class Trainer:
         ranks: Ranks,
         workload: Workload,
     ) -> None:
+        self.objective = options.parts.objective
+        """What the task is trained for."""
         optimizer = options.sparse_optimizer
         if options.plan is None:
             kernel = choose_kernel(optimizer, sharding=options.sharding, device=ranks.device)

@@ -100,6 +100,40 @@ def test_the_test_split_measures_what_training_ended_with(
     assert f"{TEST_ROWS} impressions, {recorded['clicks']} clicks, " in shown
 
 
+def test_calibration_is_shown_by_value_of_a_field(
+    folder: Path, scores: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recorded = str(tmp_path / "figures.json"), str(folder / "run" / "metrics.json")
+    given = [str(folder / "run"), "--data", str(folder / "data"), "--json", out]
+    main(["evaluate", *given, "--by", "shop", "age", "--against", recorded])
+    shown = capsys.readouterr().out
+    written = json.loads(Path(out).read_text())
+    assert written["test"]["cvr_relaimpr"] == pytest.approx(0)
+    assert re.search(r"^test half .* RelaImpr$", shown, flags=re.M)
+    frame = _impressions(TEST_ROWS, 1)
+    pcvr, buy = scores["pcvr"].to_numpy().astype(float), frame["buy"].to_numpy()
+    for of in written["by"]["shop"]["cvr"]:
+        own = ((frame["shop"] == of["value"]) & (frame["click"] == 1)).to_numpy()
+        assert of["impressions"] == own.sum()
+        assert of["pcoc"] == pytest.approx(pcvr[own].sum() / buy[own].sum(), rel=1e-4)
+    assert {of["value"] for of in written["by"]["shop"]["cvr"]} == {"Oslo", "Rome", "Bonn"}
+    heading = r"^cvr by shop +impressions +observed +predicted +PCOC +ECE +z$"
+    assert re.search(heading, shown, flags=re.M)
+    tenths = written["by"]["age"]["ctr"]
+    assert len(tenths) == 10
+    assert all(abs(of["impressions"] - TEST_ROWS / 10) <= 6 for of in tenths)
+
+
+def test_a_field_that_is_not_there_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(folder / "run"), "--data", str(folder / "data")]
+    said = _refused(["evaluate", *given, "--by", "colour"], capsys)
+    assert said.startswith("--by colour is not a feature of the data set; choose from user, shop")
+    said = _refused(["evaluate", *given, "--against", str(folder / "no.json")], capsys)
+    assert "does not hold figures of the test half" in said
+
+
 def test_the_training_split_is_another_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

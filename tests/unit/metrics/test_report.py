@@ -275,7 +275,9 @@ def test_a_conversion_network_alone_has_no_click_figures(scored: ScoredImpressio
     full = measure(scored)
     for part in ("test", "truth"):
         for key, value in report[part].items():
-            about_click = key.startswith(("ctr_", "ctcvr_", "gauc_ctr", "gauc_ctcvr", "cvr_auc_by"))
+            about_click = key.startswith(
+                ("ctr_", "ctcvr_", "gauc_ctr", "gauc_ctcvr", "cvr_auc_by", "ips_")
+            ) and not key.endswith("_base_rate")
             if about_click and key != "ctcvr_auc_common_ctr":
                 assert value is None
                 assert "the model gives no c" in report[part]["reasons"][key]

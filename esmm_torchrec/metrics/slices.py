@@ -1,0 +1,101 @@
+"""Calibration within parts of the impressions: which value of a field is miscalibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from esmm_torchrec.metrics.probability import Prediction
+from esmm_torchrec.metrics.scored import ScoredImpressions
+
+BINS = 10
+"""Of the expected calibration error of a slice."""
+
+
+def measure_slices(
+    scored: ScoredImpressions, codes: np.ndarray, names: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Calibration of each probability for each value of a field.
+
+    Args:
+        scored: n impressions.
+        codes: int (n,), the value of each, as a place in `names`.
+        names: of the values.
+
+    Returns:
+        for each `TaskProbability.name` that the model gives, a list over the values that occur in
+        its space, the one with the largest |z| first:
+
+            value        the name
+            impressions  in the space of the task
+            observed     share of them with the label
+            predicted    mean of the predicted probability
+            pcoc         Σ predicted / Σ observed, None without a positive label
+            ece          expected calibration error in 10 bins of equal mass within the value;
+                         label noise alone puts it above 0, the more the fewer impressions there are
+            z            (Σ observed − Σ predicted) / standard deviation of Σ observed if the
+                         predictions were right: beyond ±3 is not chance, unless many are looked at
+    """
+    report = {}
+    for name, _, task, given in scored.tasks.probabilities:
+        prediction = scored.scores.get(name)
+        if prediction is None:
+            continue
+        rows = slice(None) if given is None else scored.happened(given.name)
+        weights = None if scored.weight is None else scored.weight[rows]
+        found = _slices(
+            prediction[rows], scored.happened(task.name)[rows], codes[rows], len(names), weights
+        )
+        report[name] = [{"value": names[code], **figures} for code, figures in found]
+    return report
+
+
+def _slices(
+    prediction: Prediction,
+    label: np.ndarray,
+    codes: np.ndarray,
+    num_codes: int,
+    weights: np.ndarray | None,
+) -> list[tuple[int, dict[str, Any]]]:
+    p = prediction.block(slice(None)).probability
+    y = label.astype(np.float64)
+    w = np.ones(len(y)) if weights is None else weights.astype(np.float64)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(codes, weights=values, minlength=num_codes)
+
+    counts = np.bincount(codes, minlength=num_codes)
+    rows, predicted, observed = total(w), total(w * p), total(w * y)
+    # A quotient of two networks may exceed 1, and then has no variance to speak of.
+    variance = total(w**2 * np.clip(p * (1 - p), 0, None))
+    ece = _calibration_errors(p, y, codes, counts, w)
+    found = []
+    for code in np.flatnonzero(rows > 0):
+        deviation = variance[code] ** 0.5
+        figures = {
+            "impressions": int(counts[code]),
+            "observed": observed[code] / rows[code],
+            "predicted": predicted[code] / rows[code],
+            "pcoc": predicted[code] / observed[code] if observed[code] > 0 else None,
+            "ece": ece[code] / rows[code],
+            "z": (observed[code] - predicted[code]) / deviation if deviation > 0 else None,
+        }
+        figures = {key: v if v is None else v if key == "impressions" else float(v)
+                   for key, v in figures.items()}  # fmt: skip
+        found.append((int(code), figures))
+    return sorted(found, key=lambda pair: -abs(pair[1]["z"] or 0.0))
+
+
+def _calibration_errors(
+    p: np.ndarray, y: np.ndarray, codes: np.ndarray, counts: np.ndarray, w: np.ndarray
+) -> np.ndarray:
+    """Σ over the bins of a value of |Σ predicted − Σ observed|, (values,)."""
+    order = np.lexsort((p, codes))
+    starts = np.cumsum(counts) - counts
+    own = codes[order]
+    place = np.arange(len(order)) - starts[own]
+    bins = own * BINS + place * BINS // counts[own]
+    gap = np.bincount(bins, weights=(w * (p - y))[order], minlength=len(counts) * BINS)
+    return np.abs(gap).reshape(-1, BINS).sum(axis=1)
