@@ -17,11 +17,15 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 UNKNOWN_ROW = 0
 """Row of every table for an id that is rare or was never seen in training."""
 
+NEVER = 2**63 - 1
+"""Conversion time of an impression without a conversion."""
+
 CLICK, CONVERSION = DEFAULT_TASKS.labels
 SAMPLE_ID = "sample_id"
 SHARED_ROW = "shared_row"
 GROUP_ID = "group_id"
 TIMESTAMP = "timestamp"
+CONVERSION_TIME = "conversion_time"
 WEIGHT = "sample_weight"
 TRUE_CTR = "true_ctr"
 TRUE_CVR = "true_cvr"
@@ -53,7 +57,18 @@ COLLECTIONS: dict[CollectionName, CollectionKind] = {
 """Every collection, in the order in which models take them, with its kind."""
 
 RESERVED_COLUMNS = frozenset(
-    {CLICK, CONVERSION, SAMPLE_ID, SHARED_ROW, GROUP_ID, TIMESTAMP, WEIGHT, TRUE_CTR, TRUE_CVR}
+    {
+        CLICK,
+        CONVERSION,
+        SAMPLE_ID,
+        SHARED_ROW,
+        GROUP_ID,
+        TIMESTAMP,
+        CONVERSION_TIME,
+        WEIGHT,
+        TRUE_CTR,
+        TRUE_CVR,
+    }
 )
 """Names that neither a feature nor, except for click and conversion, a label may have."""
 

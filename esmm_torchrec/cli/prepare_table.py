@@ -91,6 +91,10 @@ class Options:
     """Column of times: ISO 8601 text and typed times are stored as seconds since 1970 (UTC),
     integers as they are."""
 
+    conversion_time: str | None = None
+    """Column of times, as --timestamp: when the impression converted, empty if it did not. The rows
+    parts for delayed feedback need it."""
+
     weight: str | None = None
     """Column of what an impression counts for in training and in metrics, 0 or more."""
 
@@ -172,6 +176,7 @@ def run(options: Options) -> None:
         sample_id=options.sample_id,
         group_id=options.group_id,
         timestamp=options.timestamp,
+        conversion_time=options.conversion_time,
         weight=options.weight,
         true_ctr=options.true_ctr,
         true_cvr=options.true_cvr,

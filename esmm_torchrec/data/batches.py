@@ -5,7 +5,7 @@ Shapes: B rows of a batch, n <= B of them not padding, U distinct shared rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -45,11 +45,22 @@ class BatchMaker:
         self._batch_size = batch_size
         self._once = shared_features == "once" and SHARED_ROW in split.scalars
         self._pin_memory = pin_memory
-        links = split.schema.tasks.links
-        self._given = list(dict.fromkeys(before.label for _, before in links))
+        self._tasks = split.schema.tasks
+        self._given = list(dict.fromkeys(before.label for _, before in self._tasks.links))
         """Labels that other tasks are given."""
 
-    def counts(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def _labels(
+        self, rows: np.ndarray, given: Mapping[str, np.ndarray] | None
+    ) -> dict[str, np.ndarray]:
+        labels = {label: self._split.scalars[label][rows] for label in self._tasks.labels}
+        return labels | dict(given or {})
+
+    def counts(
+        self,
+        rows: np.ndarray,
+        weights: np.ndarray,
+        given: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """float64 (2 + labels,): the sum of the weights, that of the rows with each label that
         other tasks are given, and last the bags that shared features need, which is U or one more
         if there is padding. Over all ranks, the last is a maximum and the others are sums.
@@ -57,32 +68,38 @@ class BatchMaker:
         Args:
             rows: int (n,), row numbers.
             weights: float32 (n,).
+            given: label → (n,), in place of the split's or beside them.
         """
-        columns = self._split.scalars
+        columns, labels = self._split.scalars, self._labels(rows, given)
         sums = [weights.sum(dtype=np.float64)]
-        sums += [weights @ columns[label][rows].astype(np.float64) for label in self._given]
+        sums += [weights @ labels[label].astype(np.float64) for label in self._given]
         bags = 0
         if self._once:
             bags = len(np.unique(columns[SHARED_ROW][rows])) + (len(rows) < self._batch_size)
         return np.array([*sums, bags], np.float64)
 
     def make(
-        self, rows: np.ndarray, weights: np.ndarray, totals: np.ndarray, world_size: int
+        self,
+        rows: np.ndarray,
+        weights: np.ndarray,
+        given: Mapping[str, np.ndarray] | None = None,
+        *,
+        totals: np.ndarray,
+        world_size: int,
     ) -> ImpressionBatch:
         """The batch of some rows, padded to B.
 
         Args:
             rows: int (n,), row numbers.
             weights: float32 (n,).
+            given: label → (n,), in place of the split's or beside them.
             totals: `counts` over all ranks.
             world_size: how many ranks these are.
         """
         means = torch.from_numpy((totals[:-1] / world_size).astype(np.float32))
         labels = {
-            label: torch.from_numpy(
-                self._padded(self._split.scalars[label][rows].astype(np.float32))
-            )
-            for label in self._split.schema.tasks.labels
+            label: torch.from_numpy(self._padded(values.astype(np.float32)))
+            for label, values in self._labels(rows, given).items()
         }
         dense = self._split.dense
         batch = ImpressionBatch(

@@ -36,9 +36,11 @@ from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
+    CONVERSION_TIME,
     GROUP_ID,
     SAMPLE_ID,
     SHARED_ROW,
+    TIMESTAMP,
     TRUE_CTR,
     TRUE_CVR,
     WEIGHT,
@@ -60,6 +62,8 @@ _SCALARS: dict[str, str] = {
     SAMPLE_ID: "int64",
     SHARED_ROW: "int32",
     GROUP_ID: "int64",
+    TIMESTAMP: "int64",
+    CONVERSION_TIME: "int64",
     TRUE_CTR: "float32",
     TRUE_CVR: "float32",
     WEIGHT: "float32",

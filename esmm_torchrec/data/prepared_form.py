@@ -22,7 +22,9 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
     CLICK,
     CONVERSION,
+    CONVERSION_TIME,
     GROUP_ID,
+    NEVER,
     SAMPLE_ID,
     SHARED_ROW,
     TIMESTAMP,
@@ -51,6 +53,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     GROUP_ID: pa.int64(),
     TIMESTAMP: pa.int64(),
+    CONVERSION_TIME: pa.int64(),
     TRUE_CTR: pa.float32(),
     TRUE_CVR: pa.float32(),
     WEIGHT: pa.float32(),
@@ -337,6 +340,11 @@ def check_values(table: pa.Table, schema: Schema, expected: pa.Schema, *, where:
             bad = first_true(labels[task.label] > labels[before.label])
             if bad is not None:
                 raise fail(task.label, bad, f"{task.name} without {before.name}")
+        if CONVERSION_TIME in expected.names:
+            times = table.column(CONVERSION_TIME).to_numpy()
+            bad = first_true((labels[schema.tasks[-1].label] == 1) != (times != NEVER))
+            if bad is not None:
+                raise fail(CONVERSION_TIME, bad, "a time without a conversion, or the reverse")
         for name in (TRUE_CTR, TRUE_CVR):
             if name in expected.names:
                 truth = table.column(name).to_numpy()

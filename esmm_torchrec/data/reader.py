@@ -12,8 +12,8 @@ shared rows, F features, D dense features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -38,6 +38,10 @@ class Selection:
     """int (M,), row numbers; a row may occur more than once."""
     weights: np.ndarray | None = None
     """float32 (M,), None for all 1."""
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Label → (M,), in place of the split's or beside them."""
+    periods: np.ndarray | None = None
+    """int (M,), not negative; each is read before the next, and shuffled by itself."""
 
 
 class ImpressionReader(BatchReader):
@@ -117,6 +121,10 @@ class ImpressionReader(BatchReader):
             return None
         rng = np.random.default_rng([self.seed, epoch])
         shared = self.split.scalars.get(SHARED_ROW)
+        periods = None if self.selection is None else self.selection.periods
+        if periods is not None:
+            order = rng.permutation(self.num_rows)
+            return order[np.argsort(periods[order], kind="stable")]
         if self.shuffle_chunk == 1 or shared is None:
             kind = np.int32 if self.num_rows < 1 << 31 else np.int64
             return rng.permutation(np.arange(self.num_rows, dtype=kind))
@@ -138,8 +146,8 @@ class ImpressionReader(BatchReader):
 
     def _block(self, order: np.ndarray | None, starts: range) -> Block:
         def batch(step: int, totals: np.ndarray) -> ImpressionBatch:
-            rows, weights = self._rows(order, starts[step], self.rank)
-            return self._maker.make(rows, weights, totals, self.world_size)
+            rows = self._rows(order, starts[step], self.rank)
+            return self._maker.make(*rows, totals=totals, world_size=self.world_size)
 
         def counts(start: int, rank: int) -> np.ndarray:
             return self._maker.counts(*self._rows(order, start, rank))
@@ -155,18 +163,20 @@ class ImpressionReader(BatchReader):
 
     def _rows(
         self, order: np.ndarray | None, start: int, rank: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of a rank in the step that starts at a position, and their weights."""
+    ) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:
+        """Row numbers of a rank in the step that starts at a position, their weights and what
+        takes the place of their labels."""
         end = min(start + self.global_batch_size, self.num_rows)
         first = min(start + rank * self.batch_size, end)
         last = min(first + self.batch_size, end)
         positions = np.arange(first, last) if order is None else order[first:last]
         if self.selection is None:
-            return positions, np.ones(len(positions), np.float32)
+            return positions, np.ones(len(positions), np.float32), {}
         weights = self.selection.weights
         return (
             self.selection.rows[positions],
             np.ones(len(positions), np.float32) if weights is None else weights[positions],
+            {label: values[positions] for label, values in self.selection.labels.items()},
         )
 
 

@@ -209,7 +209,7 @@ class StreamReader(BatchReader):
 
         def batch(step: int, totals: np.ndarray) -> ImpressionBatch:
             rows = steps[step]
-            return maker.make(rows, weights(rows), totals, self.world_size)
+            return maker.make(rows, weights(rows), totals=totals, world_size=self.world_size)
 
         return Block(np.stack([maker.counts(rows, weights(rows)) for rows in steps]), batch)
 

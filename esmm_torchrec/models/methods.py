@@ -28,6 +28,11 @@ from esmm_torchrec.models.interactions.none import NoInteraction
 from esmm_torchrec.models.objectives.click_space import ClickSpaceObjective
 from esmm_torchrec.models.objectives.dcmt import DcmtObjective
 from esmm_torchrec.models.objectives.ddpo import DdpoObjective
+from esmm_torchrec.models.objectives.delayed import (
+    DelayedFeedbackObjective,
+    ElapsedTimeObjective,
+    FakeNegativeObjective,
+)
 from esmm_torchrec.models.objectives.division import DivisionObjective
 from esmm_torchrec.models.objectives.doubly_robust import DoublyRobustObjective
 from esmm_torchrec.models.objectives.esm2 import Esm2Objective
@@ -45,6 +50,12 @@ from esmm_torchrec.models.parts import (
 )
 from esmm_torchrec.models.registry import Registry, part_from_dict, part_to_dict
 from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
+from esmm_torchrec.models.rows.delayed import (
+    ElapsedTimeRows,
+    FakeNegativeRows,
+    ObservedRows,
+    WaitedRows,
+)
 from esmm_torchrec.models.rows.everything import AllRows
 from esmm_torchrec.models.rows.inverse_propensity import (
     InversePropensityRows,
@@ -83,6 +94,10 @@ ROWS: Registry[type[Rows]] = Registry(
         "oversampled": OversampledRows,
         "rejection-sampled": RejectionSampledRows,
         "inverse-propensity": InversePropensityRows,
+        "observed": ObservedRows,
+        "waited": WaitedRows,
+        "fake-negative": FakeNegativeRows,
+        "elapsed-time": ElapsedTimeRows,
     },
     of_type=Rows,
 )
@@ -119,6 +134,9 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "nise": NiseObjective,
         "ddpo": DdpoObjective,
         "esm2": Esm2Objective,
+        "dfm": DelayedFeedbackObjective,
+        "fnw": FakeNegativeObjective,
+        "es-dfm": ElapsedTimeObjective,
     },
     of_type=Objective,
 )

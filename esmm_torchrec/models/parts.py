@@ -46,6 +46,10 @@ class LoggedImpressions(NamedTuple):
     with `needs_pctr`."""
     seed: int = 0
     """Of what a part samples; sampled once per training, not anew for each epoch."""
+    times: NDArray[np.int64] | None = None
+    """(N,), time of each impression, if the data set has it."""
+    conversion_times: NDArray[np.int64] | None = None
+    """(N,), when the last task happened, in the same unit, and `schema.NEVER` where it did not."""
 
     @property
     def clicked(self) -> NDArray[np.bool_]:
@@ -74,6 +78,11 @@ class TrainingRows:
     """float32 (M,), None: all 1."""
     notes: Mapping[str, float] = field(default_factory=dict)
     """Figures of the selection that a report should show."""
+    labels: Mapping[str, NDArray[np.number]] = field(default_factory=dict)
+    """Label → (M,): what takes the place of a label of the data, or stands beside the labels."""
+    periods: NDArray[np.integer] | None = None
+    """int (M,), not negative: an epoch goes through the rows in the order of their periods, and
+    shuffles within each. None: all are of one period."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ class Rows(ABC):
 
     needs_pctr: ClassVar[bool] = False
     """Whether `select` looks at a pCTR from networks that were not trained on the row."""
+    gives_labels: ClassVar[frozenset[str]] = frozenset()
+    """Labels that `select` gives beside those of the tasks."""
 
     @abstractmethod
     def select(self, impressions: LoggedImpressions) -> TrainingRows | None:
@@ -105,6 +116,9 @@ class Head(NamedTuple):
 @dataclass(frozen=True)
 class Objective(ABC):
     """What a method is trained for."""
+
+    needs_labels: ClassVar[frozenset[str]] = frozenset()
+    """Labels that `loss` looks at beside those of the tasks; the rows part must give them."""
 
     @abstractmethod
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:

@@ -16,10 +16,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, Selection
 from esmm_torchrec.data.subsets import only_ids_of, user_hash
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.models.methods import CLICK_METHOD, METHODS, build_train_task
 from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, TrainingRows
-from esmm_torchrec.schema import SAMPLE_ID, WEIGHT
+from esmm_torchrec.schema import CONVERSION_TIME, SAMPLE_ID, TIMESTAMP, WEIGHT
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
@@ -78,11 +78,21 @@ def training_part(
     """
     whole = slice(None) if within is None else within
     tasks = split.schema.tasks
+    missing = options.parts.objective.needs_labels - options.parts.rows.gives_labels
+    if missing:
+        raise OptionError(
+            f"the objective needs rows with {', '.join(sorted(missing))}, which "
+            f"{type(options.parts.rows).__name__} does not give; choose another `rows`"
+        )
     impressions = LoggedImpressions(
         {label: split.scalars[label][whole] for label in tasks.labels},
         tasks,
         None if pctr is None else pctr[whole],
         options.seed,
+        *(
+            split.scalars[name][whole] if name in split.scalars else None
+            for name in (TIMESTAMP, CONVERSION_TIME)
+        ),
     )
     chosen = options.parts.rows.select(impressions)
     learned = {head.label for head in options.parts.objective.heads(tasks)}
@@ -124,8 +134,10 @@ def part_of(
     num_rows = len(split.scalars[SAMPLE_ID][kept])
     each = np.ones(num_rows) if weights is None else weights
     tasks = split.schema.tasks
-    happened = tasks.happened({label: split.scalars[label][kept] == 1 for label in tasks.labels})
-    positives: dict[str, float] = {}
+    given = {} if chosen is None else chosen.labels
+    labels = {label: given.get(label, split.scalars[label][kept]) for label in tasks.labels}
+    happened = tasks.happened({label: values == 1 for label, values in labels.items()})
+    positives = {name: float((values == 1) @ each) for name, values in given.items()}
     for task in tasks:
         positives[task.label] = float(happened[task.name] @ each)
         if not positives[task.label] and (learned is None or task.label in learned):
@@ -134,7 +146,9 @@ def part_of(
                 "give it more data or a larger fraction"
             )
     return TrainingPart(
-        None if rows is None else Selection(rows, weights),
+        None
+        if rows is None
+        else Selection(rows, weights, given, None if chosen is None else chosen.periods),
         num_rows,
         base_rates=BaseRates(float(each.sum()), positives),
         notes={} if chosen is None else chosen.notes,

@@ -14,6 +14,7 @@ from esmm_torchrec.data.sources.raw_times import TIME_PARTS, TimePart
 from esmm_torchrec.data.sources.raw_values import is_text
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import (
+    CONVERSION_TIME,
     GROUP_ID,
     RESERVED_COLUMNS,
     TIMESTAMP,
@@ -62,6 +63,9 @@ class TableColumns:
     is a group of its own."""
     timestamp: str | None = None
     """Integers as they are; typed times and ISO 8601 text as seconds since 1970-01-01 UTC."""
+    conversion_time: str | None = None
+    """When the last task of the chain happened, in the form and unit of `timestamp`; missing
+    exactly if it did not."""
     weight: str | None = None
     """What an impression counts for, 0 or more."""
     true_ctr: str | None = None
@@ -84,6 +88,10 @@ class TableColumns:
                 "`true_ctr` and `true_cvr` are those of `click` and `conversion`; leave them out "
                 "beside `actions`"
             )
+        if self.conversion_time is not None and self.timestamp is None:
+            raise OptionError("`conversion_time` needs `timestamp`, the time of the impression")
+        if self.conversion_time is not None and not self.covers_the_chain:
+            raise OptionError("`conversion_time` needs `conversion`, whether there was one")
         features = [column for _, column in self.features]
         for role, column in self.roles:
             if column in features and role in self._outcome_roles:
@@ -171,6 +179,7 @@ class TableColumns:
         given = {
             GROUP_ID: self.group_id,
             TIMESTAMP: self.timestamp,
+            CONVERSION_TIME: self.conversion_time,
             TRUE_CTR: self.true_ctr,
             TRUE_CVR: self.true_cvr,
             WEIGHT: self.weight,
@@ -180,7 +189,8 @@ class TableColumns:
     @property
     def roles(self) -> list[tuple[str, str]]:
         """(what it is, raw column) of every column beside the features."""
-        options = ("sample_id", "group_id", "key", "timestamp", "weight", "true_ctr", "true_cvr")
+        options = ("sample_id", "group_id", "key", "timestamp", "conversion_time", "weight")
+        options = (*options, "true_ctr", "true_cvr")
         return [
             *((self.label_role(label), column) for label, column in self.labels.items()),
             *(
@@ -196,7 +206,8 @@ class TableColumns:
 
     @property
     def _outcome_roles(self) -> frozenset[str]:
-        return frozenset({*map(self.label_role, self.labels), "`true_ctr`", "`true_cvr`"})
+        others = ("`conversion_time`", "`true_ctr`", "`true_cvr`")
+        return frozenset({*map(self.label_role, self.labels), *others})
 
     @property
     def features(self) -> list[tuple[str, str]]:

@@ -27,7 +27,9 @@ from esmm_torchrec.data.sources.row_split import RowSplit
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
+    CONVERSION_TIME,
     GROUP_ID,
+    NEVER,
     SAMPLE_ID,
     TIMESTAMP,
     WEIGHT,
@@ -171,6 +173,9 @@ class TableRows:
             else:
                 for task, before in self._columns.tasks.links:
                     scalars[task.label] = np.minimum(scalars[task.label], scalars[before.label])
+                if CONVERSION_TIME in scalars:
+                    converted = scalars[self._columns.tasks[-1].label] == 1
+                    scalars[CONVERSION_TIME] = np.where(converted, scalars[CONVERSION_TIME], NEVER)
         if keep.all():
             return Impressions(scalars, values)
         return Impressions(
@@ -238,6 +243,8 @@ class TableRows:
             elif role == TIMESTAMP:
                 scalars[role], there, fault = read_times(values, name)
                 fault = _required(fault, there)
+            elif role == CONVERSION_TIME:
+                scalars[role], fault = self._conversion_times(scalars, values, name)
             elif role == WEIGHT:
                 scalars[role], fault = read_weights(values, name)
             else:
@@ -250,6 +257,24 @@ class TableRows:
                 faults.append(fault)
         values, found = features.read(rows)
         return scalars, values, faults + found
+
+    def _conversion_times(
+        self, scalars: Mapping[str, np.ndarray], column: pa.ChunkedArray, name: str
+    ) -> tuple[np.ndarray, Fault]:
+        """int64 (n,), NEVER without a conversion; a time before the impression is a fault."""
+        times, there, fault = read_times(column, name)
+        converted = scalars[self._columns.tasks[-1].label] == 1
+        wrong = (there != converted) | (there & (times < scalars[TIMESTAMP]))
+
+        def describe(row: int) -> str:
+            if fault.rows[row]:
+                return fault.describe(row)
+            if there[row] and converted[row]:
+                return "the conversion is before the impression"
+            return "there is a time and no conversion" if there[row] else "the time is missing"
+
+        times = np.where(converted, times, NEVER)
+        return times, Fault(name, fault.rows | wrong, describe)
 
     def _without_faults(
         self, block: RawBlock, faults: Sequence[Fault], bad_rows: BadRows

@@ -1,0 +1,128 @@
+"""Conversions that come late: a click without one is not a negative yet.
+
+Each objective learns P(conversion | click) = σ(x) on the rows of a part of `rows.delayed`, and
+writes p for it. Weights are constants: no gradient goes through them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import joint_label
+from esmm_torchrec.models.objectives.single import ConversionObjective
+from esmm_torchrec.models.parts import Head
+from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.tasks import TaskChain
+
+_RATE = "delay_rate"
+_LATE, _REAL = "delayed_positive", "real_negative"
+
+
+@dataclass(frozen=True)
+class DelayedFeedbackObjective(ConversionObjective):
+    """DFM (Chapelle, KDD 2014): the delay is exponential with a rate λ(x) of its own.
+
+    Converted after d days: −log p − log λ + λd. Not converted e days after the click:
+    −log(1 − p + p·e^{−λe}). For the rows part "observed".
+    """
+
+    needs_labels: ClassVar[frozenset[str]] = frozenset({"elapsed", "delay"})
+
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """The logit of the last task, and h with λ = softplus(h) per day."""
+        return (*super().heads(tasks), Head(_RATE))
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The mean over the rows of the global batch."""
+        loss = dfm_loss(
+            logits[tasks[-1].name],
+            logits[_RATE],
+            joint_label(batch, tasks.labels),
+            elapsed=batch.labels["elapsed"],
+            delay=batch.labels["delay"],
+        )
+        return losses.weighted_mean(loss, batch.weight, batch.mean_weight)
+
+
+@torch.fx.wrap
+def dfm_loss(
+    logit: torch.Tensor,
+    rate_logit: torch.Tensor,
+    converted: torch.Tensor,
+    *,
+    elapsed: torch.Tensor,
+    delay: torch.Tensor,
+) -> torch.Tensor:
+    """DFM's loss by impression, float32 (B,).
+
+    Args:
+        logit: (B,), x.
+        rate_logit: (B,), h.
+        converted: (B,), 1 if a conversion was observed.
+        elapsed: (B,), e in days.
+        delay: (B,), d in days; read where converted is 1.
+    """
+    rate = F.softplus(rate_logit)
+    # softplus(h) is exp(h) to the last bit there, and would underflow further down.
+    low = rate_logit < -20
+    log_rate = torch.where(low, rate_logit, F.softplus(rate_logit.clamp_min(-20)).log())
+    happened = F.softplus(-logit) - log_rate + rate * delay
+    pending = -torch.logaddexp(-F.softplus(logit), -F.softplus(-logit) - rate * elapsed)
+    return torch.where(converted > 0, happened, pending)
+
+
+@dataclass(frozen=True)
+class FakeNegativeObjective(ConversionObjective):
+    """FNW, fake negative weighted (Ktena et al., RecSys 2019): z(1 + p)·−log p +
+    (1 − z)(1 − p)(1 + p)·−log(1 − p). For the rows part "fake-negative"."""
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The mean over the rows of the global batch."""
+        logit, label = logits[tasks[-1].name], joint_label(batch, tasks.labels)
+        p = torch.sigmoid(logit).detach()
+        loss = label * (1 + p) * F.softplus(-logit)
+        loss = loss + (1 - label) * (1 - p) * (1 + p) * F.softplus(logit)
+        return losses.weighted_mean(loss, batch.weight, batch.mean_weight)
+
+
+@dataclass(frozen=True)
+class ElapsedTimeObjective(ConversionObjective):
+    """ES-DFM (Yang et al., AAAI 2021): z(1 + p_dp)·−log p + (1 − z)(1 + p_dp)·p_rn·−log(1 − p).
+
+    p_dp is the probability that a click converts after it has entered, p_rn that a click that has
+    entered as a negative is one. The paper trains their networks before, on a log whose outcomes
+    are final; here they learn in the same training, from the clicks whose outcome has become final.
+    For the rows part "elapsed-time".
+    """
+
+    needs_labels: ClassVar[frozenset[str]] = frozenset(
+        {"matured", "observed_negative", _LATE, _REAL}
+    )
+
+    def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
+        """The logits of the last task, of p_dp and of p_rn."""
+        (last,) = super().heads(tasks)
+        return (
+            Head(_LATE, _LATE, "matured"),
+            Head(_REAL, _REAL, "observed_negative"),
+            last._replace(given=tasks[0].label),
+        )
+
+    def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
+        """The mean over the rows of the global batch."""
+        labels, logit = batch.labels, logits[tasks[-1].name]
+        label = joint_label(batch, tasks.labels)
+        late, real = (torch.sigmoid(logits[name]).detach() for name in (_LATE, _REAL))
+        positive = label * (1 + late) * F.softplus(-logit)
+        negative = (1 - label) * (1 + late) * real * F.softplus(logit)
+        loss = labels[tasks[0].label] * (positive + negative)
+        for name, space in ((_LATE, "matured"), (_REAL, "observed_negative")):
+            entropy = losses.binary_cross_entropy(logits[name], labels[name])
+            loss = loss + labels[space] * entropy
+        return losses.weighted_mean(loss, batch.weight, batch.mean_weight)

@@ -1,0 +1,219 @@
+"""Clicked impressions in time order, when conversions come days after the click.
+
+A model that is trained every day sees the conversions that have happened by then. Here an epoch is
+such a history: its periods are days, and a row enters the training of the day on which what it says
+becomes known, more than once if need be. Nothing enters that is known after `until` only.
+
+Notation: t time of the click, c time of the conversion, all in days here. The label of a row that
+enters is in place of the conversion label of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
+
+
+class _Clicks(NamedTuple):
+    """M clicks of the log."""
+
+    rows: NDArray[np.integer]
+    """int (M,), their impressions."""
+    time: NDArray[np.float64]
+    """(M,), t: days since the first impression."""
+    converted: NDArray[np.float64]
+    """(M,), c, infinite without a conversion."""
+    until: float
+    """The end of what is known."""
+    names: tuple[str, str]
+    """Labels of the click and of the conversion."""
+
+    def entries(
+        self,
+        clicks: NDArray[np.integer],
+        at: NDArray[np.float64],
+        label: NDArray[np.bool_],
+        **labels: NDArray[np.number],
+    ) -> TrainingRows:
+        """Clicks that enter training, in the order of the days.
+
+        Args:
+            clicks: int (K,), places among the M; a click may enter more than once.
+            at: (K,), when. What enters after the end is left out.
+            label: bool (K,), whether it counts as converted.
+            labels: further ones, (K,).
+        """
+        known = np.flatnonzero(at <= self.until)
+        known = known[np.argsort(self.rows[clicks[known]], kind="stable")]
+        labels = {self.names[1]: label.astype(np.int8)} | labels
+        return TrainingRows(
+            self.rows[clicks[known]],
+            labels={name: values[known] for name, values in labels.items()},
+            periods=np.floor(at[known]).astype(np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class DelayedRows(Rows):
+    """What the parts below have in common.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
+
+    day: int = 86_400
+    """Length of a day in the unit of the data set's times."""
+    until: int | None = None
+    """Time up to which impressions and conversions are known; None: that of the last impression."""
+
+    def __post_init__(self) -> None:
+        if self.day < 1:
+            raise OptionError(f"`rows.day` {self.day} is not positive; give 1 or more")
+
+    def _clicks(self, impressions: LoggedImpressions) -> _Clicks:
+        times, converted = impressions.times, impressions.conversion_times
+        if times is None or converted is None:
+            raise OptionError(
+                "this rows part needs times; prepare the data with `timestamp` and "
+                "`conversion_time`"
+            )
+        first, last = times.min(), times.max() if self.until is None else self.until
+        rows = np.flatnonzero(impressions.clicked & (times <= last))
+        happened = impressions.converted[rows]
+        days = np.full(len(rows), np.inf)
+        days[happened] = (converted[rows[happened]] - first) / self.day
+        tasks = impressions.tasks
+        return _Clicks(
+            rows,
+            (times[rows] - first) / self.day,
+            days,
+            float(last - first) / self.day,
+            (tasks[0].label, tasks[-1].label),
+        )
+
+
+@dataclass(frozen=True)
+class ObservedRows(DelayedRows):
+    """Every click on its own day, with the label that is known at the end of that day.
+
+    Gives "elapsed", days from the click to the observation, and "delay", days to the conversion
+    that was observed, else 0.
+    """
+
+    gives_labels: ClassVar[frozenset[str]] = frozenset({"elapsed", "delay"})
+
+    at_end: bool = False
+    """Observe all days at the end, as a model that is trained once sees them."""
+    hindsight: bool = False
+    """Label by the whole log, with what happens after the end: what no training can know, to
+    compare with."""
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """Each click once."""
+        clicks = self._clicks(impressions)
+        observed = np.minimum(np.floor(clicks.time) + 1, clicks.until)
+        if self.at_end:
+            observed = np.full_like(observed, clicks.until)
+        label = clicks.converted <= (np.inf if self.hindsight else observed)
+        label &= np.isfinite(clicks.converted)
+        delay = np.where(label, clicks.converted - clicks.time, 0.0)
+        return clicks.entries(
+            np.arange(len(clicks.rows)),
+            clicks.time,
+            label,
+            elapsed=(observed - clicks.time).astype(np.float32),
+            delay=delay.astype(np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class WaitedRows(DelayedRows):
+    """Every click once it is `wait` days old, with the label that it has then."""
+
+    wait: float = 1.0
+    """Days."""
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """Each click once, except those of the last days."""
+        clicks = self._clicks(impressions)
+        at = clicks.time + self.wait
+        return clicks.entries(np.arange(len(at)), at, clicks.converted <= at)
+
+
+@dataclass(frozen=True)
+class FakeNegativeRows(DelayedRows):
+    """Every click as a negative at once, and again as a positive when it converts: what the
+    objective fnw corrects for (Ktena et al., RecSys 2019)."""
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """Each click once or twice."""
+        clicks = self._clicks(impressions)
+        each = np.arange(len(clicks.rows))
+        return clicks.entries(
+            np.concatenate([each, each]),
+            np.concatenate([clicks.time, clicks.converted]),
+            np.repeat([False, True], len(each)),
+        )
+
+
+@dataclass(frozen=True)
+class ElapsedTimeRows(DelayedRows):
+    """Every click once it is `wait` days old, with the label that it has then, and again as a
+    positive if it converts later: what the objective es-dfm corrects for (Yang et al., AAAI 2021).
+
+    A click enters a third time when it is `window` days old and its outcome counts as final. It
+    then teaches the two networks that give the weights, and nothing else: its click label is 0.
+    Gives "matured", 1 for these entries; of them "observed_negative", had no conversion when the
+    click was `wait` days old; "delayed_positive", had one later; "real_negative", had none.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
+
+    gives_labels: ClassVar[frozenset[str]] = frozenset(
+        {"matured", "observed_negative", "delayed_positive", "real_negative"}
+    )
+
+    wait: float = 0.25
+    """Days."""
+    window: float = 7.0
+    """Days after which no conversion is expected."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.wait < self.window:
+            raise OptionError(
+                f"`rows.wait` {self.wait:g} is not from 0 to `rows.window` {self.window:g}"
+            )
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """Each click up to three times."""
+        clicks = self._clicks(impressions)
+        size = len(clicks.rows)
+        at, mature = clicks.time + self.wait, clicks.time + self.window
+        early = clicks.converted <= at
+        late = ~early & (clicks.converted <= mature)
+        again = np.flatnonzero(~early & np.isfinite(clicks.converted))
+        kind = np.repeat([0, 1, 2], [size, len(again), size])
+        matured = kind == 2
+
+        def of_matured(values: NDArray[np.bool_]) -> NDArray[np.int8]:
+            padding = np.zeros(size + len(again), np.int8)
+            return np.concatenate([padding, values.astype(np.int8)])
+
+        return clicks.entries(
+            np.concatenate([np.arange(size), again, np.arange(size)]),
+            np.concatenate([at, clicks.converted[again], mature]),
+            np.concatenate([early, np.ones(len(again), bool), np.zeros(size, bool)]),
+            **{clicks.names[0]: (~matured).astype(np.int8)},
+            matured=matured.astype(np.int8),
+            observed_negative=of_matured(~early),
+            delayed_positive=of_matured(late),
+            real_negative=of_matured(~early & ~late),
+        )
