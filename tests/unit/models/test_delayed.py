@@ -96,9 +96,9 @@ def test_elapsed_time_rows_enter_up_to_three_times() -> None:
 def test_what_cannot_be_selected_is_refused() -> None:
     with pytest.raises(OptionError, match="conversion_time"):
         WaitedRows().select(LOG._replace(conversion_times=None))
-    with pytest.raises(OptionError, match="`rows.wait` 7 is not"):
+    with pytest.raises(OptionError, match=r"`rows\.wait` 7 is not"):
         ElapsedTimeRows(wait=7.0)
-    with pytest.raises(OptionError, match="`rows.day` 0"):
+    with pytest.raises(OptionError, match=r"`rows\.day` 0"):
         WaitedRows(day=0)
 
 
