@@ -66,12 +66,12 @@ ground-truth: install
 # The two regimes side by side: the paper's rates, then a dense world that takes away what ESMM is for.
 # esmm_torchrec/comparison/data.py says why.
 paper: install
-	$(BIN)/esmm-torchrec compare --out paper --regime paper --seeds 5 --batch-size 8192
-	$(BIN)/esmm-torchrec compare --out paper/dense --regime dense --seeds 5 --fractions 0.1 0.3 1
+	$(BIN)/esmm-torchrec compare --out paper --regime paper --seeds 4 --trials 12 --epochs 2
+	$(BIN)/esmm-torchrec compare --out paper/dense --regime dense --seeds 4 --trials 12 --epochs 2
 
 # The ratio of conversions to impressions in the paper's Public data set beside them.
 paper-full: paper
-	$(BIN)/esmm-torchrec compare --out paper/public --regime public --seeds 5 --batch-size 16384
+	$(BIN)/esmm-torchrec compare --out paper/public --regime public --seeds 4 --trials 12 --epochs 2
 
 paper-small: install
 	$(BIN)/esmm-torchrec compare --out paper-small --seeds 2 --trials 1 --epochs 1 --fractions 0.3 1 \

@@ -1,26 +1,28 @@
 """The data of a comparison: one prepared data set, or a new generated world for each seed.
 
 A world is drawn when the first training needs it and removed when its trainings are done, so that
-disk and memory hold one at a time.
+disk and memory hold one or two at a time.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from esmm_torchrec.comparison.worlds import World, draw_mapped
+from esmm_torchrec.comparison.worlds import DrawnWorld, World, draw_mapped
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.subsets import sample_rows, user_column
 from esmm_torchrec.errors import DataError, OptionError
-from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW
+from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, Schema
 from esmm_torchrec.sharding.process_group import Ranks
 
 Regime = Literal["paper", "public", "dense"]
@@ -80,10 +82,19 @@ class Source:
         identity: Mapping[str, Any],
         *,
         open_data: Callable[[], ComparisonData],
+        impressions: int,
+        drawn: Path | None = None,
+        draw: Callable[[], object] = lambda: None,
         remove: Callable[[], object] = lambda: None,
     ) -> None:
         self.identity = identity
         """What trainings on it are remembered by."""
+        self.impressions = impressions
+        """Of the training half."""
+        self.drawn = drawn
+        """A file that exists once it can be opened; None: it always can."""
+        self.draw = draw
+        """Writes that file; called on every rank, in one process."""
         self._open_data = open_data
         self._remove = remove
 
@@ -124,7 +135,11 @@ def prepared_source(path: Path, *, held_out_by: HeldOutBy, test_impressions: int
             dataset.min_count,
         )
 
-    return Source({"data": dataset.fingerprint, "held_out_by": held_out_by}, open_data=open_data)
+    return Source(
+        {"data": dataset.fingerprint, "held_out_by": held_out_by},
+        open_data=open_data,
+        impressions=dataset.splits["train"].impressions,
+    )
 
 
 def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
@@ -148,15 +163,25 @@ def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
 
 
 def world_source(world: World, folder: Path, ranks: Ranks, *, test_impressions: int) -> Source:
-    """A world that is drawn in `folder` and removed when it is closed."""
-    drawn_in = folder / f"world-{world.seed}"
+    """A world that is drawn below `folder` and removed when it is closed."""
+    identity = {"world": asdict(world), "min_count": WORLD_MIN_COUNT}
+    name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    drawn_in = folder / f"world-{world.seed}-{name}"
+    schema_file = folder / f"{drawn_in.name}.json"
+
+    def draw() -> None:
+        def make() -> None:
+            shutil.rmtree(drawn_in, ignore_errors=True)
+            drawn = draw_mapped(world, drawn_in, min_count=WORLD_MIN_COUNT)
+            partial = schema_file.with_suffix(".partial")
+            partial.write_text(json.dumps(drawn.schema.to_dict()))
+            partial.rename(schema_file)
+
+        ranks.from_first(make)
 
     def open_data() -> ComparisonData:
-        def make() -> Any:
-            shutil.rmtree(drawn_in, ignore_errors=True)
-            return draw_mapped(world, drawn_in, min_count=WORLD_MIN_COUNT)
-
-        drawn = ranks.from_first(make)
+        schema = Schema.from_dict(json.loads(schema_file.read_text()))
+        drawn = DrawnWorld(drawn_in, schema)
         train, test = drawn.open("train"), drawn.open("test")
         return ComparisonData(
             train, test, sample_rows(test, test_impressions), _mean_lengths(train), WORLD_MIN_COUNT
@@ -165,10 +190,16 @@ def world_source(world: World, folder: Path, ranks: Ranks, *, test_impressions: 
     def remove() -> None:
         ranks.barrier()
         if ranks.is_first:
+            schema_file.unlink(missing_ok=True)
             shutil.rmtree(drawn_in, ignore_errors=True)
 
     return Source(
-        {"world": asdict(world), "min_count": WORLD_MIN_COUNT}, open_data=open_data, remove=remove
+        identity,
+        open_data=open_data,
+        impressions=world.split_impressions["train"],
+        drawn=schema_file,
+        draw=draw,
+        remove=remove,
     )
 
 

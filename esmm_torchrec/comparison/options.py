@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from esmm_torchrec.choices import check_choices
 from esmm_torchrec.comparison.data import HeldOutBy
@@ -15,6 +15,7 @@ from esmm_torchrec.models.methods import (
     METHODS,
     PAPER_METHODS,
 )
+from esmm_torchrec.models.rows.everything import AllRows
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 from esmm_torchrec.training.options import TrainOptions
@@ -25,27 +26,60 @@ class Setting:
     """One of the settings that tuning chooses among."""
 
     sparse_lr: float
+    """Of the embedding tables."""
     dense_lr: float
+    """Of the towers."""
     weight_decay: float
     """Of the towers."""
+    min_count: int
+    """An id that occurs less often in a method's own training rows is the unknown id for it."""
+    init_scale: float
+    """Factor of the embeddings' initial range."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What of it is an option of a training."""
+        return {name: value for name, value in asdict(self).items() if name != "min_count"}
 
 
 SETTINGS = (
-    Setting(0.02, 0.001, 0.0),
-    Setting(0.05, 0.002, 0.0),
-    Setting(0.1, 0.002, 1e-4),
-    Setting(0.02, 0.001, 3e-4),
-    Setting(0.01, 0.002, 0.0),
-    Setting(0.05, 0.0005, 1e-5),
-    Setting(0.1, 0.001, 0.0),
-    Setting(0.02, 0.002, 1e-3),
+    Setting(0.1, 0.001, 0.0, 1, 1.0),
+    Setting(0.2, 0.002, 1e-4, 5, 1.0),
+    Setting(0.05, 0.002, 0.0, 20, 0.3),
+    Setting(0.4, 0.001, 1e-5, 2, 0.3),
+    Setting(0.02, 0.004, 1e-5, 2, 1.0),
+    Setting(0.1, 0.0005, 1e-4, 5, 3.0),
+    Setting(0.2, 0.004, 0.0, 1, 0.1),
+    Setting(0.05, 0.001, 1e-4, 50, 3.0),
+    Setting(0.4, 0.002, 1e-3, 20, 3.0),
+    Setting(0.8, 0.0005, 0.0, 5, 1.0),
+    Setting(0.1, 0.008, 1e-4, 2, 3.0),
+    Setting(0.01, 0.002, 1e-5, 1, 1.0),
+    Setting(0.2, 0.00025, 1e-5, 20, 1.0),
+    Setting(0.02, 0.001, 0.0, 5, 10.0),
 )
-"""The same for every method, tried in this order; spread over what trains at all. A method with a
-rate of its own goes through its rates in the same trials, and gets no more of them: trial n of S
-settings and R rates takes rate n + ⌊R/2⌋·⌊n/R⌋ (modulo R), so that a rate meets other settings in
-each round."""
+"""The same for every method, tried in this order. The first ones are plain, for a comparison with
+few trials; each range is wider than what trial worlds needed. A method with options of its own
+(`Method.tune`) goes through their values in the same trials, and gets no more of them."""
+
+FINALISTS = 2
+"""Trials of a method that the first round of tuning leaves for the second."""
+
+FIRST_ROUND_SHARE, FIRST_ROUND_UPDATES = 1 / 8, 1 / 3
+"""Part of the users kept for training that the first round trains on, and of the updates that its
+one pass takes: both steps and batches are smaller than those of a whole pass, so that what is best
+for either is not far from what is best there."""
+
+LAST_ROUND_SHARE = 1 / 3
+"""Part of them that the second round trains on."""
 
 CLICK_NETWORK = CLICK_METHOD
+MIN_UPDATES_PER_PASS = 200
+"""Of "--batch-size auto"."""
+
+CHUNK = 8
+"""Impressions of one user that stay together in the order of a method that trains on all."""
+
 COMPARED: tuple[str, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -60,7 +94,32 @@ class Trial(NamedTuple):
     """What a training of a method is tried with."""
 
     setting: Setting
-    rate: float | None
+    own: tuple[tuple[str, Any], ...] = ()
+    """Options of the method's parts, such as ("rows.rate", 0.5)."""
+
+
+class Round(NamedTuple):
+    """A round of tuning: all trials on a part of the data, or the best of them on more."""
+
+    share: float
+    """Of the users kept for training."""
+    updates: float
+    """Of a pass, as a share of those of a pass over everything."""
+    epochs: int
+    """Passes, each of which is measured."""
+    trials: int
+    """The best so many of the round before."""
+
+
+def rounds_of(trials: int, epochs: int) -> tuple[Round, ...]:
+    """The rounds of tuning for a number of trials and of passes: successive halving (Jamieson and
+    Talwalkar, AISTATS 2016) in two steps, or one round if few are tried."""
+    if trials <= FINALISTS:
+        return (Round(1.0, 1.0, epochs, trials),)
+    return (
+        Round(FIRST_ROUND_SHARE, FIRST_ROUND_UPDATES, 1, trials),
+        Round(LAST_ROUND_SHARE, 1.0, epochs, FINALISTS),
+    )
 
 
 @dataclass(frozen=True)
@@ -84,14 +143,18 @@ class ComparisonOptions:
     fractions: tuple[float, ...] = (1.0,)
     """Parts of the training users to train on; each part lies within the larger ones."""
     trials: int = len(SETTINGS)
-    """Settings tried for each method in tuning, the same number for all."""
+    """Settings tried for each method in tuning, the same number for all: on a part of the data
+    first, then the best two on more."""
     epochs: int = 3
     """Tuning chooses among 1 to this many passes of a method over its own training rows."""
+    processes: int | Literal["auto"] = "auto"
+    """Processes that share the trainings; auto: one for each core, or one where torchrun started
+    several ranks or there is a GPU. Figures do not depend on it."""
     held_out_by: HeldOutBy = "auto"
     """What stays together when training users of a prepared data set are held out or a fraction of
     them is drawn: impressions of a group_id, of a shared row, or each impression by itself; auto:
     of a shared row if there are any. The group_id decides metrics alone otherwise."""
-    validation_share: float = 0.2
+    validation_share: float = 0.3
     """Part of the training users to tune on; chosen methods are retrained on all."""
     test_impressions: int = 1_500_000
     """Test impressions scored, at most about; users are drawn from the test half by hash."""
@@ -99,9 +162,10 @@ class ComparisonOptions:
     """Columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of each tower."""
-    batch_size: int = 2048
-    """Impressions of a step, over all ranks, of a pass over the whole training half. Every pass, of
-    any method and fraction, takes as many updates as that one: fewer rows make smaller batches."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Impressions of a step, over all ranks, of a pass over the whole training half; auto: the
+    largest power of two with which it takes at least 200 steps. Every pass, of any method and
+    fraction, takes as many updates as that one: fewer rows make smaller batches."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables (the paper: adam); towers have Adam as in the paper."""
     sharding: ShardingOption = "auto"
@@ -119,6 +183,8 @@ class ComparisonOptions:
         ):
             if value < 1:
                 raise OptionError(f"{option} {value} is not positive; give at least 1")
+        if self.processes != "auto" and self.processes < 1:
+            raise OptionError(f"`processes` {self.processes} is not positive; give at least 1")
         if not 1 <= self.trials <= len(SETTINGS):
             raise OptionError(f"`trials` {self.trials} is not from 1 to {len(SETTINGS)}")
         for fraction in self.fractions:
@@ -132,7 +198,7 @@ class ComparisonOptions:
             raise OptionError(
                 f"`validation_share` {self.validation_share:g} is not between 0 and 1; give a share"
             )
-        self.train(CLICK_NETWORK, Trial(SETTINGS[0], None), seed=0)
+        self.train(CLICK_NETWORK, Trial(SETTINGS[0]), seed=0)
 
     @property
     def chosen_methods(self) -> tuple[str, ...]:
@@ -154,13 +220,35 @@ class ComparisonOptions:
         """Each fraction once; the table shows the last."""
         return tuple(sorted(set(self.fractions)))
 
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """Of tuning."""
+        return rounds_of(self.trials, self.epochs)
+
+    def for_rows(self, impressions: int) -> ComparisonOptions:
+        """These with the batch size that "auto" stands for.
+
+        Args:
+            impressions: of the training half.
+        """
+        if self.batch_size != "auto":
+            return self
+        size = 1 << max(0, (impressions // MIN_UPDATES_PER_PASS).bit_length() - 1)
+        return replace(self, batch_size=size)
+
     def trials_of(self, method: str) -> list[Trial]:
-        """What tuning tries."""
-        rates = METHODS[method].tune.get("rows.rate", (None,))
-        return [
-            Trial(setting, rates[(place + len(rates) // 2 * (place // len(rates))) % len(rates)])
-            for place, setting in enumerate(SETTINGS[: self.trials])
-        ]
+        """What tuning tries. Of R values of an option, trial n takes number n + ⌊R/2⌋·⌊n/R⌋
+        (modulo R), so that a value meets other settings in each round through them; of a second
+        option, n counts such rounds."""
+        trials = []
+        for place, setting in enumerate(SETTINGS[: self.trials]):
+            own, step = [], place
+            for option, values in METHODS[method].tune.items():
+                size = len(values)
+                own.append((option, values[(step + size // 2 * (step // size)) % size]))
+                step //= size
+            trials.append(Trial(setting, tuple(own)))
+        return trials
 
     def train(self, method: str, trial: Trial, *, seed: int, epochs: int = 1) -> TrainOptions:
         """Options of one training."""
@@ -171,9 +259,11 @@ class ComparisonOptions:
         common["architecture"] = None
         if self.architecture is not None and method != CLICK_NETWORK:
             common["architecture"] = ARCHITECTURES[self.architecture]()
+        preset = METHODS[method]
         own: dict[str, Any] = {"method": method, "seed": seed, "epochs": epochs}
-        if trial.rate is not None:
-            own["rows"] = replace(METHODS[method].rows, **{"rate": trial.rate})
+        for option, value in trial.own:
+            part, _, name = option.partition(".")
+            own[part] = replace(own.get(part, getattr(preset, part)), **{name: value})
         # A method with few rows has few of each user, which would then all be in one batch.
-        own["shuffle_chunk"] = 1
-        return TrainOptions(**common | own | asdict(trial.setting))
+        own["shuffle_chunk"] = CHUNK if isinstance(preset.rows, AllRows) else 1
+        return TrainOptions(**common | own | trial.setting.training)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.comparison import tables
+from esmm_torchrec.comparison.options import rounds_of
 from esmm_torchrec.comparison.plots import draw_plots
 from esmm_torchrec.comparison.results import DIFFERENCES
 from esmm_torchrec.comparison.verdicts import regime, verdicts
@@ -99,20 +100,29 @@ def _share(figure: Mapping[str, Any]) -> str:
 
 def _rule(results: Results) -> str:
     protocol = results["protocol"]
+    rounds = rounds_of(protocol["trials"], protocol["epochs"])
     apart = " in a world of its own" if "world" in results["source"] else ""
-    shared = " and shared by all worlds" if "world" in results["source"] else ""
+    shared = ", and shared by all worlds" if "world" in results["source"] else ""
+    first, *last = rounds
     return (
         f"{protocol['validation_share']:.0%} of the training users (drawn by hash) are held out. "
-        f"Every method gets {protocol['trials']} trials from one list of settings. A method with R "
-        "rates of its own goes through them in the same trials: trial n takes rate "
-        "n + ⌊R/2⌋·⌊n/R⌋ modulo R, so that a rate meets other settings in each round. Each trial "
-        f"is measured after each of {protocol['epochs']} passes over the method’s own training "
-        "rows. A pass takes the same number of optimiser updates for every method and every "
+        f"Every method gets {protocol['trials']} trials from one list of settings; a method with "
+        "options of its own goes through their values in the same trials. "
+        + (
+            f"In a first round each trains for one pass on {first.share:.1%} of the other users, "
+            f"with {first.updates:.0%} of the updates; "
+            f"the best {last[0].trials} then train on {last[0].share:.0%} of them and are measured "
+            f"after each of {last[0].epochs} passes over the method’s own training rows. "
+            if last
+            else f"Each is measured after each of {first.epochs} passes over the method’s own "
+            "training rows. "
+        )
+        + "A pass takes the same number of optimiser updates for every method and every "
         f"fraction: that of batches of {protocol['batch_size']:,} over all training "
         "impressions; fewer rows make smaller batches. The trial and the number of passes with "
         "the best mean of CVR AUC on clicks and CTCVR AUC with the common click network (for the "
-        f"click network itself: CTR AUC) are chosen once, with one seed{apart}, at full "
-        f"volume{shared}. Intervals over seeds therefore do not capture the variance of this "
+        f"click network itself: CTR AUC) are chosen once, with one seed{apart}{shared}. "
+        "Intervals over seeds therefore do not capture the variance of this "
         "choice, and a method’s own pCTR was not tuned for. Every method is then retrained with "
         "what was chosen, on all training users or a fraction of them, for each seed, and the test "
         "half is scored by these models alone. Ids too rare in a fraction are unknown to every "

@@ -10,8 +10,6 @@ differences        {fraction: {metric: {baseline: {method: {"mean", "low", "high
                    "high_users", "p_value_users", "p_value_users_holm": the same over resampled
                    test users. "within_noise" is null if there is no p-value to judge by
 references         {fraction: {what is used as the conversion score: {metric: …}}}
-random_unseen_ids  {method: {fraction: {metric: …}}}: as "methods", but with the random
-                   embeddings that ids have which a method's training rows never showed
 training           {method: {fraction: {"training_rows", "batch_size" (over all ranks),
                    "updates_per_pass", "passes", "unknown_share", "train_seconds", "seconds",
                    notes: …}}}: means over seeds
@@ -20,8 +18,8 @@ seconds            {"tuning": {method: …}, "methods": {method: {fraction: …}
 curves, points     {method: …} at the largest fraction: calibration of the first seed, and a
                    sample of its pCVR beside the truth
 train_commands     {method: the `train` command with what was chosen}
-tuning             {method: {"chosen", "tried", "at_edge": what of it was chosen at the end of
-                   what was tried, "seconds"}}
+tuning             {method: {"chosen", "tried" (a row per trial, round and number of passes),
+                   "at_edge": what of it was chosen at the end of what was tried, "seconds"}}
 protocol, source, environment, command
 """
 
@@ -118,11 +116,6 @@ def assemble(
         "references": {
             f: _references({name: by_run[name, f] for name in names}) for f in fractions
         },
-        "random_unseen_ids": each(
-            lambda runs: _summaries(
-                [run["random_unseen_ids"] for run in runs if "random_unseen_ids" in run]
-            )
-        ),
         "training": each(_training),
         "curves": {name: by_run[name, largest][0]["curves"] for name in names},
         "points": {name: by_run[name, largest][0]["points"] for name in names},
@@ -183,8 +176,8 @@ def _seconds(
     return {
         "tuning": of_tuning,
         "methods": methods,
-        "common_ctr": of_networks("common-ctr"),
-        "out_of_fold_pctr": of_networks("out-of-fold-pctr"),
+        "common_ctr": of_networks("click-logits"),
+        "out_of_fold_pctr": of_networks("clicked-pctr"),
         "total": sum(of_tuning.values()) + retrained + sum(once.values()),
     }
 

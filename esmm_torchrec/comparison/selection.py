@@ -27,42 +27,74 @@ def selection_score(method: str, figures: Mapping[str, float | None]) -> float |
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def described(chosen: Chosen, tried: Sequence[Chosen]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Tried:
+    """A trial after some passes of a round of tuning."""
+
+    round: int
+    """From 0."""
+    trial: Trial
+    epochs: int
+    score: float | None
+    """None if the held-out users allow none."""
+
+
+def best(tried: Sequence[Tried], number: int) -> list[Tried]:
+    """The best so many trials of a round, each after the passes that were best for it, best first.
+    Of equals the first, so that the order of trials decides and not a rounding."""
+    of_trial: dict[Trial, Tried] = {}
+    for one in tried:
+        known = of_trial.get(one.trial)
+        if one.score is not None and (known is None or one.score > (known.score or 0.0)):
+            of_trial[one.trial] = one
+    return sorted(of_trial.values(), key=lambda one: -(one.score or 0.0))[:number]
+
+
+def described(chosen: Chosen, tried: Sequence[Tried]) -> dict[str, Any]:
     """What was chosen and what was tried, for results.json."""
+    return {
+        "chosen": _values(chosen.trial) | {"epochs": chosen.epochs, "score": chosen.score},
+        "tried": [
+            {"round": one.round} | _values(one.trial) | {"epochs": one.epochs, "score": one.score}
+            for one in tried
+        ],
+        "at_edge": at_edge(chosen, tried),
+    }
 
-    def values(choice: Chosen) -> dict[str, Any]:
-        return asdict(choice.trial.setting) | {
-            "rate": choice.trial.rate,
-            "epochs": choice.epochs,
-            "score": choice.score,
-        }
 
-    return {"chosen": values(chosen), "tried": [values(choice) for choice in tried]}
+def _values(trial: Trial) -> dict[str, Any]:
+    return asdict(trial.setting) | {"own": dict(trial.own)}
 
 
-def at_edge(chosen: Chosen, tried: Sequence[Chosen]) -> list[str]:
+def at_edge(chosen: Chosen, tried: Sequence[Tried]) -> list[str]:
     """What was chosen at the end of what was tried of it, beyond which better may lie: "epochs" at
-    the most passes; a learning rate, weight decay or rate at its lowest or highest."""
+    the most passes; a setting or an option of the method at its lowest or highest."""
     edges = []
-    if chosen.epochs == max(other.epochs for other in tried):
+    if chosen.epochs == max(one.epochs for one in tried):
         edges.append("epochs")
-    for name in ("sparse_lr", "dense_lr", "weight_decay"):
-        values = {getattr(other.trial.setting, name) for other in tried}
-        # Below no weight decay there is none.
-        lowest = min(values) if name != "weight_decay" or min(values) else None
-        if getattr(chosen.trial.setting, name) in (lowest, max(values)):
+    for name, value in _flat(chosen.trial).items():
+        values = {_flat(one.trial)[name] for one in tried}
+        lowest = min(values)
+        # Below a decay of 0 and a count of 1 there is nothing.
+        natural = NATURAL_ENDS.get(name)
+        if len(values) > 1 and ((value == lowest and value != natural) or value == max(values)):
             edges.append(name)
-    rates = {other.trial.rate for other in tried if other.trial.rate is not None}
-    if rates and chosen.trial.rate in (min(rates), max(rates)):
-        edges.append("rate")
     return edges
+
+
+NATURAL_ENDS = {"weight_decay": 0.0, "min_count": 1}
+
+
+def _flat(trial: Trial) -> dict[str, Any]:
+    return asdict(trial.setting) | dict(trial.own)
 
 
 def tuned_line(name: str, chosen: Chosen) -> str:
     """What was chosen, for a terminal."""
-    rate = "" if chosen.trial.rate is None else f", rate {chosen.trial.rate:g}"
+    own = "".join(f", {option} {value:g}" for option, value in chosen.trial.own)
     setting = chosen.trial.setting
     return (
         f"tuned {name}: tables {setting.sparse_lr:g}, towers {setting.dense_lr:g}, weight decay "
-        f"{setting.weight_decay:g}{rate}, {chosen.epochs} epochs (score {chosen.score:.4f})"
+        f"{setting.weight_decay:g}, min count {setting.min_count}, init scale "
+        f"{setting.init_scale:g}{own}, {chosen.epochs} passes (score {chosen.score:.4f})"
     )

@@ -101,68 +101,61 @@ class TrialStore:
         beside = self._folder.parent.rglob("*.json")
         return sum(path.parent != self._folder for path in beside)
 
-    def record(
-        self, name: str, key: Mapping[str, Any], work: Callable[[], dict[str, Any] | None]
-    ) -> dict[str, Any]:
-        """The record of a training, made by `work` where it is not there.
+    def of_record(self, name: str, key: Mapping[str, Any]) -> Path:
+        """File of the record of a training.
 
         Args:
             name: for the file; letters, digits and dashes.
             key: everything that decides the result.
-            work: called on every rank; gives the record on rank 0.
         """
-        path = self._path(name, key, "json")
+        return self._path(name, key, "json")
 
-        def read() -> dict[str, Any] | None:
-            return json.loads(path.read_text()) if path.exists() else None
+    def of_network(self, name: str, key: Mapping[str, Any]) -> Path:
+        """File of the scores of a network that trainings of methods need."""
+        return self._path(name, key, "npz")
 
-        found = self._ranks.from_first(read)
-        if found is not None:
-            return found
-        made = work()
+    def record(self, path: Path) -> dict[str, Any]:
+        """A record that is there."""
+        return self._ranks.from_first(lambda: json.loads(path.read_text()))
 
-        def write() -> dict[str, Any]:
-            assert made is not None
-            self._write(path, (json.dumps(made | {"configuration": dict(key)}) + "\n").encode())
-            return json.loads(path.read_text())
+    def network(self, path: Path) -> Network:
+        """Scores that are there; every rank gets them."""
 
-        return self._ranks.from_first(write)
-
-    def network(
-        self, name: str, key: Mapping[str, Any], work: Callable[[], np.ndarray | None]
-    ) -> Network:
-        """As `record`, for the scores of a network; they are given to every rank."""
-        path = self._path(name, key, "npz")
-
-        def read() -> Network | None:
-            if not path.exists():
-                return None
+        def read() -> Network:
             with np.load(path) as found:
                 return Network(path.stem, found["scores"], float(found["seconds"]))
 
-        found = self._ranks.from_first(read)
-        if found is not None:
-            return found
+        return self._ranks.from_first(read)
+
+    def keep_record(
+        self, path: Path, key: Mapping[str, Any], work: Callable[[], dict[str, Any] | None]
+    ) -> None:
+        """Does the work and keeps its record, which it gives on rank 0."""
+        made = work()
+
+        def write() -> None:
+            assert made is not None
+            content = json.dumps(made | {"configuration": dict(key)}) + "\n"
+            partial = path.with_suffix(".partial")
+            partial.write_text(content)
+            partial.rename(path)
+
+        self._ranks.from_first(write)
+
+    def keep_network(self, path: Path, work: Callable[[], np.ndarray | None]) -> None:
+        """As `keep_record`, for the scores of a network."""
         started = time.perf_counter()
         made = work()
         seconds = time.perf_counter() - started
 
-        def write() -> Network:
+        def write() -> None:
             assert made is not None
             partial = path.with_suffix(".partial.npz")
-            self._folder.mkdir(parents=True, exist_ok=True)
             np.savez(partial, scores=made, seconds=seconds)
             partial.rename(path)
-            return Network(path.stem, made, seconds)
 
-        return self._ranks.from_first(write)
+        self._ranks.from_first(write)
 
     def _path(self, name: str, key: Mapping[str, Any], suffix: str) -> Path:
         text = json.dumps(self._common | dict(key), sort_keys=True)
         return self._folder / f"{name}-{sha256(text.encode()).hexdigest()[:12]}.{suffix}"
-
-    def _write(self, path: Path, content: bytes) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(content)
-        partial.rename(path)

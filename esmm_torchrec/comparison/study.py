@@ -1,13 +1,14 @@
 """The comparison of conversion methods: tune each by one rule, retrain, score once.
 
     tuning       a part of the training users is held out; every method gets the same number of
-                 trials; the best trial and number of epochs are chosen once, at full volume
+                 trials, on a small part of the others first, the best of them on a larger one;
+                 trial and number of passes are chosen once
     comparison   every method is retrained with what was chosen, on all training users or a part
                  of them, for every seed; the test half is scored by chosen models alone
 
 One click network, tuned and trained by itself, supplies pCTR to every method, as in the paper.
-Every finished training is remembered (`store`): a stopped comparison goes on where it
-was and ends with the same numbers.
+Every training is a job that leaves a file (`jobs`, `store`, `work`): processes share them, and a
+stopped comparison goes on where it was and ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,37 +35,28 @@ from esmm_torchrec.comparison.data import (
     world_source,
 )
 from esmm_torchrec.comparison.handover import best_method, chosen_options
-from esmm_torchrec.comparison.options import (
-    CLICK_NETWORK,
-    ComparisonOptions,
-    Trial,
-)
+from esmm_torchrec.comparison.jobs import Jobs, Run
+from esmm_torchrec.comparison.options import CLICK_NETWORK, FINALISTS, ComparisonOptions
+from esmm_torchrec.comparison.processes import helped_by
 from esmm_torchrec.comparison.results import assemble
 from esmm_torchrec.comparison.selection import (
     Chosen,
-    at_edge,
+    Tried,
+    best,
     described,
     selection_score,
     tuned_line,
 )
-from esmm_torchrec.comparison.statistics import UserBootstrap
-from esmm_torchrec.comparison.store import Network, TrialStore
-from esmm_torchrec.comparison.trial import (
-    Stage,
-    Training,
-    test_record,
-    tuning_record,
-)
+from esmm_torchrec.comparison.store import TrialStore
+from esmm_torchrec.comparison.work import Job, do_all
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.data.subsets import rows_between
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.sharding.host import usable_cores
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.run import train
-
-COMMON_CTR_SEED = 500_009
-"""Added to the seed of the common click network, so that no method's own click network is it."""
 
 MIN_CONVERSIONS = 10
 """Expected conversions of a fraction of a generated world, below which some world may have none."""
@@ -84,6 +75,8 @@ def compare(
     keep_best: Path | None = None,
 ) -> dict[str, Any]:
     """Compares methods; every rank calls it, rank 0 writes below `out`.
+
+    More processes can be at work on the same `out`, on this machine: each does what is not done.
 
     Args:
         options: what is compared, and how.
@@ -107,37 +100,23 @@ def compare(
         PlanError: the tables do not fit.
     """
     started = time.time()
-
-    def source(of_world: World) -> Source:
-        if data is None:
-            return world_source(
-                of_world, out / "worlds", ranks, test_impressions=options.test_impressions
-            )
-        return prepared_source(
-            data, held_out_by=options.held_out_by, test_impressions=options.test_impressions
-        )
-
     if data is None:
         _check_expected_conversions(options, world)
-    else:
-        _check_fractions(options, source(world))
-    store = TrialStore(trials or out / "trials", ranks)
-    study = _Study(options, store, ranks)
-    if ranks.is_first and store.left_aside:
+    study = _study(ranks, options, out, data, world, tune_on, trials)
+    options = study.options
+    if ranks.is_first and study.store.left_aside:
         print(
-            f"{store.left_aside} trainings of other code or libraries are left aside; "
+            f"{study.store.left_aside} trainings of other code or libraries are left aside; "
             "they are not compared with"
         )
-    with _one_thread(), study.progress():
-        with _closing(source(tuning_world(tune_on or world))) as tuned_on:
-            chosen = study.tune(tuned_on)
-        records: list[dict[str, Any]] = []
-        for seed in range(options.seeds):
-            with _closing(source(world_of_seed(world, seed))) as compared_on:
-                for fraction in options.ascending_fractions:
-                    records += study.run(
-                        compared_on, chosen, seed=seed, fraction=fraction, resample=data is not None
-                    )
+    others = _processes(options, ranks) - 1
+    with (
+        helped_by(others, options.device, _help, options, out, data, world, tune_on, trials),
+        _one_thread(),
+        study.progress(),
+    ):
+        chosen = study.tune()
+        records = study.run(chosen)
     results = assemble(
         options,
         records,
@@ -159,16 +138,18 @@ def compare(
     ranks.from_first(write)
     if keep_best is not None:
         assert data is not None
-        best = best_method({method: chosen[method] for method in options.chosen_methods})
-        batch_size = next(r["batch_size"] for r in records if r["method"] == METHODS[best].title)
+        method = best_method({method: chosen[method] for method in options.chosen_methods})
+        batch_size = next(r["batch_size"] for r in records if r["method"] == METHODS[method].title)
         train(
             data,
             keep_best,
-            chosen_options(options, best, chosen[best], batch_size=batch_size),
+            chosen_options(options, method, chosen[method], batch_size=batch_size),
             ranks,
         )
         if ranks.is_first:
-            print(f"{METHODS[best].title}, the best on the held-out users, is kept in {keep_best}")
+            print(
+                f"{METHODS[method].title}, the best on the held-out users, is kept in {keep_best}"
+            )
     return json.loads(text)
 
 
@@ -184,12 +165,57 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def _closing(source: Source) -> Iterator[Source]:
-    try:
-        yield source
-    finally:
-        source.close()
+def _processes(options: ComparisonOptions, ranks: Ranks) -> int:
+    if options.processes != "auto":
+        if options.processes > 1 and ranks.world_size > 1:
+            raise OptionError(
+                f"`processes` {options.processes} is for one rank, and torchrun started "
+                f"{ranks.world_size}; leave one of them out"
+            )
+        return options.processes
+    alone = ranks.world_size == 1 and ranks.device.type == "cpu"
+    return usable_cores() if alone else 1
+
+
+def _study(
+    ranks: Ranks,
+    options: ComparisonOptions,
+    out: Path,
+    data: Path | None,
+    world: World,
+    tune_on: World | None,
+    trials: Path | None,
+) -> _Study:
+    """As `compare` takes them."""
+
+    def source(of_world: World) -> Source:
+        return world_source(
+            of_world, out / "worlds", ranks, test_impressions=options.test_impressions
+        )
+
+    if data is None:
+        tuned_on = source(tuning_world(tune_on or world))
+        compared_on = [source(world_of_seed(world, seed)) for seed in range(options.seeds)]
+    else:
+        tuned_on = prepared_source(
+            data, held_out_by=options.held_out_by, test_impressions=options.test_impressions
+        )
+        _check_fractions(options, tuned_on)
+        compared_on = [tuned_on] * options.seeds
+    return _Study(
+        options.for_rows(compared_on[0].impressions),
+        TrialStore(trials or out / "trials", ranks),
+        ranks,
+        tuned_on=tuned_on,
+        compared_on=compared_on,
+    )
+
+
+def _help(ranks: Ranks, *arguments: Any) -> None:
+    """What another process does: the same, without results."""
+    study = _study(ranks, *arguments)
+    with _one_thread(), study.progress(shown=False):
+        study.run(study.tune())
 
 
 def _check_fractions(options: ComparisonOptions, source: Source) -> None:
@@ -234,9 +260,25 @@ def _log_time(out: Path, seconds: float) -> None:
 
 
 class _Study:
-    """Runs the trainings of a comparison, each once."""
+    """Runs the trainings of a comparison, each once.
 
-    def __init__(self, options: ComparisonOptions, store: TrialStore, ranks: Ranks) -> None:
+    Args:
+        options: of the comparison; its batch size is a number.
+        store: of what is remembered.
+        ranks: this process among the others.
+        tuned_on: data of tuning.
+        compared_on: data of each seed.
+    """
+
+    def __init__(
+        self,
+        options: ComparisonOptions,
+        store: TrialStore,
+        ranks: Ranks,
+        *,
+        tuned_on: Source,
+        compared_on: Sequence[Source],
+    ) -> None:
         self.options = options
         self.store = store
         self.ranks = ranks
@@ -244,237 +286,126 @@ class _Study:
         """Method → what was tried, for the report."""
         self.tuning_networks: dict[str, float] = {}
         """Network that tuning needed → its seconds."""
-        self._last_stage: tuple[Source, float | None, Stage] | None = None
+        self._tuned_on = tuned_on
+        self._compared_on = compared_on
+        self._jobs = Jobs(options, store, ranks)
         self._bar: tqdm | None = None
 
     @contextmanager
-    def progress(self) -> Iterator[None]:
+    def progress(self, *, shown: bool = True) -> Iterator[None]:
         """Shows how many of the trainings are done."""
         methods = len(self.options.chosen_methods)
-        tuned = self.options.trials * (methods + 1)
+        tuned = (methods + 1) * sum(round_.trials for round_ in self.options.rounds)
         retrained = methods * len(self.options.ascending_fractions) * self.options.seeds
         with progress_bar(
-            "compare", tuned + retrained, "trainings", disable=not self.ranks.is_first
+            "compare",
+            tuned + retrained,
+            "trainings",
+            disable=not (shown and self.ranks.is_first),
         ) as self._bar:
             yield
 
-    @contextmanager
-    def _training(self, label: str) -> Iterator[None]:
-        """One training within the progress bar."""
-        assert self._bar is not None
-        self._bar.set_description_str(label, refresh=False)
-        yield
-        self._bar.update()
-
-    def _stage(self, source: Source, fraction: float | None) -> Stage:
-        """The stage of a fraction, or of tuning; the last one is kept for the next method."""
-        if self._last_stage is not None:
-            of_source, of_fraction, stage = self._last_stage
-            if of_source is source and of_fraction == fraction:
-                return stage
-        if fraction is None:
-            stage = Stage.validation(source.data, self.options.validation_share)
-        else:
-            stage = Stage.test(source.data, fraction)
-        self._last_stage = source, fraction, stage
-        return stage
-
     def _say(self, line: str) -> None:
-        if not self.ranks.is_first or self._bar is None:
+        if not self.ranks.is_first or self._bar is None or self._bar.disable:
             return
         if sys.stderr.isatty():
             self._bar.write(line)
         else:
             print(line, flush=True)
 
-    def tune(self, source: Source) -> dict[str, Chosen]:
-        """Chooses a trial and a number of epochs for the click network and for each method.
+    def _do(self, jobs: Sequence[Job], *, on_done: Callable[[Job], object] | None = None) -> None:
+        bar = self._bar
+        assert bar is not None
+
+        def done(job: Job) -> None:
+            bar.update(job.is_wanted)
+            if on_done is not None:
+                on_done(job)
+
+        do_all(
+            jobs,
+            self.ranks,
+            on_start=lambda job: bar.set_description_str(job.label, refresh=False),
+            on_done=done,
+        )
+
+    def tune(self) -> dict[str, Chosen]:
+        """Chooses a trial and a number of passes for the click network and for each method.
 
         The click network is chosen by its AUC, a method by the mean of the two figures of the
         paper's table: AUC of pCVR on clicks, and of the common pCTR times pCVR on everything.
         """
         chosen: dict[str, Chosen] = {}
-        for method in (CLICK_NETWORK, *self.options.chosen_methods):
-            tried = []
-            seconds = 0.0
-            for trial in self.options.trials_of(method):
-                record = self._tuning_record(source, method, trial, chosen)
-                seconds += record["seconds"]
-                self.tuning_networks |= record["networks"]
-                for length in record["lengths"]:
-                    score = selection_score(method, length)
-                    if score is not None:
-                        tried.append(Chosen(trial, length["epochs"], score))
-            if not tried:
-                raise OptionError(
-                    f"`validation_share` {self.options.validation_share:g} leaves no clicks and "
-                    f"conversions to choose a setting of {METHODS[method].title} by; give more"
-                )
-            # The first of equals, so that the order of trials decides and not a rounding.
-            chosen[method] = max(tried, key=lambda choice: choice.score)
-            self.tuning[METHODS[method].title] = described(chosen[method], tried) | {
-                "at_edge": at_edge(chosen[method], tried),
-                "seconds": seconds,
-            }
-            self._say(tuned_line(METHODS[method].title, chosen[method]))
+        for methods in ((CLICK_NETWORK,), self.options.chosen_methods):
+            self._tune_side_by_side(methods, chosen)
+        self._tuned_on.close()
         return chosen
 
-    def _tuning_record(
-        self,
-        source: Source,
-        method: str,
-        trial: Trial,
-        chosen: Mapping[str, Chosen],
-    ) -> dict[str, Any]:
-        options = self.options.train(method, trial, seed=0, epochs=self.options.epochs)
-        key = dict(source.identity) | {
-            "stage": "tuning",
-            "validation_share": self.options.validation_share,
-            "training": options.to_dict(),
-            "common_ctr": _of_network(chosen, method),
-        }
-        with self._training(f"tune {METHODS[method].title}"):
-
-            def work() -> dict[str, Any] | None:
-                stage = self._stage(source, None)
-                common = self._common_ctr(stage, chosen, key, method)
-                pctr = self._pctr(stage, chosen, key, method)
-                training = Training(stage, options, self.ranks)
-                record = tuning_record(
-                    training,
-                    training.part(_of_all_rows(stage, pctr)),
-                    common_ctr=None if common is None else common.scores,
-                )
-                return _with_networks(record, common, pctr)
-
-            return self.store.record(f"tune-{method}", key, work)
-
-    def run(
-        self,
-        source: Source,
-        chosen: Mapping[str, Chosen],
-        *,
-        seed: int,
-        fraction: float,
-        resample: bool,
-    ) -> list[dict[str, Any]]:
-        """Retrains and scores every method for one seed and fraction."""
-        records = []
-        for method in self.options.chosen_methods:
-            options = self.options.train(
-                method, chosen[method].trial, seed=seed, epochs=chosen[method].epochs
-            )
-            key = dict(source.identity) | {
-                "stage": "test",
-                "fraction": fraction,
-                "test_impressions": self.options.test_impressions,
-                "training": options.to_dict(),
-                "common_ctr": _of_network(chosen, method),
-                "seed": seed,
-                "resample": resample,
-            }
-            name = METHODS[method].title
-            label = f"seed {seed} of {self.options.seeds}, {fraction:.0%} {name}"
-            with self._training(label):
-
-                def work(
-                    method: str = method,
-                    options: Any = options,
-                    key: Mapping[str, Any] = key,
-                ) -> dict[str, Any] | None:
-                    stage = self._stage(source, fraction)
-                    common = self._common_ctr(stage, chosen, key, method)
-                    assert common is not None
-                    pctr = self._pctr(stage, chosen, key, method)
-                    training = Training(stage, options, self.ranks)
-                    record = test_record(
-                        training,
-                        training.part(_of_all_rows(stage, pctr)),
-                        common_ctr=common.scores,
-                        resampling=_resampling(source) if resample else None,
+    def _tune_side_by_side(self, methods: Sequence[str], chosen: dict[str, Chosen]) -> None:
+        left = {method: self.options.trials_of(method) for method in methods}
+        tried: dict[str, list[Tried]] = {method: [] for method in methods}
+        best_of: dict[str, list[Tried]] = {}
+        seconds = dict.fromkeys(methods, 0.0)
+        for number, round_ in enumerate(self.options.rounds):
+            jobs, paths = self._jobs.tuning(self._tuned_on, round_, left, chosen)
+            self._do(jobs)
+            for method, trials in left.items():
+                of_round: list[Tried] = []
+                for trial in trials:
+                    record = self.store.record(paths[method, trial])
+                    seconds[method] += record["seconds"]
+                    self.tuning_networks |= record["networks"]
+                    of_round += [
+                        Tried(number, trial, of["epochs"], selection_score(method, of))
+                        for of in record["lengths"]
+                    ]
+                tried[method] += of_round
+                best_of[method] = best(of_round, FINALISTS)
+                if not best_of[method]:
+                    raise OptionError(
+                        f"`validation_share` {self.options.validation_share:g} leaves no clicks "
+                        "and conversions to choose a setting of "
+                        f"{METHODS[method].title} by; give more"
                     )
-                    return _with_networks(record, common, pctr)
+            left = {method: [one.trial for one in best_of[method]] for method in methods}
+        for method in methods:
+            first = best_of[method][0]
+            assert first.score is not None
+            chosen[method] = Chosen(first.trial, first.epochs, first.score)
+            title = METHODS[method].title
+            self.tuning[title] = described(chosen[method], tried[method]) | {
+                "seconds": seconds[method]
+            }
+            self._say(tuned_line(title, chosen[method]))
 
-                record = self.store.record(f"seed-{seed}-{method}", key, work)
-            records.append(record | {"method": name, "seed": seed, "fraction": fraction})
-            self._say(_run_line(label, record))
-        return records
+    def run(self, chosen: Mapping[str, Chosen]) -> list[dict[str, Any]]:
+        """Retrains and scores every method for every seed and fraction."""
+        jobs: list[Job] = []
+        runs: dict[Path, Run] = {}
+        left: dict[int, set[Path]] = {}
+        for seed, source in enumerate(self._compared_on):
+            of_seed, found = self._jobs.runs(
+                source, chosen, seed=seed, resample=source.drawn is None
+            )
+            jobs += of_seed
+            runs |= {run.record: run for run in found}
+            left[seed] = {job.result for job in of_seed}
 
-    def _common_ctr(
-        self,
-        stage: Stage,
-        chosen: Mapping[str, Chosen],
-        key: Mapping[str, Any],
-        method: str,
-    ) -> Network | None:
-        """Logits of the common click network for what is scored; None while it is itself tuned."""
-        if method == CLICK_NETWORK:
-            return None
-        training = self._click_network(stage, chosen, key.get("seed", 0) + COMMON_CTR_SEED)
-        return self.store.network(
-            "common-ctr",
-            _stage_key(key) | {"training": training.options.to_dict()},
-            training.click_logits,
-        )
+        def done(job: Job) -> None:
+            if job.result in runs:
+                self._say(_run_line(job.label, self.store.record(job.result)))
+            for seed, results in left.items():
+                if job.result in results:
+                    results.remove(job.result)
+                    if not results:
+                        self._compared_on[seed].close()
 
-    def _pctr(
-        self,
-        stage: Stage,
-        chosen: Mapping[str, Chosen],
-        key: Mapping[str, Any],
-        method: str,
-    ) -> Network | None:
-        """pCTR of the clicked training rows, out of fold, for methods that choose rows by it."""
-        if not METHODS[method].rows.needs_pctr:
-            return None
-        training = self._click_network(stage, chosen, key.get("seed", 0))
-        return self.store.network(
-            "out-of-fold-pctr",
-            _stage_key(key) | {"training": training.options.to_dict()},
-            training.clicked_pctr,
-        )
-
-    def _click_network(self, stage: Stage, chosen: Mapping[str, Chosen], seed: int) -> Training:
-        """A click network with the settings chosen for it, untrained."""
-        network = chosen[CLICK_NETWORK]
-        options = self.options.train(CLICK_NETWORK, network.trial, seed=seed, epochs=network.epochs)
-        return Training(stage, options, self.ranks)
-
-
-def _of_all_rows(stage: Stage, pctr: Network | None) -> np.ndarray | None:
-    """pCTR by the rows of the training split; NaN where there is none."""
-    if pctr is None:
-        return None
-    values = np.full(stage.train.impressions, np.nan)
-    values[stage.clicked_train_rows()] = pctr.scores
-    return values
-
-
-def _with_networks(
-    record: dict[str, Any] | None, *networks: Network | None
-) -> dict[str, Any] | None:
-    """The record with the seconds of the networks that it needed; several records may share one."""
-    if record is None:
-        return None
-    return record | {"networks": {of.name: of.seconds for of in networks if of is not None}}
-
-
-def _of_network(chosen: Mapping[str, Chosen], method: str) -> Any:
-    """What the common click network adds to the identity of a training that uses it."""
-    if method == CLICK_NETWORK:
-        return None
-    network = chosen[CLICK_NETWORK]
-    return {"trial": [asdict(network.trial.setting), network.trial.rate], "epochs": network.epochs}
-
-
-def _stage_key(key: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training's identity its stage has, whatever the method."""
-    own = ("training", "common_ctr", "resample")
-    return {name: value for name, value in key.items() if name not in own}
-
-
-def _resampling(source: Source) -> UserBootstrap:
-    return UserBootstrap(source.data.test_users)
+        self._do(jobs, on_done=done)
+        return [
+            self.store.record(path)
+            | {"method": METHODS[run.method].title, "seed": run.seed, "fraction": run.fraction}
+            for path, run in runs.items()
+        ]
 
 
 def _run_line(label: str, record: Mapping[str, Any]) -> str:

@@ -295,41 +295,21 @@ def training_rows(results: Results) -> Rows:
     return rows
 
 
-def unseen_rows(results: Results) -> Rows:
-    """Figures with the ids a method never saw as the unknown id, and with their random start; only
-    the heading if no method has such ids."""
-    largest = largest_fraction(results)
-    wanted = ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space")
-    rows = [["method", *(f"{TITLES[m]}: {how}" for m in wanted for how in ("unknown", "random"))]]
-    for name, of in results["random_unseen_ids"].items():
-        if of[largest]:
-            cells = []
-            for metric in wanted:
-                cells.append(_mean_std(results["methods"][name][largest].get(metric)))
-                cells.append(_mean_std(of[largest].get(metric)))
-            rows.append([name, *cells])
-    return rows
-
-
 def tuning_rows(results: Results) -> Rows:
     """What was chosen for each method; * marks a value at the end of what was searched."""
-    settings = ("sparse_lr", "dense_lr", "weight_decay")
-    rows = [["method", "trials", "table lr", "tower lr", "tower weight decay"]]
-    rows[0] += ["own rate", "passes", "score"]
+    settings = ("sparse_lr", "dense_lr", "weight_decay", "min_count", "init_scale")
+    rows = [["method", "trials", "table lr", "tower lr", "tower weight decay", "min count"]]
+    rows[0] += ["init scale", "own options", "passes", "score"]
     for name, tuning in results["tuning"].items():
         chosen = tuning["chosen"]
-        rate = "–"
-        if chosen["rate"] is not None:
-            rate = f"{chosen['rate']:g}{_mark(tuning, 'rate')} (rows.rate)"
-        tried = {
-            tuple(v for k, v in t.items() if k not in ("epochs", "score")) for t in tuning["tried"]
-        }
+        own = [f"{k} {v:g}{_mark(tuning, k)}" for k, v in chosen["own"].items()]
+        trials = sum(one["round"] == 0 and one["epochs"] == 1 for one in tuning["tried"])
         rows.append(
             [
                 name,
-                str(len(tried)),
+                str(trials),
                 *(f"{chosen[setting]:g}{_mark(tuning, setting)}" for setting in settings),
-                rate,
+                ", ".join(own) or "–",
                 f"{chosen['epochs']}{_mark(tuning, 'epochs')}",
                 f"{chosen['score']:.4f}",
             ]

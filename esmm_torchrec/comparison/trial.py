@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from esmm_torchrec.comparison.data import ComparisonData
 from esmm_torchrec.comparison.statistics import UserBootstrap
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import Selection
-from esmm_torchrec.data.subsets import count_ids, rows_between, without_ids
+from esmm_torchrec.data.subsets import count_ids, rows_between, user_hash, without_ids
 from esmm_torchrec.metrics.probability import Prediction, product, reliability_curve
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, soft_auc
 from esmm_torchrec.metrics.report import measure
@@ -40,8 +41,9 @@ CURVE_BINS = 12
 POINTS = 1500
 """Test impressions kept of a run to draw its scores against the truth."""
 
-COMPARED_WITHOUT_UNKNOWN = ("cvr_auc", "ctcvr_auc_common_ctr", "cvr_auc_entire_space")
-"""Figures that are also given with the random embeddings of ids that a method never saw."""
+UNCLICKED_IN_TUNING = 200_000
+"""Held-out impressions without a click that tuning scores, at most about; each stands for several
+then. All that are clicked are scored."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,33 @@ class Stage:
     scored: MappedSplit
     scored_rows: np.ndarray | None
     mean_values_per_bag: dict[str, float]
+    scored_weight: np.ndarray | None = None
+    """float32, of each scored row; None: all 1."""
+    updates: float = 1.0
+    """Of a pass, as a share of those of a pass over all training rows."""
 
     @classmethod
-    def validation(cls, data: ComparisonData, share: float) -> Stage:
-        """Tuning: a part of the training users is held out."""
-        rows = {
-            name: rows_between(data.train, low, high, purpose="validation")
-            for name, low, high in (("held out", 0.0, share), ("kept", share, 1.0))
-        }
+    def validation(
+        cls, data: ComparisonData, held_out: float, *, share: float = 1.0, updates: float = 1.0
+    ) -> Stage:
+        """Tuning: a part of the training users is held out, and a share of the others trained on.
+
+        Of the held-out impressions without a click a sample is scored, with the weight of those it
+        stands for, so that AUCs over all of them keep their expectation.
+        """
+        hashed = user_hash(data.train, "validation")
+        clicked = data.train.scalars[data.train.schema.tasks[0].label] == 1
+        within = hashed < held_out
+        rate = min(1.0, UNCLICKED_IN_TUNING / max(1, np.count_nonzero(within & ~clicked)))
+        rows = np.flatnonzero(within & (clicked | (user_hash(data.train, "sample") < rate)))
         return cls(
             data.train,
-            rows["kept"],
+            np.flatnonzero((hashed >= held_out) & (hashed < held_out + share * (1 - held_out))),
             data.train,
-            rows["held out"],
+            rows,
             dict(data.mean_values_per_bag),
+            None if rate == 1 else np.where(clicked[rows], 1.0, 1 / rate).astype(np.float32),
+            updates,
         )
 
     @classmethod
@@ -91,6 +106,11 @@ class Stage:
         """How often each id occurs in what is scored."""
         return count_ids(self.scored, self.scored_rows)
 
+    @cached_property
+    def trained_ids(self) -> dict[str, np.ndarray]:
+        """How often each id occurs in all that is trained on."""
+        return count_ids(self.train, self.train_rows)
+
     def clicked_train_rows(self) -> np.ndarray:
         """Rows of the training split that are trained on and clicked, ascending."""
         rows = np.flatnonzero(self.train.scalars[self.train.schema.tasks[0].label])
@@ -99,26 +119,31 @@ class Stage:
 
 @dataclass(frozen=True)
 class Known:
-    """The ids that a method saw in its own training rows."""
+    """The ids that a method knows from its own training rows; all others are the unknown id."""
 
+    train: MappedSplit
+    """What is trained on, read so."""
     scored: MappedSplit
-    """What is scored, with all other ids unknown."""
+    """What is scored, read so."""
     unknown_share: float
-    """Share of the ids of what is scored that are made unknown so."""
+    """Share of the ids of what is scored that are unknown because of it."""
 
 
-def ids_known_to(stage: Stage, selection: Selection | None) -> Known:
-    """Leaves what is scored with the ids that training rows showed."""
+def ids_known_to(stage: Stage, selection: Selection | None, *, min_count: int) -> Known:
+    """Leaves the ids that a method's training rows have at least `min_count` times."""
     rows = stage.train_rows if selection is None else selection.rows
-    known = {table: count > 0 for table, count in count_ids(stage.train, rows).items()}
+    counts = stage.trained_ids if rows is stage.train_rows else count_ids(stage.train, rows)
+    known = {table: count >= max(1, min_count) for table, count in counts.items()}
     total = lost = 0
     for table, count in stage.scored_ids.items():
         known[table][UNKNOWN_ROW] = True
         total += int(count.sum())
         lost += int(count[~known[table]].sum())
-    if not lost:
-        return Known(stage.scored, 0.0)
-    return Known(without_ids(stage.scored, known), lost / total)
+    return Known(
+        without_ids(stage.train, known) if min_count > 1 else stage.train,
+        without_ids(stage.scored, known) if lost else stage.scored,
+        lost / total,
+    )
 
 
 class Training:
@@ -128,14 +153,17 @@ class Training:
     a method trains on, and whatever part of the data, a pass takes as many updates as that one.
     """
 
-    def __init__(self, stage: Stage, options: TrainOptions, ranks: Ranks) -> None:
+    def __init__(
+        self, stage: Stage, options: TrainOptions, ranks: Ranks, *, min_count: int = 1
+    ) -> None:
         self.stage = stage
         self.options = options
         self.ranks = ranks
+        self.min_count = min_count
         batch_size = options.batch_size
         assert batch_size != "auto"
         self.workload = Workload(batch_size, stage.mean_values_per_bag)
-        self.updates = -(-stage.train.impressions // batch_size)
+        self.updates = math.ceil(stage.train.impressions / batch_size * stage.updates)
 
     def part(self, pctr: np.ndarray | None) -> TrainingPart:
         """What is trained on."""
@@ -143,15 +171,20 @@ class Training:
             self.stage.train, self.options, within=self.stage.train_rows, pctr=pctr
         )
 
+    def known(self, part: TrainingPart) -> Known:
+        """The ids that it knows."""
+        return ids_known_to(self.stage, part.selection, min_count=self.min_count)
+
     def fit(
         self,
         part: TrainingPart,
+        known: Known,
         *,
         callbacks: Sequence[Callback] = (),
     ) -> DistributedModelParallel:
         """Trains."""
         return fit(
-            self.stage.train,
+            known.train,
             self.options,
             self.ranks,
             part=part,
@@ -183,8 +216,8 @@ class Training:
     def click_logits(self) -> np.ndarray | None:
         """Logits of pCTR of what is scored, from the click network of the options; on rank 0."""
         part = self.part(None)
-        model = self.fit(part)
-        scored = self.score(model, ids_known_to(self.stage, part.selection).scored)
+        known = self.known(part)
+        scored = self.score(self.fit(part, known), known.scored)
         return None if scored is None else scored.scores["ctr"].values
 
     def clicked_pctr(self) -> np.ndarray:
@@ -247,12 +280,19 @@ class _ScorePasses(Callback):
                 true_ctr=None,
                 true_cvr=None,
                 group_id=None,
+                weight=_product(scored.weight, self._training.stage.scored_weight),
             )
         )["test"]
         names = ("ctr_auc", "cvr_auc", "ctcvr_auc_common_ctr", "ctcvr_auc")
         self.lengths.append(
             {"epochs": loop.reader.epoch} | {name: figures.get(name) for name in names}
         )
+
+
+def _product(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second
 
 
 def tuning_record(
@@ -263,10 +303,9 @@ def tuning_record(
 ) -> dict[str, Any] | None:
     """Trains and measures after each epoch on the held-out users."""
     started = time.perf_counter()
-    passes = _ScorePasses(
-        training, ids_known_to(training.stage, part.selection).scored, common_ctr=common_ctr
-    )
-    training.fit(part, callbacks=(passes,))
+    known = training.known(part)
+    passes = _ScorePasses(training, known.scored, common_ctr=common_ctr)
+    training.fit(part, known, callbacks=(passes,))
     return {"lengths": passes.lengths, "seconds": time.perf_counter() - started}
 
 
@@ -279,13 +318,12 @@ def test_record(
 ) -> dict[str, Any] | None:
     """Trains, scores the test rows once, and measures."""
     started = time.perf_counter()
-    stage = training.stage
-    model = training.fit(part)
+    known = training.known(part)
+    begun = time.perf_counter()
+    model = training.fit(part, known)
     trained = time.perf_counter()
-    known = ids_known_to(stage, part.selection)
     scored = training.score(model, known.scored)
-    kept = training.score(model, stage.scored) if known.unknown_share else scored
-    if scored is None or kept is None:
+    if scored is None:
         return None
     scored = replace(scored, common_ctr_logit=common_ctr)
     figures = measure(scored)
@@ -299,11 +337,8 @@ def test_record(
         "unknown_share": known.unknown_share,
         "curves": _curves(scored),
         "points": _points(scored),
-        "train_seconds": trained - started,
+        "train_seconds": trained - begun,
     }
-    if known.unknown_share:
-        whole = _flat(measure(replace(kept, common_ctr_logit=common_ctr)))
-        record["random_unseen_ids"] = {name: whole.get(name) for name in COMPARED_WITHOUT_UNKNOWN}
     if resampling is not None:
         record["bootstrap"] = resampled_figures(resampling, scored)
     return record | {"seconds": time.perf_counter() - started}

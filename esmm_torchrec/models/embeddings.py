@@ -5,7 +5,8 @@ Shapes: B impressions, F the sum of the embedding dims of all features plus the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -70,6 +71,7 @@ def embedding_bag_collections(
     *,
     device: torch.device | str = "meta",
     prefix: str = "",
+    init_scale: float = 1.0,
 ) -> EmbeddingBagCollections:
     """Builds the collections that look up every id feature of a schema.
 
@@ -80,6 +82,7 @@ def embedding_bag_collections(
         embedding_dim: columns of every table; a multiple of 4, which fbgemm's kernels require.
         device: "meta" allocates nothing; `sharding.shard` then draws the weights table by table.
         prefix: as in `module_names`.
+        init_scale: factor of the range that weights are drawn from, which is ±1/√rows at 1.
 
     Raises:
         OptionError: the embedding dim is not a positive multiple of 4.
@@ -104,6 +107,7 @@ def embedding_bag_collections(
                     embedding_dim=embedding_dim,
                     feature_names=feature_names,
                     pooling=PoolingType.SUM,
+                    init_fn=_init_fn(schema.table(table).num_embeddings, init_scale),
                 )
                 for table, feature_names in by_table.items()
             ],
@@ -111,6 +115,14 @@ def embedding_bag_collections(
             device=torch.device(device),
         )
     return EmbeddingBagCollections(**collections)
+
+
+def _init_fn(rows: int, scale: float) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+    """None: as TorchRec does it."""
+    if scale == 1:
+        return None
+    reach = scale / rows**0.5
+    return partial(nn.init.uniform_, a=-reach, b=reach)
 
 
 class PooledFeatures(nn.Module):

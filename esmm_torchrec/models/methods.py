@@ -197,6 +197,7 @@ METHODS: Registry[Method] = Registry(
             AllRows(),
             Separate(),
             EsmmObjective(),
+            tune={"objective.ctcvr_loss_weight": (1.0, 4.0, 16.0, 64.0, 0.25)},
         ),
         "esmm": Method(
             "ESMM",
@@ -204,6 +205,7 @@ METHODS: Registry[Method] = Registry(
             AllRows(),
             SharedBottom(),
             EsmmObjective(),
+            tune={"objective.ctcvr_loss_weight": (1.0, 4.0, 16.0, 64.0, 0.25)},
         ),
         "shared-bottom": Method(
             "shared-bottom",
@@ -211,6 +213,7 @@ METHODS: Registry[Method] = Registry(
             AllRows(),
             SharedBottom(),
             ClickSpaceObjective(),
+            tune={"objective.conversion_loss_weight": (1.0, 0.25, 0.06, 0.015, 4.0)},
         ),
         "mtl-ips": Method(
             "MTL-IPS",
@@ -379,6 +382,7 @@ class ModelOptions:
     embedding_dim: int = 16
     tower: tuple[int, ...] = (360, 200, 80)
     dtype: DtypeOption = "float32"
+    init_scale: float = 1.0
     architecture: Architecture | None = None
     """None: that of the method."""
     objective: Objective | None = None
@@ -407,6 +411,7 @@ class ModelOptions:
             "embedding_dim": self.embedding_dim,
             "tower": list(self.tower),
             "dtype": self.dtype,
+            "init_scale": self.init_scale,
             "architecture": part_to_dict(ARCHITECTURES, parts.architecture),
             "objective": part_to_dict(OBJECTIVES, parts.objective),
             "interaction": part_to_dict(INTERACTIONS, parts.interaction),
@@ -425,6 +430,7 @@ class ModelOptions:
             embedding_dim=values["embedding_dim"],
             tower=tuple(values["tower"]),
             dtype=values["dtype"],
+            init_scale=values.get("init_scale", 1.0),
             architecture=part_from_dict(ARCHITECTURES, values["architecture"]),
             objective=part_from_dict(OBJECTIVES, values["objective"]),
             interaction=part_from_dict(INTERACTIONS, values["interaction"]),
@@ -462,6 +468,7 @@ def build_train_task(
         base_rates=base_rates,
         embedding_device=embedding_device,
         interaction=parts.interaction,
+        init_scale=options.init_scale,
     )
     model = parts.architecture.build(parts.objective.heads(schema.tasks), builder)
     model = parts.objective.complete(model, schema.tasks)

@@ -247,6 +247,8 @@ class Builder:
     """"meta" leaves drawing the tables to `sharding.shard`."""
     interaction: Interaction
     """Between the embeddings and the towers."""
+    init_scale: float = 1.0
+    """As in `embedding_bag_collections`."""
 
     def features(self, name: str, *, prefix: str = "") -> PooledFeatures:
         """Embeddings of every id feature, and the dense features.
@@ -257,7 +259,11 @@ class Builder:
         """
         with drawn_from(self.seed, name):
             collections = embedding_bag_collections(
-                self.schema, self.embedding_dim, device=self.embedding_device, prefix=prefix
+                self.schema,
+                self.embedding_dim,
+                device=self.embedding_device,
+                prefix=prefix,
+                init_scale=self.init_scale,
             )
         return PooledFeatures(*collections, dense_in_features=len(self.schema.dense_features))
 

@@ -70,6 +70,8 @@ class TrainOptions:
     none."""
     dtype: DtypeOption = "float32"
     """What the hidden layers of the towers compute in; logits and loss stay float32."""
+    init_scale: float = 1.0
+    """Factor of the range that embeddings are drawn from, which is ±1/√rows of a table at 1."""
     history_weights: HistoryWeights = "normalised"
     """Weights of multi-valued features: summing to 1 in each bag, or as stored."""
     shared_features: SharedFeatures = "once"
@@ -111,6 +113,7 @@ class TrainOptions:
             "`batch_size`": 1 if self.batch_size == "auto" else self.batch_size,
             "`embedding_dim`": self.embedding_dim,
             "`shuffle_chunk`": self.shuffle_chunk,
+            "`init_scale`": self.init_scale,
             "`sparse_lr`": self.sparse_lr,
             "`dense_lr`": self.dense_lr,
             "`keep_checkpoints`": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
@@ -144,6 +147,7 @@ class TrainOptions:
             embedding_dim=self.embedding_dim,
             tower=self.tower,
             dtype=self.dtype,
+            init_scale=self.init_scale,
             architecture=parts.architecture,
             objective=parts.objective,
             interaction=parts.interaction,
