@@ -1,12 +1,12 @@
-"""When is ESMM worth it? Methods on a grid of worlds.
+"""When is ESMM worth it? Three methods on a grid of worlds.
 
-    python benchmarks/methods_grid.py --out bench/methods-grid
+    python benchmarks/methods_grid.py --settings paper --out bench/methods-grid
 
 The worlds differ in the conversions per click, in the correlation of the tastes for clicking and
-converting, and in volume, counted in training conversions. For each CVR the methods are tuned once,
-at the correlation of the default world and at the largest volume, and keep those settings, so that
-a cell shows the world and not the luck of a tuning on few conversions. Writes grid.json, grid.md
-and grid.png. Rerun the command to resume a run that was stopped.
+converting, and in volume, counted in training conversions. Every method keeps the settings that
+`compare` chose for it in the folder of --settings, so that a cell shows the world and not the luck
+of a tuning on few conversions. Writes grid.json, grid.md and grid.png. Rerun the command to resume
+a run that was stopped, or to add seeds.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from matplotlib.figure import Figure
 from esmm_torchrec.cli.main import settle_process
 from esmm_torchrec.comparison.data import DEFAULT_WORLD
 from esmm_torchrec.comparison.options import ComparisonOptions
+from esmm_torchrec.comparison.processes import helped_by
 from esmm_torchrec.comparison.statistics import Difference, paired_difference
 from esmm_torchrec.comparison.study import compare
+from esmm_torchrec.comparison.work import Job, do_all
 from esmm_torchrec.comparison.worlds import World
+from esmm_torchrec.sharding.host import usable_cores
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 
 METRICS = {
@@ -58,68 +61,110 @@ class Options:
     """What is compared."""
     seeds: int = 3
     """Worlds of each cell."""
-    trials: int = ComparisonOptions.trials
-    """As in compare."""
-    epochs: int = ComparisonOptions.epochs
-    """As in compare."""
-    batch_size: int = ComparisonOptions.batch_size
-    """As in compare, for the largest world."""
+    settings: Path = Path("paper")
+    """Folder of the comparison whose choices are used."""
+    processes: int = usable_cores()
+    """That share the cells."""
     world: World = DEFAULT_WORLD
     """What the worlds share."""
 
 
-def world_of(options: Options, cvr: float, conversions: int) -> World:
-    """A world with that many expected training conversions."""
-    impressions = 2 * round(conversions / (options.world.ctr * cvr))
-    return replace(options.world, cvr=cvr, impressions=impressions)
+@dataclass(frozen=True)
+class Cell:
+    """A place on the grid."""
+
+    cvr: float
+    correlation: float
+    conversions: int
+
+    @property
+    def name(self) -> str:
+        return f"cvr-{self.cvr:g}-correlation-{self.correlation:g}-conversions-{self.conversions}"
+
+    def world(self, options: Options, seed: int) -> World:
+        """A world with that many expected training conversions."""
+        impressions = 2 * round(self.conversions / (options.world.ctr * self.cvr))
+        return replace(
+            options.world,
+            cvr=self.cvr,
+            correlation=self.correlation,
+            impressions=impressions,
+            seed=options.world.seed + seed,
+        )
 
 
-def run_grid(options: Options, ranks: Ranks) -> list[dict[str, Any]]:
-    """Results of each cell."""
-    largest = max(options.conversions)
-    cells = []
-    for cvr in options.cvrs:
-        tune_on = world_of(options, cvr, largest)
-        for conversions in options.conversions:
-            comparison = ComparisonOptions(
-                methods=options.methods,
-                seeds=options.seeds,
-                trials=options.trials,
-                epochs=options.epochs,
-                batch_size=options.batch_size,
+def cells_of(options: Options) -> list[Cell]:
+    """The grid, small worlds first."""
+    return [
+        Cell(cvr, correlation, conversions)
+        for conversions in sorted(options.conversions)
+        for cvr in sorted(options.cvrs, reverse=True)
+        for correlation in options.correlations
+    ]
+
+
+def work(ranks: Ranks, options: Options) -> None:
+    """Compares in every cell, one seed after the other, with the other processes."""
+    settings = json.loads((options.settings / "results.json").read_text())
+    comparison = ComparisonOptions(methods=options.methods, seeds=1, processes=1)
+
+    def job(cell: Cell, seed: int) -> Job:
+        out = folder_of(options, cell, seed)
+
+        def run() -> None:
+            compare(
+                comparison,
+                out,
+                ranks,
+                data=None,
+                world=cell.world(options, seed),
+                command=shlex.join(sys.argv),
+                settings=settings,
             )
-            for correlation in options.correlations:
-                world = replace(world_of(options, cvr, conversions), correlation=correlation)
-                name = f"cvr-{cvr:g}-conversions-{conversions}-correlation-{correlation:g}"
-                if ranks.is_first:
-                    print(name, flush=True)
-                results = compare(
-                    comparison,
-                    options.out / name,
-                    ranks,
-                    data=None,
-                    world=world,
-                    command=shlex.join(sys.argv),
-                    tune_on=tune_on,
-                    trials=options.out / "trials",
-                )
-                cells.append(
-                    {
-                        "cvr": cvr,
-                        "conversions": conversions,
-                        "correlation": correlation,
-                        "methods": {
-                            method: {metric: of["1"].get(metric) for metric in METRICS}
-                            for method, of in results["methods"].items()
-                        },
+
+        return Job(f"{cell.name}, seed {seed}", out / "results.json", run)
+
+    jobs = [job(cell, seed) for seed in range(options.seeds) for cell in cells_of(options)]
+    do_all(
+        jobs,
+        ranks,
+        on_start=lambda job: print(job.label, flush=True),
+        on_done=lambda job: None,  # noqa: ARG005
+    )
+
+
+def folder_of(options: Options, cell: Cell, seed: int) -> Path:
+    """Where the comparison of a world is."""
+    return options.out / cell.name / f"seed-{seed}"
+
+
+def read_cells(options: Options) -> list[dict[str, Any]]:
+    """Figures of each cell, with one run for each seed."""
+    cells = []
+    for cell in cells_of(options):
+        of_seeds = [
+            json.loads((folder_of(options, cell, seed) / "results.json").read_text())["methods"]
+            for seed in range(options.seeds)
+        ]
+        titles = list(of_seeds[0])
+        cells.append(
+            asdict(cell)
+            | {
+                "methods": {
+                    title: {
+                        metric: [methods[title]["1"][metric]["mean"] for methods in of_seeds]
+                        for metric in METRICS
                     }
-                )
+                    for title in titles
+                }
+            }
+        )
     return cells
 
 
 def difference(cell: dict[str, Any], metric: str, pair: tuple[str, str]) -> Difference:
     """Of the first method from the second, over the worlds of a cell."""
-    first, second = (cell["methods"][name][metric]["runs"] for name in pair)
+    first, second = (cell["methods"][name][metric] for name in pair)
     return paired_difference(first, second)
 
 
@@ -205,14 +250,17 @@ def main() -> None:
     """Compares, then writes what was found."""
     settle_process()
     options = tyro.cli(Options)
-    with process_group("auto") as ranks:
-        cells = run_grid(options, ranks)
-        if ranks.is_first:
-            written = {"world": asdict(options.world), "cells": cells}
-            (options.out / "grid.json").write_text(json.dumps(written, indent=1) + "\n")
-            (options.out / "grid.md").write_text(markdown(cells) + "\n")
-            plot(cells, options, options.out / "grid.png")
-            print(markdown(cells))
+    with (
+        helped_by(options.processes - 1, "cpu", work, options),
+        process_group("cpu") as ranks,
+    ):
+        work(ranks, options)
+    cells = read_cells(options)
+    written = {"world": asdict(options.world), "cells": cells}
+    (options.out / "grid.json").write_text(json.dumps(written, indent=1) + "\n")
+    (options.out / "grid.md").write_text(markdown(cells) + "\n")
+    plot(cells, options, options.out / "grid.png")
+    print(markdown(cells))
 
 
 if __name__ == "__main__":

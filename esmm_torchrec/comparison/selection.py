@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from esmm_torchrec.comparison.options import CLICK_NETWORK, Trial
+from esmm_torchrec.comparison.options import CLICK_NETWORK, Setting, Trial
+from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,28 @@ def described(chosen: Chosen, tried: Sequence[Tried]) -> dict[str, Any]:
         ],
         "at_edge": at_edge(chosen, tried),
     }
+
+
+def chosen_in(results: Mapping[str, Any]) -> dict[str, Chosen]:
+    """What a comparison chose for each of its methods, from its results.json.
+
+    Raises:
+        OptionError: it is of another version.
+    """
+    titles = {METHODS[method].title: method for method in METHODS}
+    chosen: dict[str, Chosen] = {}
+    for title, tuning in results["tuning"].items():
+        found = dict(tuning["chosen"])
+        try:
+            setting = Setting(**{field.name: found[field.name] for field in fields(Setting)})
+            trial = Trial(setting, tuple(found["own"].items()))
+        except KeyError as missing:
+            raise OptionError(
+                f"the settings of {title} have no {missing}; they are of another version: "
+                "compare again"
+            ) from missing
+        chosen[titles[title]] = Chosen(trial, found["epochs"], found["score"])
+    return chosen
 
 
 def _values(trial: Trial) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from esmm_torchrec.comparison.selection import (
     Chosen,
     Tried,
     best,
+    chosen_in,
     described,
     selection_score,
     tuned_line,
@@ -70,8 +71,7 @@ def compare(
     data: Path | None,
     world: World,
     command: str,
-    tune_on: World | None = None,
-    trials: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     keep_best: Path | None = None,
 ) -> dict[str, Any]:
     """Compares methods; every rank calls it, rank 0 writes below `out`.
@@ -85,9 +85,8 @@ def compare(
         data: a prepared data set for all seeds; None: a generated world for each.
         world: settings of the worlds; its seed is that of the first.
         command: how the comparison was asked for, for the report.
-        tune_on: settings of the world to tune on, where several comparisons are to have methods
-            tuned alike; None: those of `world`.
-        trials: folder of what is remembered; None: below `out`.
+        settings: the content of another comparison's results.json, whose choices are used; None:
+            methods are tuned.
         keep_best: run folder to leave the best method in, trained with what was chosen for it; it
             needs `data`. The best is chosen on the held-out users, not on the test half.
 
@@ -102,7 +101,7 @@ def compare(
     started = time.time()
     if data is None:
         _check_expected_conversions(options, world)
-    study = _study(ranks, options, out, data, world, tune_on, trials)
+    study = _study(ranks, options, out, data, world, settings)
     options = study.options
     if ranks.is_first and study.store.left_aside:
         print(
@@ -111,7 +110,7 @@ def compare(
         )
     others = _processes(options, ranks) - 1
     with (
-        helped_by(others, options.device, _help, options, out, data, world, tune_on, trials),
+        helped_by(others, options.device, _help, options, out, data, world, settings),
         _one_thread(),
         study.progress(),
     ):
@@ -183,8 +182,7 @@ def _study(
     out: Path,
     data: Path | None,
     world: World,
-    tune_on: World | None,
-    trials: Path | None,
+    settings: Mapping[str, Any] | None,
 ) -> _Study:
     """As `compare` takes them."""
 
@@ -194,7 +192,7 @@ def _study(
         )
 
     if data is None:
-        tuned_on = source(tuning_world(tune_on or world))
+        tuned_on = source(tuning_world(world))
         compared_on = [source(world_of_seed(world, seed)) for seed in range(options.seeds)]
     else:
         tuned_on = prepared_source(
@@ -204,10 +202,11 @@ def _study(
         compared_on = [tuned_on] * options.seeds
     return _Study(
         options.for_rows(compared_on[0].impressions),
-        TrialStore(trials or out / "trials", ranks),
+        TrialStore(out / "trials", ranks),
         ranks,
         tuned_on=tuned_on,
         compared_on=compared_on,
+        settings=settings,
     )
 
 
@@ -268,6 +267,7 @@ class _Study:
         ranks: this process among the others.
         tuned_on: data of tuning.
         compared_on: data of each seed.
+        settings: as `compare` takes it.
     """
 
     def __init__(
@@ -278,6 +278,7 @@ class _Study:
         *,
         tuned_on: Source,
         compared_on: Sequence[Source],
+        settings: Mapping[str, Any] | None,
     ) -> None:
         self.options = options
         self.store = store
@@ -286,6 +287,7 @@ class _Study:
         """Method → what was tried, for the report."""
         self.tuning_networks: dict[str, float] = {}
         """Network that tuning needed → its seconds."""
+        self._settings = settings
         self._tuned_on = tuned_on
         self._compared_on = compared_on
         self._jobs = Jobs(options, store, ranks)
@@ -295,7 +297,8 @@ class _Study:
     def progress(self, *, shown: bool = True) -> Iterator[None]:
         """Shows how many of the trainings are done."""
         methods = len(self.options.chosen_methods)
-        tuned = (methods + 1) * sum(round_.trials for round_ in self.options.rounds)
+        rounds = self.options.rounds if self._settings is None else ()
+        tuned = (methods + 1) * sum(round_.trials for round_ in rounds)
         retrained = methods * len(self.options.ascending_fractions) * self.options.seeds
         with progress_bar(
             "compare",
@@ -335,11 +338,22 @@ class _Study:
         The click network is chosen by its AUC, a method by the mean of the two figures of the
         paper's table: AUC of pCVR on clicks, and of the common pCTR times pCVR on everything.
         """
+        if self._settings is not None:
+            return self._chosen_elsewhere(self._settings)
         chosen: dict[str, Chosen] = {}
         for methods in ((CLICK_NETWORK,), self.options.chosen_methods):
             self._tune_side_by_side(methods, chosen)
         self._tuned_on.close()
         return chosen
+
+    def _chosen_elsewhere(self, settings: Mapping[str, Any]) -> dict[str, Chosen]:
+        found = chosen_in(settings)
+        for method in (CLICK_NETWORK, *self.options.chosen_methods):
+            title = METHODS[method].title
+            if method not in found:
+                raise OptionError(f"the settings have none for {title}; compare it there first")
+            self.tuning[title] = dict(settings["tuning"][title])
+        return found
 
     def _tune_side_by_side(self, methods: Sequence[str], chosen: dict[str, Chosen]) -> None:
         left = {method: self.options.trials_of(method) for method in methods}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from esmm_torchrec.comparison.data import DEFAULT_WORLD, REGIMES, Regime
 from esmm_torchrec.comparison.options import ComparisonOptions
@@ -29,6 +31,8 @@ class Options(ComparisonOptions):
     """Folder of the results."""
     data: Path | None = None
     """A prepared data set for all seeds, instead of generated worlds."""
+    settings_of: Path | None = None
+    """Folder of another comparison whose choices are used, instead of tuning."""
     keep_best: Path | None = None
     """Run folder to leave the best method in (with --data): the best on the held-out users, trained
     with what was chosen for it."""
@@ -38,6 +42,17 @@ class Options(ComparisonOptions):
     world: World = field(default_factory=lambda: DEFAULT_WORLD)
     """Settings of the generated worlds, the paper regime by default; seed n has the world of seed
     world.seed + n."""
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise OptionError(
+            f"--settings-of {folder}: {path} cannot be read ({error}); give the folder of a "
+            "comparison that has ended"
+        ) from error
 
 
 def run(options: Options) -> None:
@@ -52,6 +67,7 @@ def run(options: Options) -> None:
         raise OptionError(
             "--keep-best needs --data, the prepared data set that the run folder is of"
         )
+    settings = None if options.settings_of is None else _settings(options.settings_of)
     world = options.world if options.regime is None else REGIMES[options.regime]
     own = ComparisonOptions(
         **{item.name: getattr(options, item.name) for item in fields(ComparisonOptions)}
@@ -65,6 +81,7 @@ def run(options: Options) -> None:
             data=options.data,
             world=world,
             command=command,
+            settings=settings,
             keep_best=options.keep_best,
         )
         if ranks.is_first:

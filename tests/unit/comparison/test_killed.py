@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,13 +13,16 @@ from typing import Any
 
 import pytest
 
+from esmm_torchrec.comparison.processes import helped_by
+from esmm_torchrec.sharding.process_group import Ranks
+
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "methods.md"
 ARGUMENTS = ["compare", "--methods", "base", "recent", "--seeds", "2", "--trials", "2"]
 ARGUMENTS += ["--epochs", "1", "--batch-size", "256", "--tower", "8", "--test-impressions", "2000"]
 ARGUMENTS += ["--world.impressions", "6000", "--world.ctr", "0.2", "--world.cvr", "0.4"]
 ARGUMENTS += ["--device", "cpu"]
 RECORDS_BEFORE_THE_END = 3
-ENDS_WITHIN_SECONDS = 120
+ENDS_WITHIN_SECONDS = 240
 
 
 def _script() -> str:
@@ -41,9 +45,10 @@ def _script() -> str:
     )
 
 
-def _start(out: Path) -> subprocess.Popen[str]:
+def _start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    given = [*ARGUMENTS, *(arguments or ("--processes", "1")), "--out", str(out)]
     return subprocess.Popen(
-        [sys.executable, "-c", _script(), *ARGUMENTS, "--out", str(out)],
+        [sys.executable, "-c", _script(), *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,9 +56,9 @@ def _start(out: Path) -> subprocess.Popen[str]:
     )
 
 
-def _finished(out: Path) -> tuple[dict[str, Any], str]:
+def _finished(out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """The results, and what it said."""
-    process = _start(out)
+    process = _start(out, *arguments)
     said, _ = process.communicate(timeout=ENDS_WITHIN_SECONDS)
     assert process.returncode == 0, said
     return json.loads((out / "results.json").read_text()), said
@@ -115,3 +120,41 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     first = json.loads((uninterrupted / "results.json").read_text())
     assert _without_times(resumed) == _without_times(first)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_two_processes_find_what_one_finds(uninterrupted: Path, tmp_path: Path) -> None:
+    found, _ = _finished(tmp_path / "out", "--processes", "2", "--methods", "base")
+    alone = json.loads((uninterrupted / "results.json").read_text())
+    for part in ("methods", "tuning"):
+        of_base = {name: results[part]["BASE"] for name, results in (("1", alone), ("2", found))}
+        assert _without_times(of_base["2"]) == _without_times(of_base["1"])
+    assert not list((tmp_path / "out").rglob("*.lock"))
+
+
+def _hang(ranks: Ranks, started: Path) -> None:
+    assert ranks.world_size == 1
+    started.write_text(str(os.getpid()))
+    time.sleep(ENDS_WITHIN_SECONDS)
+
+
+def _be_helped(started: Path) -> None:
+    with helped_by(1, "cpu", _hang, started):
+        time.sleep(ENDS_WITHIN_SECONDS)
+
+
+def test_other_processes_end_with_a_killed_one(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    parent = multiprocessing.get_context("spawn").Process(target=_be_helped, args=(started,))
+    parent.start()
+    end = time.monotonic() + ENDS_WITHIN_SECONDS / 2
+    try:
+        while not started.exists() or not started.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+    parent.join()
+    other = Path(f"/proc/{started.read_text()}")
+    while other.exists() and "Z" not in (other / "stat").read_text().rpartition(")")[2]:
+        assert time.monotonic() < end + ENDS_WITHIN_SECONDS / 2
+        time.sleep(0.1)

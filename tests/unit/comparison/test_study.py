@@ -24,13 +24,15 @@ from esmm_torchrec.comparison.data import Source, prepared_source
 from esmm_torchrec.comparison.handover import chosen_options, train_command
 from esmm_torchrec.comparison.options import (
     COMPARED,
+    FINALISTS,
     SETTINGS,
     ComparisonOptions,
+    Setting,
     Trial,
 )
 from esmm_torchrec.comparison.report import format_table, write_report
 from esmm_torchrec.comparison.results import DIFFERENCES, compared_pairs
-from esmm_torchrec.comparison.selection import Chosen, at_edge, selection_score
+from esmm_torchrec.comparison.selection import Chosen, Tried, at_edge, best, selection_score
 from esmm_torchrec.comparison.statistics import paired_difference
 from esmm_torchrec.comparison.store import code_identity
 from esmm_torchrec.comparison.study import compare
@@ -45,15 +47,17 @@ from tests.prepared_data import record_changed_file, write_data_set
 from tests.ranks import run_on_ranks
 
 WORLD = World(impressions=6000, ctr=0.2, cvr=0.4)
+BATCH_SIZE = 256
 OPTIONS = ComparisonOptions(
     methods=("base", "unbias", "division", "esmm"),
     seeds=2,
     fractions=(0.5, 1.0),
     trials=2,
     epochs=1,
-    batch_size=256,
+    batch_size=BATCH_SIZE,
     tower=(8,),
     test_impressions=2000,
+    processes=1,
     device="cpu",
 )
 FIXED = replace(OPTIONS, methods=("base", "shared-bottom"), fractions=(1.0,), trials=1)
@@ -200,9 +204,6 @@ def test_a_smaller_fraction_trains_on_less(compared: dict[str, Any]) -> None:
     assert training["ESMM"]["1"]["unknown_share"] == 0
     assert training["BASE"]["1"]["unknown_share"] > 0
     assert 0 < training["UNBIAS"]["1"]["acceptance_rate"] <= 1
-    assert "1" in compared["worlds"]["random_unseen_ids"]["BASE"]
-    assert compared["worlds"]["random_unseen_ids"]["BASE"]["1"]["cvr_auc"]["mean"] is not None
-    assert not compared["worlds"]["random_unseen_ids"]["ESMM"]["1"]
 
 
 def test_a_stopped_comparison_ends_with_the_same_numbers(compared: dict[str, Any]) -> None:
@@ -215,14 +216,14 @@ def test_a_stopped_comparison_ends_with_the_same_numbers(compared: dict[str, Any
 
 def test_every_pass_takes_as_many_updates(compared: dict[str, Any]) -> None:
     results = compared["worlds"]
-    of_everything = -(-WORLD.split_impressions["train"] // OPTIONS.batch_size)
+    of_everything = -(-WORLD.split_impressions["train"] // BATCH_SIZE)
     for name, of_method in results["training"].items():
         for fraction, figures in of_method.items():
             rows, batch = figures["training_rows"], figures["batch_size"]
             assert 0.85 * of_everything <= figures["updates_per_pass"] <= of_everything, name
             assert figures["updates_per_pass"] == pytest.approx(rows / batch, abs=1), fraction
     assert results["training"]["ESMM"]["1"]["updates_per_pass"] == of_everything
-    assert results["training"]["BASE"]["0.5"]["batch_size"] < OPTIONS.batch_size / 4
+    assert results["training"]["BASE"]["0.5"]["batch_size"] < BATCH_SIZE / 4
 
 
 def test_seconds_are_those_of_everything(compared: dict[str, Any]) -> None:
@@ -238,31 +239,52 @@ def test_seconds_are_those_of_everything(compared: dict[str, Any]) -> None:
 
 
 def test_what_is_chosen_at_the_end_of_the_search_is_marked() -> None:
-    def tried(place: int, rate: float | None, epochs: int) -> Chosen:
-        return Chosen(Trial(SETTINGS[place], rate), epochs, 0.5)
+    def trial(sparse_lr: float, rate: float, *, decay: float = 0.0, min_count: int = 1) -> Trial:
+        return Trial(Setting(sparse_lr, 0.001, decay, min_count, 1.0), (("rows.rate", rate),))
 
-    tries = [
-        tried(place, rate, epochs)
-        for place, rate in ((0, 0.1), (1, 0.5), (2, 1.0))
-        for epochs in (1, 2)
+    trials = [
+        trial(0.02, 0.1),
+        trial(0.05, 0.5, decay=1e-4, min_count=5),
+        trial(0.1, 1.0, min_count=20),
     ]
-    # 0.02, 0.05 and 0.1 for tables; 0.001, 0.002 and 0.002 for towers; no, no and some decay.
-    assert at_edge(tried(0, 0.1, 1), tries) == ["sparse_lr", "dense_lr", "rate"]
-    assert at_edge(tried(1, 0.5, 1), tries) == ["dense_lr"]
-    assert at_edge(tried(2, 1.0, 2), tries) == [
+    tried = [Tried(0, one, epochs, 0.5) for one in trials for epochs in (1, 2)]
+    # No decay and a count of 1 are no end, and a rate that was not varied has none.
+    assert at_edge(Chosen(trials[0], 1, 0.5), tried) == ["sparse_lr", "rows.rate"]
+    assert at_edge(Chosen(trials[1], 1, 0.5), tried) == ["weight_decay"]
+    assert at_edge(Chosen(trials[2], 2, 0.5), tried) == [
         "epochs",
         "sparse_lr",
-        "dense_lr",
-        "weight_decay",
-        "rate",
+        "min_count",
+        "rows.rate",
     ]
 
 
-def test_a_comparison_shuffles_row_by_row() -> None:
+def test_the_best_of_a_round_go_on_each_after_its_best_pass() -> None:
+    first, second, third = (Trial(setting) for setting in SETTINGS[:3])
+    tried = [
+        Tried(0, first, 1, 0.6),
+        Tried(0, first, 2, 0.7),
+        Tried(0, second, 1, None),
+        Tried(0, third, 1, 0.7),
+        Tried(0, third, 2, 0.1),
+    ]
+    assert best(tried, 3) == [tried[1], tried[3]]
+    assert best(tried, 1) == [tried[1]]
+
+
+def test_few_trials_are_one_round_and_many_are_two() -> None:
+    assert [round_.share for round_ in replace(OPTIONS, trials=2).rounds] == [1.0]
+    first, last = replace(OPTIONS, trials=6, epochs=4).rounds
+    assert (first.trials, first.epochs) == (6, 1)
+    assert (last.trials, last.epochs) == (FINALISTS, 4)
+    assert first.share < last.share
+
+
+def test_few_rows_are_shuffled_row_by_row() -> None:
     """In chunks, a method of few rows would have all of a user's in one batch."""
-    assert TrainOptions().shuffle_chunk == 8
-    trial = Trial(SETTINGS[0], None)
-    assert ComparisonOptions().train("base", trial, seed=0).shuffle_chunk == 1
+    trial = Trial(SETTINGS[0])
+    chunks = {name: OPTIONS.train(name, trial, seed=0).shuffle_chunk for name in ("base", "esmm")}
+    assert chunks == {"base": 1, "esmm": TrainOptions().shuffle_chunk}
 
 
 def test_records_depend_on_the_sources_that_decide_figures(tmp_path: Path) -> None:
@@ -455,7 +477,7 @@ def test_report_without_truth_and_with_one_seed_says_so(
 
 
 def test_options_that_cannot_be_used() -> None:
-    for values, word in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"methods": ("esmn",)}, "esmn"),
         ({"methods": ("ctr",)}, "ctr"),
         ({"methods": ()}, "`methods`"),
@@ -466,7 +488,9 @@ def test_options_that_cannot_be_used() -> None:
         ({"trials": len(SETTINGS) + 1}, "`trials`"),
         ({"validation_share": 1.0}, "`validation_share`"),
         ({"batch_size": 0}, "`batch_size`"),
-    ):
+        ({"processes": 0}, "`processes`"),
+    )
+    for values, word in cases:
         with pytest.raises(OptionError, match=word):
             ComparisonOptions(**values)
     assert ComparisonOptions().chosen_methods == PAPER_METHODS
@@ -477,18 +501,35 @@ def test_options_that_cannot_be_used() -> None:
     assert ComparisonOptions(methods=("esmm", "base")).chosen_methods == ("base", "esmm")
 
 
-def test_tuning_goes_through_the_rates_of_a_method() -> None:
+def test_tuning_goes_through_the_options_of_a_method() -> None:
     options = ComparisonOptions()
-    assert [trial.setting for trial in options.trials_of("esmm")] == list(SETTINGS)
-    assert [trial.setting for trial in options.trials_of("aman")] == list(SETTINGS)
-    met: dict[float | None, set[float]] = {}
-    for trial in options.trials_of("aman"):
-        met.setdefault(trial.rate, set()).add(trial.setting.sparse_lr)
-    assert set(met) == {0.1, 0.2, 0.5, 1.0}
-    assert all(len(rates_of_tables) == 2 for rates_of_tables in met.values())
+    for method in ("base", "aman", "esmm"):
+        assert [trial.setting for trial in options.trials_of(method)] == list(SETTINGS)
+    assert {trial.own for trial in options.trials_of("base")} == {()}
+    for method, option in (("aman", "rows.rate"), ("esmm", "objective.ctcvr_loss_weight")):
+        met: dict[float, set[float]] = {}
+        for trial in options.trials_of(method):
+            ((name, value),) = trial.own
+            assert name == option
+            met.setdefault(value, set()).add(trial.setting.sparse_lr)
+        assert set(met) == set(METHODS[method].tune[option])
+        assert all(len(rates_of_tables) >= 2 for rates_of_tables in met.values())
     few = replace(options, trials=4).trials_of("aman")
-    assert [trial.rate for trial in few] == [0.1, 0.2, 0.5, 1.0]
-    assert {trial.rate for trial in options.trials_of("esmm")} == {None}
+    assert [dict(trial.own)["rows.rate"] for trial in few] == [0.1, 0.2, 0.5, 1.0]
+
+
+def test_what_is_tried_of_a_method_reaches_its_training() -> None:
+    trial = Trial(SETTINGS[6], (("objective.ctcvr_loss_weight", 4.0),))
+    found = OPTIONS.train("esmm", trial, seed=3, epochs=2)
+    assert found.objective == replace(METHODS["esmm"].objective, ctcvr_loss_weight=4.0)
+    assert (found.sparse_lr, found.init_scale) == (SETTINGS[6].sparse_lr, SETTINGS[6].init_scale)
+    assert (found.seed, found.epochs) == (3, 2)
+
+
+def test_the_batch_follows_the_rows_unless_it_is_given() -> None:
+    assert ComparisonOptions().for_rows(3_400_000).batch_size == 16384
+    assert ComparisonOptions().for_rows(100).batch_size == 1
+    assert ComparisonOptions(batch_size=7).for_rows(3_400_000).batch_size == 7
 
 
 def test_a_method_is_chosen_by_the_mean_of_the_papers_two_figures() -> None:
@@ -503,7 +544,11 @@ def test_a_test_half_without_conversions_is_refused(tmp_path: Path) -> None:
     data = prepared_source(tmp_path / "data", held_out_by="auto", test_impressions=100).data
     scalars = data.test.scalars
     none = dict(scalars) | {"conversion": np.zeros_like(scalars["conversion"])}
-    source = Source({}, open_data=lambda: replace(data, test=replace(data.test, scalars=none)))
+    source = Source(
+        {},
+        open_data=lambda: replace(data, test=replace(data.test, scalars=none)),
+        impressions=200,
+    )
     with pytest.raises(DataError, match="no conversions"):
         _ = source.data
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from esmm_torchrec.comparison import trial
 from esmm_torchrec.comparison.data import ComparisonData, with_users
-from esmm_torchrec.comparison.trial import Stage
+from esmm_torchrec.comparison.trial import Stage, ids_known_to
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.reader import Selection
 from esmm_torchrec.data.subsets import count_ids
 from esmm_torchrec.errors import OptionError
 from tests.prepared_data import write_data_set
@@ -91,3 +93,56 @@ def test_group_id_does_not_decide_what_is_held_out(data: ComparisonData) -> None
     assert not set(group[by_group.scored_rows]) & set(group[by_group.train_rows])
     with pytest.raises(OptionError, match="`held_out_by` group"):
         with_users(without, "group")
+
+
+def test_unclicked_impressions_are_sampled_in_tuning_and_count_for_those_left_out(
+    data: ComparisonData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Stage.validation(data, 0.5)
+    assert whole.scored_rows is not None
+    assert whole.scored_weight is None
+    monkeypatch.setattr(trial, "UNCLICKED_IN_TUNING", 60)
+    stage = Stage.validation(data, 0.5)
+    assert stage.scored_rows is not None
+    assert stage.scored_weight is not None
+    click = data.train.scalars["click"] == 1
+    np.testing.assert_array_equal(
+        stage.scored_rows[click[stage.scored_rows]], whole.scored_rows[click[whole.scored_rows]]
+    )
+    of_clicks = stage.scored_weight[click[stage.scored_rows]]
+    of_others = stage.scored_weight[~click[stage.scored_rows]]
+    assert set(of_clicks) == {1.0}
+    expected = np.count_nonzero(~click[whole.scored_rows])
+    assert of_others.sum() == pytest.approx(expected, rel=0.35)
+    assert len(of_others) < expected / 2
+
+
+def test_a_round_trains_on_a_share_of_the_users_that_are_not_held_out(
+    data: ComparisonData,
+) -> None:
+    whole, part = (Stage.validation(data, 0.3, share=share) for share in (1.0, 0.25))
+    assert whole.train_rows is not None
+    assert part.train_rows is not None
+    assert set(part.train_rows) < set(whole.train_rows)
+    assert 0.1 < len(part.train_rows) / len(whole.train_rows) < 0.45
+    assert part.scored_rows is not None
+    assert whole.scored_rows is not None
+    np.testing.assert_array_equal(part.scored_rows, whole.scored_rows)
+
+
+def test_ids_that_a_method_has_too_rarely_are_unknown_to_it(data: ComparisonData) -> None:
+    stage = Stage.test(data, 1.0)
+    clicks = Selection(stage.clicked_train_rows())
+    counts = count_ids(data.train, clicks.rows)
+    for min_count in (1, 3):
+        known = ids_known_to(stage, clicks, min_count=min_count)
+        for split, rows in ((known.scored, None), (known.train, clicks.rows)):
+            for table, count in count_ids(split, rows).items():
+                assert not count[1:][counts[table][1:] < min_count].any(), (table, min_count)
+        lost = sum(
+            int(count[1:][counts[table][1:] < min_count].sum())
+            for table, count in count_ids(data.test, None).items()
+        )
+        total = sum(int(count.sum()) for count in count_ids(data.test, None).values())
+        assert lost > 0
+        assert known.unknown_share == pytest.approx(lost / total)
