@@ -77,8 +77,8 @@ paper-small: install
 	$(BIN)/esmm-torchrec compare --out paper-small --seeds 2 --trials 1 --epochs 1 --fractions 0.3 1 \
 		--batch-size 512 --test-impressions 5000 --world.impressions 20000
 
-paper-grid: install
-	$(BIN)/python benchmarks/methods_grid.py --out bench/methods-grid
+paper-grid: paper
+	$(BIN)/python benchmarks/methods_grid.py --settings paper --out bench/methods-grid
 
 bench: install
 	mkdir -p bench

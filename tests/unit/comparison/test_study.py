@@ -549,7 +549,7 @@ def test_a_test_half_without_conversions_is_refused(tmp_path: Path) -> None:
         open_data=lambda: replace(data, test=replace(data.test, scalars=none)),
         impressions=200,
     )
-    with pytest.raises(DataError, match="no conversions"):
+    with pytest.raises(DataError, match="no conversion"):
         _ = source.data
 
 
