@@ -148,8 +148,8 @@ class ComparisonOptions:
     epochs: int = 3
     """Tuning chooses among 1 to this many passes of a method over its own training rows."""
     processes: int | Literal["auto"] = "auto"
-    """Processes that share the trainings; auto: one for each core, or one where torchrun started
-    several ranks or there is a GPU. Figures do not depend on it."""
+    """Processes that share the trainings; auto: one for each core, or one under torchrun or if
+    there is a GPU. Figures do not depend on it."""
     held_out_by: HeldOutBy = "auto"
     """What stays together when training users of a prepared data set are held out or a fraction of
     them is drawn: impressions of a group_id, of a shared row, or each impression by itself; auto:

@@ -14,6 +14,7 @@ stopped comparison goes on where it was and ends with the same numbers.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -165,15 +166,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def _processes(options: ComparisonOptions, ranks: Ranks) -> int:
-    if options.processes != "auto":
-        if options.processes > 1 and ranks.world_size > 1:
-            raise OptionError(
-                f"`processes` {options.processes} is for one rank, and torchrun started "
-                f"{ranks.world_size}; leave one of them out"
-            )
-        return options.processes
-    alone = ranks.world_size == 1 and ranks.device.type == "cpu"
-    return usable_cores() if alone else 1
+    by_torchrun = "RANK" in os.environ
+    if options.processes == "auto":
+        return 1 if by_torchrun or ranks.device.type == "cuda" else usable_cores()
+    if options.processes > 1 and by_torchrun:
+        raise OptionError(
+            f"`processes` {options.processes} is for a command without torchrun, whose ranks share "
+            "each training; leave one of them out"
+        )
+    return options.processes
 
 
 def _study(
