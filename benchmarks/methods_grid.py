@@ -5,7 +5,8 @@
 The worlds differ in the conversions per click, in the correlation of the tastes for clicking and
 converting, and in volume, counted in training conversions. Every method keeps the settings that
 `compare` chose for it in the folder of --settings, so that a cell shows the world and not the luck
-of a tuning on few conversions. Writes grid.json, grid.md and grid.png. Rerun the command to resume
+of a tuning on few conversions. Writes grid.json, grid.md and a map of
+each pair of methods. Rerun the command to resume
 a run that was stopped, or to add seeds.
 """
 
@@ -187,36 +188,38 @@ def markdown(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(cells: Sequence[dict[str, Any]], options: Options, out: Path) -> None:
-    """A map of mean differences: a row of panels per pair and metric, a column per volume."""
-    rows = [(pair, metric) for pair in PAIRS for metric in DRAWN]
-    figure = Figure(
-        figsize=(3.6 * len(options.conversions) + 1, 2.3 * len(rows) + 0.8), layout="constrained"
-    )
-    grid = figure.subplots(len(rows), len(options.conversions), squeeze=False)
+def plot(
+    cells: Sequence[dict[str, Any]], options: Options, pair: tuple[str, str], out: Path
+) -> None:
+    """A map of the mean differences of a pair: a column per metric, a row per volume."""
+    volumes = sorted(options.conversions)
+    figure = Figure(figsize=(8.2, 2.7 * len(volumes) + 0.9), layout="constrained")
+    grid = figure.subplots(len(volumes), len(DRAWN), squeeze=False)
     found = {
-        (row, cell["conversions"], cell["correlation"], cell["cvr"]): difference(cell, metric, pair)
-        for row, (pair, metric) in enumerate(rows)
+        (metric, cell["conversions"], cell["correlation"], cell["cvr"]): difference(
+            cell, metric, pair
+        )
+        for metric in DRAWN
         for cell in cells
     }
     reach = max(abs(of.mean) for of in found.values()) or 1.0
-    for row, (pair, metric) in enumerate(rows):
-        for column, conversions in enumerate(options.conversions):
+    for row, conversions in enumerate(volumes):
+        for column, metric in enumerate(DRAWN):
             axes = grid[row, column]
             panel = [
-                [found[row, conversions, correlation, cvr] for cvr in options.cvrs]
+                [found[metric, conversions, correlation, cvr] for cvr in options.cvrs]
                 for correlation in options.correlations
             ]
             _panel(axes, panel, options, reach=reach)
-            axes.set_title(
-                f"{pair[0]} − {pair[1]}, {METRICS[metric]}\n{conversions:,} conversions", fontsize=9
-            )
-        grid[row, 0].set_ylabel("correlation", fontsize=9)
+            volume = f", {conversions:,} conversions" if len(volumes) > 1 else ""
+            axes.set_title(f"{METRICS[metric]}{volume}", fontsize=10)
+        grid[row, 0].set_ylabel(
+            "correlation of the tastes for\nclicking and converting", fontsize=9
+        )
     for axes in grid[-1]:
         axes.set_xlabel("conversions per click", fontsize=9)
     figure.suptitle(
-        "When is ESMM worth it? Blue: ESMM is better. Bold: the 95 % interval excludes 0.",
-        fontsize=10,
+        f"{pair[0]} minus {pair[1]}, points of AUC: blue where {pair[0]} is better", fontsize=12
     )
     FigureCanvasAgg(figure)
     figure.savefig(out, dpi=130)
@@ -226,23 +229,23 @@ def _panel(
     axes: Axes, panel: Sequence[Sequence[Difference]], options: Options, *, reach: float
 ) -> None:
     values = np.array([[of.mean for of in row] for row in panel])
-    axes.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    axes.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(values):
         of = panel[row][column]
         clear = of.low is not None and of.high is not None and of.low * of.high > 0
         axes.text(
             column,
             row,
-            f"{value:+.3f}",
+            f"{100 * value:+.1f}".replace("-", "−"),
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=10,
             weight="bold" if clear else "normal",
             color="white" if abs(value) > 0.6 * reach else "black",
         )
-    axes.set_xticks(range(len(options.cvrs)), [f"{cvr:g}" for cvr in options.cvrs], fontsize=8)
+    axes.set_xticks(range(len(options.cvrs)), [f"{cvr:.3g}" for cvr in options.cvrs], fontsize=9)
     axes.set_yticks(
-        range(len(options.correlations)), [f"{of:g}" for of in options.correlations], fontsize=8
+        range(len(options.correlations)), [f"{of:g}" for of in options.correlations], fontsize=9
     )
 
 
@@ -259,7 +262,8 @@ def main() -> None:
     written = {"world": asdict(options.world), "cells": cells}
     (options.out / "grid.json").write_text(json.dumps(written, indent=1) + "\n")
     (options.out / "grid.md").write_text(markdown(cells) + "\n")
-    plot(cells, options, options.out / "grid.png")
+    for pair in PAIRS:
+        plot(cells, options, pair, options.out / f"{'-'.join(pair).lower()}.png")
     print(markdown(cells))
 
 

@@ -32,7 +32,14 @@ from esmm_torchrec.comparison.options import (
 )
 from esmm_torchrec.comparison.report import format_table, write_report
 from esmm_torchrec.comparison.results import DIFFERENCES, compared_pairs
-from esmm_torchrec.comparison.selection import Chosen, Tried, at_edge, best, selection_score
+from esmm_torchrec.comparison.selection import (
+    Chosen,
+    Tried,
+    at_edge,
+    best,
+    chosen_in,
+    selection_score,
+)
 from esmm_torchrec.comparison.statistics import paired_difference
 from esmm_torchrec.comparison.store import code_identity
 from esmm_torchrec.comparison.study import compare
@@ -90,12 +97,26 @@ def _compare_all(folder: Path) -> dict[str, Any]:
         for path in removed:
             path.unlink()
         resumed = run("stopped", OPTIONS)
+        fixed = run("fixed", FIXED, folder / "data", folder / "kept")
+        shutil.copytree(folder / "fixed", folder / "settings")
+        for path in (folder / "settings" / "trials").glob("*/tune-*"):
+            path.unlink()
+        as_chosen = compare(
+            FIXED,
+            folder / "settings",
+            ranks,
+            data=folder / "data",
+            world=WORLD,
+            command="test",
+            settings=fixed,
+        )
         return {
+            "as chosen": as_chosen,
             "worlds": first,
             "resumed": resumed,
             "removed": [path.name for path in removed],
             "worlds left": list((folder / "worlds" / "worlds").glob("*")),
-            "fixed": run("fixed", FIXED, folder / "data", folder / "kept"),
+            "fixed": fixed,
             "other test half": run("other-test", FIXED, folder / "other-test-data"),
             "no truth": run("no-truth", replace(FIXED, seeds=1), folder / "no-truth-data"),
         }
@@ -212,6 +233,23 @@ def test_a_stopped_comparison_ends_with_the_same_numbers(compared: dict[str, Any
     first, resumed = (dict(_numbers(compared[name])) for name in ("worlds", "resumed"))
     assert first == resumed
     assert compared["worlds left"] == []
+
+
+def test_settings_of_another_comparison_are_used_instead_of_tuning(
+    compared: dict[str, Any], folder: Path
+) -> None:
+    assert compared["as chosen"]["methods"] == compared["fixed"]["methods"]
+    assert dict(_numbers(compared["as chosen"]["tuning"])) == dict(
+        _numbers(compared["fixed"]["tuning"])
+    )
+    assert not list((folder / "settings" / "trials").glob("*/tune-*"))
+    chosen = chosen_in(compared["fixed"])
+    assert set(chosen) == {"ctr", "base", "shared-bottom"}
+    assert dict(chosen["shared-bottom"].trial.own) == {"objective.conversion_loss_weight": 1.0}
+    older = copy.deepcopy(compared["fixed"])
+    del older["tuning"]["BASE"]["chosen"]["min_count"]
+    with pytest.raises(OptionError, match="another version"):
+        chosen_in(older)
 
 
 def test_every_pass_takes_as_many_updates(compared: dict[str, Any]) -> None:

@@ -32,6 +32,10 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data", "nowhere", "--world.seed", "3"], ["--world", "--data"]),
         (["--data", "nowhere", "--regime", "dense"], ["--regime", "--data"]),
         (["--regime", "dense", "--world.seed", "3"], ["--regime", "--world"]),
+        (
+            ["--settings-of", "nowhere", "--device", "cpu"],
+            ["--settings-of nowhere", "results.json"],
+        ),
         (["--keep-best", "run"], ["--keep-best", "--data"]),
     ],
 )
