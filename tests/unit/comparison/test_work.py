@@ -18,7 +18,7 @@ from esmm_torchrec.sharding.process_group import Ranks, process_group
 Start = Callable[..., BaseProcess]
 
 WORKERS = 3
-ENDS_WITHIN_SECONDS = 60
+ENDS_WITHIN_SECONDS = 240
 
 
 def _jobs(folder: Path, *, hangs_in: Path | None = None) -> list[Job]:
