@@ -1,11 +1,14 @@
 """What reading costs: training through the reader against training over batches made beforehand.
 
     python benchmarks/reading.py [--impressions 1000000] [--out reading.json]
+    python benchmarks/reading.py --ranks 1 8 64 512
 
 Both contenders are the library's trainer on one process, with bfloat16 towers, where a step is
 shortest; they take turns. The one reads through the memory-mapped copy of the data set in random
 order, the other finds every batch in memory, a KeyedJaggedTensor already. Beside it stand the rates
-of the reader alone and of laying the copy out, and the disk that each form takes.
+of the reader alone and of laying the copy out, and the disk that each form takes. With --ranks, it
+measures instead what the first of so many ranks spends on a batch of 1024, whose sums come from an
+exchange with the others that is simulated, or from looking up the rows of all.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from esmm_torchrec.cli.main import settle_process
@@ -35,6 +39,7 @@ from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E40
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 
 WARM_UP_STEPS = 5
+RANK_BATCH_SIZE, RANK_STEPS = 1024, 60
 IN_MEMORY, THROUGH_READER = "batches in memory", "through the reader"
 
 
@@ -50,8 +55,58 @@ class Options:
     """Steps in a turn."""
     batch_size: int = 4096
     """Impressions in a step."""
+    ranks: tuple[int, ...] = ()
+    """Measure the reader of one rank of so many instead."""
     out: Path | None = None
     """JSON file for the figures."""
+
+
+class SimulatedExchange:
+    """Ranks that all have what this one has."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return values * self._world_size
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+
+def measure_ranks(options: Options, folder: Path) -> dict[str, Any]:
+    """CPU milliseconds for a batch of a rank, by the number of ranks."""
+    split = MappedSplit.open(write_impressions(folder, train=options.impressions, test=1), "train")
+    figures: dict[str, Any] = {}
+    print(f"{'ranks':>6}{'exchange':>12}{'all rows':>12}   CPU ms for a batch")
+    for world_size in options.ranks:
+        for name, exchange in (("exchange", SimulatedExchange(world_size)), ("all rows", None)):
+            reader = ImpressionReader(
+                split,
+                batch_size=RANK_BATCH_SIZE,
+                world_size=world_size,
+                rows_per_step=min(RANK_BATCH_SIZE * world_size, split.impressions),
+                exchange=exchange,
+            )
+            stream = iter(reader)
+            next(stream)  # the order of the rows has been drawn
+            steps, started = 0, time.process_time()
+            while steps < RANK_STEPS:
+                for _ in stream:
+                    steps += 1
+                    if steps == RANK_STEPS:
+                        break
+                else:
+                    pause = time.process_time()
+                    reader.load_state_dict({"epoch": reader.epoch + 1, "row": 0})
+                    stream = iter(reader)
+                    next(stream)
+                    started += time.process_time() - pause
+            seconds = (time.process_time() - started) / RANK_STEPS
+            figures.setdefault(str(world_size), {})[name] = seconds * 1e3
+        of = figures[str(world_size)]
+        print(f"{world_size:>6}{of['exchange']:>12.2f}{of['all rows']:>12.2f}", flush=True)
+    return {"cpu_milliseconds_per_batch": figures}
 
 
 class BatchesInMemory(ImpressionReader):
@@ -138,7 +193,11 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder, process_group("cpu") as ranks:
-        figures = measure(options, ranks, Path(folder) / "prepared")
+        prepared = Path(folder) / "prepared"
+        if options.ranks:
+            figures = measure_ranks(options, prepared)
+        else:
+            figures = measure(options, ranks, prepared)
     publish(figures, options.out)
 
 

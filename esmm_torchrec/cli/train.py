@@ -20,8 +20,8 @@ from esmm_torchrec.training.run import train
 class Options(MethodOptions, TrainOptions):
     """Train a conversion model on a prepared data set and measure it on the test half."""
 
-    data: Path
-    """The prepared data set."""
+    data: str
+    """The prepared data set: a folder, or a URI such as s3://bucket/prepared."""
     out: Path
     """The run folder to make or to resume."""
     start_from: Annotated[Path | None, tyro.conf.arg(name="from", metavar="RUN")] = None
@@ -35,7 +35,7 @@ def run(options: Options) -> None:
         train_and_print(options.data, options.out, options, ranks)
 
 
-def train_and_print(data: Path, out: Path, options: TrainOptions, ranks: Ranks) -> None:
+def train_and_print(data: Path | str, out: Path, options: TrainOptions, ranks: Ranks) -> None:
     """Trains and shows the figures; `options` may be of a command that adds to TrainOptions."""
     names = [field.name for field in fields(TrainOptions)]
     own = TrainOptions(**{name: getattr(options, name) for name in names})

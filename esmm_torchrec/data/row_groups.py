@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,20 @@ class RowGroups:
             first, place = end, place + 1
         return tables
 
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Whole columns in stored order; those of `names` that the data set has.
+
+        Raises:
+            DataError: a file is missing, broken or cannot be read.
+        """
+        found = [name for name in names if name in self._dataset.impression_columns.names]
+        tables = [
+            self._read(group, self._dataset.impression_columns, only=found)
+            for group in self._groups
+        ]
+        together = pa.concat_tables(tables)
+        return {name: together.column(name).to_numpy() for name in found}
+
     def shared(self, rows: np.ndarray) -> pa.Table:
         """Shared rows.
 
@@ -105,7 +119,9 @@ class RowGroups:
         counted = table.column(place).to_numpy().astype(np.int64) + first
         return table.set_column(place, SHARED_ROW, pa.array(counted))
 
-    def _read(self, group: _Group, columns: pa.Schema) -> pa.Table:
+    def _read(
+        self, group: _Group, columns: pa.Schema, *, only: Sequence[str] | None = None
+    ) -> pa.Table:
         file = self._dataset.root / group.part.file
 
         def read() -> pa.Table:
@@ -122,7 +138,7 @@ class RowGroups:
                     wrong = same_columns(parquet.schema_arrow, columns)
                     if wrong:
                         raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
-                    return parquet.read_row_group(group.number, use_threads=False)
+                    return parquet.read_row_group(group.number, columns=only, use_threads=False)
 
         return _in_words(str(file), lambda: file.retried(read))
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,18 @@ class StreamedSplit:
     def impressions(self) -> int:
         """Number of rows."""
         return self.dataset.splits[self.name].impressions
+
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Whole columns, (N,), in stored order; those of `names` that the data set has.
+
+        Raises:
+            DataError: a file is missing, broken or cannot be read.
+        """
+        return RowGroups(self.dataset, self.name).columns(names)
+
+
+Split = MappedSplit | StreamedSplit
+"""A split in one of the two ways in which it can be read."""
 
 
 class StreamReader(BatchReader):
@@ -163,6 +175,17 @@ class StreamReader(BatchReader):
             + -(-rest // self._step)
         )
 
+    def own_rows(self) -> list[int]:
+        """Rows of this rank, without padding, in each step of an epoch."""
+        sizes: list[int] = []
+        place = 0
+        while place < self._rows_per_lane:
+            end = self._end_of_step(place)
+            lanes = (_bounds(self.num_rows, self.split.lanes, lane) for lane in self._own_lanes)
+            sizes.append(sum(max(0, min(end, last - first) - place) for first, last in lanes))
+            place = end
+        return sizes
+
     def _blocks(self) -> Iterator[Callable[[], Block]]:
         rows = self._groups.rows
         order = np.arange(len(rows))
@@ -217,7 +240,7 @@ class StreamReader(BatchReader):
         self, order: np.ndarray, ends: np.ndarray, lane: int, first: int
     ) -> list[pa.Table]:
         """The rows of a lane in the window that begins at `first` in it."""
-        begin, end = (self.num_rows * number // self.split.lanes for number in (lane, lane + 1))
+        begin, end = _bounds(self.num_rows, self.split.lanes, lane)
         low = min(begin + first, end)
         high = min(low + self.split.window, end)
         return self._groups.impressions(order, ends, low, high, keeper=lane)
@@ -260,6 +283,11 @@ class StreamReader(BatchReader):
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bounds(rows: int, lanes: int, lane: int) -> tuple[int, int]:
+    """Where a lane begins and ends in the sequence of all rows."""
+    return rows * lane // lanes, rows * (lane + 1) // lanes
 
 
 def _batches(tables: list[pa.Table], columns: pa.Schema) -> list[pa.RecordBatch]:

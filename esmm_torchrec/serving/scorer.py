@@ -6,7 +6,7 @@ are gathered here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,14 +14,17 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
-from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.reader import ImpressionReader, Selection, SharedFeatures
+from esmm_torchrec.data.batch_reader import BatchReader
+from esmm_torchrec.data.batches import SharedFeatures
+from esmm_torchrec.data.reader import ImpressionReader, Selection
+from esmm_torchrec.data.stream import Split, StreamedSplit, StreamReader
 from esmm_torchrec.metrics.probability import Prediction
 from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.models.scores import read_scores
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import GROUP_ID, TRUE_CTR, TRUE_CVR, WEIGHT
+from esmm_torchrec.sharding.exchange import RankExchange
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.tasks import TaskChain
 
@@ -60,11 +63,26 @@ def score_stream(
     Yields:
         on rank 0, for each step, the scores of the rows of all ranks; on the other ranks None.
     """
+    rows_left = reader.num_rows
+    for own in _logits(model, reader, ranks):
+        stacked = torch.stack(list(own.values())).cpu()
+        parts = [torch.empty_like(stacked) for _ in range(ranks.world_size)]
+        dist.gather(stacked, parts if ranks.is_first else None, dst=0)
+        size = min(rows_left, reader.global_batch_size)
+        rows_left -= size
+        if ranks.is_first:
+            gathered = Logits(dict(zip(own, torch.cat(parts, dim=1), strict=True)))
+            yield scores_of(gathered, reader.schema.tasks, size)
+        else:
+            yield None
+
+
+def _logits(model: DistributedModelParallel, reader: BatchReader, ranks: Ranks) -> Iterator[Logits]:
+    """The logits of each batch, on the device, padding included."""
     was_training = model.training
     model.eval()
     pipeline = EvalPipelineSparseDist(model, model.fused_optimizer, ranks.device)
     stream = iter(reader)
-    rows_left = reader.num_rows
     try:
         while True:
             try:
@@ -72,26 +90,35 @@ def score_stream(
                     output = pipeline.progress(stream)
             except StopIteration:
                 break
-            own = output.logits
-            stacked = torch.stack(list(own.values())).cpu()
-            parts = [torch.empty_like(stacked) for _ in range(ranks.world_size)]
-            dist.gather(stacked, parts if ranks.is_first else None, dst=0)
-            size = min(rows_left, reader.global_batch_size)
-            rows_left -= size
-            if ranks.is_first:
-                gathered = Logits(dict(zip(own, torch.cat(parts, dim=1), strict=True)))
-                yield scores_of(gathered, reader.schema.tasks, size)
-            else:
-                yield None
+            yield output.logits
         # Not after an error: within a step it fails, and hides what went wrong.
         pipeline.detach()
     finally:
         model.train(was_training)
 
 
+def own_scores(
+    model: DistributedModelParallel, reader: StreamReader, ranks: Ranks
+) -> Iterator[Scores]:
+    """Scores the rows of this rank without training the model; every rank must go through all of
+    its stream.
+
+    Args:
+        model: a sharded train task.
+        reader: does not shuffle; at its first row.
+        ranks: this process among the others.
+
+    Yields:
+        for each step, the scores of the rows of this rank, which may be none.
+    """
+    for size, logits in zip(reader.own_rows(), _logits(model, reader, ranks), strict=True):
+        on_cpu = Logits({name: values.cpu() for name, values in logits.items()})
+        yield scores_of(on_cpu, reader.schema.tasks, size)
+
+
 def score_split(
     model: DistributedModelParallel,
-    split: MappedSplit,
+    split: Split,
     ranks: Ranks,
     *,
     batch_size: int = BATCH_SIZE,
@@ -114,6 +141,16 @@ def score_split(
         on rank 0 the scores that the model gives and the labels, in the order of `rows`; on the
         other ranks None.
     """
+    if isinstance(split, StreamedSplit):
+        assert rows is None
+        return _score_streamed(
+            model,
+            split,
+            ranks,
+            batch_size=batch_size,
+            shared_features=shared_features,
+            progress=progress,
+        )
     num_rows = split.impressions if rows is None else len(rows)
     reader = ImpressionReader(
         split,
@@ -146,7 +183,73 @@ def score_split(
     columns = {
         name: column if rows is None else column[rows] for name, column in split.scalars.items()
     }
+    return _scored(scores, columns, split.schema.tasks)
+
+
+def streamed_reader(
+    split: StreamedSplit,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    shared_features: SharedFeatures = "once",
+) -> StreamReader:
+    """Reads a split in stored order, of which each rank has a stretch.
+
+    Args:
+        split: whose lanes are one for each rank.
+        ranks: this process among the others.
+        batch_size: rows per rank and step, at most.
+        shared_features: how a batch carries shared features.
+    """
+    rows_per_rank = max(1, min(batch_size, split.window, -(-split.impressions // split.lanes)))
+    return StreamReader(
+        split,
+        rows_per_step=rows_per_rank * ranks.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        shuffle=False,
+        shared_features=shared_features,
+        pin_memory=ranks.device.type == "cuda",
+        exchange=RankExchange(),
+    )
+
+
+def _score_streamed(
+    model: DistributedModelParallel,
+    split: StreamedSplit,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    shared_features: SharedFeatures,
+    progress: bool,
+) -> ScoredImpressions | None:
+    reader = streamed_reader(split, ranks, batch_size=batch_size, shared_features=shared_features)
+    steps: list[Scores] = []
+    with progress_bar(
+        "Evaluating", split.impressions, "rows", disable=not (progress and ranks.is_first)
+    ) as bar:
+        for scores in own_scores(model, reader, ranks):
+            steps.append(scores)
+            bar.update(len(next(iter(scores.values())).values) * ranks.world_size)
+    own = {name: np.concatenate([step[name].values for step in steps]) for name in steps[0]}
+    parts: list[dict[str, np.ndarray]] | None = None
+    if ranks.is_first:
+        parts = [{} for _ in range(ranks.world_size)]
+    dist.gather_object(own, parts, dst=0)
+    if parts is None:
+        return None
+    together = {
+        name: Prediction(np.concatenate([part[name] for part in parts]), of.form)
+        for name, of in steps[0].items()
+    }
     tasks = split.schema.tasks
+    columns = split.columns([*tasks.labels, WEIGHT, GROUP_ID, TRUE_CTR, TRUE_CVR])
+    return _scored(together, columns, tasks)
+
+
+def _scored(
+    scores: Scores, columns: Mapping[str, np.ndarray], tasks: TaskChain
+) -> ScoredImpressions:
     return ScoredImpressions(
         labels={label: columns[label] for label in tasks.labels},
         scores=scores,

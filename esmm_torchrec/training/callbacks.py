@@ -61,7 +61,7 @@ class LogFigures(Callback):
         self._figures.add(output)
         if loop.step % self._every and loop.step != loop.last_step:
             return
-        tasks = loop.reader.split.schema.tasks
+        tasks = loop.reader.schema.tasks
         figures = self._figures.compute() | {
             name: value.item()
             for name, value in loop.trainer.objective.figures(

@@ -14,7 +14,8 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.reader import ImpressionReader, Selection
+from esmm_torchrec.data.reader import Selection
+from esmm_torchrec.data.stream import Split, StreamedSplit
 from esmm_torchrec.data.subsets import only_ids_of, user_hash
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.models.methods import CLICK_METHOD, METHODS, build_train_task
@@ -26,6 +27,7 @@ from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.sharding.search import distinct_shared_rows
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.reading import training_reader
 from esmm_torchrec.training.trainer import Trainer
 
 MIN_UPDATES_PER_PASS = 256
@@ -59,7 +61,7 @@ class TrainingPart:
 
 
 def training_part(
-    split: MappedSplit,
+    split: Split,
     options: TrainOptions,
     *,
     within: np.ndarray | None = None,
@@ -76,6 +78,8 @@ def training_part(
     Raises:
         DataError: what is left holds no click or no conversion.
     """
+    if isinstance(split, StreamedSplit):
+        return _streamed_part(split)
     whole = slice(None) if within is None else within
     tasks = split.schema.tasks
     missing = options.parts.objective.needs_labels - options.parts.rows.gives_labels
@@ -98,6 +102,15 @@ def training_part(
     learned = {head.label for head in options.parts.objective.heads(tasks)}
     return part_of(
         split, chosen, name=METHODS[options.method].title, within=within, learned=learned
+    )
+
+
+def _streamed_part(split: StreamedSplit) -> TrainingPart:
+    """All impressions. The base rates are those of the description, without weights."""
+    counts, tasks = split.dataset.splits[split.name], split.schema.tasks
+    positives = {task.label: float(counts.happened[task.name]) for task in tasks}
+    return TrainingPart(
+        None, counts.impressions, base_rates=BaseRates(float(counts.impressions), positives)
     )
 
 
@@ -174,7 +187,7 @@ def automatic_batch_size(rows: int, device: torch.device) -> int:
 
 
 def build_trainer(
-    split: MappedSplit,
+    split: Split,
     options: TrainOptions,
     ranks: Ranks,
     *,
@@ -196,7 +209,7 @@ def build_trainer(
 
 
 def build_loop(
-    split: MappedSplit,
+    split: Split,
     options: TrainOptions,
     ranks: Ranks,
     *,
@@ -229,17 +242,8 @@ def build_loop(
             bags_per_rank=shared_bags(split, options, rows_per_rank, part.num_rows),
         ),
     )
-    reader = ImpressionReader(
-        split,
-        batch_size=rows_per_rank,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        rows_per_step=rows_per_step,
-        seed=options.seed,
-        shuffle_chunk=options.shuffle_chunk,
-        selection=part.selection,
-        shared_features=options.shared_features,
-        pin_memory=ranks.device.type == "cuda",
+    reader = training_reader(
+        split, options, ranks, rows_per_step=rows_per_step, selection=part.selection
     )
     return TrainingLoop(
         trainer,
@@ -252,23 +256,31 @@ def build_loop(
 
 
 def shared_bags(
-    split: MappedSplit, options: TrainOptions, rows_per_rank: int, num_rows: int
+    split: Split, options: TrainOptions, rows_per_rank: int, num_rows: int
 ) -> dict[str, int]:
     """Shared feature → bags of it in a rank's batch, for a training on `num_rows` rows. A feature
     that is written out for every impression is left out: it has a bag for each."""
     if options.shared_features == "expanded":
         return {}
+    if isinstance(split, StreamedSplit):
+        shared_rows = split.dataset.splits[split.name].shared_rows
+        bags = {feature.name: shared_rows for feature in split.schema.id_features if feature.shared}
+    else:
+        bags = {
+            feature: len(mapped.lengths)
+            for stores in split.bags.values()
+            for mapped in stores
+            if mapped.shared
+            for feature in mapped.features
+        }
     return {
         feature: distinct_shared_rows(
             rows_per_rank,
             impressions=num_rows,
-            shared_rows=len(mapped.lengths),
+            shared_rows=shared_rows,
             shuffle_chunk=options.shuffle_chunk,
         )
-        for stores in split.bags.values()
-        for mapped in stores
-        if mapped.shared
-        for feature in mapped.features
+        for feature, shared_rows in bags.items()
     }
 
 

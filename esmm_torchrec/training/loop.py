@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.data.batch_reader import BatchReader
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.trainer import Trainer
@@ -69,7 +69,7 @@ class TrainingLoop:
     def __init__(
         self,
         trainer: Trainer,
-        reader: ImpressionReader,
+        reader: BatchReader,
         ranks: Ranks,
         *,
         epochs: int,

@@ -27,6 +27,7 @@ from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 
 NonfiniteOption = Literal["stop", "skip"]
+ReadOption = Literal["auto", "mapped", "stream"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,17 @@ class TrainOptions:
     on_nonfinite: NonfiniteOption = "stop"
     """If the loss of a step is not finite: stop the run and save the batch for replay, or skip the
     step, which costs a synchronisation of the ranks in every step."""
+    read: ReadOption = "auto"
+    """mapped: from an uncompressed copy of the data set, at random. stream: from the Parquet files
+    of a disk or a store, in windows that are shuffled. auto: mapped if the data set is on a disk
+    and its files have less than 40 GiB."""
+    lanes: int = 8
+    """If streamed: how many stretches of the data each step takes rows of. The number of ranks
+    divides it, and it stays that of the run."""
+    window: int = 32_768
+    """If streamed: rows of a lane that are shuffled together and held at a time."""
+    window_cache: Path | None = None
+    """If streamed: where windows are laid out; by default the folder for temporary files."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int | None = None
@@ -117,6 +129,8 @@ class TrainOptions:
             "`sparse_lr`": self.sparse_lr,
             "`dense_lr`": self.dense_lr,
             "`keep_checkpoints`": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
+            "`lanes`": self.lanes,
+            "`window`": self.window,
             "`max_steps`": 1 if self.max_steps is None else self.max_steps,
         }
         for option, value in positive.items():
@@ -175,6 +189,7 @@ class TrainOptions:
             "tower": list(self.tower),
             "plan": None if self.plan is None else str(self.plan),
             "table_rows": [f"{name}={rows}" for name, rows in sorted(self.table_rows.items())],
+            "window_cache": None if self.window_cache is None else str(self.window_cache),
             "start_from": None if self.start_from is None else str(self.start_from),
         }
         return values

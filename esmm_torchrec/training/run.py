@@ -39,6 +39,7 @@ from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.nonfinite import WatchLoss
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.plots import plot_calibration, plot_history
+from esmm_torchrec.training.reading import open_splits, read_mode
 from esmm_torchrec.training.warm_start import source_checkpoint, with_table_rows
 
 _IDENTITY = ("rows", "table_rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
@@ -53,7 +54,7 @@ def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks
     as `options.resume` says.
 
     Args:
-        data: the prepared data set.
+        data: the prepared data set, a folder or its URI.
         out: the run folder to make or to resume.
         options: of the run.
         ranks: this process among the others, from `process_group`.
@@ -69,14 +70,14 @@ def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks
         PlanError: the options ask for a sharding that does not exist or does not fit.
         RunError: `out` holds something else, or a checkpoint cannot be read or written.
     """
-    data, out = Path(data), Path(out)
+    out = Path(out)
     lock = RunLock(out)
     with _interrupts_in_words(out, options.resume), closing(lock):
         return _train(data, out, options, ranks, lock)
 
 
 def _train(
-    data: Path, out: Path, options: TrainOptions, ranks: Ranks, lock: RunLock
+    data: Path | str, out: Path, options: TrainOptions, ranks: Ranks, lock: RunLock
 ) -> dict[str, Any]:
     dataset = with_table_rows(PreparedDataSet.open(data), options)
     config = _config(dataset, options, ranks)
@@ -93,14 +94,12 @@ def _train(
         source = ranks.from_first(lambda: source_checkpoint(earlier_run, dataset, options))
     if found is not None and not found.was_trained_on(dataset.fingerprint):
         found = None  # what it knows of its rows is of other rows
-    splits = {
-        name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
-        for name in ("train", "test")
-    }
+    splits = open_splits(dataset, options, ranks)
     # `build_loop` knows the batch size.
     workload = Workload(1, dataset.statistics.mean_values_per_bag)
     pctr = None
     if options.parts.rows.needs_pctr:
+        assert isinstance(splits["train"], MappedSplit)
         pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
     part = training_part(splits["train"], options, pctr=pctr)
 
@@ -111,6 +110,7 @@ def _train(
     def start() -> RunFolder:
         run = RunFolder.start(out, config, resume=options.resume, lock=lock)
         if pctr is not None and (found is None or not run.pctr.exists()):
+            assert isinstance(splits["train"], MappedSplit)
             run.write_pctr(pctr[splits["train"].scalars[dataset.schema.tasks[0].label] == 1])
         return run
 
@@ -264,7 +264,9 @@ def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> di
         "plan": None if options.plan is None else str(options.plan),
     }
     model = options.model.to_dict()
+    streamed = read_mode(dataset, options) == "stream"
     identity = model | {name: values[name] for name in _IDENTITY}
+    identity |= {name: values[name] if streamed else None for name in ("lanes", "window")}
     entry = {
         "step": 0,
         "options": {name: value for name, value in values.items() if name not in identity},

@@ -17,7 +17,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.data.batch_reader import BatchReader
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.sharding.apply import shard
@@ -107,7 +107,7 @@ class Trainer:
             _FiniteStepsPipeline if options.on_nonfinite == "skip" else TrainPipelineSparseDist
         )
 
-    def steps(self, reader: ImpressionReader, num_steps: int) -> Generator[TrainOutput, None, None]:
+    def steps(self, reader: BatchReader, num_steps: int) -> Generator[TrainOutput, None, None]:
         """Trains for at most the rest of the reader's epoch, one step at a time, and advances the
         reader's position with each. Close the generator to stop early: until it has ended, the
         model cannot be called."""

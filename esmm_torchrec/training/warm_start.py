@@ -56,7 +56,7 @@ def with_table_rows(dataset: PreparedDataSet, options: TrainOptions) -> Prepared
         RunError: the run to start from cannot be read.
     """
     rows = {table.name: table.num_embeddings for table in dataset.schema.tables}
-    needed_by = dict.fromkeys(rows, str(dataset.path))
+    needed_by = dict.fromkeys(rows, str(dataset.root))
     if options.start_from is not None:
         for table in RunFolder.open(options.start_from).schema.tables:
             if table.num_embeddings > rows.get(table.name, table.num_embeddings):
@@ -65,15 +65,13 @@ def with_table_rows(dataset: PreparedDataSet, options: TrainOptions) -> Prepared
     for name, count in options.table_rows.items():
         if name not in rows:
             raise OptionError(
-                f"table_rows names the table {name!r}, and {dataset.path} has "
-                f"{', '.join(map(repr, rows))}",
-                "table_rows",
+                f"`table_rows` names the table {name!r}, and {dataset.root} has "
+                f"{', '.join(map(repr, rows))}"
             )
         if count < rows[name]:
             raise OptionError(
-                f"table_rows {name}={count} is too few: {needed_by[name]} has {rows[name]} rows in "
-                "this table; give at least as many",
-                "table_rows",
+                f"`table_rows` {name}={count} is too few: {needed_by[name]} has {rows[name]} rows "
+                "in this table; give at least as many"
             )
         rows[name] = count
     tables = tuple(Table(name, count) for name, count in rows.items())

@@ -190,7 +190,7 @@ def test_lanes_that_do_not_fit_are_refused(split: StreamedSplit) -> None:
         StreamReader(split, rows_per_step=STEP, world_size=3)
     with pytest.raises(OptionError, match="a `batch_size` of 50 is not a multiple of 4 lanes"):
         StreamReader(split, rows_per_step=50)
-    with pytest.raises(OptionError, match="window 0 is not positive"):
+    with pytest.raises(OptionError, match="`window` 0 is not positive"):
         replace(split, window=0)
 
 

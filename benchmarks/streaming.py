@@ -1,0 +1,172 @@
+"""What streaming costs: its first batch, its memory, its speed beside that of the mapped copy.
+
+    python benchmarks/streaming.py [--impressions 500000 2000000] [--out streaming.json]
+    torchrun --nproc-per-node 2 benchmarks/streaming.py [--out streaming.json]
+
+Reads data sets of two sizes from Parquet into batches, then trains on the larger one, with bfloat16
+towers, where a step is shortest: the streamed and the mapped reader take turns. Laying out the
+mapped copy is timed beside them and not counted.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from esmm_torchrec.cli.main import settle_process
+
+settle_process()  # before torch is imported
+
+from alternate import alternate, publish  # noqa: E402
+from impressions import write_impressions  # noqa: E402
+
+from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
+from esmm_torchrec.data.prepared import PreparedDataSet  # noqa: E402
+from esmm_torchrec.data.stream import Split, StreamedSplit  # noqa: E402
+from esmm_torchrec.sharding.planner import Workload  # noqa: E402
+from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
+from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
+from esmm_torchrec.training.options import TrainOptions  # noqa: E402
+from esmm_torchrec.training.reading import training_reader  # noqa: E402
+
+WARM_UP_STEPS = 5
+MAPPED, STREAMED = "mapped copy", "streamed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what streaming costs."""
+
+    impressions: tuple[int, ...] = (500_000, 2_000_000)
+    """Training impressions of each data set, ascending."""
+    turns: int = 7
+    """Turns that both contenders take."""
+    steps: int = 20
+    """Steps in a turn."""
+    batch_size: int = 4096
+    """Impressions in a step, over all ranks."""
+    lanes: int = 8
+    """Of the stream."""
+    window: int = 32_768
+    """Of the stream."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not mapped from files."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+def read_all(split: StreamedSplit, settings: TrainOptions, ranks: Ranks) -> dict[str, float]:
+    """Reads an epoch into batches, without training."""
+    reader = training_reader(split, settings, ranks, rows_per_step=int(settings.batch_size))
+    before, started, cpu = anonymous_bytes(), time.perf_counter(), time.process_time()
+    first, most, rows = 0.0, 0, 0.0
+    for batch in reader:
+        first = first or time.perf_counter() - started
+        most = max(most, anonymous_bytes() - before)
+        assert batch.weight is not None
+        rows += float(batch.weight.sum())
+    cpu = time.process_time() - cpu
+    seconds = time.perf_counter() - started
+    return {
+        "impressions": split.impressions,
+        "first_batch_seconds": first,
+        "rows_per_second": rows / seconds,
+        "rows_per_cpu_second": rows / cpu,
+        "anonymous_bytes": most,
+    }
+
+
+def contender(
+    split: Split, settings: TrainOptions, ranks: Ranks, dataset: PreparedDataSet
+) -> Callable[[int], int]:
+    """Trains on a split, some steps at a time."""
+    reader = training_reader(split, settings, ranks, rows_per_step=int(settings.batch_size))
+    trainer = build_trainer(
+        split,
+        settings,
+        ranks,
+        part=training_part(split, settings),
+        workload=Workload(reader.batch_size, dataset.statistics.mean_values_per_bag),
+    )
+    steps = trainer.steps(reader, reader.steps_left)
+
+    def take(num_steps: int) -> int:
+        for _ in range(num_steps):
+            next(steps)
+        return num_steps * int(settings.batch_size)
+
+    take(WARM_UP_STEPS)
+    return take
+
+
+def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Takes all measurements; rank 0 prints them."""
+    settings = TrainOptions(
+        batch_size=options.batch_size, dtype="bfloat16", device="cpu", sharding="table_wise"
+    )
+    reading: list[dict[str, float]] = []
+    datasets: list[PreparedDataSet] = []
+    for size in options.impressions:
+        path = folder / str(size)
+        ranks.from_first(lambda path=path, size=size: _write(path, size))
+        datasets.append(PreparedDataSet.open(path))
+        split = StreamedSplit(datasets[-1], "train", lanes=options.lanes, window=options.window)
+        reading.append(read_all(split, settings, ranks))
+    largest = datasets[-1]
+    started = time.perf_counter()
+    mapped = MappedSplit.open(largest, "train")
+    layout_seconds = time.perf_counter() - started
+    streamed = StreamedSplit(largest, "train", lanes=options.lanes, window=options.window)
+    takes = {
+        name: contender(split, replace(settings), ranks, largest)
+        for name, split in ((MAPPED, mapped), (STREAMED, streamed))
+    }
+    timings = alternate(
+        {name: lambda take=take: take(options.steps) for name, take in takes.items()},
+        turns=options.turns,
+    )
+    if ranks.is_first:
+        print(f"{ranks.world_size} ranks, {os.cpu_count()} cores")
+        for of in reading:
+            print(
+                f"{of['impressions']:>12,.0f} impressions: first batch after "
+                f"{of['first_batch_seconds']:.2f} s, {of['rows_per_second']:,.0f} rows/s of a "
+                f"rank, {of['rows_per_cpu_second']:,.0f} rows per CPU second, "
+                f"{of['anonymous_bytes'] / 2**20:,.0f} MiB of a rank"
+            )
+        print(f"laying out the mapped copy: {layout_seconds:.1f} s\n")
+        print(timings.table(MAPPED, unit="impressions/s"))
+        print(f"load {timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after")
+    return timings.to_dict(MAPPED) | {
+        "ranks": ranks.world_size,
+        "reading": reading,
+        "layout_seconds": layout_seconds,
+    }
+
+
+def _write(path: Path, size: int) -> None:
+    write_impressions(path, train=size, test=1 << 12)
+
+
+def main(options: Options) -> None:
+    with process_group("cpu") as ranks, tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.from_first(lambda: own))
+        figures = measure(options, ranks, folder)
+        if ranks.is_first:
+            publish(figures, options.out)
+        ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,124 @@
+"""How a run reads its data: from the mapped copy, at random, or streamed in windows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from esmm_torchrec.data.batch_reader import BatchReader
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName
+from esmm_torchrec.data.reader import ImpressionReader, Selection
+from esmm_torchrec.data.stream import Split, StreamedSplit, StreamReader
+from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.models.rows.everything import AllRows
+from esmm_torchrec.sharding.exchange import RankExchange
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.options import TrainOptions
+
+MAX_MAPPED_BYTES = 40 << 30
+"""Parquet files of a data set that --read auto maps; a mapped copy is about five times as large."""
+
+
+def read_mode(dataset: PreparedDataSet, options: TrainOptions) -> Literal["mapped", "stream"]:
+    """What `options.read` stands for.
+
+    Raises:
+        OptionError: the data set has to be streamed, and something else needs the mapped copy.
+    """
+    mode = options.read
+    if mode == "auto":
+        parts = [
+            part
+            for split in dataset.splits.values()
+            for part in (*split.impression_parts, *split.shared_parts)
+        ]
+        small = sum(part.bytes for part in parts) <= MAX_MAPPED_BYTES
+        mode = "mapped" if small and dataset.root.local is not None else "stream"
+    if mode == "stream" and not isinstance(options.parts.rows, AllRows):
+        raise OptionError(
+            f"`method` {options.method} chooses the impressions that it trains on, which needs the "
+            "mapped copy; use `read` mapped and a data set on a disk"
+        )
+    return mode
+
+
+def open_splits(
+    dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks
+) -> dict[SplitName, Split]:
+    """The splits of a data set as a run reads them. The test half is measured in stored order, so
+    its lanes are stretches of it, one for each rank.
+
+    Raises:
+        DataError: a file is missing, broken or not what the description says.
+        OptionError: as `read_mode`.
+    """
+    if read_mode(dataset, options) == "mapped":
+        return {
+            name: MappedSplit.open(dataset, name, history_weights=options.history_weights)
+            for name in SPLITS
+        }
+    if any(not part.row_groups for part in dataset.splits["train"].impression_parts):
+        raise DataError(f"{dataset.root} does not say what its files hold; prepare it again")
+    lanes = {"train": options.lanes, "test": ranks.world_size}
+    return {
+        name: StreamedSplit(
+            dataset,
+            name,
+            lanes=lanes[name],
+            window=options.window,
+            history_weights=options.history_weights,
+            cache=options.window_cache,
+        )
+        for name in SPLITS
+    }
+
+
+def training_reader(
+    split: Split,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    rows_per_step: int,
+    selection: Selection | None = None,
+) -> BatchReader:
+    """What reads the training half.
+
+    Args:
+        split: the training half.
+        options: of the run.
+        ranks: this process among the others.
+        rows_per_step: over all ranks.
+        selection: rows of a mapped split; None: all.
+
+    Raises:
+        OptionError: the lanes fit neither the ranks nor the step.
+    """
+    exchange = RankExchange() if ranks.world_size > 1 else None
+    pin_memory = ranks.device.type == "cuda"
+    if isinstance(split, StreamedSplit):
+        assert selection is None
+        return StreamReader(
+            split,
+            rows_per_step=rows_per_step,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=options.seed,
+            shuffle_chunk=options.shuffle_chunk,
+            shared_features=options.shared_features,
+            pin_memory=pin_memory,
+            exchange=exchange,
+        )
+    return ImpressionReader(
+        split,
+        batch_size=-(-rows_per_step // ranks.world_size),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        rows_per_step=rows_per_step,
+        seed=options.seed,
+        shuffle_chunk=options.shuffle_chunk,
+        selection=selection,
+        shared_features=options.shared_features,
+        pin_memory=pin_memory,
+        exchange=exchange,
+    )
