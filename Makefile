@@ -1,6 +1,7 @@
 # make train     everything, from nothing to a table of AUCs
 # make test      everything the README promises, checked
 # make test-slow   the tests that take minutes or gigabytes
+# make test-spark   the tests of the Spark engine, which need Java 17
 # make test-newest   the tests with the newest supported torch and TorchRec, in an environment of its own
 # make check     format, lint, types, layers
 # make docs      the site, in site/
@@ -23,7 +24,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test test-slow test-newest docs ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
+.PHONY: install train test test-slow test-spark test-newest docs ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
 
 install: $(INSTALLED)
 
@@ -41,6 +42,13 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+test-spark: $(VENV)/.installed-spark
+	$(BIN)/pytest -m spark
+
+$(VENV)/.installed-spark: requirements/spark.txt $(INSTALLED)
+	$(BIN)/pip install -r requirements/spark.txt
+	touch $@
 
 NEWEST := .venv-newest
 

@@ -1,6 +1,6 @@
 """A week of training day by day, beside training on all days from nothing every day.
 
-    python benchmarks/daily.py [--days 7] [--impressions 40000] [--out daily.json]
+    python benchmarks/daily.py [--days 7] [--impressions 6000] [--out daily.json]
 
 Tastes drift from day to day, and every day brings new items. Each evening one model continues on
 the day alone (`prepare append`, `train --from`), another one is trained on all days so far, and a
@@ -31,7 +31,7 @@ from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 
-USERS, FIRST_ITEMS, LATENT = 4000, 2000, 4
+USERS, FIRST_ITEMS, LATENT = 500, 300, 4
 COLUMNS: dict[str, Any] = {
     "click": "click",
     "conversion": "conversion",
@@ -45,15 +45,15 @@ class Options:
 
     days: int = 7
     """Days of training."""
-    impressions: int = 40_000
+    impressions: int = 6000
     """Of a day."""
-    new_items: int = 200
-    """Of each day, beside 2000 at the start."""
+    new_items: int = 30
+    """Of each day, beside 300 at the start."""
     drift: float = 0.15
     """Standard deviation of the daily change of a taste, whose own is 1."""
     seed: int = 0
     """Of the world and of the models."""
-    batch_size: int = 512
+    batch_size: int = 64
     """Impressions of a step."""
     out: Path | None = None
     """Where to write the figures as JSON."""
@@ -78,7 +78,7 @@ class World:
         shown[FIRST_ITEMS:][-self._options.new_items :] = 5.0
         item = random.choice(num_items, n, p=shown / shown.sum())
         match = (self._users[:, user] * self._items[:, item, :LATENT]).sum(-1) / LATENT**0.5
-        logits = 0.8 * match + 0.8 * self._items[:, item, LATENT] + np.array([[-2.5], [-1.5]])
+        logits = 0.7 * match + 0.9 * self._items[:, item, LATENT] + np.array([[-2.5], [-1.5]])
         happened = random.random(logits.shape) < 1 / (1 + np.exp(-logits))
         frame = pd.DataFrame(
             {

@@ -41,6 +41,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "cli.prepare_append",
         "add the impressions of a new day to a prepared data set",
     ),
+    "bundle": (
+        "cli.bundle",
+        "write this package as a zip file for spark-submit",
+    ),
     "train": ("cli.train", "train a model on a prepared data set"),
     "compare": (
         "comparison.commands.compare",

@@ -10,6 +10,7 @@ import tyro
 
 from esmm_torchrec.cli.prepared_report import report
 from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.sources import spark_engine
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
@@ -75,6 +76,10 @@ class Options:
     share_table: tuple[str, ...] = ()
     """NAME=COL,COL: id columns that look up one embedding table, NAME."""
 
+    hash: tuple[str, ...] = ()
+    """COL=N: an id of column COL has row 1 + hash mod N of its table, without a vocabulary: for ids
+    that never end, or too many to count. No id is unknown, and some share a row."""
+
     list_separator: str | None = None
     """What stands between the values of lists in text, such as | in 1|5|9. An id column that holds
     it anywhere in training is a list."""
@@ -130,6 +135,10 @@ class Options:
     """Broken rows to skip, over all files, before giving up. What is skipped is reported: by its
     line in a text file, by its number from 0 in others."""
 
+    engine: Literal["local", "spark"] = "local"
+    """spark: tasks of Spark, on all cores of this machine or, under spark-submit, on a cluster; for
+    Parquet files."""
+
 
 def _pairs(option: str, given: Iterable[str], separator: str, form: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
@@ -153,6 +162,11 @@ def run(options: Options) -> None:
     """Prepares, then prints what is in the data set."""
     weights = _pairs("--weights", options.weights, ":", "COL:WCOL")
     shared = _pairs("--share-table", options.share_table, "=", "NAME=COL,COL")
+    hashed: dict[str, int] = {}
+    for column, rows in _pairs("--hash", options.hash, "=", "COL=N").items():
+        if not (rows.isascii() and rows.isdigit()):
+            raise OptionError(f"--hash '{column}={rows}' is not of the form COL=N")
+        hashed[column] = int(rows)
     separator = options.separator
     text_format = TextFormat(
         separator="\t" if separator in ("\\t", "tab") else separator,
@@ -173,6 +187,7 @@ def run(options: Options) -> None:
         time_features=options.time_features,
         weights=weights,
         shared_tables={name: columns.split(",") for name, columns in shared.items()},
+        hashed=hashed,
         sample_id=options.sample_id,
         group_id=options.group_id,
         timestamp=options.timestamp,
@@ -186,6 +201,7 @@ def run(options: Options) -> None:
         min_count=options.min_count,
         unclicked_conversions=options.unclicked_conversions,
         max_bad_rows=options.max_bad_rows,
+        engine=spark_engine.session() if options.engine == "spark" else None,
         progress=True,
     )
     print(report(data_set, unclicked_conversions=options.unclicked_conversions))

@@ -66,7 +66,9 @@ def report(
             [
                 table.name,
                 f"{table.num_embeddings:,}",
-                f"{statistics.tables[table.name].distinct_ids:,}",
+                f"{statistics.tables[table.name].distinct_ids:,}"
+                if table.name in data_set.vocabulary_tables
+                else "hashed",
                 ", ".join(map(_described, features)),
             ]
         )

@@ -47,6 +47,11 @@ class IdCounts:
     missing: int = 0
     """Impressions without an id."""
 
+    def merge(self, other: IdCounts) -> None:
+        """Adds the counts of further rows."""
+        for name in vars(other):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def add(self, column: pa.ChunkedArray, impressions: np.ndarray | None) -> None:
         """Counts stored rows, each of which stands for 1 or for `impressions` of them."""
         first = 0

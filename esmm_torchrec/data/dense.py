@@ -190,7 +190,6 @@ class DenseFitter:
     """
 
     def __init__(self, columns: int) -> None:
-        self._rows = 0
         self._threshold = np.uint64(2**64 - 1)
         self._hashes = np.zeros(0, np.uint64)
         self._sample = np.empty((0, columns))
@@ -199,10 +198,9 @@ class DenseFitter:
         self._low = np.full(columns, np.inf)
         self._high = np.full(columns, -np.inf)
 
-    def add(self, values: np.ndarray) -> None:
-        """Takes float64 (rows, columns), NaN where missing."""
-        hashes = splitmix64(np.arange(self._rows, self._rows + len(values), dtype=np.uint64))
-        self._rows += len(values)
+    def add(self, values: np.ndarray, numbers: np.ndarray) -> None:
+        """Takes float64 (rows, columns), NaN where missing, and the number of each row."""
+        hashes = splitmix64(numbers.astype(np.uint64))
         self._has_missing |= np.isnan(values).any(axis=0)
         self._low = np.fmin(self._low, np.fmin.reduce(values, axis=0, initial=np.inf))
         self._high = np.fmax(self._high, np.fmax.reduce(values, axis=0, initial=-np.inf))
@@ -214,13 +212,27 @@ class DenseFitter:
         ):
             self._shrink()
 
+    def merge(self, other: DenseFitter) -> None:
+        """Takes the rows that another fitter was given."""
+        self._has_missing |= other._has_missing
+        self._low = np.fmin(self._low, other._low)
+        self._high = np.fmax(self._high, other._high)
+        self._threshold = min(self._threshold, other._threshold)
+        self._waiting += [(other._hashes, other._sample), *other._waiting]
+        self._shrink()
+
     def _shrink(self) -> None:
         hashes, values = zip((self._hashes, self._sample), *self._waiting, strict=True)
         self._hashes, self._sample = np.concatenate(hashes), np.concatenate(values)
         self._waiting = []
+        self._keep_up_to_threshold()
         while len(self._hashes) > 2 * MIN_SAMPLE_ROWS:
             self._threshold >>= np.uint64(1)
-            kept = self._hashes <= self._threshold
+            self._keep_up_to_threshold()
+
+    def _keep_up_to_threshold(self) -> None:
+        kept = self._hashes <= self._threshold
+        if not kept.all():
             self._hashes, self._sample = self._hashes[kept], self._sample[kept]
 
     def fit(self, methods: Mapping[str, DenseMethod]) -> dict[str, DenseTransform]:

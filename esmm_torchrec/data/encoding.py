@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.durable import publish
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
@@ -59,7 +60,7 @@ class RowEncoder:
     def __init__(
         self,
         features: FeatureColumns,
-        vocabularies: Mapping[str, Vocabulary],
+        vocabularies: Mapping[str, Vocabulary | HashedIds],
         dense: Mapping[str, DenseTransform],
         *,
         sample_id: str | None = None,
@@ -86,7 +87,7 @@ class RowEncoder:
         """
         data_set = PreparedDataSet.open(folder, data_files=False)
         schema, source = data_set.schema, data_set.source
-        vocabularies = {table.name: data_set.vocabulary(table.name) for table in schema.tables}
+        vocabularies = {table.name: data_set.row_of_ids(table.name) for table in schema.tables}
         if source.get("kind") == "table":
             reading = RawReading.from_dict(source["reading"])
             return cls(
@@ -117,6 +118,12 @@ class RowEncoder:
             sample_id=SAMPLE_ID,
             tasks=schema.tasks,
         )
+
+    @property
+    def hashed(self) -> dict[str, HashedIds]:
+        """By table whose ids are hashed."""
+        ids = self._vocabularies.items()
+        return {table: rows for table, rows in ids if isinstance(rows, HashedIds)}
 
     @property
     def schema(self) -> Schema:
@@ -220,7 +227,7 @@ def copy_preprocessing(data_set: Location | Path | str, destination: Path | str)
     """
     source, destination = Location.of(data_set), Path(destination)
     opened = PreparedDataSet.open(data_set, data_files=False)
-    vocabularies = [opened.vocabulary_file(table.name) for table in opened.schema.tables]
+    vocabularies = [opened.vocabulary_file(table) for table in opened.vocabulary_tables]
     if destination.exists():
         copy = PreparedDataSet.open(destination, data_files=False)
         if copy.fingerprint != opened.fingerprint:

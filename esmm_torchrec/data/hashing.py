@@ -1,8 +1,18 @@
-"""A hash of integers that depends on no library's version."""
+"""Hashes that are the same on every machine and in every run, and ids that are hashed to rows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import pandas.util
+import pyarrow as pa
+
+from esmm_torchrec.data.vocabulary import IdKind, check_kind, id_array
+from esmm_torchrec.schema import UNKNOWN_ROW
+
+_hash_array: Any = pandas.util.hash_array
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
@@ -13,3 +23,53 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def text_hashes(texts: pa.Array) -> np.ndarray:
+    """uint64 (n,) of n texts without nulls: pandas.util.hash_array, SipHash under a fixed key."""
+    encoded = texts.dictionary_encode()
+    distinct = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
+    hashes = np.asarray(_hash_array(distinct, categorize=False))
+    return hashes[encoded.indices.to_numpy()]
+
+
+@dataclass(frozen=True)
+class HashedIds:
+    """The rows of a table whose ids are open-ended: 1 + hash mod `rows`, without a vocabulary.
+
+    The hash is splitmix64 of an integer id, and of `text_hashes` of a text. Row 0 is not used: no
+    id is unknown, and ids that collide share a row.
+    """
+
+    kind: IdKind
+    """What the raw ids are."""
+    rows: int
+    """That ids may have."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table, row 0 included."""
+        return self.rows + 1
+
+    @property
+    def distinct_ids(self) -> int:
+        """0: they are not counted."""
+        return 0
+
+    def encode(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> np.ndarray:
+        """Rows of `raw_ids`, int32 of the same length; of a null, row 0, as in `Vocabulary`.
+
+        Raises:
+            DataError: the ids are not of the kind they were prepared with.
+        """
+        ids = id_array(raw_ids)
+        if len(ids) == 0 or ids.null_count == len(ids):
+            return np.full(len(ids), UNKNOWN_ROW, np.int32)
+        check_kind(ids, self.kind)
+        is_there = ids.is_valid().to_numpy(zero_copy_only=False)
+        if self.kind == "text":
+            values = text_hashes(ids.fill_null(""))
+        else:
+            values = ids.fill_null(0).to_numpy().view(np.uint64)
+        rows = splitmix64(values) % np.uint64(self.rows) + np.uint64(1)
+        return np.where(is_there, rows, UNKNOWN_ROW).astype(np.int32)

@@ -36,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.choices import checks_choices
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
     PREPARE_AGAIN,
@@ -150,8 +151,19 @@ class PreparedDataSet(Description):
         """Files of the shared rows of a split; `shared_row` counts through them in this order."""
         return [self.path / name for name in self.splits[split].shared_files]
 
+    def row_of_ids(self, table: str) -> Vocabulary | HashedIds:
+        """What gives the ids of a table their rows.
+
+        Raises:
+            DataError: as `vocabulary`.
+        """
+        of_table = self.statistics.tables[table]
+        if of_table.hash_rows is not None:
+            return HashedIds(of_table.kind, of_table.hash_rows)
+        return self.vocabulary(table)
+
     def vocabulary(self, table: str) -> Vocabulary:
-        """The vocabulary of a table; features that share a table share it.
+        """The vocabulary of a table whose ids are not hashed; features that share a table share it.
 
         Raises:
             DataError: the file cannot be read or is not the one that was written.
@@ -181,13 +193,12 @@ class PreparedDataSet(Description):
         return shared_columns(self.schema)
 
     def _check_vocabularies(self) -> None:
-        for table in self.schema.tables:
-            file = self.root / self.vocabulary_file(table.name)
-            rows = sum(_footer(file, None))
-            if rows != table.num_embeddings - 1:
+        for table in self.vocabulary_tables:
+            file = self.root / self.vocabulary_file(table)
+            rows, expected = sum(_footer(file, None)), self.schema.table(table).num_embeddings - 1
+            if rows != expected:
                 raise DataError(
-                    f"{file} has {rows} ids where {DESCRIPTION} says {table.num_embeddings - 1}; "
-                    f"{PREPARE_AGAIN}"
+                    f"{file} has {rows} ids where {DESCRIPTION} says {expected}; {PREPARE_AGAIN}"
                 )
 
     def _check_sizes(self) -> None:
@@ -249,8 +260,8 @@ class PreparedDataSet(Description):
                 self.checked_rows(split, "impressions"), self.checked_rows(split, "shared")
             ):
                 pass
-        for table in self.schema.tables:
-            self.vocabulary(table.name)
+        for table in self.vocabulary_tables:
+            self.vocabulary(table)
 
     def check_checksum(self, name: str) -> None:
         """Compares a file with what was written.

@@ -119,7 +119,9 @@ class TableStatistics:
 
     kind: IdKind
     distinct_ids: Count
-    """Raw ids that occur, rare ones included."""
+    """Raw ids that occur, rare ones included; 0 if ids are hashed."""
+    hash_rows: int | None = None
+    """Rows that ids are hashed to, as `hashing.HashedIds` says; None: there is a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,12 @@ class Description:
         except (UnicodeDecodeError, DataError) as error:
             raise ValueError(str(error)) from None
         return described
+
+    @property
+    def vocabulary_tables(self) -> list[str]:
+        """The tables whose ids are not hashed."""
+        tables = self.statistics.tables
+        return [of.name for of in self.schema.tables if tables[of.name].hash_rows is None]
 
     def vocabulary_file(self, table: str) -> str:
         """Where the vocabulary of a table is, relative to the data set."""

@@ -4,128 +4,45 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esmm_torchrec.data.counting import IdCounts, SharedRowUse
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.durable import publish
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.key_order import KeyOrder
-from esmm_torchrec.data.part_writer import ROW_GROUPS_PER_FILE, ROWS_PER_GROUP, PartWriter
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
     OPTIONAL_COLUMNS,
     SPLITS,
     Description,
-    Part,
     Split,
     SplitName,
     Statistics,
     TableStatistics,
-    check_values,
     dense_features,
-    impression_columns,
     partial_folder,
     rare_file,
-    same_columns,
-    shared_columns,
     vocabulary_file,
 )
+from esmm_torchrec.data.split_writer import SplitWriter
 from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
-    SHARED_ROW,
     IdFeature,
     Schema,
     Table,
 )
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
-
-
-class _Files:
-    """The files of one split and kind: row groups and files of a fixed number of rows, so that
-    the bytes do not depend on how the rows were handed in."""
-
-    def __init__(
-        self,
-        root: Location,
-        stem: str,
-        columns: pa.Schema,
-        rows_per_group: int,
-        tasks: TaskChain | None,
-    ) -> None:
-        self._root = root
-        self._tasks = tasks
-        self._stem = stem
-        self._columns = columns
-        self._rows_per_group = rows_per_group
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
-        self._writer: PartWriter | None = None
-        self.parts: list[Part] = []
-        self.checksums: dict[str, str] = {}
-
-    def append(self, table: pa.Table) -> None:
-        self._waiting.append(table)
-        self._waiting_rows += len(table)
-        if self._waiting_rows < self._rows_per_group:
-            return
-        waiting = pa.concat_tables(self._waiting)
-        cut = len(waiting) - len(waiting) % self._rows_per_group
-        for start in range(0, cut, self._rows_per_group):
-            self._write_group(waiting.slice(start, self._rows_per_group))
-        # A copy, or the few rows that are left would keep the whole block in memory.
-        rest = waiting.slice(cut).take(np.arange(len(waiting) - cut))
-        self._waiting, self._waiting_rows = [rest], len(rest)
-
-    def _write_group(self, group: pa.Table) -> None:
-        if self._writer is None:
-            # In a store, a file must not replace one of an earlier or a parallel preparation.
-            number = f"{len(self.parts):05d}" if self._root.local is not None else uuid4().hex
-            name = f"{self._stem}-{number}.parquet"
-            self._writer = PartWriter(self._root, name, self._columns, tasks=self._tasks)
-        self._writer.write_group(group)
-        if self._writer.num_row_groups == ROW_GROUPS_PER_FILE:
-            self.close()
-
-    def finish(self) -> None:
-        """Writes what waits and closes."""
-        if self._waiting_rows:
-            self._write_group(pa.concat_tables(self._waiting))
-            self._waiting, self._waiting_rows = [], 0
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file that is open."""
-        if self._writer is not None:
-            written = self._writer.close()
-            self.parts.append(written.part)
-            self.checksums[written.part.file] = written.checksum
-            self._writer = None
-
-
-@dataclass
-class _Counts:
-    """Of one split."""
-
-    ids: dict[str, IdCounts]
-    """By feature."""
-    impressions: int = 0
-    happened: Counter[str] = field(default_factory=Counter)
-    """By name of the task."""
-    shared_row_use: SharedRowUse = field(default_factory=SharedRowUse)
-    missing_dense: Counter[str] = field(default_factory=Counter)
 
 
 class PreparedWriter:
@@ -183,10 +100,11 @@ class PreparedWriter:
         self._final = Location.of(path)
         self._tasks = tasks
         self._has_conversions = has_conversions
-        self._key = key
+        self.key = key
         self._key_orders: dict[SplitName, KeyOrder] = {}
         local = self._final.local
-        self._root = self._final if local is None else Location.of(partial_folder(local))
+        self.root = self._final if local is None else Location.of(partial_folder(local))
+        """Where files are written until the block ends."""
         self._scratch: Path | None = None
         self._id_features = tuple(id_features)
         self._dense_features = tuple(dense_features)
@@ -196,11 +114,8 @@ class PreparedWriter:
         self._min_count = min_count
         self._num_embeddings: dict[str, int] = {}
         self._schema: Schema | None = None
-        self._files: dict[tuple[SplitName, str], _Files] = {}
-        self._counts = {
-            split: _Counts({feature.name: IdCounts() for feature in self._id_features})
-            for split in SPLITS
-        }
+        self._splits: dict[SplitName, SplitWriter] = {}
+        self._lock = threading.Lock()
         self._dense: dict[str, DenseTransform] = {}
         self._tables: dict[str, TableStatistics] = {}
         self._dropped: dict[SplitName, dict[str, int]] = {name: {} for name in SPLITS}
@@ -209,10 +124,10 @@ class PreparedWriter:
 
     def __enter__(self) -> PreparedWriter:
         refuse_existing(self._final)
-        if self._root.local is not None:
-            if self._root.local.exists():
-                shutil.rmtree(self._root.local)
-            self._root.local.mkdir(parents=True)
+        if self.root.local is not None:
+            if self.root.local.exists():
+                shutil.rmtree(self.root.local)
+            self.root.local.mkdir(parents=True)
         return self
 
     def __exit__(
@@ -236,26 +151,25 @@ class PreparedWriter:
         """Deletes what was written."""
         for order in self._key_orders.values():
             order.close()
-        with suppress(OSError):  # of a full disk or a store, which is being reported already
-            for files in self._files.values():
-                files.close()
-        if self._root.local is not None:
-            shutil.rmtree(self._root.local, ignore_errors=True)
+        for writer in self._splits.values():
+            writer.close()
+        if self.root.local is not None:
+            shutil.rmtree(self.root.local, ignore_errors=True)
             return
         with suppress(OSError):
-            for files in self._files.values():
-                self._checksums.update(files.checksums)
+            for writer in self._splits.values():
+                self._checksums.update(writer.checksums)
             for name in self._checksums:
-                (self._root / name).delete()
+                (self.root / name).delete()
 
     @property
     def scratch(self) -> Path:
         """A folder for files of the preparation itself; it is gone when the block ends."""
         if self._scratch is None:
-            if self._root.local is None:
+            if self.root.local is None:
                 self._scratch = Path(tempfile.mkdtemp(prefix="esmm_torchrec-"))
             else:
-                self._scratch = self._root.local / "scratch"
+                self._scratch = self.root.local / "scratch"
                 self._scratch.mkdir()
         return self._scratch
 
@@ -276,20 +190,24 @@ class PreparedWriter:
             )
         return self._schema
 
-    def write_vocabulary(self, table: str, vocabulary: Vocabulary) -> None:
-        """Writes the vocabulary of a table, which fixes its number of rows."""
+    def write_vocabulary(self, table: str, vocabulary: Vocabulary | HashedIds) -> None:
+        """Writes the vocabulary of a table, which fixes its number of rows; there is nothing to
+        write if ids are hashed."""
+        self._num_embeddings[table] = vocabulary.num_embeddings
+        hash_rows = vocabulary.rows if isinstance(vocabulary, HashedIds) else None
+        self._tables[table] = TableStatistics(vocabulary.kind, vocabulary.distinct_ids, hash_rows)
+        if isinstance(vocabulary, HashedIds):
+            return
         for name, write in (
             (vocabulary_file(table), vocabulary.write),
             (rare_file(table), vocabulary.write_rare),
         ):
-            file = HashedOutput(self._root / name)
+            file = HashedOutput(self.root / name)
             try:
                 write(file)
             finally:
                 file.close()
             self._checksums[name] = file.checksum
-        self._num_embeddings[table] = vocabulary.num_embeddings
-        self._tables[table] = TableStatistics(vocabulary.kind, vocabulary.distinct_ids)
 
     def write_impressions(
         self, split: SplitName, table: pa.Table, *, key: np.ndarray | None = None
@@ -305,23 +223,14 @@ class PreparedWriter:
         Raises:
             DataError: a column or a value that does not belong there.
         """
-        expected = impression_columns(self.schema, self.columns)
-        table = self._checked(split, "impressions", table, expected)
-        if self._key is None or key is None:
-            self._append(split, "impressions", table)
+        writer = self.split_writer(split)
+        table = writer.count_impressions(table)
+        if self.key is None or key is None:
+            writer.append("impressions", table)
         else:
             if split not in self._key_orders:
-                self._key_orders[split] = KeyOrder(self.scratch / f"{split}-by-key", expected)
+                self._key_orders[split] = KeyOrder(self.scratch / f"{split}-by-key", table.schema)
             self._key_orders[split].append(table, key)
-        counts = self._counts[split]
-        counts.impressions += len(table)
-        for task in self._tasks:
-            counts.happened[task.name] += int(np.count_nonzero(table.column(task.label).to_numpy()))
-        if len(table) and SHARED_ROW in expected.names:
-            rows = table.column(SHARED_ROW).to_numpy()
-            if rows.min() < 0:
-                raise DataError(f"{split}: a shared row is below 0")
-            counts.shared_row_use.add(rows)
 
     def write_shared(self, split: SplitName, table: pa.Table) -> None:
         """Appends shared rows: the columns `shared_columns` of the schema gives, in order.
@@ -329,50 +238,16 @@ class PreparedWriter:
         Raises:
             DataError: a column or a value that does not belong there.
         """
-        assert self._key is None, "shared rows are written in the order that impressions use them"
-        self._append(
-            split,
-            "shared",
-            self._checked(split, "shared", table, shared_columns(self.schema)),
-        )
+        assert self.key is None, "shared rows are written in the order that impressions use them"
+        self.split_writer(split).write_shared(table)
 
-    def _append(
-        self, split: SplitName, kind: Literal["impressions", "shared"], table: pa.Table
-    ) -> None:
-        if (split, kind) not in self._files:
-            self._files[split, kind] = _Files(
-                self._root,
-                f"{split}/{kind}",
-                table.schema,
-                ROWS_PER_GROUP[kind],
-                self._tasks if kind == "impressions" else None,
-            )
-        self._files[split, kind].append(table)
-
-    def _checked(
-        self,
-        split: SplitName,
-        kind: Literal["impressions", "shared"],
-        table: pa.Table,
-        expected: pa.Schema,
-    ) -> pa.Table:
-        where = f"{split}/{kind}"
-        wrong = same_columns(table.schema, expected)
-        if wrong:
-            raise DataError(f"{where} {wrong}")
-        check_values(table, self.schema, expected, where=where)
-        table = table.cast(expected)
-        counts = self._counts[split].ids
-        for feature in self._id_features:
-            if feature.name in expected.names:
-                column = table.column(feature.name)
-                ids = len(column) - column.null_count
-                if feature.multi_valued:
-                    ids = sum(len(chunk.flatten()) for chunk in column.chunks)
-                counts[feature.name].stored_ids += ids
-                if kind == "impressions":
-                    counts[feature.name].add(column, None)
-        return table
+    def split_writer(self, split: SplitName) -> SplitWriter:
+        """What writes the files of a split, once every vocabulary is written and every dense column
+        recorded."""
+        with self._lock:
+            if split not in self._splits:
+                self._splits[split] = SplitWriter(self.root, split, self.schema, self.columns)
+            return self._splits[split]
 
     def record_dense(self, column: str, transform: DenseTransform) -> None:
         """Notes what the values of a dense column are encoded with, before any are written."""
@@ -380,7 +255,7 @@ class PreparedWriter:
 
     def record_missing_dense(self, split: SplitName, column: str, count: int) -> None:
         """Notes impressions, written or to be written, that lack the value of a dense column."""
-        self._counts[split].missing_dense[column] += count
+        self.split_writer(split).counts.missing_dense[column] += count
 
     def record_dropped(
         self, split: SplitName, reason: str, count: int, examples: Sequence[str] = ()
@@ -393,11 +268,9 @@ class PreparedWriter:
     def _finish(self) -> None:
         for split, order in self._key_orders.items():
             for table in order.sorted():
-                self._append(split, "impressions", table)
-        for files in self._files.values():
-            files.finish()
-            self._checksums.update(files.checksums)
+                self.split_writer(split).append("impressions", table)
         for name in SPLITS:
+            self._checksums.update(self.split_writer(name).finish().checksums)
             self._check_split(name)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -411,28 +284,25 @@ class PreparedWriter:
             dropped=self._dropped,
             dropped_rows={name: tuple(self._dropped_rows[name]) for name in SPLITS},
             checksums=self._checksums,
-            key=self._key,
+            key=self.key,
         )
-        (self._root / DESCRIPTION).write_bytes(description.encode())
-        if self._root.local is not None and self._final.local is not None:
-            publish(self._root.local, self._final.local)
-
-    def _parts(self, split: SplitName, kind: Literal["impressions", "shared"]) -> tuple[Part, ...]:
-        files = self._files.get((split, kind))
-        return tuple(files.parts) if files else ()
+        (self.root / DESCRIPTION).write_bytes(description.encode())
+        if self.root.local is not None and self._final.local is not None:
+            publish(self.root.local, self._final.local)
 
     def _split(self, name: SplitName) -> Split:
-        counts, shared_parts = self._counts[name], self._parts(name, "shared")
+        writer = self.split_writer(name)
+        counts, shared_parts = writer.counts, writer.parts("shared")
         return Split(
             impressions=counts.impressions,
             happened={name: counts.happened[name] for name in self._tasks.names},
             shared_rows=sum(part.rows for part in shared_parts),
-            impression_parts=self._parts(name, "impressions"),
+            impression_parts=writer.parts("impressions"),
             shared_parts=shared_parts,
         )
 
     def _check_split(self, name: SplitName) -> None:
-        split, highest = self._split(name), self._counts[name].shared_row_use.highest
+        split, highest = self._split(name), self.split_writer(name).counts.shared_row_use.highest
         if split.impressions == 0:
             raise DataError(f"the {name} split holds no impression; check its input files")
         if highest >= split.shared_rows:
@@ -451,7 +321,7 @@ class PreparedWriter:
     def _statistics(self) -> Statistics:
         for split in SPLITS:
             self._count_shared_ids(split)
-        train, counts = self._split("train"), self._counts["train"]
+        train, counts = self._split("train"), self.split_writer("train").counts
         means = {
             feature.name: counts.ids[feature.name].stored_ids
             / max(1, train.shared_rows if feature.shared else train.impressions)
@@ -461,7 +331,7 @@ class PreparedWriter:
         missing: dict[str, dict[SplitName, float]] = {}
         unknown: dict[str, dict[SplitName, float]] = {}
         for split in SPLITS:
-            of_split = self._counts[split]
+            of_split = self.split_writer(split).counts
             for name, of_feature in of_split.ids.items():
                 missing.setdefault(name, {})[split] = of_feature.missing / of_split.impressions
                 share = of_feature.unknown_ids / max(1, of_feature.ids)
@@ -480,10 +350,11 @@ class PreparedWriter:
 
     def _count_shared_ids(self, split: SplitName) -> None:
         """Reads the shared rows back: only now is it known how many impressions use each."""
-        counts, first = self._counts[split], 0
+        writer, first = self.split_writer(split), 0
+        counts = writer.counts
         impressions = counts.shared_row_use.impressions(self._split(split).shared_rows)
-        for part in self._parts(split, "shared"):
-            with (self._root / part.file).open_input() as source, pq.ParquetFile(source) as file:
+        for part in writer.parts("shared"):
+            with (self.root / part.file).open_input() as source, pq.ParquetFile(source) as file:
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group)
                     times = impressions[first : first + len(table)]

@@ -52,6 +52,15 @@ def _kind(ids: pa.DataType) -> IdKind:
     return "text" if ids == _TEXT else "integer"
 
 
+def check_kind(ids: pa.Array, kind: IdKind) -> None:
+    """Raises DataError if `ids`, as `id_array` gives them, are not of a kind."""
+    if _kind(ids.type) != kind:
+        raise DataError(
+            f"{_kind(ids.type)} ids cannot be looked up among {kind} ids; give the column the type "
+            "it had when the data set was prepared"
+        )
+
+
 def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
     """Raw ids as one Arrow array of int64 or large_string; nulls stay null.
 
@@ -117,11 +126,7 @@ class Vocabulary:
         counted = pa.table({"raw_id": id_array(raw_ids), "count": pa.array(counts, pa.int64())})
         table = counted.filter(pc.field("count") >= min_count)
         table = table.sort_by([("count", "descending"), ("raw_id", "ascending")])
-        if len(table) > MAX_IDS:
-            raise DataError(
-                f"{len(table)} ids occur {min_count} times or more and a table holds {MAX_IDS}; "
-                "give a higher minimum count"
-            )
+        check_number_of_ids(len(table), min_count)
         return cls(
             table.column("raw_id").combine_chunks(),
             table.column("count").to_numpy(),
@@ -152,11 +157,7 @@ class Vocabulary:
         further = Vocabulary.from_counts(ids.filter(pa.array(~known)), counts[~known], min_count)
         if len(self.raw_ids) == 0:
             return further
-        if len(self.raw_ids) + len(further.raw_ids) > MAX_IDS:
-            raise DataError(
-                f"the table would hold {len(self.raw_ids) + len(further.raw_ids)} ids, and a table "
-                f"holds {MAX_IDS}; prepare the data again with a higher minimum count"
-            )
+        check_number_of_ids(len(self.raw_ids) + len(further.raw_ids), min_count)
         return Vocabulary(
             pa.concat_arrays([self.raw_ids, further.raw_ids]),
             np.concatenate([totals, further.counts]),
@@ -190,11 +191,7 @@ class Vocabulary:
         ids = id_array(raw_ids)
         if len(ids) == 0 or len(self.raw_ids) == 0 or ids.null_count == len(ids):
             return np.full(len(ids), UNKNOWN_ROW, np.int32)
-        if ids.type != self.raw_ids.type:
-            raise DataError(
-                f"{_kind(ids.type)} ids cannot be looked up among {self.kind} ids; give the column "
-                "the type it had when the data set was prepared"
-            )
+        check_kind(ids, self.kind)
         if ids.type == _TEXT:
             encoded = ids.dictionary_encode()
             rows = np.append(self._encode_texts(encoded.dictionary), np.int32(UNKNOWN_ROW))
@@ -307,6 +304,15 @@ def _read(path: Path | Location) -> pa.Table:
         raise DataError(f"{path} is missing; prepare the data set again") from None
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+
+
+def check_number_of_ids(number: int, min_count: int) -> None:
+    """Raises DataError if a table has no room for so many ids."""
+    if number > MAX_IDS:
+        raise DataError(
+            f"{number} ids occur {min_count} times or more and a table holds {MAX_IDS}; "
+            "give a higher minimum count"
+        )
 
 
 class IdCounter:

@@ -238,7 +238,10 @@ def _description(predictor: Predictor, outputs: list[str]) -> dict[str, Any]:
         "id_features": [
             {
                 "name": feature.name,
-                "vocabulary": f"preprocessing/{data_set.vocabulary_file(feature.table)}",
+                "vocabulary": f"preprocessing/{data_set.vocabulary_file(feature.table)}"
+                if feature.table in data_set.vocabulary_tables
+                else None,
+                "hash_rows": data_set.statistics.tables[feature.table].hash_rows,
                 "rows": schema.table(feature.table).num_embeddings,
                 "multi_valued": feature.multi_valued,
                 "weighted": feature.weighted,

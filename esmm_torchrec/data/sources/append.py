@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from esmm_torchrec.data.durable import replace_file
 from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DAYS,
@@ -197,14 +198,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _vocabularies(
     whole: PreparedDataSet, made: _Made, rows: TableRows, *, progress: bool
-) -> tuple[dict[str, Vocabulary], int]:
+) -> tuple[dict[str, Vocabulary | HashedIds], int]:
     """The vocabularies of all days, by table, and the number of rows of the new one."""
     features = made.reading.features
     counters: dict[str, IdCounter] = {}
-    for table in whole.schema.tables:
-        rare = whole.rare_ids(table.name)
-        counters[table.name] = IdCounter(whole.statistics.tables[table.name].kind)
-        counters[table.name].add(rare["raw_id"], rare["count"].to_numpy())
+    for table in whole.vocabulary_tables:
+        rare = whole.rare_ids(table)
+        counters[table] = IdCounter(whole.statistics.tables[table].kind)
+        counters[table].add(rare["raw_id"], rare["count"].to_numpy())
     skipped, count = Skipped(BadRows(made.max_bad_rows)), 0
     with progress_bar("count train", None, "rows", disable=not progress) as bar:
         for block in rows.blocks("train", skipped.bad_rows):
@@ -213,10 +214,12 @@ def _vocabularies(
                 count_ids(counters, features, usable.features)
             count += len(block.rows)
             bar.update(len(block.rows))
-    vocabularies = {
-        table: whole.vocabulary(table).grown(*counter.counts(), whole.min_count)
-        for table, counter in counters.items()
-    }
+    vocabularies: dict[str, Vocabulary | HashedIds] = {}
+    for table in (of.name for of in whole.schema.tables):
+        rows_of_ids = whole.row_of_ids(table)
+        if isinstance(rows_of_ids, Vocabulary):
+            rows_of_ids = rows_of_ids.grown(*counters[table].counts(), whole.min_count)
+        vocabularies[table] = rows_of_ids
     return vocabularies, count
 
 
@@ -284,8 +287,8 @@ def _together(
         days=(*whole.days, day),
     )
     named = [file for split in together.splits.values() for file in split.impression_files]
-    for table in together.schema.tables:
-        named += [together.vocabulary_file(table.name), together.rare_file(table.name)]
+    for table in together.vocabulary_tables:
+        named += [together.vocabulary_file(table), together.rare_file(table)]
     below = {f"{DAYS}/{day}/{file}": checksum for file, checksum in added.checksums.items()}
     checksums = {**whole.checksums, **below}
     return replace(together, checksums={file: checksums[file] for file in named})

@@ -14,10 +14,10 @@ import math
 from typing import Any
 
 import numpy as np
-import pandas.util
 import pyarrow as pa
 import pyarrow.compute
 
+from esmm_torchrec.data.hashing import text_hashes
 from esmm_torchrec.data.sources.raw_values import (
     MAX_INT64,
     Fault,
@@ -34,8 +34,6 @@ from esmm_torchrec.data.vocabulary import IdKind
 from esmm_torchrec.errors import DataError
 
 pc: Any = pyarrow.compute
-
-_hash_array: Any = pandas.util.hash_array
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -127,10 +125,7 @@ def read_groups(
     fault = Fault(name, failed, lambda row: describe_row(column, row, "a group id"))
     if kind == "integer":
         return ids.fill_null(0).to_numpy(), fault, is_null(ids)
-    encoded = ids.fill_null("").dictionary_encode()
-    distinct = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
-    hashes = np.asarray(_hash_array(distinct, categorize=False)).view(np.int64)
-    return hashes[encoded.indices.to_numpy()], fault, is_null(ids)
+    return text_hashes(ids.fill_null("")).view(np.int64), fault, is_null(ids)
 
 
 def split_lists(texts: pa.Array, separator: str) -> pa.ListArray:

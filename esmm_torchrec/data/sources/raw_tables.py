@@ -8,6 +8,7 @@ hold some.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.sources.delimited_text import DelimitedText, TextFormat
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, OptionError
 
 Frame = Path | str | pd.DataFrame | pa.Table
 """A path to a file, a folder or a pattern of files, or rows in memory."""
@@ -112,6 +113,18 @@ class RawTable(ABC):
     def place(self, number: int) -> str:
         """How a person finds a row; numbers count from 0."""
         return f"{self.name}, row {number}"
+
+    def pieces(self) -> list[tuple[RawTable, int]]:
+        """Parts of the table that processes can read by themselves, in order, with the number of
+        rows of each. What is said of their rows is as of the whole table's.
+
+        Raises:
+            OptionError: tables of this kind have none.
+        """
+        raise OptionError(
+            f"{self.name} cannot be divided among the tasks of Spark, which read Parquet files; "
+            "convert it, or prepare it without Spark"
+        )
 
     def check_columns(self, wanted: Iterable[tuple[str, str]]) -> None:
         """Checks that columns are there, once each.
@@ -303,6 +316,7 @@ class _TypedFile(RawTable):
 
     kind: ClassVar[str]
     """With its article."""
+    _first_row = 0
 
     @contextmanager
     def _damage_named(self) -> Iterator[None]:
@@ -322,7 +336,7 @@ class _TypedFile(RawTable):
         columns: Sequence[str],
         bad_rows: BadRows | None = None,  # noqa: ARG002
     ) -> Iterator[RawRows]:
-        rows = 0
+        rows = self._first_row
         with self._damage_named():
             for batch in self._batches(list(columns)):
                 # A name with a dot may bring a column along that nobody asked for.
@@ -334,17 +348,32 @@ class _TypedFile(RawTable):
 
 class _ParquetFile(_TypedFile):
     kind = "a Parquet"
+    _row_groups: list[int] | None = None
+    """None: all."""
 
     def _read_schema(self) -> pa.Schema:
         return pq.read_schema(self._path)
 
+    def pieces(self) -> list[tuple[RawTable, int]]:
+        pieces: list[tuple[RawTable, int]] = []
+        with self._damage_named(), pq.ParquetFile(self._path) as file:
+            rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        for group, (size, end) in enumerate(zip(rows, np.cumsum(rows).tolist(), strict=True)):
+            piece = copy.copy(self)
+            piece._path = self._path.absolute()
+            piece._row_groups, piece._first_row = [group], end - size
+            pieces.append((piece, size))
+        return pieces
+
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         rows = 0
         with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(ROWS_PER_BLOCK, columns=columns):
+            groups = self._row_groups
+            for batch in file.iter_batches(ROWS_PER_BLOCK, row_groups=groups, columns=columns):
                 yield batch
                 rows += len(batch)
-            expected = file.metadata.num_rows
+            groups = range(file.num_row_groups) if groups is None else groups
+            expected = sum(file.metadata.row_group(group).num_rows for group in groups)
         if rows != expected:
             raise DataError(f"{self.name} holds {rows} rows where its footer says {expected}")
 

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.dense import DenseFitter, DenseTransform
 from esmm_torchrec.data.encoding import RowEncoder
-from esmm_torchrec.data.prepared_form import SPLITS, impression_columns
+from esmm_torchrec.data.hashing import HashedIds
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.table_rows import KEY, RawBlock, Skipped, TableRows
-from esmm_torchrec.data.vocabulary import IdCounter
+from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.progress import progress_bar
 
 BAD_ROWS = "bad rows"
 """What rows are called among the dropped ones."""
+
+
+class Counted(NamedTuple):
+    """What the training rows gave."""
+
+    vocabularies: Mapping[str, Vocabulary | HashedIds]
+    """By table."""
+    dense: dict[str, DenseTransform]
+    rows: int
+
+
+class TrainingCount(NamedTuple):
+    """What some of the training rows gave."""
+
+    counters: dict[str, IdCounter]
+    """By table whose ids are not hashed."""
+    fitter: DenseFitter
+    rows: int
 
 
 class EncodedBlock(NamedTuple):
@@ -35,8 +55,10 @@ class EncodedBlock(NamedTuple):
 def count_ids(
     counters: Mapping[str, IdCounter], columns: FeatureColumns, features: Features
 ) -> None:
-    """Adds the ids of a block to the counter of each table."""
+    """Adds the ids of a block to the counter of each table that has one."""
     for feature in columns.id_features:
+        if feature.table not in counters:
+            continue
         ids = features.ids[feature.name]
         counters[feature.table].add(ids.flatten() if feature.multi_valued else ids)
 
@@ -109,10 +131,24 @@ def write_table(
                     writer.record_missing_dense(split, name, count)
                 bar.update(len(block.rows))
         unclicked[split] = skipped.unclicked_conversions
-        if bad_rows.count > bad_before:
-            examples = bad_rows.examples[noted:]
-            writer.record_dropped(split, BAD_ROWS, bad_rows.count - bad_before, examples)
-        if rows.unclicked_conversions == "drop" and unclicked[split]:
-            writer.record_dropped(split, writer.schema.tasks.out_of_order, unclicked[split])
+        examples = bad_rows.examples[noted:]
+        record_skipped(writer, rows, split, skipped, bad_rows.count - bad_before, examples)
     writer.source["unclicked_conversion_rows"] = unclicked
     writer.source["train_rows"] = rows.rows_read("train")
+
+
+def record_skipped(
+    writer: PreparedWriter,
+    rows: TableRows,
+    split: SplitName,
+    skipped: Skipped,
+    bad_rows: int,
+    examples: Sequence[str],
+) -> None:
+    """Notes what was left out of a split: `bad_rows`, with sentences on some of them, and what the
+    option for conversions without a click says."""
+    if bad_rows:
+        writer.record_dropped(split, BAD_ROWS, bad_rows, examples)
+    if rows.unclicked_conversions == "drop" and skipped.unclicked_conversions:
+        reason = writer.schema.tasks.out_of_order
+        writer.record_dropped(split, reason, skipped.unclicked_conversions)

@@ -12,6 +12,7 @@ from esmm_torchrec.data.sources.raw_ids import IdKind, id_kind, is_list
 from esmm_torchrec.data.sources.raw_tables import RawTable
 from esmm_torchrec.data.sources.raw_times import TIME_PARTS, TimePart
 from esmm_torchrec.data.sources.raw_values import is_text
+from esmm_torchrec.data.vocabulary import MAX_IDS
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import (
     CONVERSION_TIME,
@@ -56,6 +57,9 @@ class TableColumns:
     shared_tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Embedding table → the id or text columns that look it up. A feature that is in none has a
     table of its own, called as the feature."""
+    hashed: Mapping[str, int] = field(default_factory=dict)
+    """Id column → rows that its ids are hashed to, which then need no vocabulary. All id columns of
+    a table are hashed to as many rows."""
     sample_id: str | None = None
     """int64; None numbers the rows of a split from 0."""
     group_id: str | None = None
@@ -110,6 +114,7 @@ class TableColumns:
             if name not in self.ids:
                 raise OptionError(f"`weights` names {name!r}, which is not an `ids` column; add it")
         self._check_shared_tables()
+        self._check_hashed()
 
     def _check_shared_tables(self) -> None:
         columns = [*self.ids, *self.texts]
@@ -143,6 +148,19 @@ class TableColumns:
     def _taken(self) -> frozenset[str]:
         """Names of columns of the prepared form, which no feature can have."""
         return RESERVED_COLUMNS.union(self.tasks.labels)
+
+    def _check_hashed(self) -> None:
+        for name, rows in self.hashed.items():
+            if name not in (*self.ids, *self.texts):
+                raise OptionError(f"--hash names {name!r}, which is not an --id column; add it")
+            if not 1 <= rows <= MAX_IDS:
+                raise OptionError(f"--hash {name}={rows} is not a number from 1 to {MAX_IDS}")
+        for table, names in self.shared_tables.items():
+            if len({self.hashed.get(name) for name in names}) > 1:
+                raise OptionError(
+                    f"--share-table {table} has columns that --hash treats differently; hash all "
+                    "of them to as many rows"
+                )
 
     @property
     def id_features(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -55,6 +56,9 @@ class RawBlock(NamedTuple):
 
 class Impressions(NamedTuple):
     """Impressions without a fault."""
+
+    numbers: np.ndarray
+    """int64, of their rows, as in `RawBlock`."""
 
     scalars: dict[str, np.ndarray]
     """Labels, sample_id and optional columns, by their prepared names, and KEY, uint64 (n,)."""
@@ -140,8 +144,27 @@ class TableRows:
                 yield block if self._split is None else self._half(block, self._split)
         self._rows_read[split] = before
 
+    def pieces(self, split: SplitName) -> list[TableRows]:
+        """The rows of a split in parts that processes can read by themselves, in order.
+
+        Raises:
+            OptionError: a table cannot be divided.
+        """
+        pieces: list[TableRows] = []
+        first = self._first_row[split]
+        for table in self.tables[split]:
+            for part, rows in table.pieces():
+                piece = copy.copy(self)
+                piece.tables = {split: [part]}
+                piece._first_row = {split: first}
+                piece._rows_read = {}
+                pieces.append(piece)
+                first += rows
+        self._rows_read[split] = first
+        return pieces
+
     def rows_read(self, split: SplitName) -> int:
-        """The number after that of the last row that `blocks` gave, once it has given all."""
+        """The number after that of the last row, once `blocks` or `pieces` has given all."""
         return self._rows_read[split]
 
     def _half(self, block: RawBlock, rule: RowSplit) -> RawBlock:
@@ -177,9 +200,11 @@ class TableRows:
                     converted = scalars[self._columns.tasks[-1].label] == 1
                     scalars[CONVERSION_TIME] = np.where(converted, scalars[CONVERSION_TIME], NEVER)
         if keep.all():
-            return Impressions(scalars, values)
+            return Impressions(block.numbers, scalars, values)
         return Impressions(
-            {name: values[keep] for name, values in scalars.items()}, values.filter(keep)
+            block.numbers[keep],
+            {name: values[keep] for name, values in scalars.items()},
+            values.filter(keep),
         )
 
     def _out_of_order(

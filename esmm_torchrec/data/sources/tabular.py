@@ -7,10 +7,10 @@ Memory holds the distinct ids and a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,11 @@ from tqdm import tqdm
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.dense import DENSE_METHODS, DenseFitter, DenseMethod, DenseTransform
 from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
 from esmm_torchrec.data.prepared_writer import PreparedWriter, refuse_existing
+from esmm_torchrec.data.sources import spark_engine
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
@@ -37,7 +39,12 @@ from esmm_torchrec.data.sources.raw_values import (
     one_array,
 )
 from esmm_torchrec.data.sources.row_split import RowSplit
-from esmm_torchrec.data.sources.table_blocks import count_ids, write_table
+from esmm_torchrec.data.sources.table_blocks import (
+    Counted,
+    TrainingCount,
+    count_ids,
+    write_table,
+)
 from esmm_torchrec.data.sources.table_columns import IdForm, TableColumns, agreed
 from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows, UnclickedConversions
 from esmm_torchrec.data.storage import Location
@@ -64,6 +71,7 @@ def prepare_table(
     time_features: Sequence[str] = (),
     weights: Mapping[str, str] | None = None,
     shared_tables: Mapping[str, Sequence[str]] | None = None,
+    hashed: Mapping[str, int] | None = None,
     sample_id: str | None = None,
     group_id: str | None = None,
     timestamp: str | None = None,
@@ -77,6 +85,7 @@ def prepare_table(
     min_count: int = 2,
     unclicked_conversions: UnclickedConversions = "error",
     max_bad_rows: int = 0,
+    engine: spark_engine.Session | None = None,
     progress: bool = False,
 ) -> PreparedDataSet:
     """Prepares impressions in text, Parquet or Arrow files, pandas DataFrames or Arrow tables.
@@ -121,6 +130,9 @@ def prepare_table(
             them up to what is missing, as neither clicked nor converted. How many there were is in
             `source["unclicked_conversion_rows"]`.
         max_bad_rows: how many rows, over all files, may be skipped because a value is broken.
+        engine: a SparkSession whose tasks read, encode and write, each a row group of Parquet at a
+            time; None: this process does. The result is the same, except that files are divided
+            otherwise. What tasks read and write must be in a place that all of them see.
         progress: show a bar.
 
     Returns:
@@ -143,6 +155,7 @@ def prepare_table(
         shared_tables={
             table: tuple(map(str, names)) for table, names in (shared_tables or {}).items()
         },
+        hashed={str(name): rows for name, rows in (hashed or {}).items()},
         sample_id=None if sample_id is None else str(sample_id),
         group_id=None if group_id is None else str(group_id),
         timestamp=None if timestamp is None else str(timestamp),
@@ -191,7 +204,7 @@ def prepare_table(
         "max_bad_rows": max_bad_rows,
         "unclicked_conversions": unclicked_conversions,
     }
-    preparation = _Preparation(
+    preparation = Preparation(
         rows=TableRows(
             tables,
             split=rule,
@@ -205,7 +218,7 @@ def prepare_table(
         min_count=min_count,
         progress=progress,
     )
-    counted = preparation.count()
+    counted = preparation.count(engine)
     source["group_kinds"] = preparation.group_kinds
     source["reading"] = RawReading(
         features=preparation.features, sample_id=columns.sample_id, text_format=text_format
@@ -221,7 +234,7 @@ def prepare_table(
         has_conversions=columns.covers_the_chain,
         key=columns.key,
     ) as writer:
-        preparation.write(writer, counted)
+        preparation.write(writer, counted, engine)
     return PreparedDataSet.open(out)
 
 
@@ -252,16 +265,7 @@ def _chain(
     return tasks, dict(zip(tasks.labels, named.values(), strict=True))
 
 
-class _Counted(NamedTuple):
-    """What the training rows gave."""
-
-    counters: dict[str, IdCounter]
-    """By table."""
-    dense: dict[str, DenseTransform]
-    rows: int
-
-
-class _Preparation:
+class Preparation:
     """One run of `prepare_table`."""
 
     def __init__(
@@ -274,11 +278,11 @@ class _Preparation:
         min_count: int,
         progress: bool,
     ) -> None:
-        self._rows = rows
+        self.rows = rows
         self._columns = columns
         self._list_separator = list_separator
         self._dense_methods = dense_methods
-        self._min_count = min_count
+        self.min_count = min_count
         self._progress = progress
         raw_ids = dict.fromkeys(columns.ids)
         self._lists = {
@@ -327,7 +331,7 @@ class _Preparation:
             IdForm.of(table, column, self._list_separator)
             for column in columns
             for split in splits
-            for table in self._rows.tables[split]
+            for table in self.rows.tables[split]
         ]
 
     @property
@@ -378,11 +382,11 @@ class _Preparation:
             list_separator=self._list_separator,
         )
 
-    def count(self) -> _Counted:
+    def count(self, engine: spark_engine.Session | None = None) -> Counted:
         """Reads the training rows once, or again if they are not what they seemed."""
-        self._rows.find_last_train_time()
+        self.rows.find_last_train_time()
         with progress_bar("count train", None, "rows", disable=not self._progress) as bar:
-            while (counted := self._try_to_count(bar)) is None:
+            while (counted := self._try_to_count(bar, engine)) is None:
                 bar.reset()
         for family in self._guessed:
             for form in self._forms(family, ["test"]):
@@ -393,27 +397,76 @@ class _Preparation:
                     )
         return counted
 
-    def _try_to_count(self, bar: tqdm) -> _Counted | None:
-        """None if a list or a text turned up where none was expected; it is known then."""
+    def _try_to_count(self, bar: tqdm, engine: spark_engine.Session | None) -> Counted | None:
+        if engine is not None:
+            return spark_engine.count(engine, self)
+        count = self.count_rows(self.rows, bar.update)
+        if count is None:
+            return None
+        vocabularies = {
+            table: counter.vocabulary(self.min_count) for table, counter in count.counters.items()
+        }
+        return Counted(vocabularies | self.hashed, self.fit(count.fitter), count.rows)
+
+    @property
+    def hashed(self) -> dict[str, HashedIds]:
+        """By table whose ids are hashed."""
+        hashed, kinds = self._columns.hashed, self.features.kinds
+        return {
+            feature.table: HashedIds(kinds[feature.name], hashed[column])
+            for feature in self.features.id_features
+            if (column := self.features.column_of(feature.name)) in hashed
+            and feature.name not in self.features.time_parts
+        }
+
+    def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:
+        """The transforms of the dense columns, by the methods asked for."""
         columns = self.features
+        return fitter.fit(
+            {name: self._dense_methods[columns.column_of(name)] for name in columns.dense}
+        )
+
+    def count_rows(
+        self, rows: TableRows, on_rows: Callable[[int], object] = lambda _: None
+    ) -> TrainingCount | None:
+        """Counts training rows; None if a list or a text turned up where none was expected, which
+        `met` has then.
+
+        Args:
+            rows: all of them, or a piece.
+            on_rows: is told how many more have been read.
+        """
+        columns, hashed = self.features, self.hashed
         counters = {
-            feature.table: IdCounter(columns.kinds[feature.name]) for feature in columns.id_features
+            feature.table: IdCounter(columns.kinds[feature.name])
+            for feature in columns.id_features
+            if feature.table not in hashed
         }
         fitter = DenseFitter(len(columns.dense))
-        count, skipped = 0, Skipped(BadRows(self._rows.max_bad_rows))
-        for block in self._rows.blocks("train", skipped.bad_rows):
+        count, skipped = 0, Skipped(BadRows(rows.max_bad_rows))
+        for block in rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):
                 return None
-            features = self._rows.usable(block, columns, self.group_kinds, skipped).features
-            count_ids(counters, columns, features)
+            usable = rows.usable(block, columns, self.group_kinds, skipped)
+            count_ids(counters, columns, usable.features)
             if columns.dense:
-                fitter.add(np.stack(list(features.dense.values()), axis=1))
+                values = np.stack(list(usable.features.dense.values()), axis=1)
+                fitter.add(values, usable.numbers)
             count += len(block.rows)
-            bar.update(len(block.rows))
-        methods: dict[str, DenseMethod] = {
-            name: self._dense_methods[columns.column_of(name)] for name in columns.dense
-        }
-        return _Counted(counters, fitter.fit(methods), count)
+            on_rows(len(block.rows))
+        return TrainingCount(counters, fitter, count)
+
+    @property
+    def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:
+        """What is known of raw id columns: whether each holds lists, and what its ids are."""
+        return self._lists, self._kinds
+
+    def meet(self, lists: Mapping[str, bool | None], kinds: Mapping[str, IdKind]) -> bool:
+        """Learns of lists and texts that were met in a piece; whether any of them is new."""
+        before = dict(self._lists), dict(self._kinds)
+        self._lists |= {name: True for name, is_list in lists.items() if is_list}
+        self._kinds |= {name: kind for name, kind in kinds.items() if kind == "text"}
+        return before != (self._lists, self._kinds)
 
     def _meets_lists(self, block: RawBlock) -> bool:
         if self._list_separator is None:
@@ -443,20 +496,26 @@ class _Preparation:
             return holds_integers(split_lists(one_array(column), self._list_separator).flatten())
         return holds_integers(column)
 
-    def write(self, writer: PreparedWriter, counted: _Counted) -> None:
+    def write(
+        self, writer: PreparedWriter, counted: Counted, engine: spark_engine.Session | None = None
+    ) -> None:
         """Encodes everything and writes the data set."""
-        vocabularies = {
-            table: counter.vocabulary(self._min_count)
-            for table, counter in counted.counters.items()
-        }
-        for table, vocabulary in vocabularies.items():
+        for table, vocabulary in counted.vocabularies.items():
             writer.write_vocabulary(table, vocabulary)
         for name, transform in counted.dense.items():
             writer.record_dense(name, transform)
+        encoder = RowEncoder(
+            self.features, counted.vocabularies, counted.dense, tasks=self._columns.tasks
+        )
+        if engine is not None:
+            spark_engine.write(
+                engine, writer, self.rows, encoder, counted.dense, group_kinds=self.group_kinds
+            )
+            return
         write_table(
             writer,
-            self._rows,
-            RowEncoder(self.features, vocabularies, counted.dense, tasks=self._columns.tasks),
+            self.rows,
+            encoder,
             group_kinds=self.group_kinds,
             train_rows=counted.rows,
             progress=self._progress,

@@ -39,7 +39,7 @@ COLUMNS = {
 
 def fit(values: np.ndarray, method: DenseMethod = "auto") -> DenseTransform:
     fitter = DenseFitter(1)
-    fitter.add(values[:, None])
+    fitter.add(values[:, None], np.arange(len(values)))
     return fitter.fit({"x": method})["x"]
 
 
@@ -93,7 +93,7 @@ def test_both_values_of_a_rare_binary_column_stay_apart():
     fitter = DenseFitter(1)
     values = np.zeros(600_000)
     values[7] = 1.0  # not in the sample
-    fitter.add(values[:, None])
+    fitter.add(values[:, None], np.arange(len(values)))
     inputs = fitter.fit({"x": "auto"})["x"].encode(np.array([0.0, 1.0]), "x")
     assert inputs[1] - inputs[0] > 4
 
@@ -147,10 +147,15 @@ def test_the_result_depends_on_the_rows_and_not_on_the_blocks(monkeypatch: pytes
     values = np.stack([NORMAL, LOGNORMAL], axis=1)
     methods: dict[str, DenseMethod] = {"a": "auto", "b": "quantile"}
     whole, pieces = DenseFitter(2), DenseFitter(2)
-    whole.add(values)
-    for piece in np.array_split(values, 37):
-        pieces.add(piece)
+    numbers = np.arange(len(values))
+    whole.add(values, numbers)
+    apart = [DenseFitter(2), DenseFitter(2)]
+    for place, piece in enumerate(np.array_split(numbers, 37)):
+        pieces.add(values[piece], piece)
+        apart[place > 20].add(values[piece], piece)
     assert whole.fit(methods) == pieces.fit(methods)
+    apart[0].merge(apart[1])
+    assert apart[0].fit(methods) == whole.fit(methods)
     # A sample: near the whole, and not equal to it.
     mean = whole.fit(methods)["a"].mean
     assert mean == pytest.approx(NORMAL.mean(), abs=2.0)
