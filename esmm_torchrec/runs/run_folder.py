@@ -6,7 +6,7 @@ config.json        what makes the run what it is ("identity"), its latest option
 history.jsonl      one line now and then while training
 metrics.json       what the trained model measures on the test half
 preprocessing/     the data set's description and vocabularies, to score new rows
-pctr.npy           the pCTR by which a method chose its clicked rows, if it needs one
+pctr.npz           the pCTR by which a method chose its clicked rows, if it needs one
 plan.json          where each table was
 checkpoints/       see `checkpoints.files`
 tensorboard/  plots/
@@ -15,12 +15,15 @@ tensorboard/  plots/
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,9 +65,12 @@ class RunFolder:
                     f"{path} was written by another version of this library, which this one cannot "
                     "read; train again, or use that version"
                 )
+            crc32 = config.pop("crc32", None)
             _ = config["identity"].items(), config["mean_values_per_bag"].items()
             _ = config["history"][-1]["data"]
             _ = run.schema, run.model_options, config["options"]["history_weights"]
+            if crc32 != _crc32(config):
+                raise ValueError("its content does not match its checksum")
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
                 f"{path} is not a run folder, it has no {_CONFIG}; give the `out` of a training run"
@@ -135,7 +141,7 @@ class RunFolder:
         run = cls.find(path, config, resume=resume)
         if run is None or find_checkpoint(run.checkpoints) is None:
             run = cls(path, {"format_version": FORMAT_VERSION, **config})
-            run.write_json(_CONFIG, run.config)
+            run._write_config()
         return run
 
     def _check_identity(self, config: Mapping[str, Any]) -> None:
@@ -237,7 +243,7 @@ class RunFolder:
     @property
     def pctr(self) -> Path:
         """File of the pCTR that a method chose its rows by; only such methods have it."""
-        return self.path / "pctr.npy"
+        return self.path / "pctr.npz"
 
     def resume_from(self, step: int, config: Mapping[str, Any]) -> RunFolder:
         """Drops everything after a step, which is done again, and records how the run is resumed;
@@ -256,13 +262,35 @@ class RunFolder:
         history = [*self.config["history"], {**config["history"][-1], "step": step}]
         changed = {"format_version": FORMAT_VERSION, **config, "history": history}
         run = RunFolder(self.path, changed)
-        run.write_json(_CONFIG, run.config)
+        run._write_config()
         return run
+
+    def check_preprocessing(self) -> None:
+        """Makes sure that the description of the data, which encodes raw rows, is one that the run
+        was trained with.
+
+        Raises:
+            RunError: it is missing or was changed.
+        """
+        path = self.preprocessing / _DESCRIPTION
+        try:
+            fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise RunError(
+                f"{path}, which encodes raw rows, cannot be read ({reason}); copy it from the data "
+                "set that the run was trained on, or score a prepared data set"
+            ) from None
+        if fingerprint not in {entry["data"]["fingerprint"] for entry in self.config["history"]}:
+            raise RunError(
+                f"{path} was changed after it was written (its checksum differs); copy it from the "
+                "data set that the run was trained on"
+            )
 
     def write_pctr(self, pctr: NDArray[np.floating]) -> None:
         """Keeps the pCTR of the clicked impressions, float64 (clicks,), whole or not at all."""
         buffer = io.BytesIO()
-        np.save(buffer, pctr)
+        np.savez(buffer, pctr=pctr)  # with a checksum, unlike np.save
         write_durably(_partial(self.pctr), buffer.getbuffer())
         _partial(self.pctr).rename(self.pctr)
 
@@ -276,14 +304,22 @@ class RunFolder:
             RunError: the file is broken.
         """
         try:
-            pctr = np.load(self.pctr)
+            content = io.BytesIO(self.pctr.read_bytes())
+            if ZipFile(content).testzip() is not None:
+                raise ValueError("its content does not match its checksum")
+            content.seek(0)
+            with np.load(content) as file:
+                pctr = file["pctr"]
             if pctr.shape != (clicks,):
                 raise ValueError(f"{pctr.shape} values for {clicks} clicks")
         except FileNotFoundError:
             return None
-        except (ValueError, EOFError, AttributeError) as error:
+        except (ValueError, EOFError, KeyError, NotImplementedError, BadZipFile) as error:
             raise RunError(f"{self.pctr} is broken ({error}); train again") from None
         return pctr
+
+    def _write_config(self) -> None:
+        self.write_json(_CONFIG, {**self.config, "crc32": _crc32(self.config)})
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one of the folder's JSON files, whole or not at all."""
@@ -296,10 +332,19 @@ class RunFolder:
             return
         kept = []
         for line in self.history.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > after:
+            if not line.endswith("\n") or self._step_of(line) > after:
                 break
             kept.append(line)
         self._write(self.history, "".join(kept))
+
+    def _step_of(self, line: str) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            raise RunError(
+                f"{self.history} has a line that is not one of figures ({line[:60].strip()}); "
+                "remove it"
+            ) from None
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
@@ -325,6 +370,10 @@ def _encoding(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); make it again") from None
+
+
+def _crc32(config: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(config).encode())
 
 
 def _differing_option(name: str, there: Any, here: Any) -> tuple[str, str, str]:

@@ -43,7 +43,7 @@ def score_table(scores: Scores, tasks: TaskChain, sample_ids: np.ndarray) -> pa.
 
 
 def check_preprocessing(run: RunFolder) -> None:
-    """Makes sure that a run has what encodes raw rows.
+    """Makes sure that a run has what encodes raw rows, as it was in training.
 
     Raises:
         RunError: it has not.
@@ -53,6 +53,7 @@ def check_preprocessing(run: RunFolder) -> None:
             f"{run.path} has lost its {run.preprocessing.name}/, which encodes raw rows; copy it "
             "from a run on the same data, or score a prepared data set"
         )
+    run.check_preprocessing()
 
 
 def encode_rows(run: RunFolder, rows: Frame | Sequence[Frame], folder: Path) -> MappedSplit:

@@ -82,6 +82,7 @@ def _check_features(run: RunFolder, dataset: PreparedDataSet) -> None:
     """Makes sure that every id the run knows has the same row in the data."""
     if _without_sizes(run.schema) != _without_sizes(dataset.schema):
         raise _other_data(run, dataset, "has other features than")
+    run.check_preprocessing()
     earlier = PreparedDataSet.open(run.preprocessing, data_files=False)
     if earlier.statistics.dense != dataset.statistics.dense:
         raise _other_data(run, dataset, "standardised its dense features otherwise than")

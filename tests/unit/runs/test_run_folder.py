@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -159,6 +160,35 @@ def test_a_config_must_be_whole(key: str, run: RunFolder) -> None:
         RunFolder.open(run.path)
 
 
+def test_a_changed_value_in_a_config_is_found(run: RunFolder) -> None:
+    written = (run.path / "config.json").read_text()
+    for before, after in (
+        ('"normalised"', '"raw"'),
+        ('"num_embeddings": 9', '"num_embeddings": 8'),
+    ):
+        assert before in written
+        (run.path / "config.json").write_text(written.replace(before, after))
+        with _refused(
+            f"{run.path / 'config.json'} is broken (its content does not match its checksum); "
+            "train again"
+        ):
+            RunFolder.open(run.path)
+
+
+def test_a_changed_description_of_the_data_is_found(run: RunFolder, tmp_path: Path) -> None:
+    content = b'{"statistics": 1}'
+    config = _config(data=hashlib.sha256(content).hexdigest())
+    run = RunFolder.start(tmp_path / "other", config, resume="auto")
+    with pytest.raises(RunError, match=r"dataset\.json, which encodes raw rows, cannot be read"):
+        run.check_preprocessing()
+    run.preprocessing.mkdir()
+    (run.preprocessing / "dataset.json").write_bytes(content)
+    run.check_preprocessing()
+    (run.preprocessing / "dataset.json").write_bytes(content.replace(b"1", b"2"))
+    with pytest.raises(RunError, match=r"dataset\.json was changed after it was written"):
+        run.check_preprocessing()
+
+
 def test_a_method_of_a_later_version_is_named(run: RunFolder) -> None:
     config = _written(_config())
     config["model"]["method"] = "esmm3"
@@ -290,9 +320,23 @@ def test_a_kept_pctr_is_read_back_and_must_be_whole(run: RunFolder) -> None:
     assert kept.tolist() == [0.25, 0.5, 0.75]
     with _refused(f"{run.pctr} is broken ((3,) values for 4 clicks); train again"):
         run.read_pctr(4)
-    run.pctr.write_bytes(run.pctr.read_bytes()[:-4])
+    whole = run.pctr.read_bytes()
+    run.pctr.write_bytes(whole[:-4])
     with pytest.raises(RunError, match=re.escape(f"{run.pctr} is broken (")):
         run.read_pctr(3)
+    found = 0
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 8
+        run.pctr.write_bytes(changed)
+        try:
+            kept = run.read_pctr(3)
+        except RunError:
+            found += 1
+        else:  # a date, for example
+            assert kept is not None
+            assert kept.tolist() == [0.25, 0.5, 0.75]
+    assert found > len(whole) / 2
 
 
 def test_history_forgets_what_is_done_again(run: RunFolder) -> None:
@@ -308,6 +352,12 @@ def test_history_forgets_what_is_done_again(run: RunFolder) -> None:
         run.history.write_text(text)
         run.drop_history(after)
         assert run.history.read_text() == "".join(kept)
+
+
+def test_a_broken_line_of_the_history_is_named(run: RunFolder) -> None:
+    run.history.write_text('{"step": 5}\n{"stop": 10}\n')
+    with pytest.raises(RunError, match=r"history\.jsonl has a line that is not one of figures"):
+        run.drop_history(20)
 
 
 def test_checkpoints_are_found_by_step_and_whole_ones_alone(tmp_path: Path) -> None:

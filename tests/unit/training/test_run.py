@@ -352,7 +352,7 @@ def test_the_rows_of_a_method_that_needs_a_pctr_are_kept(
     options = replace(OPTIONS, method="unbias", max_steps=6, checkpoint_every=3)
     metrics = _train(data, tmp_path / "run", options)
     frame = read_frame(PreparedDataSet.open(data), "train")
-    assert np.load(tmp_path / "run" / "pctr.npy").shape == (frame["click"].sum(),)
+    assert np.load(tmp_path / "run" / "pctr.npz")["pctr"].shape == (frame["click"].sum(),)
 
     def not_again(*_: Any, **__: Any) -> None:
         raise AssertionError
