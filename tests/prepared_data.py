@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +36,16 @@ DENSE = {"price": (2.0, 4.0), "recency": (-1.0, 0.5)}
 """Dense feature → the mean and standard deviation it was standardised with."""
 
 
+def description_of(path: Path) -> dict[str, Any]:
+    """The content of a dataset.json without its checksum, so that it can be changed and written."""
+    description = json.loads((path / "dataset.json").read_text())
+    description.pop("crc32", None)
+    return description
+
+
 def record_changed_file(path: Path, name: str) -> None:
     """Makes the description of a data set fit a file that was written anew."""
-    description = json.loads((path / "dataset.json").read_text())
+    description = description_of(path)
     file = path / name
     metadata = pq.read_metadata(file)
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,11 +211,16 @@ class Description:
         """
         try:
             values = msgspec.json.decode(content)
+            changed = False
+            if isinstance(values, dict) and "crc32" in values:
+                changed = values.pop("crc32") != _crc32(values)
             if isinstance(values, dict) and values.get("format_version") == 2:
                 _upgrade(values, part_of)
             described = msgspec.convert(values, cls)
         except (UnicodeDecodeError, DataError) as error:
             raise ValueError(str(error)) from None
+        if changed:
+            raise ValueError("its content does not match its checksum")
         return described
 
     @property
@@ -239,7 +245,12 @@ class Description:
         values = {"format_version": FORMAT_VERSION, **msgspec.to_builtins(self)}
         values["columns"] = [name for name in OPTIONAL_COLUMNS if name in self.columns]
         values["checksums"] = dict(sorted(self.checksums.items()))
+        values["crc32"] = _crc32(values)
         return msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n"
+
+
+def _crc32(values: dict[str, Any]) -> int:
+    return zlib.crc32(msgspec.json.encode(values))
 
 
 def _upgrade(values: dict[str, Any], part_of: Callable[[str], Part | None]) -> None:

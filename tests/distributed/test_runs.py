@@ -30,7 +30,7 @@ from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.plain_esmm import read_frame
-from tests.prepared_data import DENSE, write_data_set
+from tests.prepared_data import DENSE, description_of, write_data_set
 from tests.ranks import run_on_ranks, torchrun
 
 TEST_ROWS = 10_007
@@ -187,7 +187,7 @@ def test_data_of_the_same_form_and_other_meaning_is_refused(
     """Dense features that were standardised otherwise; tables are of the same sizes."""
     other = tmp_path / "other"
     shutil.copytree(data, other)
-    description = json.loads((other / "dataset.json").read_text())
+    description = description_of(other)
     description["statistics"]["dense"]["price"]["mean"] += 1
     (other / "dataset.json").write_text(json.dumps(description))
     RunFolder.open(run).check_data(data)

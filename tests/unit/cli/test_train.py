@@ -22,7 +22,7 @@ import torch
 from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.prepared_form import FORMAT_VERSION
-from tests.prepared_data import write_data_set
+from tests.prepared_data import description_of, write_data_set
 
 TRAIN_ROWS, TEST_ROWS = 300, 120
 MODEL = ["--embedding-dim", "8", "--tower", "16", "8", "--batch-size", "32"]
@@ -142,7 +142,7 @@ def test_another_run_in_the_folder_is_refused(
     )
     other = tmp_path / "other"
     write_data_set(other, train=50, test=20, seed=1)
-    description = json.loads((other / "dataset.json").read_text())
+    description = description_of(other)
     description["statistics"]["dense"]["price"]["mean"] += 1
     (other / "dataset.json").write_text(json.dumps(description))
     assert _refused(capsys, other, run) == (
@@ -191,7 +191,7 @@ def test_what_cannot_be_trained_leaves_no_folder(
 
 
 def _change(path: Path, **values: Any) -> None:
-    description = json.loads((path / "dataset.json").read_text()) | values
+    description = description_of(path) | values
     (path / "dataset.json").write_text(json.dumps(description))
 
 
@@ -225,7 +225,7 @@ def _no_description(path: Path) -> str:
 
 
 def _a_vocabulary_larger_than_its_table(path: Path) -> str:
-    schema = json.loads((path / "dataset.json").read_text())["schema"]
+    schema = description_of(path)["schema"]
     schema["tables"][0]["num_embeddings"] -= 5
     _change(path, schema=schema)
     file = path / "vocabulary" / f"{schema['tables'][0]['name']}.parquet"

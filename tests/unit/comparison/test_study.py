@@ -50,7 +50,7 @@ from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.models.methods import AFTER_METHODS, METHODS, PAPER_METHODS
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
-from tests.prepared_data import record_changed_file, write_data_set
+from tests.prepared_data import description_of, record_changed_file, write_data_set
 from tests.ranks import run_on_ranks
 
 WORLD = World(impressions=6000, ctr=0.2, cvr=0.4)
@@ -125,7 +125,7 @@ def _compare_all(folder: Path) -> dict[str, Any]:
 def _without_truth(source: Path, out: Path) -> None:
     """A copy of a data set that does not know the true probabilities."""
     shutil.copytree(source, out)
-    description = json.loads((out / "dataset.json").read_text())
+    description = description_of(out)
     for name in ("true_ctr", "true_cvr"):
         description["columns"].remove(name)
     (out / "dataset.json").write_text(json.dumps(description))
@@ -140,7 +140,7 @@ def _without_truth(source: Path, out: Path) -> None:
 def _with_other_test_half(source: Path, out: Path) -> None:
     """A copy of a data set with other labels and other ids in its test half."""
     shutil.copytree(source, out)
-    description = json.loads((out / "dataset.json").read_text())
+    description = description_of(out)
     rng = np.random.default_rng(1)
     for part in description["splits"]["test"]["impression_parts"]:
         file = part["file"]

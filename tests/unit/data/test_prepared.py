@@ -20,7 +20,7 @@ from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
-from tests.prepared_data import record_changed_file
+from tests.prepared_data import description_of, record_changed_file
 
 ITEMS = Vocabulary.from_counts(np.array([70, 80, 90]), np.array([5, 4, 3]), 1)
 SHOPS = Vocabulary.from_counts(pa.array(["x", "y"]), np.array([2, 2]), 1)
@@ -299,7 +299,7 @@ def test_a_split_without_what_training_needs_is_refused(tmp_path: Path):
 
 
 def change_description(path: Path, change: Callable[[dict], Any]) -> None:
-    description = json.loads((path / "dataset.json").read_text())
+    description = description_of(path)
     change(description)
     (path / "dataset.json").write_text(json.dumps(description))
 
@@ -328,7 +328,7 @@ def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
         (lambda d: d["schema"].update(dense_features=[]), "other dense features than its schema"),
         (
             lambda d: d["splits"]["test"]["happened"].update(click=-1),
-            r"`int` >= 0 - at `\$\.splits",
+            r"'int' >= 0 - at '\$\.splits",
         ),
     ],
 )
@@ -389,6 +389,15 @@ def test_the_version_before_is_read(tmp_path: Path):
     assert PreparedDataSet.open(now.path, data_files=False).schema == now.schema
     with pytest.raises(DataError, match=r"impressions-00000\.parquet is missing"):
         PreparedDataSet.open(now.path)
+
+
+def test_a_changed_value_of_the_description_is_found(tmp_path: Path):
+    path = write(tmp_path / "ds").path
+    text = (path / "dataset.json").read_text()
+    assert '"min_count": 1' in text
+    (path / "dataset.json").write_text(text.replace('"min_count": 1', '"min_count": 2'))
+    with pytest.raises(DataError, match=r"is broken \(its content does not match its checksum\)"):
+        PreparedDataSet.open(path)
 
 
 def test_what_an_earlier_version_wrote_says_so(tmp_path: Path):
