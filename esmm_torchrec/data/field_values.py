@@ -45,7 +45,7 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
         several = any(feature.name == field for feature in schema.id_features)
         problem = "may have several values" if several else "is not a feature of the data set"
         raise OptionError(
-            f"--by {field} {problem}; choose from {', '.join((*single, *schema.dense_features))}"
+            f"`by` {field} {problem}; choose from {', '.join((*single, *schema.dense_features))}"
         )
     stores = (store for stores in split.bags.values() for store in stores)
     store = next(store for store in stores if field in store.features)
