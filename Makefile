@@ -9,6 +9,7 @@
 # make paper     the methods compared at the paper's rates and at dense ones: tables, figures, reports;
 #                make paper-full: at the rates of the paper's Public data set as well; make paper-small:
 #                a minute of it; make paper-grid: over CVR, correlation and volume
+# make first-model   `train` at its defaults beside scikit-learn; HILLSTROM=hillstrom.csv adds that log
 # make bench     the figures of speed, the short form; make bench-full: all of them
 # DEVICE=cuda    CUDA builds and NCCL instead of the CPU and gloo
 
@@ -24,7 +25,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test test-slow test-spark test-newest docs ground-truth paper paper-full paper-small paper-grid bench bench-full check format clean
+.PHONY: install train test test-slow test-spark test-newest docs ground-truth first-model paper paper-full paper-small paper-grid bench bench-full check format clean
 
 install: $(INSTALLED)
 
@@ -70,6 +71,9 @@ $(VENV)/.installed-docs: requirements/docs.txt $(INSTALLED)
 
 ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
+
+first-model: install
+	$(BIN)/python benchmarks/first_model.py --out bench/first-model $(if $(HILLSTROM),--hillstrom $(HILLSTROM))
 
 # The two regimes side by side: the paper's rates, then a dense world that takes away what ESMM is for.
 # esmm_torchrec/comparison/data.py says why.

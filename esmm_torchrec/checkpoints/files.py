@@ -57,6 +57,16 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     return found[max(found) if step is None else step]
 
 
+def model_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The checkpoint that holds the model of a run: that of a step, or the best one if one is
+    marked, or the last one; None if there is none at all.
+
+    Raises:
+        RunError: there is no checkpoint of that step.
+    """
+    return find_checkpoint(folder, find_best(folder) if step is None else step)
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"{_PREFIX}{step:08d}"
@@ -191,6 +201,11 @@ def mark_best(folder: Path, step: int) -> None:
     write_durably(partial, json.dumps({"step": step}).encode())
     partial.rename(folder / _BEST)
     _flush_folder(folder)
+
+
+def unmark_best(folder: Path) -> None:
+    """Makes the last checkpoint the model again."""
+    (folder / _BEST).unlink(missing_ok=True)
 
 
 def find_best(folder: Path) -> int | None:

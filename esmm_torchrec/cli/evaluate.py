@@ -39,7 +39,7 @@ class Options:
     sharding: ShardingOption = "auto"
     """How tables are placed on the ranks at hand."""
     step: int | None = None
-    """Of the checkpoint; the last one if not given."""
+    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
     device: DeviceOption = "auto"
     """auto: CUDA where there is a GPU for each rank."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()

@@ -26,7 +26,7 @@ class Options:
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """The folder to make."""
     step: int | None = None
-    """Of the checkpoint; the last one if not given."""
+    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
 
 
 def run(options: Options) -> None:

@@ -44,7 +44,8 @@ def train_command(options: TrainOptions, data: str) -> str:
         value = getattr(options, field.name)
         if field.name in (*_PARTS, "method") or value in (field.default, None):
             continue
-        words += [f"--{field.name.replace('_', '-')}", *_words(value)]
+        name = field.name.replace("_", "-")
+        words += [f"--no-{name}"] if value is False else [f"--{name}", *_words(value)]
     preset = METHODS[options.method]
     for part, registry in _PARTS.items():
         chosen, default = getattr(options, part), getattr(preset, part)

@@ -261,6 +261,8 @@ class ComparisonOptions:
             common["architecture"] = ARCHITECTURES[self.architecture]()
         preset = METHODS[method]
         own: dict[str, Any] = {"method": method, "seed": seed, "epochs": epochs}
+        # The papers' models. What tuning holds out is its own affair.
+        own |= {"first_order": False, "validation_share": 0.0}
         for option, value in trial.own:
             part, _, name = option.partition(".")
             own[part] = replace(own.get(part, getattr(preset, part)), **{name: value})

@@ -72,6 +72,7 @@ def embedding_bag_collections(
     device: torch.device | str = "meta",
     prefix: str = "",
     init_scale: float = 1.0,
+    zero_columns: int = 0,
 ) -> EmbeddingBagCollections:
     """Builds the collections that look up every id feature of a schema.
 
@@ -83,6 +84,7 @@ def embedding_bag_collections(
         device: "meta" allocates nothing; `sharding.shard` then draws the weights table by table.
         prefix: as in `module_names`.
         init_scale: factor of the range that weights are drawn from, which is ±1/√rows at 1.
+        zero_columns: first columns of every table that start at zero.
 
     Raises:
         OptionError: the embedding dim is not a positive multiple of 4.
@@ -94,23 +96,28 @@ def embedding_bag_collections(
         )
 
     names = module_names((table.name for table in schema.tables), prefix=prefix)
+
+    def config(table: str, feature_names: list[str]) -> EmbeddingBagConfig:
+        made = EmbeddingBagConfig(
+            name=names[table],
+            num_embeddings=schema.table(table).num_embeddings,
+            embedding_dim=embedding_dim,
+            feature_names=feature_names,
+            pooling=PoolingType.SUM,
+            init_fn=_init_fn(schema.table(table).num_embeddings, init_scale),
+        )
+        if zero_columns:
+            assert made.init_fn is not None
+            made.init_fn = partial(_draw_others, draw=made.init_fn, zero_columns=zero_columns)
+        return made
+
     collections: dict[CollectionName, EmbeddingBagCollection | None] = dict.fromkeys(COLLECTIONS)
     for name, features in schema.collections.items():
         by_table: dict[str, list[str]] = {}
         for feature in features:
             by_table.setdefault(feature.table, []).append(feature.name)
         collections[name] = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=names[table],
-                    num_embeddings=schema.table(table).num_embeddings,
-                    embedding_dim=embedding_dim,
-                    feature_names=feature_names,
-                    pooling=PoolingType.SUM,
-                    init_fn=_init_fn(schema.table(table).num_embeddings, init_scale),
-                )
-                for table, feature_names in by_table.items()
-            ],
+            tables=[config(table, feature_names) for table, feature_names in by_table.items()],
             is_weighted=COLLECTIONS[name].weighted,
             device=torch.device(device),
         )
@@ -123,6 +130,16 @@ def _init_fn(rows: int, scale: float) -> Callable[[torch.Tensor], torch.Tensor |
         return None
     reach = scale / rows**0.5
     return partial(nn.init.uniform_, a=-reach, b=reach)
+
+
+def _draw_others(
+    weight: torch.Tensor, *, draw: Callable[[torch.Tensor], object], zero_columns: int
+) -> torch.Tensor:
+    """Draws a table, except for its first columns."""
+    draw(weight)
+    with torch.no_grad():
+        weight[:, :zero_columns] = 0
+    return weight
 
 
 class PooledFeatures(nn.Module):

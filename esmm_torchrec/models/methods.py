@@ -389,6 +389,8 @@ class ModelOptions:
     """None: that of the method."""
     interaction: Interaction | None = None
     """None: that of the method."""
+    first_order: bool = False
+    """Whether each logit has a first-order term."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -415,6 +417,7 @@ class ModelOptions:
             "architecture": part_to_dict(ARCHITECTURES, parts.architecture),
             "objective": part_to_dict(OBJECTIVES, parts.objective),
             "interaction": part_to_dict(INTERACTIONS, parts.interaction),
+            "first_order": self.first_order,
         }
 
     @classmethod
@@ -434,6 +437,7 @@ class ModelOptions:
             architecture=part_from_dict(ARCHITECTURES, values["architecture"]),
             objective=part_from_dict(OBJECTIVES, values["objective"]),
             interaction=part_from_dict(INTERACTIONS, values["interaction"]),
+            first_order=values.get("first_order", False),
         )
 
 
@@ -469,6 +473,7 @@ def build_train_task(
         embedding_device=embedding_device,
         interaction=parts.interaction,
         init_scale=options.init_scale,
+        first_order=options.first_order,
     )
     model = parts.architecture.build(parts.objective.heads(schema.tasks), builder)
     model = parts.objective.complete(model, schema.tasks)

@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from esmm_torchrec.batch import ImpressionBatch, NamedTensors
+from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
+from esmm_torchrec.models.first_order import FirstOrder
 from esmm_torchrec.models.towers import Logits, Tower, Towers
 from esmm_torchrec.schema import Schema
 from esmm_torchrec.tasks import TaskChain
@@ -249,14 +251,26 @@ class Builder:
     """Between the embeddings and the towers."""
     init_scale: float = 1.0
     """As in `embedding_bag_collections`."""
+    first_order: bool = False
+    """Whether each logit has a first-order term."""
 
-    def features(self, name: str, *, prefix: str = "") -> PooledFeatures:
+    def features(self, name: str, *, num_logits: int = 0, prefix: str = "") -> PooledFeatures:
         """Embeddings of every id feature, and the dense features.
 
         Args:
             name: of the head whose embeddings they are; it and the seed decide the weights.
+            num_logits: that have a first-order term of them; see `over`.
             prefix: of the tables' names, for a model with more than one set of tables.
+
+        Raises:
+            OptionError: the embeddings have fewer columns than there are first-order terms.
         """
+        zero_columns = num_logits if self.first_order else 0
+        if zero_columns > self.embedding_dim:
+            raise OptionError(
+                f"`embedding_dim` {self.embedding_dim} is below {num_logits}, the number of "
+                "first-order terms; use a larger one, or no first-order terms"
+            )
         with drawn_from(self.seed, name):
             collections = embedding_bag_collections(
                 self.schema,
@@ -264,6 +278,7 @@ class Builder:
                 device=self.embedding_device,
                 prefix=prefix,
                 init_scale=self.init_scale,
+                zero_columns=zero_columns,
             )
         return PooledFeatures(*collections, dense_in_features=len(self.schema.dense_features))
 
@@ -289,15 +304,22 @@ class Builder:
         return Towers({head.name: self.tower(head, in_features) for head in heads})
 
     def over(
-        self, features: PooledFeatures, name: str, towers: Callable[[int], nn.Module]
+        self,
+        features: PooledFeatures,
+        name: str,
+        towers: Callable[[int], nn.Module],
+        *,
+        num_logits: int,
     ) -> nn.Module:
-        """Towers over pooled features, with the interaction of the options between the two.
+        """Towers over pooled features, with the interaction of the options between the two and
+        first-order terms beside them.
 
         Args:
             features: what the towers see.
             name: of the head whose embeddings they are; it and the seed decide the weights of the
                 interaction.
             towers: builds a module for that many inputs.
+            num_logits: of that module.
 
         Returns:
             a module that takes what `features` gives.
@@ -307,9 +329,20 @@ class Builder:
             interaction = self.interaction.build(
                 features.out_features, num_embeddings, self.embedding_dim
             )
-        if interaction is None:
-            return towers(features.out_features)
-        return AfterInteraction(interaction, towers(interaction.out_features))
+        module = (
+            towers(features.out_features)
+            if interaction is None
+            else AfterInteraction(interaction, towers(interaction.out_features))
+        )
+        if not self.first_order:
+            return module
+        return FirstOrder(
+            module,
+            num_embeddings=num_embeddings,
+            embedding_dim=self.embedding_dim,
+            num_logits=num_logits,
+            dense_in_features=features.dense_in_features,
+        )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.checkpoints.files import model_checkpoint
 from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.errors import RunError
@@ -32,7 +32,7 @@ def restore(
         ranks: this process among the others; they need not be as many as in training.
         batch_size: impressions per rank and step, which the planner counts with.
         sharding: how tables are placed; "auto" leaves it to TorchRec's planner.
-        step: of the checkpoint; None is the last one.
+        step: of the checkpoint; None: the best one if validation chose one, else the last one.
 
     Returns:
         the sharded task, ready for `predict` or `score_split`.
@@ -41,7 +41,7 @@ def restore(
         RunError: the run has no checkpoint, or not the one asked for, or it is broken.
         PlanError: the tables do not fit.
     """
-    checkpoint = find_checkpoint(run.checkpoints, step)
+    checkpoint = model_checkpoint(run.checkpoints, step)
     if checkpoint is None:
         raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
     task = build_train_task(run.schema, run.model_options)

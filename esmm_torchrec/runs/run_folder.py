@@ -6,6 +6,7 @@ config.json        what makes the run what it is ("identity"), its latest option
 history.jsonl      one line now and then while training
 metrics.json       what the trained model measures on the test half
 preprocessing/     the data set's description and vocabularies, to score new rows
+passes.json        what a search for the number of passes found, if there was one
 pctr.npz           the pCTR by which a method chose its clicked rows, if it needs one
 plan.json          where each table was
 checkpoints/       see `checkpoints.files`
@@ -38,6 +39,7 @@ FORMAT_VERSION = 2
 
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
+_PASSES = "passes.json"
 _DESCRIPTION = "dataset.json"
 """Of a prepared data set."""
 
@@ -320,6 +322,23 @@ class RunFolder:
 
     def _write_config(self) -> None:
         self.write_json(_CONFIG, {**self.config, "crc32": _crc32(self.config)})
+
+    def write_passes(self, passes: Mapping[str, Any]) -> None:
+        """Keeps what a search for the number of passes found."""
+        self.write_json(_PASSES, passes)
+
+    def read_passes(self) -> dict[str, Any] | None:
+        """What `write_passes` kept; None where it never did.
+
+        Raises:
+            RunError: the file is broken.
+        """
+        try:
+            return json.loads((self.path / _PASSES).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(f"{self.path / _PASSES} is broken ({error}); delete it") from None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one of the folder's JSON files, whole or not at all."""

@@ -1,23 +1,23 @@
 """Which checkpoint of a run is used, in numbers and in words.
 
-Without a step it is the last one, and a run may still be training: what it scores should not be
-taken for what the finished run would.
+Without a step it is the best one if validation chose one, else the last one. A run may still be
+training: what it scores should not be taken for what the finished run would.
 """
 
 from __future__ import annotations
 
-from esmm_torchrec.checkpoints.files import find_checkpoint, step_of
+from esmm_torchrec.checkpoints.files import model_checkpoint, step_of
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.runs.run_folder import RunFolder
 
 
 def chosen_step(run: RunFolder, step: int | None = None) -> int:
-    """The step of the checkpoint asked for, or of the last one.
+    """The step of the checkpoint asked for, or of the model.
 
     Raises:
         RunError: there is no such checkpoint.
     """
-    checkpoint = find_checkpoint(run.checkpoints, step)
+    checkpoint = model_checkpoint(run.checkpoints, step)
     if checkpoint is None:
         raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
     return step_of(checkpoint)

@@ -162,7 +162,7 @@ def export(run: RunFolder | Path | str, out: Path | str, *, step: int | None = N
     Args:
         run: the run folder.
         out: the folder to make; it appears when it is whole.
-        step: of the checkpoint; None: the last one.
+        step: of the checkpoint; None: that of the model.
 
     Returns:
         the model that was exported.

@@ -35,7 +35,7 @@ class Predictor:
 
     Args:
         run: the run folder.
-        step: of the checkpoint; None: the last one.
+        step: of the checkpoint; None: that of the model.
         device: where the model is.
 
     Raises:

@@ -73,7 +73,12 @@ class LogFigures(Callback):
                 "epoch": loop.reader.epoch,
                 "samples_per_second": loop.reader.rows_done / loop.seconds,
             } | figures
-            self._history.write(loop.step, loop.figures)
+            self.write(loop.step, loop.figures)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Adds a line to the history; on rank 0."""
+        assert self._history is not None
+        self._history.write(step, figures)
 
     def rank_state(self) -> dict[str, Any]:
         """The running figures, so that a resumed run logs what an uninterrupted one does."""

@@ -215,6 +215,7 @@ def build_loop(
     *,
     part: TrainingPart,
     workload: Workload,
+    epochs: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingLoop:
     """The training of a method, before its first step.
@@ -225,6 +226,7 @@ def build_loop(
         ranks: this process among the others.
         part: what to train on.
         workload: what the planner should expect; rows and shared bags are those of the training.
+        epochs: passes; None: as the options say, and one for "auto".
         callbacks: what takes part in the loop.
     """
     rows_per_step = options.batch_size
@@ -245,11 +247,13 @@ def build_loop(
     reader = training_reader(
         split, options, ranks, rows_per_step=rows_per_step, selection=part.selection
     )
+    if epochs is None:
+        epochs = 1 if options.epochs == "auto" else options.epochs
     return TrainingLoop(
         trainer,
         reader,
         ranks,
-        epochs=options.epochs,
+        epochs=epochs,
         max_steps=options.max_steps,
         callbacks=callbacks,
     )

@@ -7,7 +7,8 @@ state reads the same whatever the kernel, so that a checkpoint outlives a change
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
 
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.planner import SparseOptimizerOption, embedding_bag_collections_of
@@ -27,6 +30,8 @@ from esmm_torchrec.sharding.planner import SparseOptimizerOption, embedding_bag_
 EPSILON = 1e-8
 
 _TABLES, _TOWERS = "tables", "towers"
+_SCHEDULE = "__schedule"
+"""Key of the parameter that TorchRec's WarmupOptimizer keeps its position in."""
 
 _CLASSES: dict[SparseOptimizerOption, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -74,6 +79,8 @@ class ModelOptimizer(CombinedOptimizer):
         state: dict[str, dict[str, torch.Tensor]] = {}
         for part_name, part in self.optimizers:
             for key, own in part.state_dict()["state"].items():
+                if key == _SCHEDULE:
+                    continue  # follows from the step
                 if not part_name:
                     named = {self._name_of_fused(name): value for name, value in own.items()}
                 elif part_name == _TABLES:
@@ -103,10 +110,38 @@ class ModelOptimizer(CombinedOptimizer):
             if name:
                 part.init_state(sparse_grad_parameter_names)
 
+    def schedule(self, stages: Sequence[WarmupStage], *, step: int) -> None:
+        """Multiplies the learning rate of each part by the factor of the stages; to be called once.
+        A fused optimiser takes its rate at the start of a step.
+
+        Args:
+            stages: of TorchRec's WarmupOptimizer.
+            step: steps that are done.
+        """
+        for index, (name, part) in enumerate(self._optims):
+            lr = next((group["lr"] for group in part.param_groups), 0.0)
+            # WarmupOptimizer changes the stages that it is given.
+            own = [replace(stage) for stage in stages]
+            scheduled = _Scheduled(part, own, lr=lr, param_name=_SCHEDULE)
+            scheduled.go_to(step)
+            self._optims[index] = (name, scheduled)
+
     def _name_of_fused(self, name: str) -> str:
         """torch's name of a state like "item.momentum1"."""
         own = name.rpartition(".")[2]
         return _FIRST_STATE[self._table_optimizer] if own == "momentum1" else own
+
+
+class _Scheduled(WarmupOptimizer):
+    """TorchRec's WarmupOptimizer at any step."""
+
+    def go_to(self, step: int) -> None:
+        """Sets the learning rate of a step, counted from 0."""
+        stage = 0
+        while step > self._stages[stage].max_iters:
+            stage += 1
+        self.state[self._warmup_param] = {"warmup": torch.tensor([step, stage])}  # pyright: ignore[reportIndexIssue]
+        self.post_load_state_dict()
 
 
 class _DenseTables(KeyedOptimizerWrapper):
@@ -189,10 +224,22 @@ def build_optimizer(
     sparse_lr: float,
     dense_lr: float,
     weight_decay: float = 0.0,
+    clip_gradients: float | None = None,
 ) -> ModelOptimizer:
     """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
     towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8). Weight decay is for the towers alone:
-    fbgemm ignores it unless it is told a mode, which TorchRec does not pass on."""
+    fbgemm ignores it unless it is told a mode, which TorchRec does not pass on. So is clipping: the
+    gradients of a fused table exist inside fbgemm's backward pass only.
+
+    Args:
+        model: sharded.
+        optimizer: of the tables.
+        sparse_lr: learning rate of the tables.
+        dense_lr: learning rate of the towers.
+        weight_decay: of the towers.
+        clip_gradients: largest L2 norm of the gradient of all towers together; None: no limit. The
+            towers are the same on every rank, so each rank clips by the same norm.
+    """
     parts: dict[str, KeyedOptimizer] = {"": model.fused_optimizer}
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     # Where a rank holds nothing of a table, TorchRec gives it an empty parameter.
@@ -209,7 +256,14 @@ def build_optimizer(
 
     if tables:
         parts[_TABLES] = _DenseTables(tables, of_tables)
-    parts[_TOWERS] = KeyedOptimizerWrapper(towers, adam)
+    of_towers = KeyedOptimizerWrapper(towers, adam)
+    parts[_TOWERS] = (
+        of_towers
+        if clip_gradients is None
+        else GradientClippingOptimizer(
+            of_towers, clipping=GradientClipping.NORM, max_gradient=clip_gradients
+        )
+    )
     weights = {key: value for key, value in model.state_dict().items() if _is_table(key)}
     return ModelOptimizer(parts, weights=weights, optimizer=optimizer)
 

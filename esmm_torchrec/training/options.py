@@ -29,6 +29,12 @@ from esmm_torchrec.sharding.process_group import DeviceOption
 NonfiniteOption = Literal["stop", "skip"]
 ReadOption = Literal["auto", "mapped", "stream"]
 
+ScheduleOption = Literal["constant", "linear", "cosine"]
+"""Learning rates after the warm-up: constant, or falling to 0 at the last step."""
+
+ValidationOption = Literal["hash", "time"]
+"""hash: users drawn by a hash, all of their impressions. time: the latest impressions."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -49,17 +55,27 @@ class TrainOptions:
     """What the logits are trained for; None: as the method has it."""
     interaction: Interaction | None = None
     """What features become before the towers see them; None: as the method has it."""
-    epochs: int = 1
-    """Passes over the training half."""
+    epochs: int | Literal["auto"] = "auto"
+    """Passes over the training half. auto: with a validation share, passes until the held-out part
+    stops improving, and the best checkpoint is the model; else one pass over many rows, and over
+    fewer the number that is best when a fifth of them is held out."""
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs."""
     batch_size: int | Literal["auto"] = "auto"
     """Impressions of a step over all ranks; auto chooses it by the number of impressions that the
     method trains on."""
+    validation_share: float = 0.0
+    """Share of the training half to hold out and to measure on after each pass."""
+    validation: ValidationOption = "hash"
+    """What is held out: users by a hash, with all of their impressions, or the latest impressions
+    by timestamp."""
     embedding_dim: int = 16
     """Columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (360, 200, 80)
     """Widths of the hidden layers of each tower."""
+    first_order: bool = True
+    """Add a first-order term to each logit: a weight for each id and each dense feature. Rare ids
+    and small data gain by it; without, the model is that of the paper."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables; fused into the backward pass where TorchRec can."""
     sparse_lr: float = 0.05
@@ -69,6 +85,13 @@ class TrainOptions:
     weight_decay: float = 0.0
     """L2 penalty of the towers: this times each weight is added to its gradient. Tables have
     none."""
+    lr_schedule: ScheduleOption = "constant"
+    """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise linearly."""
+    clip_gradients: float | None = None
+    """Largest norm of the gradient of all towers together. Tables are not clipped: a fused
+    optimiser applies their gradients before they can be."""
     dtype: DtypeOption = "float32"
     """What the hidden layers of the towers compute in; logits and loss stay float32."""
     init_scale: float = 1.0
@@ -121,7 +144,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         positive = {
-            "`epochs`": self.epochs,
+            "`epochs`": 1 if self.epochs == "auto" else self.epochs,
             "`batch_size`": 1 if self.batch_size == "auto" else self.batch_size,
             "`embedding_dim`": self.embedding_dim,
             "`shuffle_chunk`": self.shuffle_chunk,
@@ -131,6 +154,7 @@ class TrainOptions:
             "`keep_checkpoints`": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
             "`lanes`": self.lanes,
             "`window`": self.window,
+            "`clip_gradients`": 1 if self.clip_gradients is None else self.clip_gradients,
             "`max_steps`": 1 if self.max_steps is None else self.max_steps,
         }
         for option, value in positive.items():
@@ -142,6 +166,18 @@ class TrainOptions:
             raise OptionError(f"`seed` {self.seed} is negative; give 0 or more")
         if self.weight_decay < 0:
             raise OptionError(f"`weight_decay` {self.weight_decay} is negative; give 0 or more")
+        if not 0 <= self.validation_share < 1:
+            raise OptionError(
+                f"`validation_share` {self.validation_share} is not a share; give a number from 0 "
+                "and below 1"
+            )
+        if self.warmup_steps < 0:
+            raise OptionError(f"`warmup_steps` {self.warmup_steps} is negative; give 0 or more")
+        if self.lr_schedule != "constant" and self.epochs == "auto":
+            raise OptionError(
+                f"`lr_schedule` {self.lr_schedule} ends with the last step, which `epochs` auto "
+                "does not know; give `epochs` a number"
+            )
         if self.checkpoint_every < 0:
             raise OptionError(
                 f"`checkpoint_every` {self.checkpoint_every} is negative; give 0 or more"
@@ -165,6 +201,7 @@ class TrainOptions:
             architecture=parts.architecture,
             objective=parts.objective,
             interaction=parts.interaction,
+            first_order=self.first_order,
         )
 
     @property

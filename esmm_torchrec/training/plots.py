@@ -20,17 +20,34 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 CALIBRATION_BINS = 15
 
 
-def plot_history(history: Path, out: Path, tasks: TaskChain = DEFAULT_TASKS) -> None:
-    """Loss and TorchRec's windowed AUCs over the steps of history.jsonl, as a PNG.
+def plot_history(
+    history: Path,
+    out: Path,
+    tasks: TaskChain = DEFAULT_TASKS,
+    *,
+    held_out: Mapping[str, Any] | None = None,
+) -> None:
+    """Loss and TorchRec's windowed AUCs over the steps of history.jsonl, as a PNG, and the AUCs of
+    the held-out part over the passes.
 
-    The AUCs are of scores given just before a step trains on the impressions: up to the end of the
-    first epoch these were never seen, behind it they were. Dashed lines part the epochs.
+    The AUCs of the steps are of scores given just before a step trains on the impressions: up to
+    the end of the first epoch these were never seen, behind it they were. Dashed lines part the
+    epochs.
+
+    Args:
+        history: history.jsonl.
+        out: the picture.
+        tasks: the chain.
+        held_out: as `Validate.report` gives it; None: nothing was held out.
     """
     lines = [json.loads(line) for line in history.read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     borders = epoch_borders(lines)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, auc = figure.subplots(1, 2)
+    panels = 2 if held_out is None else 3
+    figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
+    loss, auc, *others = figure.subplots(1, panels)
+    if held_out is not None:
+        _held_out(others[0], held_out, tasks)
     steps = [line["step"] for line in lines]
     loss.plot(steps, [line["loss"] for line in lines], color="tab:gray")
     loss.set(xlabel="step", title="Training loss")
@@ -55,6 +72,22 @@ def plot_history(history: Path, out: Path, tasks: TaskChain = DEFAULT_TASKS) -> 
         auc.legend(frameon=False)
     auc.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
     _save(figure, out)
+
+
+def _held_out(axes: Axes, held_out: Mapping[str, Any], tasks: TaskChain) -> None:
+    """AUCs and the mean normalised entropy of the held-out part, and the pass that was best."""
+    curve = held_out["curve"]
+    for number, probability in enumerate(tasks.probabilities):
+        known = [(e["epoch"], e[key]) for e in curve if e.get(key := f"{probability.name}_auc")]
+        if known:
+            axes.plot(*zip(*known, strict=True), marker=".", color=f"C{number}")
+    entropy = axes.twinx()
+    known = [(e["epoch"], e["mean_ne"]) for e in curve if e.get("mean_ne") is not None]
+    if known:
+        (line,) = entropy.plot(*zip(*known, strict=True), marker=".", color="black", linewidth=0.8)
+        best = axes.axvline(held_out["epoch"], color="tab:gray", linewidth=0.8, linestyle="--")
+        axes.legend([line, best], ["mean normalised entropy (right)", "best pass"], frameon=False)
+    axes.set(xlabel="passes", title="Held-out part: AUC")
 
 
 def epoch_borders(lines: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -40,6 +40,11 @@ def read_mode(dataset: PreparedDataSet, options: TrainOptions) -> Literal["mappe
             f"`method` {options.method} chooses the impressions that it trains on, which needs the "
             "mapped copy; use `read` mapped and a data set on a disk"
         )
+    if mode == "stream" and options.validation_share:
+        raise OptionError(
+            "`validation_share` holds out rows by their numbers, which needs the mapped copy; use "
+            "`read` mapped and a data set on a disk"
+        )
     return mode
 
 

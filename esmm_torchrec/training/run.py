@@ -9,6 +9,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -18,11 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from esmm_torchrec.checkpoints.files import find_checkpoint, step_of
+from esmm_torchrec.checkpoints.files import find_checkpoint, step_of, unmark_best
 from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.stream import Split
 from esmm_torchrec.errors import Interrupted, PlanError
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.runs.lock import RunLock
@@ -38,8 +41,11 @@ from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_pa
 from esmm_torchrec.training.loop import TrainingLoop
 from esmm_torchrec.training.nonfinite import WatchLoss
 from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.passes import PATIENCE, Passes, choose_passes
 from esmm_torchrec.training.plots import plot_calibration, plot_history
 from esmm_torchrec.training.reading import open_splits, read_mode
+from esmm_torchrec.training.schedule import ScheduleLearningRates
+from esmm_torchrec.training.validation import HeldOut, Validate, hold_out
 from esmm_torchrec.training.warm_start import source_checkpoint, with_table_rows
 
 _IDENTITY = ("rows", "table_rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
@@ -60,8 +66,8 @@ def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks
         ranks: this process among the others, from `process_group`.
 
     Returns:
-        the content of metrics.json: "test" and "truth" as `metrics.report` describes them, and
-        "throughput".
+        the content of metrics.json: "test" and "truth" as `metrics.report` describes them,
+        "validation" as `Validate.report` does, if anything was held out, and "throughput".
 
     Raises:
         DataError: the data set cannot be read, or leaves the method nothing to train on.
@@ -92,7 +98,8 @@ def _train(
     if options.start_from is not None:
         earlier_run = options.start_from
         source = ranks.from_first(lambda: source_checkpoint(earlier_run, dataset, options))
-    if found is not None and not found.was_trained_on(dataset.fingerprint):
+    continues = found is not None and not found.was_trained_on(dataset.fingerprint)
+    if continues:
         found = None  # what it knows of its rows is of other rows
     splits = open_splits(dataset, options, ranks)
     # `build_loop` knows the batch size.
@@ -101,27 +108,64 @@ def _train(
     if options.parts.rows.needs_pctr:
         assert isinstance(splits["train"], MappedSplit)
         pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
-    part = training_part(splits["train"], options, pctr=pctr)
-
-    loop = build_loop(splits["train"], options, ranks, part=part, workload=workload)
+    held_out = None
+    if options.validation_share:
+        assert isinstance(splits["train"], MappedSplit)
+        held_out = hold_out(splits["train"], share=options.validation_share, by=options.validation)
+    part = training_part(
+        splits["train"], options, within=None if held_out is None else held_out.kept, pctr=pctr
+    )
+    passes = _passes(
+        found,
+        splits["train"],
+        options,
+        ranks,
+        num_rows=part.num_rows,
+        workload=workload,
+        pctr=pctr,
+        continues=continues,
+    )
+    loop = build_loop(
+        splits["train"], options, ranks, part=part, workload=workload, epochs=passes.epochs
+    )
     for options_of in (config, config["history"][-1]):
         options_of["options"]["batch_size"] = loop.reader.global_batch_size
+        if held_out is None:
+            options_of["options"]["epochs"] = passes.epochs
 
     def start() -> RunFolder:
         run = RunFolder.start(out, config, resume=options.resume, lock=lock)
         if pctr is not None and (found is None or not run.pctr.exists()):
             assert isinstance(splits["train"], MappedSplit)
             run.write_pctr(pctr[splits["train"].scalars[dataset.schema.tasks[0].label] == 1])
+        if passes.search is not None:
+            run.write_passes(asdict(passes))
         return run
 
     run = ranks.from_first(start)
     checkpoints = CheckpointManager(
         run.checkpoints, ranks=ranks, keep_last=options.keep_checkpoints
     )
+    saving = SaveCheckpoints(checkpoints, every=options.checkpoint_every)
+    log = LogFigures(run)
+    validate = None
+    if held_out is not None:
+        chooses = options.epochs == "auto"
+        assert isinstance(splits["train"], MappedSplit)
+        validate = Validate(
+            splits["train"],
+            held_out,
+            patience=PATIENCE if chooses else None,
+            shared_features=options.shared_features,
+            on_best=partial(saving.save, best=True) if chooses else None,
+            log=log.write,
+        )
     loop.callbacks = (
+        ScheduleLearningRates(options.lr_schedule, warmup_steps=options.warmup_steps),
         WatchLoss(run.path / "nonfinite", options.on_nonfinite),
-        LogFigures(run),
-        SaveCheckpoints(checkpoints, every=options.checkpoint_every),
+        log,
+        saving,
+        *(() if validate is None else (validate,)),
         ProgressBar(),
     )
     checkpoint = _resume(loop, run, checkpoints, config, options)
@@ -130,7 +174,7 @@ def _train(
     if ranks.is_first:
         if not run.preprocessing.exists():
             copy_preprocessing(dataset.root, run.preprocessing)
-        _announce(dataset, loop, options)
+        _announce(dataset, loop, options, passes=passes, held_out=held_out)
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
             print(f"{options.method} trains on {part.num_rows:,} rows of them{notes}", flush=True)
@@ -139,8 +183,12 @@ def _train(
         elif source is not None:
             print(f"starting from the weights and optimiser state of {source}", flush=True)
         _keep_plan(loop.trainer.plan, run.path / "plan.json")
+    if validate is None or options.epochs != "auto":
+        ranks.from_first(lambda: unmark_best(run.checkpoints))
     with checkpoints:
         loop.run()
+        if validate is not None and options.epochs == "auto":
+            _take_best(loop, checkpoints, validate)
     throughput = {
         "train_samples_per_second": loop.reader.rows_done / loop.seconds if loop.seconds else None,
         "train_seconds": loop.seconds,
@@ -155,9 +203,18 @@ def _train(
 
     def report() -> dict[str, Any]:
         assert scored is not None
-        metrics = measure(scored) | {"throughput": throughput}
+        metrics: dict[str, Any] = measure(scored)
+        held_out_figures = passes.search if validate is None else validate.report()
+        if held_out_figures is not None:
+            metrics["validation"] = held_out_figures
+        metrics["throughput"] = throughput
         run.write_json("metrics.json", metrics)
-        plot_history(run.history, run.path / "plots" / "history.png", scored.tasks)
+        plot_history(
+            run.history,
+            run.path / "plots" / "history.png",
+            scored.tasks,
+            held_out=held_out_figures,
+        )
         plot_calibration(scored, run.path / "plots" / "calibration.png")
         return metrics
 
@@ -216,7 +273,60 @@ def _pctr(
     return out_of_fold_pctr(split, options, ranks, workload=workload)
 
 
-def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOptions) -> None:
+def _passes(
+    run: RunFolder | None,
+    split: Split,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    num_rows: int,
+    workload: Workload,
+    pctr: np.ndarray | None,
+    continues: bool,
+) -> Passes:
+    """The number of passes; a search that the run has done is not done again."""
+    if run is not None and options.epochs == "auto" and not options.validation_share:
+        kept = ranks.from_first(run.read_passes)
+        if kept is not None:
+            return Passes(**kept)
+    return choose_passes(
+        split,
+        options,
+        ranks,
+        num_rows=num_rows,
+        workload=workload,
+        pctr=pctr,
+        continues=continues or options.start_from is not None,
+        say=partial(print, flush=True),
+    )
+
+
+def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Validate) -> None:
+    """Loads the checkpoint that was best on the held-out part, unless it is the last one."""
+    best = validate.best
+    if best is None or best["step"] == loop.step:
+        return
+    checkpoints.wait()
+    trainer = loop.trainer
+    path = checkpoints.find(best["step"])
+    assert path is not None
+    checkpoints.load(path, model=trainer.model, optimizer=trainer.optimizer)
+    if loop.ranks.is_first:
+        print(
+            f"the model is that of step {best['step']:,} (pass {best['epoch']:g}), the best on the "
+            "held-out part",
+            flush=True,
+        )
+
+
+def _announce(
+    dataset: PreparedDataSet,
+    loop: TrainingLoop,
+    options: TrainOptions,
+    *,
+    passes: Passes,
+    held_out: HeldOut | None,
+) -> None:
     """What is about to be trained, and where."""
     trainer, ranks, reader = loop.trainer, loop.ranks, loop.reader
     counts, test = dataset.splits["train"], dataset.splits["test"]
@@ -242,6 +352,19 @@ def _announce(dataset: PreparedDataSet, loop: TrainingLoop, options: TrainOption
         + (" (chosen automatically)" if options.batch_size == "auto" else ""),
         flush=True,
     )
+    if held_out is not None:
+        print(
+            f"{len(held_out.rows):,} impressions are held out ({options.validation})",
+            flush=True,
+        )
+    if passes.reason:
+        print(f"{passes.reason} (chosen automatically)", flush=True)
+    if options.clip_gradients is not None:
+        print(
+            f"gradients of the towers are clipped at norm {options.clip_gradients:g}; those of "
+            "tables are not",
+            flush=True,
+        )
 
 
 def _keep_plan(plan: PlanFile, path: Path) -> None:
@@ -311,6 +434,8 @@ def _resume(
     data = config["history"][-1]["data"]
     if run.data_of(loaded.step) != data["fingerprint"]:
         state |= {"reader": loop.reader.state_dict(), "seconds": 0.0}
+        for rank_state in rank_states:
+            (rank_state or {}).pop(Validate.__name__, None)  # of other rows
         if ranks.is_first:
             print(
                 f"{data['path']} is not the data that step {loaded.step} was trained on: training "
@@ -320,6 +445,9 @@ def _resume(
     loop.load_state_dict(
         state, [rank_state for rank_state in rank_states if rank_state is not None]
     )
+    for callback in loop.callbacks:
+        if isinstance(callback, Validate):
+            callback.stop_if_done(loop)
     if wanted is not None or loop.step < loop.last_step:
         ranks.from_first(lambda: run.resume_from(loop.step, config))
     return checkpoint

@@ -101,6 +101,7 @@ class Trainer:
             sparse_lr=options.sparse_lr,
             dense_lr=options.dense_lr,
             weight_decay=options.weight_decay,
+            clip_gradients=options.clip_gradients,
         )
         self._device = ranks.device
         self._pipeline = (

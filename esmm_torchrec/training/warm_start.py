@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.checkpoints.files import model_checkpoint
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.runs.run_folder import RunFolder
@@ -18,7 +18,7 @@ from esmm_torchrec.training.options import TrainOptions
 
 
 def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOptions) -> Path:
-    """The last checkpoint of a run, which a new run may start from.
+    """The checkpoint with the model of a run, which a new run may start from.
 
     Args:
         path: of the other run.
@@ -41,7 +41,7 @@ def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOption
     if differs:
         raise RunError(f"{path} has {differs}; give the same option to start from it")
     _check_features(run, dataset)
-    checkpoint = find_checkpoint(run.checkpoints)
+    checkpoint = model_checkpoint(run.checkpoints)
     if checkpoint is None:
         raise RunError(f"{path} has no checkpoint yet; wait for its first one")
     return checkpoint

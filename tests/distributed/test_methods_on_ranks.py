@@ -51,7 +51,14 @@ from tests.ranks import run_on_ranks
 ALL_METHODS = tuple(METHODS)
 GLOBAL_BATCH = 16
 OPTIONS = TrainOptions(
-    embedding_dim=8, tower=(12, 6), sparse_lr=0.05, dense_lr=0.005, epochs=2, seed=3, device="cpu"
+    embedding_dim=8,
+    tower=(12, 6),
+    first_order=False,
+    sparse_lr=0.05,
+    dense_lr=0.005,
+    epochs=2,
+    seed=3,
+    device="cpu",
 )
 WORKLOAD = Workload(GLOBAL_BATCH)
 CELLS = 20

@@ -31,7 +31,7 @@ from esmm_torchrec.training.run import train
 from tests.prepared_data import ROWS, write_data_set
 from tests.ranks import run_on_ranks
 
-OPTIONS = TrainOptions(batch_size=64, embedding_dim=8, tower=(16, 8), seed=3)
+OPTIONS = TrainOptions(batch_size=64, embedding_dim=8, tower=(16, 8), epochs=1, seed=3)
 
 
 def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:

@@ -30,6 +30,7 @@ EPOCHS = 2
 BASE = TrainOptions(
     embedding_dim=8,
     tower=(12, 6),
+    first_order=False,
     sparse_lr=0.05,
     dense_lr=0.002,
     epochs=EPOCHS,

@@ -19,10 +19,16 @@ from tests.prepared_data import write_data_set
 from tests.ranks import run_on_ranks
 
 OPTIONS = TrainOptions(
-    batch_size=32, embedding_dim=8, tower=(16, 8), sharding="table_wise", device="cpu", seed=3
+    batch_size=32,
+    embedding_dim=8,
+    tower=(16, 8),
+    epochs=1,
+    sharding="table_wise",
+    device="cpu",
+    seed=3,
 )
 WORDS = ["--batch-size", "32", "--embedding-dim", "8", "--tower", "16", "8"]
-WORDS += ["--sharding", "table_wise", "--device", "cpu", "--seed", "3"]
+WORDS += ["--epochs", "1", "--sharding", "table_wise", "--device", "cpu", "--seed", "3"]
 """The same options."""
 
 NODE_SECONDS = 150

@@ -35,7 +35,7 @@ RUN_PAGES = (
 )
 """Pages whose commands are run in order; those of other pages need more ranks, data or hours."""
 SMALL = {
-    "train": ["--tower", "8", "--embedding-dim", "4"],
+    "train": ["--tower", "8", "--embedding-dim", "4", "--epochs", "1"],
     "compare": ["--trials", "1", "--epochs", "1", "--seeds", "1"],
     "generate": ["--impressions", "2000"],
 }

@@ -54,7 +54,7 @@ class Separate(Architecture):
         for head in heads:
             prefix = "" if head is heads[-1] else head.name
             name = head.starts_as or head.name
-            features = builder.features(name, prefix=prefix)
-            tower = builder.over(features, name, partial(builder.tower, head))
+            features = builder.features(name, num_logits=1, prefix=prefix)
+            tower = builder.over(features, name, partial(builder.tower, head), num_logits=1)
             networks[head.name] = Network(features, tower)
         return SeparateNetworks(networks)

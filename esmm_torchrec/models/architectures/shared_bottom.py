@@ -22,14 +22,14 @@ def over_shared_embeddings(
         towers: builds a module that maps that many features to `Logits`.
     """
     name = heads[-1].starts_as or heads[-1].name
-    features = builder.features(name)
+    features = builder.features(name, num_logits=len(heads))
     return ESMM(
         features.embedding_bag_collection,
         features.weighted_embedding_bag_collection,
         features.shared_embedding_bag_collection,
         features.shared_weighted_embedding_bag_collection,
         dense_in_features=features.dense_in_features,
-        towers=builder.over(features, name, towers),
+        towers=builder.over(features, name, towers, num_logits=len(heads)),
     )
 
 

@@ -75,7 +75,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(run: Path, data: Path, *more: str) -> None:
     given = ["--data", str(data), "--out", str(run), "--batch-size", "64"]
-    main(["train", *given, "--embedding-dim", "8", "--tower", "16", "--sparse-lr", "0.5", *more])
+    main(
+        [
+            "train",
+            *given,
+            "--embedding-dim",
+            "8",
+            "--tower",
+            "16",
+            "--sparse-lr",
+            "0.5",
+            *(more if "--epochs" in more else ("--epochs", "1", *more)),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from tests.prepared_data import description_of, write_data_set
 
 TRAIN_ROWS, TEST_ROWS = 300, 120
 MODEL = ["--embedding-dim", "8", "--tower", "16", "8", "--batch-size", "32"]
+MODEL += ["--epochs", "1"]
 STEPS = -(-TRAIN_ROWS // 32)
 PROGRESS = ("Laying out ", "Training: ")
 

@@ -23,7 +23,9 @@ from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.prepared_data import write_data_set
 
-OPTIONS = TrainOptions(batch_size=20, embedding_dim=8, tower=(8,), dense_lr=0.01, shuffle_chunk=1)
+OPTIONS = TrainOptions(
+    batch_size=20, embedding_dim=8, tower=(8,), epochs=1, dense_lr=0.01, shuffle_chunk=1
+)
 DIVERGING = replace(OPTIONS, dense_lr=1e30, sparse_lr=1e30, checkpoint_every=1)
 
 

@@ -19,7 +19,7 @@ from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.prepared_data import ROWS, write_data_set
 
-OPTIONS = TrainOptions(batch_size=40, embedding_dim=8, tower=(8,), sparse_lr=0.2)
+OPTIONS = TrainOptions(batch_size=40, embedding_dim=8, tower=(8,), epochs=1, sparse_lr=0.2)
 STILL = replace(OPTIONS, sparse_lr=1e-30, dense_lr=1e-30, max_steps=1)
 """Trains without changing a weight."""
 NEW_ITEMS = 15

@@ -1,0 +1,140 @@
+"""How many passes over the training half a run takes, if `epochs` is "auto".
+
+Few rows need several passes and many rows need one: in a second pass the embeddings of a large
+model overfit. In between, the number is searched: the model is trained on a part of the rows until
+it stops improving on the others, and then trained anew on all rows for the number of passes that
+was best, so that no row is lost for validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from esmm_torchrec.data.stream import Split, StreamedSplit
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.sharding.planner import Workload
+from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.fit import (
+    automatic_batch_size,
+    build_loop,
+    training_part,
+)
+from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.validation import Validate, hold_out
+
+MAX_SEARCHED_ROWS = 500_000
+"""From this many rows on, one pass is taken unless a validation share is given."""
+
+SEARCH_SHARE = 0.2
+"""Share of the rows that a search holds out."""
+
+MAX_PASSES = 30
+PATIENCE = 2
+"""Passes without an improvement after which training stops."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The number of passes, and where it comes from."""
+
+    epochs: int
+    """The last one that may be needed."""
+    reason: str
+    """A sentence for a person; empty if the options give the number."""
+    search: Mapping[str, Any] | None = None
+    """What the search measured, as `Validate.report`."""
+
+
+def choose_passes(
+    split: Split,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    num_rows: int,
+    workload: Workload,
+    pctr: np.ndarray | None = None,
+    continues: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Passes:
+    """The number of passes of a run; to be called on every rank.
+
+    Args:
+        split: the training half.
+        options: of the run.
+        ranks: this process among the others.
+        num_rows: rows that the method trains on.
+        workload: as in `fit.build_loop`.
+        pctr: as in `fit.training_part`.
+        continues: whether an earlier training on other rows is continued.
+        say: shows a line to a person; called on rank 0.
+    """
+    if options.epochs != "auto":
+        return Passes(options.epochs, "")
+    if options.validation_share:
+        return Passes(
+            MAX_PASSES, f"until {PATIENCE} passes in a row do not improve the held-out part"
+        )
+    if continues or options.max_steps is not None:
+        return Passes(1, "one pass, as always after other data and with a number of steps")
+    if isinstance(split, StreamedSplit):
+        return Passes(1, "one pass, as the data are streamed")
+    if num_rows >= MAX_SEARCHED_ROWS:
+        return Passes(1, f"one pass, as there are {MAX_SEARCHED_ROWS:,} rows or more")
+    try:
+        held_out = hold_out(split, share=SEARCH_SHARE, by=options.validation)
+        part = training_part(split, options, within=held_out.kept, pctr=pctr)
+    except DataError as error:
+        return Passes(1, f"one pass, as the number cannot be searched ({error})")
+    if ranks.is_first:
+        say(
+            f"searching the number of passes on {part.num_rows:,} rows, "
+            f"{len(held_out.rows):,} held out"
+        )
+    batch_size = options.batch_size
+    if batch_size == "auto":
+        batch_size = automatic_batch_size(num_rows, ranks.device)
+    validate = Validate(
+        split,
+        held_out,
+        patience=PATIENCE,
+        shared_features=options.shared_features,
+        log=lambda _, figures: say(_line(figures)),
+    )
+    loop = build_loop(
+        split,
+        replace(options, batch_size=batch_size),
+        ranks,
+        part=part,
+        workload=workload,
+        epochs=MAX_PASSES,
+        callbacks=(validate,),
+    )
+    loop.run()
+    best = validate.best
+    if best is None:
+        return Passes(
+            1, "one pass, as nothing can be measured on the held-out part", validate.report()
+        )
+    epochs = round(best["epoch"])
+    return Passes(
+        epochs,
+        f"{epochs} {'pass' if epochs == 1 else 'passes'} over all rows, the best number for "
+        f"{len(held_out.rows):,} held-out rows",
+        validate.report(),
+    )
+
+
+def _line(figures: Mapping[str, float]) -> str:
+    """The figures of a pass, for a person."""
+    aucs = [
+        f"{key.removeprefix('validation_').removesuffix('_auc').upper()} AUC {value:.4f}"
+        for key, value in figures.items()
+        if key.endswith("_auc")
+    ]
+    mean = figures.get("validation_mean_ne")
+    known = "not measurable" if mean is None else f"mean normalised entropy {mean:.4f}"
+    return f"  held out, pass {figures['epoch']:g}: {known}, {', '.join(aucs)}"
