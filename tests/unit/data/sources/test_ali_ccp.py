@@ -19,6 +19,7 @@ from esmm_torchrec.data.prepared_form import SPLITS, Statistics
 from esmm_torchrec.data.sources.ali_ccp.prepare import UNCLICKED_CONVERSIONS, prepare_ali_ccp
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
+from tests.mutations import mutated
 
 COMMON_FIELDS = ["101", "109_14", "110_14", "127_14", "150_14", "121", "122", "124", "125", "126"]
 COMMON_FIELDS += ["127", "128", "129"]
@@ -703,3 +704,38 @@ def test_wrong_truth_is_refused(tmp_path: Path, change, sentence):
     (raw / "truth.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"truth\.parquet is not a Parquet file"):
         prepare_ali_ccp(raw, tmp_path / "out")
+
+
+def lines_in(raw: Path, name: str) -> int:
+    return sum(map(bool, (raw / name).read_bytes().split(b"\n")))
+
+
+@pytest.mark.parametrize(
+    "mutations", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_damaged_files_are_read_line_by_line_or_refused(mutations: int, tmp_path: Path):
+    """Every line becomes a row or is counted as dropped; if none is, all values are right."""
+    raw = write_random(tmp_path / "raw", users=5)
+    random, files = np.random.default_rng(0), sorted(raw.glob("*.csv"))
+    compared = 0
+    for _ in range(mutations):
+        file = files[int(random.integers(len(files)))]
+        content = file.read_bytes()
+        file.write_bytes(mutated(content, random))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        try:
+            data_set = small(tmp_path, max_bad_rows=10_000)
+        except DataError:
+            pass
+        else:
+            for split in SPLITS:
+                lines = lines_in(raw, f"sample_skeleton_{split}.csv")
+                lines += lines_in(raw, f"common_features_{split}.csv")
+                of_split = data_set.splits[split]
+                rows = of_split.impressions + of_split.shared_rows
+                assert rows + sum(data_set.dropped[split].values()) == lines
+            if all(set(data_set.dropped[split]) <= {UNCLICKED_CONVERSIONS} for split in SPLITS):
+                assert_equals_plain(data_set, raw, 1)
+                compared += 1
+        file.write_bytes(content)
+    assert compared > 0

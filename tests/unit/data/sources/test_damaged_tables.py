@@ -18,6 +18,7 @@ import pytest
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError
+from tests.mutations import mutated
 
 HILLSTROM = Path(
     os.environ.get(
@@ -37,31 +38,6 @@ def log_rows() -> pd.DataFrame:
     frame = pd.read_csv(HILLSTROM, nrows=20_000, dtype=str)
     some = frame[frame["conversion"] == "1"][: ROWS // 4]
     return pd.concat([some, frame[: ROWS - len(some)]], ignore_index=True)
-
-
-def mutated(content: bytes, random: np.random.Generator) -> bytes:
-    """The content with one to three changes."""
-    data = bytearray(content)
-    for _ in range(int(random.integers(1, 4))):
-        place = int(random.integers(len(data)))
-        match int(random.integers(6)):
-            case 0:
-                data[place] ^= 1 << int(random.integers(8))
-            case 1:
-                data[place] = int(random.integers(256))
-            case 2:
-                data[place:place] = bytes(random.choice(list(b'",\n\r;\x00\xff-0 '), 1).tolist())
-            case 3:
-                del data[place : place + int(random.integers(1, 60))]
-            case 4:
-                data[place:place] = data[place // 2 : place // 2 + int(random.integers(1, 200))]
-            case 5 if random.random() < 0.3:
-                del data[place:]
-            case _:
-                data[place : place + 1] = b'"'
-        if not data:
-            break
-    return bytes(data)
 
 
 def prepare(path: Path, out: Path) -> PreparedDataSet:
