@@ -10,6 +10,8 @@
 #                make paper-full: at the rates of the paper's Public data set as well; make paper-small:
 #                a minute of it; make paper-grid: over CVR, correlation and volume
 # make first-model   `train` at its defaults beside scikit-learn; HILLSTROM=hillstrom.csv adds that log
+# make after     the methods that came after ESMM, and its towers, compared at the paper's rates in small worlds;
+#                make after-small: without tuning, in worlds of a quarter of the size
 # make bench     the figures of speed, the short form; make bench-full: all of them
 # DEVICE=cuda    CUDA builds and NCCL instead of the CPU and gloo
 
@@ -25,7 +27,7 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install train test test-slow test-spark test-newest docs ground-truth first-model paper paper-full paper-small paper-grid bench bench-full check format clean
+.PHONY: install train test test-slow test-spark test-newest docs ground-truth first-model paper paper-full paper-small paper-grid after after-small bench bench-full check format clean
 
 install: $(INSTALLED)
 
@@ -92,6 +94,15 @@ paper-small: install
 paper-grid: paper
 	$(BIN)/python benchmarks/methods_grid.py --settings paper --out bench/methods-grid
 
+# What came after, in worlds of the paper's rates of 1 000 000 training impressions.
+after: install
+	$(BIN)/esmm-torchrec compare --out after --methods after --seeds 3 --trials 2 --epochs 2 \
+		--world.impressions 2000000
+
+after-small: install
+	$(BIN)/esmm-torchrec compare --out after-small --methods after --seeds 3 --trials 1 --epochs 1 \
+		--world.impressions 500000
+
 bench: install
 	mkdir -p bench
 	$(BIN)/python benchmarks/training_speed.py --out bench/training_speed.json
@@ -122,4 +133,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) site runs generated paper paper-full paper-small bench
+	rm -rf $(VENV) $(NEWEST) site runs generated paper paper-full paper-small after after-small bench

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,8 @@ class Options:
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
     device: DeviceOption = "auto"
     """auto: CUDA where there is a GPU for each rank."""
+    calibrated: bool = False
+    """Measure the probabilities as 'calibrate' has calibrated them."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
     """Also calibration for each value of these fields: single-valued id features, or dense ones in
     tenths. The table shows the values that deviate most, --json all of them."""
@@ -68,12 +70,15 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
     other = None if options.against is None else _read(options.against, options)
     fields = {field: field_values(dataset, split, field) for field in options.by}
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
+    calibration = folder.calibration(step) if options.calibrated else None
     model = restore(
         folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
     )
     scored = score_split(model, split, ranks, batch_size=options.batch_size)
     if scored is None:
         return
+    if calibration is not None:
+        scored = replace(scored, scores=calibration.apply(scored.scores, scored.tasks))
     metrics = measure(scored)
     if other is not None:
         metrics["test"] |= relative_improvements(metrics["test"], other)

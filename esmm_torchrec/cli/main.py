@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "compare conversion methods: a table, a figure and a report",
     ),
     "evaluate": ("cli.evaluate", "measure a trained model on a split"),
+    "calibrate": ("cli.calibrate", "fit a calibration of a model's probabilities"),
     "score": (
         "cli.score",
         "write pCTR, pCVR and pCTCVR of every impression to Parquet",

@@ -15,6 +15,8 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 Scores = NDArray[np.floating]
 
+_OPTIONAL = ("weight", "group_id", "common_ctr_logit", "true_ctr", "true_cvr")
+
 
 @dataclass(frozen=True)
 class ScoredImpressions:
@@ -74,6 +76,20 @@ class ScoredImpressions:
     def size(self) -> int:
         """n."""
         return len(self.labels[self.tasks.labels[0]])
+
+    def of(self, rows: NDArray[np.bool_]) -> ScoredImpressions:
+        """Some of the impressions.
+
+        Args:
+            rows: bool (n,).
+        """
+        columns = {name: getattr(self, name) for name in _OPTIONAL}
+        return ScoredImpressions(
+            {label: column[rows] for label, column in self.labels.items()},
+            {name: score[rows] for name, score in self.scores.items()},
+            self.tasks,
+            **{name: None if c is None else c[rows] for name, c in columns.items()},
+        )
 
     def happened(self, task: str) -> NDArray[np.bool_]:
         """bool (n,), the impressions with the task called `task` and all tasks before it."""

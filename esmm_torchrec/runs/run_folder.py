@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from esmm_torchrec.checkpoints.files import find_checkpoint, remove_later, write_durably
 from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.models.methods import ModelOptions
 from esmm_torchrec.runs.lock import LOCK, RunLock
 from esmm_torchrec.schema import Schema
@@ -40,6 +41,9 @@ FORMAT_VERSION = 2
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
 _PASSES = "passes.json"
+CALIBRATION = "calibration.json"
+"""File of a run that 'calibrate' writes."""
+
 _DESCRIPTION = "dataset.json"
 """Of a prepared data set."""
 
@@ -246,6 +250,29 @@ class RunFolder:
     def pctr(self) -> Path:
         """File of the pCTR that a method chose its rows by; only such methods have it."""
         return self.path / "pctr.npz"
+
+    def calibration(self, step: int) -> Calibration:
+        """What 'calibrate' fitted to the checkpoint of a step.
+
+        Raises:
+            RunError: there is none, or it is of another step.
+        """
+        file = self.path / CALIBRATION
+        try:
+            values = json.loads(file.read_text())
+            found = Calibration.from_dict(values)
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path} has no {CALIBRATION}; run 'esmm-torchrec calibrate' first"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{file} is damaged; run 'esmm-torchrec calibrate' again") from None
+        if values["step"] != step:
+            raise RunError(
+                f"{file} is of step {values['step']} and the model is of step {step}; run "
+                "'esmm-torchrec calibrate' again"
+            )
+        return found
 
     def resume_from(self, step: int, config: Mapping[str, Any]) -> RunFolder:
         """Drops everything after a step, which is done again, and records how the run is resumed;

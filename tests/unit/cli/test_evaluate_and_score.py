@@ -18,6 +18,8 @@ import pytest
 
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.sources.tabular import prepare_table
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.predictor import Predictor
 
 SCORES = ["sample_id", "pctr", "pcvr", "pctcvr"]
@@ -132,6 +134,29 @@ def test_a_field_that_is_not_there_is_named(
     assert said.startswith("--by colour is not a feature of the data set; choose from user, shop")
     said = _refused(["evaluate", *given, "--against", str(folder / "no.json")], capsys)
     assert "does not hold figures of the test half" in said
+
+
+def test_a_model_is_calibrated_on_the_test_half(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = str(tmp_path / "run"), str(folder / "data")
+    shutil.copytree(folder / "run", run)
+    main(["calibrate", run, "--data", data, "--kind", "platt"])
+    shown = capsys.readouterr().out
+    assert re.search(r"^test half +PCOC +calibrated +ECE +calibrated +NE +calibrated$", shown, re.M)
+    recorded = json.loads((folder / "run" / "metrics.json").read_text())["test"]
+    assert re.search(rf"^cvr +{recorded['cvr_pcoc']:.4f} ", shown, flags=re.M)
+    main(["evaluate", run, "--data", data, "--calibrated", "--json", str(tmp_path / "c.json")])
+    calibrated = json.loads((tmp_path / "c.json").read_text())["test"]
+    # Where it was fitted, the intercept makes the sums equal.
+    assert calibrated["cvr_pcoc"] == pytest.approx(1, abs=1e-3)
+    assert calibrated["cvr_auc"] == pytest.approx(recorded["cvr_auc"])
+    found = RunFolder.open(Path(run)).calibration(LAST_STEP)
+    assert set(found.curves) == {"ctr", "cvr"}
+    with pytest.raises(RunError, match="is of step 14 and the model is of step 3"):
+        RunFolder.open(Path(run)).calibration(3)
+    with pytest.raises(RunError, match="run 'esmm-torchrec calibrate' first"):
+        RunFolder.open(folder / "run").calibration(LAST_STEP)
 
 
 def test_the_training_split_is_another_one(

@@ -1,0 +1,108 @@
+"""`esmm-torchrec calibrate`: also under torchrun, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from esmm_torchrec.cli.terminal import aligned
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.subsets import user_hash
+from esmm_torchrec.metrics.calibration import CalibrationKind, fit_calibration
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.runs.restore import restore
+from esmm_torchrec.runs.run_folder import CALIBRATION, RunFolder
+from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
+from esmm_torchrec.serving.scorer import score_split
+from esmm_torchrec.sharding.planner import ShardingOption
+from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+
+_FIGURES = ("calibration", "ece", "ne")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fit a calibration of a model's probabilities on the test half of a prepared data set.
+
+    It is written to RUN/calibration.json, and 'evaluate --calibrated' applies it. Calibrate on data
+    that the model was not trained on, and measure on others.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """The run folder."""
+    data: Path
+    """The prepared data set whose test half is used; its vocabularies must be those of the
+    training."""
+    kind: CalibrationKind = "isotonic"
+    """isotonic needs many labels, platt (two numbers for each task) few."""
+    batch_size: int = 8192
+    """Impressions per rank and step."""
+    sharding: ShardingOption = "auto"
+    """How tables are placed on the ranks at hand."""
+    step: int | None = None
+    """Of the checkpoint; the last one if not given."""
+    device: DeviceOption = "auto"
+    """auto: CUDA where there is a GPU for each rank."""
+
+
+def run(options: Options) -> None:
+    """Calibrates on the ranks torchrun started, or on one."""
+    with process_group(options.device) as ranks:
+        _calibrate(options, ranks)
+
+
+def _calibrate(options: Options, ranks: Ranks) -> None:
+    folder = RunFolder.open(options.run)
+    folder.check_data(options.data)
+    dataset = PreparedDataSet.open(options.data)
+    split = MappedSplit.open(
+        dataset, "test", history_weights=folder.config["options"]["history_weights"]
+    )
+    step = ranks.from_first(lambda: chosen_step(folder, options.step))
+    model = restore(
+        folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
+    )
+    scored = score_split(model, split, ranks, batch_size=options.batch_size)
+    if scored is None:
+        return
+    before = measure(scored)["test"]
+    after = _out_of_fold(scored, user_hash(split, "fold") < 0.5, options.kind)
+    calibration = fit_calibration(scored, options.kind)
+    folder.write_json(
+        CALIBRATION,
+        calibration.to_dict()
+        | {"step": step, "data": str(options.data.resolve()), "impressions": scored.size},
+    )
+    rows = [["test half", "PCOC", "calibrated", "ECE", "calibrated", "NE", "calibrated"]]
+    for name, *_ in scored.tasks.probabilities:
+        if name in scored.scores:
+            pairs = [(before[f"{name}_{key}"], after.get(f"{name}_{key}")) for key in _FIGURES]
+            rows.append([name, *("–" if v is None else f"{v:.4f}" for pair in pairs for v in pair)])
+    print("\n".join(aligned(rows)))
+    print("calibrated: each half of the users by what the other half fits")
+    print(described(folder, step))
+    print(f"{options.kind} calibration: {folder.path / CALIBRATION}")
+
+
+def _out_of_fold(
+    scored: ScoredImpressions, first: np.ndarray, kind: CalibrationKind
+) -> Mapping[str, Any]:
+    """Figures of scores calibrated by the other half of the users."""
+    halves = {part: scored.of(part_rows) for part, part_rows in ((0, first), (1, ~first))}
+    calibrated = {
+        part: fit_calibration(halves[1 - part], kind).apply(halves[part].scores, scored.tasks)
+        for part in halves
+    }
+    scores = {}
+    for name, own in calibrated[0].items():
+        values = np.empty(scored.size, own.values.dtype)
+        values[first], values[~first] = own.values, calibrated[1][name].values
+        scores[name] = replace(own, values=values)
+    return measure(replace(scored, scores=scores, true_ctr=None, true_cvr=None))["test"]

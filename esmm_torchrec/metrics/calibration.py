@@ -1,0 +1,152 @@
+"""Calibration of a model's scores after training, one curve for each task of the chain.
+
+A curve maps the score of a conditional probability (of a click, of a conversion given a click) to a
+probability; joint probabilities are products of what the curves give. Curves do not decrease:
+Platt's keeps every ranking within a task, the isotonic one may make scores equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.metrics.probability import Floats, Prediction, product
+from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.tasks import TaskChain
+
+CalibrationKind = Literal["isotonic", "platt"]
+
+
+@dataclass(frozen=True)
+class PlattCurve:
+    """σ(slope · score + intercept)."""
+
+    slope: float
+    intercept: float
+
+    def logits(self, scores: NDArray[np.floating]) -> Floats:
+        """Calibrated logits, float64, of scores in their form (logits, or log-probabilities)."""
+        return self.slope * scores.astype(np.float64) + self.intercept
+
+
+@dataclass(frozen=True)
+class IsotonicCurve:
+    """Linear between points, constant beyond them."""
+
+    scores: tuple[float, ...]
+    """Ascending."""
+    probabilities: tuple[float, ...]
+    """At those scores, in (0, 1): half an impression away from 0 and 1."""
+
+    def logits(self, scores: NDArray[np.floating]) -> Floats:
+        """Calibrated logits, float64."""
+        p = np.interp(scores.astype(np.float64), self.scores, self.probabilities)
+        return np.log(p) - np.log1p(-p)
+
+
+CURVES: Mapping[str, type[PlattCurve] | type[IsotonicCurve]] = {
+    "isotonic": IsotonicCurve,
+    "platt": PlattCurve,
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The curves of a model."""
+
+    kind: CalibrationKind
+    curves: Mapping[str, PlattCurve | IsotonicCurve]
+    """By `Task.rate`: "ctr" and "cvr"."""
+
+    def apply(self, scores: Mapping[str, Prediction], tasks: TaskChain) -> dict[str, Prediction]:
+        """Calibrated scores, by the names of the chain; float32 logits.
+
+        Args:
+            scores: as a model gives them. A task without a curve is left as it is.
+            tasks: the chain.
+        """
+        calibrated: dict[str, Prediction] = {}
+        for task in tasks:
+            own = scores.get(task.rate)
+            curve = self.curves.get(task.rate)
+            if own is not None and curve is not None:
+                own = Prediction(curve.logits(own.values).astype(np.float32), "logit")
+            if own is not None:
+                calibrated[task.rate] = own
+            before = tasks.given(task)
+            if before is None:
+                continue
+            joint_before = calibrated.get(before.joint)
+            if own is not None and joint_before is not None:
+                calibrated[task.joint] = product(joint_before, own)
+            elif task.joint in scores:
+                calibrated[task.joint] = scores[task.joint]
+        return calibrated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is its inverse."""
+        curves = {name: asdict(curve) for name, curve in self.curves.items()}
+        return {"kind": self.kind, "curves": curves}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """The calibration that `to_dict` wrote."""
+        curve = CURVES[values["kind"]]
+        curves = {
+            name: curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+            for name, own in values["curves"].items()
+        }
+        return cls(values["kind"], curves)
+
+
+def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibration:
+    """Fits a curve for each task, over the impressions with the task before it.
+
+    Args:
+        scored: impressions that the model was not trained on.
+        kind: isotonic (Zadrozny and Elkan, KDD 2002), which needs many labels, or platt, a logistic
+            regression on the score (Platt, 1999), which needs few. Both are scikit-learn's.
+
+    Raises:
+        DataError: a task has one class only.
+        OptionError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.isotonic import IsotonicRegression  # noqa: PLC0415
+        from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+    except ModuleNotFoundError:
+        raise OptionError(
+            "calibration needs scikit-learn, which is not installed; "
+            "pip install 'esmm_torchrec[calibration]'"
+        ) from None
+    curves: dict[str, PlattCurve | IsotonicCurve] = {}
+    for task in scored.tasks:
+        prediction, given = scored.scores.get(task.rate), scored.tasks.given(task)
+        if prediction is None:
+            continue
+        rows = slice(None) if given is None else scored.happened(given.name)
+        label = scored.happened(task.name)[rows]
+        if label.all() or not label.any():
+            raise DataError(
+                f"{task.name} has one class only in the {label.size:,} impressions to calibrate "
+                "on; give more of them"
+            )
+        values = prediction[rows].values.astype(np.float64)
+        weights = None if scored.weight is None else scored.weight[rows]
+        if kind == "isotonic":
+            margin = 0.5 / label.size
+            fitted = IsotonicRegression(y_min=margin, y_max=1 - margin, out_of_bounds="clip")
+            fitted.fit(values, label.astype(np.float64), sample_weight=weights)
+            curves[task.rate] = IsotonicCurve(
+                tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist())
+            )
+        else:
+            fitted = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
+            fitted.fit(values[:, None], label, sample_weight=weights)
+            curves[task.rate] = PlattCurve(float(fitted.coef_[0, 0]), float(fitted.intercept_[0]))
+    return Calibration(kind, curves)
