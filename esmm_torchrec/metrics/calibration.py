@@ -7,6 +7,7 @@ Platt's keeps every ranking within a task, the isotonic one may make scores equa
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -117,8 +118,9 @@ def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibra
         OptionError: scikit-learn is not installed.
     """
     try:
-        from sklearn.isotonic import IsotonicRegression  # noqa: PLC0415
-        from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+        isotonic, linear = (
+            importlib.import_module(f"sklearn.{name}") for name in ("isotonic", "linear_model")
+        )
     except ModuleNotFoundError:
         raise OptionError(
             "calibration needs scikit-learn, which is not installed; "
@@ -140,13 +142,15 @@ def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibra
         weights = None if scored.weight is None else scored.weight[rows]
         if kind == "isotonic":
             margin = 0.5 / label.size
-            fitted = IsotonicRegression(y_min=margin, y_max=1 - margin, out_of_bounds="clip")
+            fitted = isotonic.IsotonicRegression(
+                y_min=margin, y_max=1 - margin, out_of_bounds="clip"
+            )
             fitted.fit(values, label.astype(np.float64), sample_weight=weights)
             curves[task.rate] = IsotonicCurve(
                 tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist())
             )
         else:
-            fitted = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
+            fitted = linear.LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
             fitted.fit(values[:, None], label, sample_weight=weights)
             curves[task.rate] = PlattCurve(float(fitted.coef_[0, 0]), float(fitted.intercept_[0]))
     return Calibration(kind, curves)
