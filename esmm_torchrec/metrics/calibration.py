@@ -8,7 +8,7 @@ Platt's keeps every ranking within a task, the isotonic one may make scores equa
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """The calibration that `to_dict` wrote."""
-        curve = CURVES[values["kind"]]
+        curve: Callable[..., PlattCurve | IsotonicCurve] = CURVES[values["kind"]]
         curves = {
             name: curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
             for name, own in values["curves"].items()
