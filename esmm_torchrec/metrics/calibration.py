@@ -97,7 +97,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """The calibration that `to_dict` wrote."""
-        curve: Callable[..., PlattCurve | IsotonicCurve] = CURVES[values["kind"]]
+        curve: Callable[..., Any] = CURVES[values["kind"]]
         curves = {
             name: curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
             for name, own in values["curves"].items()
