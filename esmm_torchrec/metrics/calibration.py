@@ -50,7 +50,7 @@ class IsotonicCurve:
         return np.log(p) - np.log1p(-p)
 
 
-CURVES: Mapping[str, type[PlattCurve] | type[IsotonicCurve]] = {
+CURVES: Mapping[str, Callable[..., Any]] = {
     "isotonic": IsotonicCurve,
     "platt": PlattCurve,
 }
@@ -97,7 +97,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """The calibration that `to_dict` wrote."""
-        curve: Callable[..., Any] = CURVES[values["kind"]]
+        curve = CURVES[values["kind"]]
         curves = {
             name: curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
             for name, own in values["curves"].items()
