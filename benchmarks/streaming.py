@@ -70,9 +70,10 @@ def read_all(split: StreamedSplit, settings: TrainOptions, ranks: Ranks) -> dict
     """Reads an epoch into batches, without training."""
     reader = training_reader(split, settings, ranks, rows_per_step=int(settings.batch_size))
     before, started, cpu = anonymous_bytes(), time.perf_counter(), time.process_time()
-    first, most, rows = 0.0, 0, 0.0
+    first, first_cpu, most, rows = 0.0, 0.0, 0, 0.0
     for batch in reader:
-        first = first or time.perf_counter() - started
+        if not first:
+            first, first_cpu = time.perf_counter() - started, time.process_time() - cpu
         most = max(most, anonymous_bytes() - before)
         assert batch.weight is not None
         rows += float(batch.weight.sum())
@@ -81,6 +82,7 @@ def read_all(split: StreamedSplit, settings: TrainOptions, ranks: Ranks) -> dict
     return {
         "impressions": split.impressions,
         "first_batch_seconds": first,
+        "first_batch_cpu_seconds": first_cpu,
         "rows_per_second": rows / seconds,
         "rows_per_cpu_second": rows / cpu,
         "anonymous_bytes": most,
@@ -141,7 +143,8 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         for of in reading:
             print(
                 f"{of['impressions']:>12,.0f} impressions: first batch after "
-                f"{of['first_batch_seconds']:.2f} s, {of['rows_per_second']:,.0f} rows/s of a "
+                f"{of['first_batch_seconds']:.2f} s ({of['first_batch_cpu_seconds']:.2f} of CPU), "
+                f"{of['rows_per_second']:,.0f} rows/s of a "
                 f"rank, {of['rows_per_cpu_second']:,.0f} rows per CPU second, "
                 f"{of['anonymous_bytes'] / 2**20:,.0f} MiB of a rank"
             )

@@ -11,9 +11,9 @@ import tyro
 
 from esmm_torchrec.cli.terminal import format_metrics, format_slices
 from esmm_torchrec.data.field_values import field_values
-from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import RunError
+from esmm_torchrec.data.stream import StreamedSplit, open_in_order
+from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.metrics.report import measure, relative_improvements
 from esmm_torchrec.metrics.slices import measure_slices
 from esmm_torchrec.runs.restore import restore
@@ -30,8 +30,8 @@ class Options:
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
-    data: Path
-    """The prepared data set; its vocabularies must be those of the training."""
+    data: str
+    """The prepared data set, a folder or its URI, with the vocabularies of the training."""
     split: Literal["train", "test"] = "test"
     """What to measure on."""
     batch_size: int = 8192
@@ -63,12 +63,19 @@ def run(options: Options) -> None:
 def _evaluate(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
     dataset = PreparedDataSet.open(options.data)
-    folder.check_data(options.data)
-    split = MappedSplit.open(
-        dataset, options.split, history_weights=folder.config["options"]["history_weights"]
+    folder.check_data(options.data, dataset.description())
+    split = open_in_order(
+        dataset,
+        options.split,
+        ranks=ranks.world_size,
+        history_weights=folder.config["options"]["history_weights"],
     )
     other = None if options.against is None else _read(options.against, options)
-    fields = {field: field_values(dataset, split, field) for field in options.by}
+    fields = {}
+    if options.by:
+        if isinstance(split, StreamedSplit):
+            raise OptionError("`by` needs a data set on a disk; copy it there, or leave it out")
+        fields = {field: field_values(dataset, split, field) for field in options.by}
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     calibration = folder.calibration(step) if options.calibrated else None
     model = restore(

@@ -142,6 +142,14 @@ class PreparedDataSet(Description):
         return self.root.local
 
     @checks_choices
+    def description(self) -> bytes:
+        """The content of dataset.json.
+
+        Raises:
+            OSError: it cannot be read any more.
+        """
+        return (self.root / DESCRIPTION).read_bytes()
+
     def impression_files(self, split: SplitName) -> list[Path]:
         """Files of the impressions of a split, in the order of their rows."""
         return [self.path / name for name in self.splits[split].impression_files]

@@ -72,17 +72,22 @@ class RowGroups:
             first, place = end, place + 1
         return tables
 
-    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Whole columns in stored order; those of `names` that the data set has.
+    def columns(self, names: Sequence[str], first: int, last: int) -> dict[str, np.ndarray]:
+        """The rows [first, last) of columns, in stored order; those of `names` that there are.
 
         Raises:
             DataError: a file is missing, broken or cannot be read.
         """
         found = [name for name in names if name in self._dataset.impression_columns.names]
-        tables = [
-            self._read(group, self._dataset.impression_columns, only=found)
-            for group in self._groups
-        ]
+        columns = self._dataset.impression_columns
+        tables = [pa.schema([columns.field(name) for name in found]).empty_table()]
+        end = 0
+        for group in self._groups:
+            start, end = end, end + group.rows
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                table = self._read(group, columns, only=found).select(found)
+                tables.append(table.slice(low - start, high - low))
         together = pa.concat_tables(tables)
         return {name: together.column(name).to_numpy() for name in found}
 

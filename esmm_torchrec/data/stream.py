@@ -41,6 +41,9 @@ from esmm_torchrec.data.row_groups import RowGroups
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import SHARED_ROW, WEIGHT, Schema
 
+ORDERED_WINDOW = 1 << 16
+"""Rows of a rank that are laid out at a time where nothing is shuffled."""
+
 
 @dataclass(frozen=True)
 class StreamedSplit:
@@ -73,17 +76,44 @@ class StreamedSplit:
         """Number of rows."""
         return self.dataset.splits[self.name].impressions
 
-    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Whole columns, (N,), in stored order; those of `names` that the data set has.
+    def stretch(self, lane: int) -> tuple[int, int]:
+        """The rows [first, last) of a lane that is not shuffled."""
+        return _bounds(self.impressions, self.lanes, lane)
+
+    def columns(
+        self, names: Sequence[str], first: int = 0, last: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The rows [first, last) of columns, in stored order; those of `names` that there are.
 
         Raises:
             DataError: a file is missing, broken or cannot be read.
         """
-        return RowGroups(self.dataset, self.name).columns(names)
+        last = self.impressions if last is None else last
+        return RowGroups(self.dataset, self.name).columns(names, first, last)
 
 
 Split = MappedSplit | StreamedSplit
 """A split in one of the two ways in which it can be read."""
+
+
+def open_in_order(
+    dataset: PreparedDataSet,
+    name: SplitName,
+    *,
+    ranks: int,
+    history_weights: HistoryWeights,
+) -> Split:
+    """A split that is read once, in stored order: the mapped copy of a data set on a disk; one in
+    a store is streamed, and each rank has a stretch of it.
+
+    Raises:
+        DataError: a file is missing, broken or not what the description says.
+    """
+    if dataset.root.local is not None:
+        return MappedSplit.open(dataset, name, history_weights=history_weights)
+    return StreamedSplit(
+        dataset, name, lanes=ranks, window=ORDERED_WINDOW, history_weights=history_weights
+    )
 
 
 class StreamReader(BatchReader):

@@ -203,26 +203,27 @@ class RunFolder:
         """Shape of the run's model."""
         return ModelOptions.from_dict(self.config["model"])
 
-    def check_data(self, data: Path | str) -> None:
+    def check_data(self, data: Path | str, description: bytes | None = None) -> None:
         """Makes sure that ids and dense values of a data set mean what they meant in training:
         the features, the vocabularies and what dense columns were standardised with are the same.
 
         Args:
-            data: the folder of the data set.
+            data: the folder of the data set, or its name if it is in a store.
+            description: the content of its dataset.json; None: read from the folder.
 
         Raises:
             RunError: they do not, or the run's own description of its data is broken.
         """
-        differs = self._difference(Path(data))
+        differs = self._difference(Path(data), description)
         if differs:
             raise RunError(
                 f"{data} {differs} the data of {self.path}; give the data set that the run was "
                 "trained on, or score its raw rows"
             )
 
-    def _difference(self, data: Path) -> str | None:
+    def _difference(self, data: Path, description: bytes | None = None) -> str | None:
         """In what a data set differs from that of the run; None if ids and values mean the same."""
-        own, other = _encoding(self.preprocessing), _encoding(data)
+        own, other = _encoding(self.preprocessing), _encoding(data, description)
         if other["schema"] != own["schema"]:
             return "has other features or vocabularies than"
         if other["vocabularies"] != own["vocabularies"]:
@@ -398,21 +399,21 @@ class RunFolder:
         _partial(path).rename(path)
 
 
-def _encoding(folder: Path) -> dict[str, Any]:
+def _encoding(folder: Path, description: bytes | None = None) -> dict[str, Any]:
     """What turned raw values into those of a prepared data set."""
     try:
-        description = json.loads((folder / _DESCRIPTION).read_text())
-        checksums = description["checksums"].items()
+        content = description or (folder / _DESCRIPTION).read_bytes()
+        values = json.loads(content)
         return {
             # One that was appended to has them below a day.
             "vocabularies": {
                 table: checksum
-                for name, checksum in checksums
+                for name, checksum in values["checksums"].items()
                 for _, folder, table in [name.rpartition("vocabulary/")]
                 if folder
             },
-            "dense": description["statistics"]["dense"],
-            "schema": description["schema"],
+            "dense": values["statistics"]["dense"],
+            "schema": values["schema"],
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); make it again") from None

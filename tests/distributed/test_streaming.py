@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,12 +17,14 @@ import torch.distributed as dist
 from esmm_torchrec.data import prepared_writer
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.stream import StreamedSplit
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.scorer import score_split
+from esmm_torchrec.serving.streamed_scores import score_streamed
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.fit import build_loop, training_part
@@ -109,6 +112,18 @@ def _measured(run: Path, data: Path) -> dict[str, Any] | None:
         return on_rank(ranks)
 
 
+def _scored(run: Path, data: str | Path, out: Path) -> None:
+    def on_rank(ranks: Ranks) -> None:
+        split = StreamedSplit(PreparedDataSet.open(data), "test", lanes=ranks.world_size, window=60)
+        model = restore(RunFolder.open(run), ranks, batch_size=64, sharding="table_wise")
+        score_streamed(model, split, out, ranks, batch_size=50)
+        with pytest.raises(RunError, match="holds scores already"):
+            score_streamed(model, split, out, ranks, batch_size=50)
+
+    with process_group("cpu") as ranks:
+        on_rank(ranks)
+
+
 def test_one_two_and_four_ranks_have_the_same_losses(data: Path) -> None:
     (one,) = run_on_ranks(1, _losses, data)
     assert len(one) == 2 * STEPS_PER_EPOCH
@@ -146,6 +161,21 @@ def test_a_streamed_test_half_measures_what_a_mapped_one_does(data: Path, whole:
         assert streamed[part].keys() == mapped[part].keys()
         for name, value in mapped[part].items():
             assert streamed[part][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_each_rank_writes_the_scores_of_its_stretch(data: Path, whole: Path) -> None:
+    """In stored order, the same as on one rank."""
+    tables = []
+    for ranks in (1, 2):
+        out = data.parent / f"scores-of-{ranks}"
+        run_on_ranks(ranks, _scored, whole, data, out)
+        files = json.loads((out / "scores.json").read_text())["files"]
+        assert len(files) == ranks
+        assert sum(file["rows"] for file in files) == ROWS["test"]
+        tables.append(pd.concat([pd.read_parquet(out / file["file"]) for file in files]))
+    assert tables[0]["sample_id"].tolist() == list(range(1, ROWS["test"] + 1))
+    for name, column in tables[0].items():
+        np.testing.assert_allclose(tables[1][name], column, atol=1e-5)
 
 
 @pytest.mark.parametrize(
