@@ -1,6 +1,6 @@
 """The paper's Product data set on 64 GPUs, calculated from measured rates.
 
-    python benchmarks/product_on_paper.py [--gpus 64] [--rows-per-cpu-second 400000] …
+    python benchmarks/product_on_paper.py [--gpus 64] [--rows-per-cpu-second 300000] …
 
 Nothing of this size is run. Each rate is an option, and its default is named with its source.
 """
@@ -34,8 +34,8 @@ class Options:
     """Of `prepare table`, one thread."""
     layout_rows_per_second: float = 508_000
     """Of writing the mapped copy, one thread."""
-    rows_per_cpu_second: float = 400_000
-    """Of the streaming reader, from Parquet to batches."""
+    rows_per_cpu_second: float = 300_000
+    """Of the streaming reader, from Parquet to batches (docs/scale.md, the lower figure)."""
     rows_per_gpu_second: float = 300_000
     """Trained on one GPU: an assumption, no rate of this library on so many."""
     lanes: int = 64

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,14 @@ from impressions import write_impressions  # noqa: E402
 
 from esmm_torchrec.batch import ImpressionBatch  # noqa: E402
 from esmm_torchrec.data.mapped import CACHE_FOLDER, MappedSplit  # noqa: E402
-from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
+from esmm_torchrec.data.reader import STEPS_PER_BLOCK, ImpressionReader  # noqa: E402
 from esmm_torchrec.sharding.planner import Workload  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
 from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 
 WARM_UP_STEPS = 5
-RANK_BATCH_SIZE, RANK_STEPS = 1024, 60
+RANK_BATCH_SIZE, RANK_TURNS = 1024, 5
 IN_MEMORY, THROUGH_READER = "batches in memory", "through the reader"
 
 
@@ -88,22 +89,16 @@ def measure_ranks(options: Options, folder: Path) -> dict[str, Any]:
                 rows_per_step=min(RANK_BATCH_SIZE * world_size, split.impressions),
                 exchange=exchange,
             )
-            stream = iter(reader)
-            next(stream)  # the order of the rows has been drawn
-            steps, started = 0, time.process_time()
-            while steps < RANK_STEPS:
-                for _ in stream:
-                    steps += 1
-                    if steps == RANK_STEPS:
-                        break
-                else:
-                    pause = time.process_time()
-                    reader.load_state_dict({"epoch": reader.epoch + 1, "row": 0})
-                    stream = iter(reader)
-                    next(stream)
-                    started += time.process_time() - pause
-            seconds = (time.process_time() - started) / RANK_STEPS
-            figures.setdefault(str(world_size), {})[name] = seconds * 1e3
+            order = reader._order(0)
+            starts = range(0, reader.num_rows, reader.global_batch_size)[:STEPS_PER_BLOCK]
+            seconds = []
+            for _ in range(RANK_TURNS):
+                started = time.process_time()
+                block = reader._block(order, starts)
+                for step, totals in enumerate(block.counts):
+                    block.batch(step, totals)
+                seconds.append((time.process_time() - started) / len(starts))
+            figures.setdefault(str(world_size), {})[name] = median(seconds) * 1e3
         of = figures[str(world_size)]
         print(f"{world_size:>6}{of['exchange']:>12.2f}{of['all rows']:>12.2f}", flush=True)
     return {"cpu_milliseconds_per_batch": figures}
