@@ -211,6 +211,7 @@ def library_run(folder: Path, out: Path, options: Options, seed: int, method: st
     """metrics.json of the library's own training, on one rank."""
     arguments = ["train", "--data", folder, "--out", out, "--method", method, "--seed", seed]
     arguments += ["--batch-size", options.batch_size, "--tower", *options.tower]
+    arguments += ["--epochs", 1, "--no-first-order"]
     _command(*arguments)
     return json.loads((out / "metrics.json").read_text())
 

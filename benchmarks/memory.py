@@ -55,7 +55,7 @@ def run(data: Path, folder: Path, options: Options) -> list[Sample]:
     """Trains, and samples a few times a second until the process ends."""
     command = [sys.executable, "-m", "esmm_torchrec", "train", "--data", str(data)]
     command += ["--out", str(folder), "--batch-size", str(options.batch_size)]
-    command += ["--sparse-optimizer", options.sparse_optimizer, "--device", "cpu"]
+    command += ["--sparse-optimizer", options.sparse_optimizer, "--device", "cpu", "--epochs", "1"]
     samples = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None:

@@ -159,6 +159,7 @@ def library(
         sparse_lr=SPARSE_LR,
         dense_lr=DENSE_LR,
         dtype=dtype,
+        first_order=False,
         device="cpu",
     )
     trainer = build_trainer(

@@ -16,6 +16,7 @@ from tests.ranks import torchrun
 PROGRAM = Path(__file__).parents[2] / "examples" / "train_ali_ccp.py"
 IMPRESSIONS = 6000
 SMALL = ["--batch-size", "512", "--embedding-dim", "8", "--tower", "16", "8"]
+SMALL += ["--epochs", "1"]
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
