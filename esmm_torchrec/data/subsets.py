@@ -69,6 +69,21 @@ def count_ids(split: MappedSplit, rows: np.ndarray | None = None) -> dict[str, n
     return counts
 
 
+def ids_of(split: MappedSplit, feature: str) -> np.ndarray:
+    """The id of a single-valued feature in each impression, int32 (N,); UNKNOWN_ROW if it is
+    missing."""
+    found = np.full(split.impressions, UNKNOWN_ROW, np.int32)
+    for store in (store for stores in split.bags.values() for store in stores):
+        if feature not in store.features:
+            continue
+        place = store.features.index(feature)
+        for rows in _blocks(np.arange(split.impressions)):
+            bags = store.gather(split.scalars[SHARED_ROW][rows] if store.shared else rows)
+            ids = bags.values[list(_features(bags))[place]]
+            found[rows[bags.lengths[place] > 0]] = ids
+    return found
+
+
 def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSplit:
     """The split with every id that is not known turned into the unknown one (row 0).
 

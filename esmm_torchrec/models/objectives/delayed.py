@@ -24,6 +24,14 @@ _RATE = "delay_rate"
 _LATE, _REAL = "delayed_positive", "real_negative"
 
 
+@torch.fx.wrap
+def _of_rows(batch: ImpressionBatch, name: str) -> torch.Tensor:
+    """A label that the rows part gives, float32 (B,); 0 in a batch that is scored, whose loss
+    nobody reads."""
+    found = batch.labels.get(name)
+    return torch.zeros_like(next(iter(batch.labels.values()))) if found is None else found
+
+
 @dataclass(frozen=True)
 class DelayedFeedbackObjective(ConversionObjective):
     """DFM (Chapelle, KDD 2014): the delay is exponential with a rate λ(x) of its own.
@@ -44,8 +52,8 @@ class DelayedFeedbackObjective(ConversionObjective):
             logits[tasks[-1].name],
             logits[_RATE],
             joint_label(batch, tasks.labels),
-            elapsed=batch.labels["elapsed"],
-            delay=batch.labels["delay"],
+            elapsed=_of_rows(batch, "elapsed"),
+            delay=_of_rows(batch, "delay"),
         )
         return losses.weighted_mean(loss, batch.weight, batch.mean_weight)
 
@@ -116,13 +124,13 @@ class ElapsedTimeObjective(ConversionObjective):
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
         """The mean over the rows of the global batch."""
-        labels, logit = batch.labels, logits[tasks[-1].name]
+        logit = logits[tasks[-1].name]
         label = joint_label(batch, tasks.labels)
         late, real = (torch.sigmoid(logits[name]).detach() for name in (_LATE, _REAL))
         positive = label * (1 + late) * F.softplus(-logit)
         negative = (1 - label) * (1 + late) * real * F.softplus(logit)
-        loss = labels[tasks[0].label] * (positive + negative)
+        loss = batch.labels[tasks[0].label] * (positive + negative)
         for name, space in ((_LATE, "matured"), (_REAL, "observed_negative")):
-            entropy = losses.binary_cross_entropy(logits[name], labels[name])
-            loss = loss + labels[space] * entropy
+            entropy = losses.binary_cross_entropy(logits[name], _of_rows(batch, name))
+            loss = loss + _of_rows(batch, space) * entropy
         return losses.weighted_mean(loss, batch.weight, batch.mean_weight)
