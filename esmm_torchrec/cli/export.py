@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import described
 from esmm_torchrec.serving.export import export
+from esmm_torchrec.serving.package import PackageForm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a model as a program of torch, with what turns raw values into its inputs.
+    """Write a model as a package that scores raw rows without TorchRec.
 
-    OUT gets model.pt2 for torch.export.load, inputs.json and README.txt on what it takes and
-    gives, and preprocessing/ with the vocabularies. Neither this library nor TorchRec is needed to
-    run it.
+    OUT gets the program model.pt2, package.json on what it takes and gives, preprocessing/ with
+    the vocabularies, an example and a model card.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """The folder to make."""
+    format: PackageForm = "export"
+    """export: a program for torch.export.load, on any machine. aoti: compiled by AOTInductor for
+    machines like this one, which needs a C++ compiler."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the program runs."""
     step: int | None = None
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
 
 
 def run(options: Options) -> None:
     """Exports, then says what is where."""
-    predictor = export(options.run, options.out, step=options.step)
-    print(described(predictor.run, predictor.step))
-    print(f"exported: {options.out} (model.pt2, inputs.json, README.txt, preprocessing/)")
+    folder = RunFolder.open(options.run)
+    package = export(
+        folder, options.out, form=options.format, step=options.step, device=options.device
+    )
+    print(described(folder, package.step))
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
+    print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md says what is in it)")

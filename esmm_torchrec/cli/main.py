@@ -54,12 +54,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("cli.calibrate", "fit a calibration of a model's probabilities"),
     "score": (
         "cli.score",
-        "write pCTR, pCVR and pCTCVR of every impression to Parquet",
+        "write pCTR, pCVR and pCTCVR of every impression to files",
     ),
     "export": (
         "cli.export",
-        "write a trained model for a process that has torch alone",
+        "write a trained model as a package that needs no TorchRec",
     ),
+    "serve": ("cli.serve", "serve an exported model over HTTP"),
     "plan": (
         "planning.commands.plan",
         "estimate sharding plans for hardware you do not have",

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.sources.raw_tables import BadRows, files_of
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
-from esmm_torchrec.serving.scoring import encode_rows, refuse_existing, remove, score
+from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, identity
+from esmm_torchrec.serving.score_files import ScoreFolder, is_folder, refuse_existing
+from esmm_torchrec.serving.scored_rows import Written, unknown_warnings
+from esmm_torchrec.serving.scoring import encode_rows, remove, score
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write the sample_id, pctr, pcvr and pctcvr of every impression to Parquet, in order."""
+    """Write the sample_id, pctr, pcvr and pctcvr of every impression, in order.
+
+    With a folder as --out, each input file is scored to a file of its own, and an interrupted
+    command goes on where it was.
+    """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     out: Path
-    """The Parquet file to make."""
+    """The file to make, which ends in .parquet, .csv or .arrow, or a folder."""
     data: Path | None = None
     """A prepared data set whose vocabularies are those of the training."""
-    input: Path | None = None
-    """Instead: a Parquet or CSV file with raw ids, columns named as in the data that was prepared;
-    no labels needed."""
+    input: tuple[Path, ...] = ()
+    """Instead: Parquet, Arrow or text files with raw ids, columns named as in the data that was
+    prepared; also folders and patterns of files. No labels needed."""
+    keep: tuple[str, ...] = ()
+    """Columns of --input to write beside the scores."""
+    max_bad_rows: int = 0
+    """Rows of --input that may be impossible to score; their scores are null."""
     split: Literal["train", "test"] = "test"
     """What of --data to score."""
     batch_size: int = 8192
@@ -46,46 +57,117 @@ class Options:
     """auto: CUDA where there is a GPU for each rank."""
 
     def __post_init__(self) -> None:
-        if (self.data is None) == (self.input is None):
+        if (self.data is None) == (not self.input):
             raise OptionError("give either --data or --input, what is to be scored")
+        if self.data is not None and (self.keep or self.max_bad_rows or is_folder(self.out)):
+            raise OptionError("--keep, --max-bad-rows and a folder as --out need --input")
 
 
 def run(options: Options) -> None:
     """Scores on the ranks torchrun started, or on one."""
     with process_group(options.device) as ranks:
-        _score(options, ranks)
+        if options.data is not None:
+            _score_split(options, ranks)
+        else:
+            _score_rows(options, ranks)
 
 
-def _score(options: Options, ranks: Ranks) -> None:
+def _score_split(options: Options, ranks: Ranks) -> None:
+    assert options.data is not None
     folder = RunFolder.open(options.run)
     ranks.from_first(lambda: refuse_existing(options.out))
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
-    with _split(options, folder, ranks) as split:
-        model = restore(
-            folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
-        )
-        score(model, split, options.out, ranks, batch_size=options.batch_size)
+    dataset = PreparedDataSet.open(options.data)
+    folder.check_schema(dataset.schema, options.data)
+    weights = folder.config["options"]["history_weights"]
+    split = MappedSplit.open(dataset, options.split, history_weights=weights)
+    model = restore(
+        folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
+    )
+    score(model, split, options.out, ranks, batch_size=options.batch_size)
     if ranks.is_first:
         print(described(folder, step))
         print(f"{split.impressions:,} impressions scored: {options.out}")
 
 
-@contextmanager
-def _split(options: Options, run: RunFolder, ranks: Ranks) -> Iterator[MappedSplit]:
-    """What is to be scored; raw rows are laid out beside --out for as long as the block lasts."""
-    if options.data is not None:
-        dataset = PreparedDataSet.open(options.data)
-        run.check_data(options.data)
-        weights = run.config["options"]["history_weights"]
-        yield MappedSplit.open(dataset, options.split, history_weights=weights)
-        return
-    rows = options.input
-    assert rows is not None
-    laid_out = options.out.with_name(f"{options.out.name}.rows")
-    ranks.from_first(lambda: refuse_existing(laid_out))
-    try:
-        ranks.from_first(lambda: encode_rows(run, rows, laid_out).impressions)
-        yield MappedSplit.map(laid_out, run.schema)
-    finally:
-        if ranks.is_first:
-            remove(laid_out)
+def _score_rows(options: Options, ranks: Ranks) -> None:
+    folder = RunFolder.open(options.run)
+    jobs, score_folder = ranks.from_first(lambda: _jobs(options, lambda: _made_by(options, folder)))
+    step = ranks.from_first(lambda: chosen_step(folder, options.step))
+    written, bad_rows, models = Written(), BadRows(options.max_bad_rows), []
+    for rows, out in jobs:
+        laid_out = out.with_name(f"{out.name}.rows")
+        ranks.from_first(lambda there=laid_out: refuse_existing(there))
+        bad_before = bad_rows.count
+        try:
+            encoded = ranks.from_first(
+                lambda rows=rows, there=laid_out: encode_rows(
+                    folder, rows, there, keep=options.keep, bad_rows=bad_rows
+                )
+            )
+            if not models:
+                models.append(
+                    restore(
+                        folder,
+                        ranks,
+                        batch_size=options.batch_size,
+                        sharding=options.sharding,
+                        step=step,
+                    )
+                )
+            split = MappedSplit.map(laid_out, folder.schema)
+            score(models[0], split, out, ranks, batch_size=options.batch_size, rows=encoded)
+        finally:
+            if ranks.is_first:
+                remove(laid_out)
+        written.impressions += encoded.written.impressions
+        written.add(encoded.written.counts)
+        if score_folder is not None and ranks.is_first:
+            bad = bad_rows.count - bad_before
+            score_folder.record(rows[0], out, rows=encoded.written.impressions, bad_rows=bad)
+    if ranks.is_first:
+        print(described(folder, step))
+        expected = PreparedDataSet.open(folder.preprocessing, data_files=False)
+        _tell(options, written, bad_rows, expected)
+
+
+Job = tuple[Sequence[Path], Path]
+"""Input files, and the file of their scores."""
+
+
+def _jobs(
+    options: Options, made_by: Callable[[], dict[str, Any]]
+) -> tuple[list[Job], ScoreFolder | None]:
+    """What is still to be scored, and the folder it goes to, if it is one."""
+    inputs = [file for path in options.input for file in files_of(path)]
+    if not is_folder(options.out):
+        refuse_existing(options.out)
+        return [(inputs, options.out)], None
+    folder = ScoreFolder(options.out, made_by())
+    return [([path], out) for path, out in folder.open(inputs)], folder
+
+
+def _made_by(options: Options, run: RunFolder) -> dict[str, Any]:
+    return {
+        "model": identity(run, chosen_step(run, options.step)),
+        "keep": list(options.keep),
+        "max_bad_rows": options.max_bad_rows,
+    }
+
+
+def _tell(options: Options, written: Written, bad_rows: BadRows, training: PreparedDataSet) -> None:
+    """What was scored, what ids it held, and what looks wrong."""
+    usual = {name: of["test"] for name, of in training.statistics.unknown.items()}
+    lines = [["id feature", "missing", "unknown", "unknown in test"]]
+    for name, counts in written.counts.items():
+        missing = counts.missing / max(1, counts.impressions)
+        unknown = counts.unknown / max(1, counts.ids)
+        lines.append([name, f"{missing:.1%}", f"{unknown:.1%}", f"{usual[name]:.1%}"])
+    if len(lines) > 1:
+        print("\n".join(aligned(lines)))
+    for sentence in unknown_warnings(written.counts, usual):
+        print(f"warning: {sentence}")
+    if bad_rows.count:
+        print(f"{bad_rows.count:,} rows without scores; the first of them:")
+        print("\n".join(f"  {sentence}" for sentence in bad_rows.examples))
+    print(f"{written.impressions:,} impressions scored: {options.out}")

@@ -38,6 +38,11 @@ as-is: unchanged."""
 
 DENSE_METHODS: tuple[DenseMethod, ...] = get_args(DenseMethod)
 
+TOO_FAR = (
+    "too far from its training values for a 32-bit float; fix the value or prepare the column as "
+    "auto, log or quantile"
+)
+
 MIN_SAMPLE_ROWS = 1 << 17
 """Rows of a sample. All rows are in it while they are no more than this; beyond, between once and
 twice as many."""
@@ -147,8 +152,8 @@ class DenseTransform:
             xp: numpy or torch.
         """
         if self.knots:
-            knots = xp.asarray(self.knots, dtype=xp.float64)
-            heights = xp.asarray(self.heights, dtype=xp.float64)
+            knots = xp.asarray(self.knots, dtype=xp.float64, device=values.device)
+            heights = xp.asarray(self.heights, dtype=xp.float64, device=values.device)
             inside = xp.clip(values, self.knots[0], self.knots[-1])
             right = xp.clip(xp.searchsorted(knots, inside), 1, len(self.knots) - 1)
             share = (inside - knots[right - 1]) / (knots[right] - knots[right - 1])
@@ -162,6 +167,14 @@ class DenseTransform:
             result = (result - self.mean) / self.std
         return xp.where(xp.isnan(values), self.missing, result)
 
+    @property
+    def reach(self) -> float:
+        """Absolute values up to this one have a result that a float32 can hold."""
+        if self.knots or None not in (self.low, self.high):
+            return math.inf
+        largest = float(np.finfo(np.float32).max)
+        return max(0.0, 0.999 * largest * min(1.0, self.std) - abs(self.mean))
+
     def encode(self, values: np.ndarray, name: str) -> np.ndarray:
         """float32 (n,) from float64 (n,), NaN where missing.
 
@@ -172,10 +185,7 @@ class DenseTransform:
             encoded = self.apply(values).astype(np.float32)
         if not np.isfinite(encoded).all():
             highest = np.nanmax(np.abs(values))
-            raise DataError(
-                f"column {name!r} holds {highest:g}, too far from its training values for a 32-bit "
-                "float; fix the value or prepare the column as auto, log or quantile"
-            )
+            raise DataError(f"column {name!r} holds {highest:g}, {TOO_FAR}")
         return encoded
 
 

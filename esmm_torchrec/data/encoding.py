@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.dense import TOO_FAR, DenseTransform
 from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.hashing import HashedIds
+from esmm_torchrec.data.mapped import LONGEST_BAG
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
@@ -30,13 +31,57 @@ from esmm_torchrec.data.prepared_form import (
 )
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
-from esmm_torchrec.data.sources.raw_tables import Frame, RawRows, RawTable, open_raw_tables
-from esmm_torchrec.data.sources.raw_values import read_integers
+from esmm_torchrec.data.sources.raw_tables import (
+    MAX_EXAMPLES,
+    BadRows,
+    Frame,
+    RawRows,
+    RawTable,
+    open_raw_tables,
+)
+from esmm_torchrec.data.sources.raw_values import Fault, read_integers
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import SAMPLE_ID, Schema, Table, missing_column, weight_column
+from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, missing_column, weight_column
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
+
+TOO_LONG = f"the list holds more than {LONGEST_BAG} ids; shorten it"
+
+
+@dataclass(frozen=True)
+class RowsToEncode:
+    """A block of n raw rows that were read."""
+
+    features: Features
+    sample_ids: np.ndarray
+    """int64 (n,)."""
+    bad: np.ndarray
+    """bool (n,), rows that cannot be used; what `features` holds for them is arbitrary."""
+    faults: Sequence[Fault]
+    kept: pa.Table = field(default_factory=lambda: pa.table({}))
+    """Columns to keep."""
+
+    def sentence(self, row: int, place: str) -> str:
+        """What is wrong with a bad row."""
+        fault = next(fault for fault in self.faults if fault.rows[row])
+        return f"{place}, column {fault.column!r}: {fault.describe(row)}"
+
+
+def _skip(read: RowsToEncode, table: RawTable, block: RawRows, bad_rows: BadRows | None) -> None:
+    """Counts the bad rows of a block, or raises a DataError on the first that may not be there."""
+
+    def sentence(row: int) -> str:
+        return read.sentence(row, table.place(int(block.numbers[row])))
+
+    bad = np.flatnonzero(read.bad).tolist()
+    if bad_rows is None:
+        raise DataError(sentence(bad[0]))
+    allowed = bad_rows.skip(len(bad))
+    for row in bad[:allowed][:MAX_EXAMPLES]:
+        bad_rows.note(sentence(row))
+    if allowed < len(bad):
+        raise bad_rows.error(sentence(bad[allowed]))
 
 
 class RowEncoder:
@@ -70,8 +115,9 @@ class RowEncoder:
         self.features = features
         self._vocabularies = vocabularies
         self._dense = dense
-        self._sample_id = sample_id
-        self._text_format = text_format
+        self.sample_id = sample_id
+        """The raw column of sample ids, if there was one."""
+        self.text_format = text_format
         self._tasks = tasks
 
     @classmethod
@@ -125,6 +171,14 @@ class RowEncoder:
         ids = self._vocabularies.items()
         return {table: rows for table, rows in ids if isinstance(rows, HashedIds)}
 
+    def vocabulary_of(self, feature: IdFeature) -> Vocabulary | HashedIds:
+        """The vocabulary of the table of a feature."""
+        return self._vocabularies[feature.table]
+
+    def transform_of(self, dense: str) -> DenseTransform:
+        """What the values of a dense column are encoded with."""
+        return self._dense[dense]
+
     @property
     def schema(self) -> Schema:
         """The schema of what `encode` gives: no feature is shared, each is written out per row."""
@@ -145,6 +199,69 @@ class RowEncoder:
         blocks = list(self.encode_blocks(rows))
         return pa.concat_tables(blocks) if blocks else impression_columns(self.schema).empty_table()
 
+    def read_blocks(
+        self,
+        rows: Frame | Sequence[Frame],
+        *,
+        keep: Sequence[str] = (),
+        bad_rows: BadRows | None = None,
+    ) -> Iterator[RowsToEncode]:
+        """Raw rows to score, block by block in bounded memory.
+
+        Args:
+            rows: files or rows in memory, one or several, as `prepare_table` takes them.
+            keep: further columns to give with them.
+            bad_rows: counts the rows that cannot be scored; None allows none.
+
+        Raises:
+            DataError: a column is missing or of another kind than when the data was prepared, or
+                a row cannot be used and may not be skipped; names the file, the column and the
+                line or row.
+        """
+        tables = open_raw_tables(rows, what="input", text_format=self.text_format)
+        for table in tables:
+            table.check_columns(self.features.roles)
+            table.check_columns(("a column to keep", name) for name in keep)
+        first_row = 0
+        for table in tables:
+            sample_id = self.sample_id if self.sample_id in table.column_names else None
+            columns = dict.fromkeys((*(name for _, name in self.features.roles), *keep))
+            if sample_id is not None:
+                columns[sample_id] = None
+            for block in table.blocks(list(columns), bad_rows):
+                read = self._read_block(block, table, first_row, sample_id)
+                if read.bad.any():
+                    _skip(read, table, block, bad_rows)
+                yield replace(read, kept=block.table.select(list(keep)))
+                first_row += len(block.table)
+
+    def _read_block(
+        self, block: RawRows, table: RawTable, first_row: int, sample_id: str | None
+    ) -> RowsToEncode:
+        size = len(block.table)
+        sample_ids = np.arange(first_row, first_row + size)
+        with table.named_in_errors():
+            features, faults = self.features.read(block.table)
+            if sample_id is not None:
+                sample_ids, fault = read_integers(block.table.column(sample_id), sample_id)
+                faults.append(fault)
+        for name, values in features.dense.items():
+            # Infinite ones have a fault already, and would have a result.
+            too_far = np.abs(values) > self._dense[name].reach
+            faults.append(
+                Fault(self.features.column_of(name), too_far, lambda _: f"the value is {TOO_FAR}")
+            )
+            features.dense[name] = np.where(np.isinf(values) | too_far, np.nan, values)
+        for feature in self.features.id_features:
+            if feature.multi_valued:
+                too_long = np.diff(features.ids[feature.name].offsets.to_numpy()) > LONGEST_BAG
+                column = self.features.column_of(feature.name)
+                faults.append(Fault(column, too_long, lambda _: TOO_LONG))
+        bad = np.zeros(size, np.bool_)
+        for fault in faults:
+            bad |= fault.rows
+        return RowsToEncode(features, sample_ids, bad, faults)
+
     def encode_blocks(self, rows: Frame | Sequence[Frame]) -> Iterator[pa.Table]:
         """The impressions columns of the prepared form, block by block in bounded memory.
 
@@ -156,41 +273,16 @@ class RowEncoder:
             rows: files or rows in memory, one or several, as `prepare_table` takes them.
 
         Raises:
-            DataError: a column is missing or of another kind than when the data was prepared, or
-                a row cannot be used; names the file, the column and the line or row.
+            DataError: as `read_blocks`.
         """
-        tables = open_raw_tables(rows, what="input", text_format=self._text_format)
-        for table in tables:
-            table.check_columns(self.features.roles)
-        first_row = 0
-        for table in tables:
-            sample_id = self._sample_id if self._sample_id in table.column_names else None
-            columns = dict.fromkeys(name for _, name in self.features.roles)
-            if sample_id is not None:
-                columns[sample_id] = None
-            for block in table.blocks(list(columns)):
-                yield self._encode_block(block, table, first_row, sample_id)
-                first_row += len(block.table)
+        for read in self.read_blocks(rows):
+            yield self.encode_rows(read)
 
-    def _encode_block(
-        self, block: RawRows, table: RawTable, first_row: int, sample_id: str | None
-    ) -> pa.Table:
-        size = len(block.table)
-        sample_ids = np.arange(first_row, first_row + size)
-        with table.named_in_errors():
-            features, faults = self.features.read(block.table)
-            if sample_id is not None:
-                sample_ids, fault = read_integers(block.table.column(sample_id), sample_id)
-                faults.append(fault)
-        for fault in faults:
-            if fault.rows.any():
-                row = int(fault.rows.argmax())
-                place = table.place(int(block.numbers[row]))
-                raise DataError(f"{place}, column {fault.column!r}: {fault.describe(row)}")
-        no_labels = [np.zeros(size, np.int8)] * len(self._tasks)
-        with table.named_in_errors():
-            encoded = self.encode_features(features)
-        columns = [*no_labels, sample_ids, *encoded.values()]
+    def encode_rows(self, read: RowsToEncode) -> pa.Table:
+        """One block of `encode_blocks`. Rows that cannot be scored hold arbitrary values."""
+        no_labels = [np.zeros(len(read.bad), np.int8)] * len(self._tasks)
+        encoded = self.encode_features(read.features)
+        columns = [*no_labels, read.sample_ids, *encoded.values()]
         return pa.table(columns, schema=impression_columns(self.schema))
 
     def encode_features(self, features: Features) -> dict[str, pa.Array]:

@@ -6,7 +6,10 @@ training: what it scores should not be taken for what the finished run would.
 
 from __future__ import annotations
 
-from esmm_torchrec.checkpoints.files import model_checkpoint, step_of
+import hashlib
+import json
+
+from esmm_torchrec.checkpoints.files import model_checkpoint, read_description, step_of
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.runs.run_folder import RunFolder
 
@@ -21,6 +24,14 @@ def chosen_step(run: RunFolder, step: int | None = None) -> int:
     if checkpoint is None:
         raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
     return step_of(checkpoint)
+
+
+def identity(run: RunFolder, step: int) -> str:
+    """Stands for the weights of a checkpoint: a hash of the checksums of its files."""
+    checkpoint = model_checkpoint(run.checkpoints, step)
+    assert checkpoint is not None
+    described = json.dumps(read_description(checkpoint), sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def is_finished(run: RunFolder) -> bool:

@@ -1,73 +1,118 @@
-"""A trained model in one process: raw rows in, scores out, no process group needed."""
+"""Scores for raw rows in one process: those of a request at once, those of files block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
 
-from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.checkpoints.files import find_checkpoint
-from esmm_torchrec.checkpoints.state import load_model
-from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.data.reader import ImpressionReader
-from esmm_torchrec.data.sources.raw_tables import Frame
-from esmm_torchrec.models.methods import build_train_task
-from esmm_torchrec.models.towers import Logits
-from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.schema import SAMPLE_ID
-from esmm_torchrec.serving.chosen_checkpoint import chosen_step
-from esmm_torchrec.serving.scorer import scores_of
-from esmm_torchrec.serving.scoring import encode_rows, score_table
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.serving.inputs import InputEncoder, Inputs, Request
+from esmm_torchrec.serving.package import PREPROCESSING, Package
+from esmm_torchrec.serving.scored_rows import ScoredRows, score_columns
+
+BATCH_SIZE = 8192
 
 
 class Predictor:
-    """The model of a run, unsharded.
+    """A model that scores raw rows. Several threads can use it at a time.
 
     Example::
 
         predictor = Predictor("runs/mine")
         scores = predictor.score(frame)  # columns sample_id, pctr, pcvr, pctcvr
+        predictor.predict({"user": 7, "item": [3, 5]})  # {"pctr": array([…]), …}
 
     Args:
-        run: the run folder.
-        step: of the checkpoint; None: that of the model.
-        device: where the model is.
+        model: the folder of a run, or of an exported model.
+        step: of the checkpoint of a run; None: the last one.
+        device: where the model of a run is; that of an exported one is where it was exported for.
+        runners: how many threads can run a compiled program at the same time.
 
     Raises:
-        RunError: it is not a run folder, or it has no such checkpoint.
+        RunError: it is neither, or is broken, or was exported for another machine, or the run has
+            no such checkpoint.
     """
 
     def __init__(
         self,
-        run: RunFolder | Path | str,
+        model: Path | str,
         *,
         step: int | None = None,
         device: torch.device | str = "cpu",
+        runners: int = 4,
     ) -> None:
-        self.run = run if isinstance(run, RunFolder) else RunFolder.open(Path(run))
-        self.step = chosen_step(self.run, step)
-        """Of the checkpoint that the model comes from."""
-        checkpoint = find_checkpoint(self.run.checkpoints, self.step)
-        assert checkpoint is not None
-        self.device = torch.device(device)
-        self.task = build_train_task(
-            self.run.schema, self.run.model_options, embedding_device="cpu"
-        )
-        load_model(checkpoint, self.task)
-        self.task.to(self.device).eval()
+        path = Path(model)
+        self.package: Package | None = None
+        """The exported model; None for a run."""
+        if Package.is_one(path):
+            self._open_package(Package.open(path), runners)
+        else:
+            self._open_run(path, step, torch.device(device))
+        self.encoder = InputEncoder(self._rows)
+        """From raw values to the inputs of the program."""
+        if self.package is not None:
+            self.package.check_example(self.predict)
 
-    def logits(self, batch: ImpressionBatch) -> Logits:
-        """Logits of a batch whose ids are rows of the tables already, on the CPU."""
-        with torch.no_grad():
-            logits = self.task.model(batch.to(self.device).features)
-        return Logits({name: logit.cpu() for name, logit in logits.items()})
+    def _open_package(self, package: Package, runners: int) -> None:
+        self.package = package
+        self.device = torch.device(package.device)
+        self.step, self.tasks = package.step, package.tasks
+        self._rows = RowEncoder.load(package.path / PREPROCESSING)
+        self._run = package.load(runners=runners)
+        self.outputs = package.signature.outputs
 
-    def score(self, rows: Frame | Sequence[Frame], *, batch_size: int = 8192) -> pd.DataFrame:
+    def _open_run(self, path: Path, step: int | None, device: torch.device) -> None:
+        # TorchRec takes seconds to import.
+        from esmm_torchrec.runs.run_folder import RunFolder  # noqa: PLC0415
+        from esmm_torchrec.serving.trained_program import trained_program  # noqa: PLC0415
+
+        run = RunFolder.open(path)
+        program, self.task, self.step = trained_program(run, step=step, device=device)
+        self.device, self.tasks = device, run.schema.tasks
+        self._rows = RowEncoder.load(run.preprocessing)
+        self._run = lambda tensors: program(*tensors)
+        self.outputs = program.names_of_outputs()
+
+    def predict(self, request: Request | Sequence[Request]) -> dict[str, np.ndarray]:
+        """Scores the impressions of a request.
+
+        Args:
+            request: raw values by raw column, one for each of B impressions or one for all of them,
+                or a list of such for impressions one after the other; see `InputEncoder`. What is
+                left out is missing.
+
+        Returns:
+            float32 (B,) by column: pctr, pcvr and pctcvr, without those that the model cannot give.
+
+        Raises:
+            DataError: a name is not a raw column, or a value cannot be used.
+        """
+        return self.run_program(self.encode(request))
+
+    def encode(self, request: Request | Sequence[Request]) -> Inputs:
+        """The inputs of the program for a request; see `predict`."""
+        if isinstance(request, Mapping):
+            return self.encoder.encode(request)
+        names = dict.fromkeys(name for one in request for name in one)
+        return self.encoder.encode({name: [one.get(name) for one in request] for name in names})
+
+    def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """The scores of encoded impressions, float32 (B,) by column."""
+        if inputs.size == 0:
+            return {name: np.zeros(0, np.float32) for name in self.outputs}
+        with torch.inference_mode():
+            tensors = inputs.tensors(self.encoder.signature, self.device)
+            scores = self._run(tensors)
+        return {name: score.cpu().numpy() for name, score in zip(self.outputs, scores, strict=True)}
+
+    def score(self, rows: Frame | Sequence[Frame], *, batch_size: int = BATCH_SIZE) -> pd.DataFrame:
         """Scores raw rows, in their order.
 
         Args:
@@ -77,25 +122,47 @@ class Predictor:
 
         Returns:
             sample_id int64 (the row number where the data has none), pctr, pcvr and pctcvr
-            float32; the index of a DataFrame given is kept.
+            float32, NaN for those that the model cannot give; the index of a DataFrame given is
+            kept.
 
         Raises:
-            DataError: a column is missing or a value cannot be used.
+            DataError: a column is missing or a value cannot be used, or there is no row.
         """
-        with TemporaryDirectory() as folder:
-            split = encode_rows(self.run, rows, Path(folder) / "rows")
-            scored = self._score(split, batch_size)
+        parts = [
+            score_columns(block.scores, self.tasks, block.read.sample_ids)
+            for block in self.score_blocks(rows, batch_size=batch_size)
+        ]
+        if not parts:
+            raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no row")
+        scored = pa.concat_tables(parts).to_pandas()
         if isinstance(rows, pd.DataFrame):
             scored.index = rows.index
         return scored
 
-    def _score(self, split: MappedSplit, batch_size: int) -> pd.DataFrame:
-        reader = ImpressionReader(split, batch_size=batch_size, shuffle=False)
-        tasks = self.run.schema.tasks
-        sample_ids = split.scalars[SAMPLE_ID]
-        parts = []
-        for batch, start in zip(reader, range(0, split.impressions, batch_size), strict=True):
-            rows = sample_ids[start : start + batch_size]
-            scores = scores_of(self.logits(batch), tasks, len(rows))
-            parts.append(score_table(scores, tasks, rows))
-        return pa.concat_tables(parts).to_pandas()
+    def score_blocks(
+        self,
+        rows: Frame | Sequence[Frame],
+        *,
+        keep: Sequence[str] = (),
+        bad_rows: BadRows | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[ScoredRows]:
+        """Scores raw rows block by block, in bounded memory.
+
+        Args:
+            rows: as in `score`.
+            keep: further columns to give with them.
+            bad_rows: counts the rows that cannot be scored; None allows none.
+            batch_size: impressions at a time.
+
+        Raises:
+            DataError: a column is missing, or a value cannot be used and may not be skipped.
+        """
+        for read in self._rows.read_blocks(rows, keep=keep, bad_rows=bad_rows):
+            inputs, counts = self.encoder.encode_rows(read)
+            parts = [
+                self.run_program(batch)
+                for batch in inputs.batches(self.encoder.signature, batch_size)
+            ]
+            scores = {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+            yield ScoredRows(read, scores, counts)

@@ -187,7 +187,7 @@ def open_raw_tables(
         elif isinstance(frame, pa.Table):
             tables.append(_ArrowTable(frame, f"the {what} table"))
         elif isinstance(frame, (Path, str)):
-            files = _files_of(Path(frame))
+            files = files_of(Path(frame))
             tables += [_open_file(path, text_format or TextFormat()) for path in files]
         else:
             raise DataError(
@@ -201,7 +201,7 @@ def _suffixes() -> list[str]:
     return [*_TEXT_SUFFIXES, *compressed, *_PARQUET_SUFFIXES, *_ARROW_SUFFIXES]
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The file, those in the folder, or those that match the pattern."""
     if path.is_dir():
         files = sorted(
@@ -220,7 +220,7 @@ def _files_of(path: Path) -> list[Path]:
         if not files:
             raise DataError(f"no file matches {path}; check the pattern")
         return [
-            file for found in files for file in (_files_of(found) if found.is_dir() else [found])
+            file for found in files for file in (files_of(found) if found.is_dir() else [found])
         ]
     return [path]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from esmm_torchrec.cli.main import main
@@ -386,3 +387,121 @@ def test_a_run_without_a_checkpoint_says_so(
         f"{tmp_path} has lost its preprocessing/, which encodes raw rows; copy it from a run on "
         "the same data, or score a prepared data set"
     )
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".arrow"])
+def test_the_name_says_what_is_written(
+    suffix: str, folder: Path, tmp_path: Path, scores: pd.DataFrame
+) -> None:
+    out = tmp_path / f"scores{suffix}"
+    given = ["--input", str(folder / "new.parquet"), "--keep", "shop", "user"]
+    main(["score", str(folder / "run"), *given, "--out", str(out)])
+    if suffix == ".csv":
+        written = pd.read_csv(out)
+    elif suffix == ".arrow":
+        written = pa.ipc.open_file(out).read_pandas()
+    else:
+        written = pd.read_parquet(out)
+    assert list(written.columns) == [*SCORES, "shop", "user"]
+    new = pd.read_parquet(folder / "new.parquet")
+    assert written["shop"].tolist() == new["shop"].tolist()
+    assert written["user"].tolist() == new["user"].tolist()
+    np.testing.assert_allclose(written["pcvr"], scores["pcvr"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--out", "x.json"], "--out x.json is of unknown kind; end its name in one of .parquet, "),
+        (["--out", "x.csv", "--keep", "pctr"], "new.parquet has no column 'pctr'"),
+        (["--out", "x", "--data", "data"], "give either --data or --input"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(
+    more: list[str], sentence: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["score", str(folder / "run"), "--input", str(folder / "new.parquet"), *more]
+    assert sentence in _refused(given, capsys)
+
+
+def _day(folder: Path, day: Path, files: int) -> list[str]:
+    """A day's log in files."""
+    day.mkdir()
+    new = pd.read_parquet(folder / "new.parquet")
+    for number, rows in enumerate(np.array_split(np.arange(len(new)), files)):
+        new.iloc[rows].to_parquet(day / f"part-{number}.parquet")
+    return ["--input", str(day / "*.parquet")]
+
+
+def test_a_folder_of_files_is_scored_file_by_file_and_goes_on(
+    folder: Path, tmp_path: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    day = _day(folder, tmp_path / "day", 3)
+    out = tmp_path / "scores"
+    command = ["score", str(folder / "run"), *day, "--out", str(out)]
+    main(command)
+    names = [f"part-{number}.parquet" for number in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "scores.json"]
+    whole = pd.concat([pd.read_parquet(out / name) for name in names])
+    assert whole["sample_id"].tolist() == scores["sample_id"].tolist()
+    np.testing.assert_allclose(whole["pctr"], scores["pctr"], atol=1e-6)
+
+    (out / names[1]).unlink()
+    times = {name: (out / name).stat().st_mtime_ns for name in (names[0], names[2])}
+    capsys.readouterr()
+    main(command)
+    assert "50 impressions scored" in capsys.readouterr().out
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times
+    assert (out / names[1]).exists()
+
+    assert "holds scores of another model or of other options" in _refused(
+        [*command, "--step", "3"], capsys
+    )
+    (tmp_path / "day" / names[2]).write_bytes((tmp_path / "day" / names[0]).read_bytes())
+    assert f"has changed since {out / names[2]} was made" in _refused(command, capsys)
+
+
+def test_several_inputs_go_to_one_file_in_order(
+    folder: Path, tmp_path: Path, scores: pd.DataFrame
+) -> None:
+    day = _day(folder, tmp_path / "day", 4)
+    main(["score", str(folder / "run"), *day, "--out", str(tmp_path / "all.parquet")])
+    whole = pd.read_parquet(tmp_path / "all.parquet")
+    assert whole["sample_id"].tolist() == scores["sample_id"].tolist()
+
+
+def test_rows_that_cannot_be_scored_are_null_where_allowed(
+    folder: Path, tmp_path: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.read_parquet(folder / "new.parquet")
+    frame["user"] = frame["user"].astype(float)
+    frame.loc[[3, 70], "user"] = 0.5
+    frame.loc[9, "age"] = np.inf
+    frame.to_parquet(tmp_path / "rows.parquet")
+    given = ["score", str(folder / "run"), "--input", str(tmp_path / "rows.parquet")]
+    out = tmp_path / "x.parquet"
+    said = _refused([*given, "--out", str(out), "--max-bad-rows", "2"], capsys)
+    assert "there are more than 2 bad rows (--max-bad-rows)" in said
+    main([*given, "--out", str(out), "--max-bad-rows", "3", "--keep", "shop"])
+    shown = capsys.readouterr().out
+    assert "3 rows without scores; the first of them:" in shown
+    assert "row 3, column 'user': 0.5 is not an integer" in shown
+    written = pd.read_parquet(out)
+    assert np.flatnonzero(written["pctr"].isna()).tolist() == [3, 9, 70]
+    assert written["sample_id"].isna().sum() == 3
+    assert written["shop"].tolist() == frame["shop"].tolist()
+    good = written["pctr"].notna()
+    np.testing.assert_allclose(written["pctr"][good], scores["pctr"][good], atol=1e-6)
+
+
+def test_far_more_unknown_ids_than_in_training_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.read_parquet(folder / "new.parquet")
+    frame["user"] += 10_000
+    frame.to_parquet(tmp_path / "rows.parquet")
+    given = ["--input", str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "x.parquet")]
+    main(["score", str(folder / "run"), *given])
+    shown = capsys.readouterr().out
+    assert "warning: 100.0% of the ids of 'user' are unknown to the model" in shown
+    assert "'shop' are unknown" not in shown

@@ -14,12 +14,13 @@ import pandas as pd
 import pytest
 
 from esmm_torchrec.cli.main import main
-from tests.prepared_data import DENSE, FEATURES, ROWS, write_data_set
+from esmm_torchrec.schema import IdFeature
+from tests.prepared_data import DENSE, FEATURES, write_data_set
 
 TEST_ROWS = 333
 
-# Puts the features of prepared impressions before the program by their names. It knows the form
-# of the files from inputs.json alone.
+# Puts the features of prepared impressions before the program in the order of its inputs. It knows
+# the form of the files from package.json and dataset.json alone.
 SERVE = """
 import json, sys
 import numpy, pyarrow.parquet, torch
@@ -30,35 +31,45 @@ def as_lists(column):
 
 
 out, impressions, shared, scores = sys.argv[1:]
-inputs = json.load(open(out + "/inputs.json"))
+package = json.load(open(out + "/package.json"))
+statistics = json.load(open(out + "/preprocessing/dataset.json"))["statistics"]["dense"]
 rows = pyarrow.parquet.read_table(impressions)
 shared = pyarrow.parquet.read_table(shared).take(rows["shared_row"])
 model = torch.export.load(out + "/model.pt2").module()
-values, lengths, weights = {}, {}, {}
-for feature in inputs["id_features"]:
-    name = feature["name"]
-    table = rows if name in rows.column_names else shared
-    lists = as_lists(table[name])
-    lengths[name] = [len(x) for x in lists]
-    values[name] = [i for x in lists for i in x]
-    if feature["weighted"]:
-        weights[name] = [w for x in as_lists(table[name + "__weight"]) for w in x]
-dense = [rows[feature["name"]].to_pylist() for feature in inputs["dense_features"]]
+
+
+def column(name):
+    return (rows if name in rows.column_names else shared)[name]
 
 
 def call(start, end):
-    given = {"values": {}, "lengths": {}, "weights": {}}
-    for name in lengths:
-        first, last = sum(lengths[name][:start]), sum(lengths[name][:end])
-        given["lengths"][name] = torch.tensor(lengths[name][start:end])
-        given["values"][name] = torch.tensor(values[name][first:last], dtype=torch.int64)
-        if name in weights:
-            given["weights"][name] = torch.tensor(weights[name][first:last], dtype=torch.float32)
-    return model(**given, dense=torch.tensor(dense).T[start:end])
+    given = []
+    for one in package["signature"]["inputs"]:
+        name, _, part = one["name"].partition(".")
+        if name == "dense":
+            # Back to raw values, as the program standardises them.
+            raw = [
+                rows[c].to_numpy().astype("float64") * statistics[c]["std"] + statistics[c]["mean"]
+                for c in package["signature"]["dense"]
+            ]
+            given.append(torch.tensor(numpy.stack(raw, axis=1)[start:end]))
+            continue
+        lists = as_lists(column(name))[start:end]
+        if part == "lengths":
+            given.append(torch.tensor([len(x) for x in lists]))
+        elif part == "values":
+            given.append(torch.tensor([i for x in lists for i in x], dtype=torch.int64))
+        elif part == "weights":
+            of_ids = as_lists(column(name + "__weight"))[start:end]
+            if one["dims"] == ["impressions"]:
+                of_ids = [x or [1.0] for x in of_ids]
+            given.append(torch.tensor([w for x in of_ids for w in x], dtype=torch.float32))
+        else:
+            given.append(torch.tensor([x[0] if x else -1 for x in lists]))
+    return dict(zip(package["signature"]["outputs"], model(*given), strict=True))
 
 
 whole = call(0, len(rows))
-assert list(whole) == inputs["outputs"]
 for start, end in ((0, 1), (5, 7), (100, 300)):
     for name, probability in call(start, end).items():
         assert torch.allclose(probability, whole[name][start:end], atol=1e-7)
@@ -129,22 +140,28 @@ def test_the_program_scores_as_score_does(
 def test_what_the_program_takes_is_described(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     main(["export", str(run), str(out)])
-    files = ["README.txt", "inputs.json", "model.pt2", "preprocessing"]
+    files = ["MODEL_CARD.md", "example.json", "model.pt2", "package.json", "preprocessing"]
     assert sorted(path.name for path in out.iterdir()) == files
-    inputs = json.loads((out / "inputs.json").read_text())
-    assert [one["name"] for one in inputs["id_features"]] == [one.name for one in FEATURES]
-    for one, feature in zip(inputs["id_features"], FEATURES, strict=True):
-        assert one["rows"] == ROWS[feature.table] + 1
-        assert (one["multi_valued"], one["weighted"]) == (feature.multi_valued, feature.weighted)
-        vocabulary = pd.read_parquet(out / one["vocabulary"])
-        assert len(vocabulary) == ROWS[feature.table]
-    assert [
-        (one["name"], one["transform"]["mean"], one["transform"]["std"])
-        for one in inputs["dense_features"]
-    ] == [(name, mean, std) for name, (mean, std) in DENSE.items()]
-    readme = (out / "README.txt").read_text()
-    for name in ("model.pt2", "values", "lengths", "weights", "dense", "pctcvr"):
-        assert name in readme
+    package = json.loads((out / "package.json").read_text())
+    signature = package["signature"]
+    names = [name for feature in FEATURES for name in _inputs_of(feature)]
+    assert [one["name"] for one in signature["inputs"]] == [*names, "dense"]
+    assert signature["dense"] == list(DENSE)
+    assert signature["outputs"] == ["pctr", "pcvr", "pctcvr"]
+    assert set(package["checksums"]) == {
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "package.json"
+    }
+    card = (out / "MODEL_CARD.md").read_text()
+    for name in (*names, "dense", "pctcvr", "ctr_auc", "price, recency"):
+        assert name in card
+
+
+def _inputs_of(feature: IdFeature) -> list[str]:
+    name = feature.name
+    first = [f"{name}.values", f"{name}.lengths"] if feature.multi_valued else [name]
+    return [*first, f"{name}.weights"] if feature.weighted else first
 
 
 def test_the_checkpoint_is_chosen_and_told(
@@ -155,7 +172,7 @@ def test_the_checkpoint_is_chosen_and_told(
         main(["export", str(run), str(tmp_path / "out"), "--step", "10"])
     assert not [one for one in warned if "torch.distributed" in str(one.message)]
     assert f"model: {run}, step 10\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "inputs.json").read_text())["step"] == 10
+    assert json.loads((tmp_path / "out" / "package.json").read_text())["step"] == 10
 
 
 def test_what_cannot_be_exported_is_told(

@@ -1,0 +1,93 @@
+"""`esmm-torchrec serve`: an exported model behind HTTP."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from esmm_torchrec.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Serve an exported model over HTTP, until SIGTERM or Ctrl-C.
+
+    POST /score takes {"rows": [{...}]}, {"columns": {...}} or an Arrow stream of raw values, and
+    /docs describes it. Another model in the same place is loaded by itself, or on SIGHUP. One
+    process uses few cores; start several behind a load balancer for more.
+    """
+
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """The exported model, or a link to it."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: all of this machine."""
+    port: int = 8000
+    """Port; 0: any that is free."""
+    threads: int = 1
+    """Threads of the program."""
+    batch_window_ms: float = 1.0
+    """How long a request waits for others to be scored with."""
+    max_rows: int = 4096
+    """Impressions of a request, and of a batch."""
+    max_body_mb: float = 16.0
+    """Megabytes of the body of a request."""
+    max_waiting: int = 1024
+    """Requests that may wait; further ones are answered 503."""
+    watch_seconds: float = 5.0
+    """How often OUT is looked at for another model; 0: never."""
+    graceful_seconds: int = 30
+    """How long requests may take that are under way when the server is stopped."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_rows", "max_body_mb", "max_waiting"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"{name} must be positive", name)
+
+
+def run(options: Options) -> None:
+    """Serves, then says that it has stopped."""
+    try:
+        import uvicorn  # noqa: PLC0415
+
+        from esmm_torchrec.serving.server import (  # noqa: PLC0415
+            ServedModel,
+            ServerOptions,
+            create_app,
+        )
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"the command serve needs {error.name}, which is not installed; "
+            "pip install 'esmm_torchrec[serve]'"
+        ) from None
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(options.threads)
+    model = ServedModel(options.model)
+    app = create_app(
+        model,
+        ServerOptions(
+            batch_window_seconds=options.batch_window_ms / 1000,
+            max_rows=options.max_rows,
+            max_body_bytes=int(options.max_body_mb * 1e6),
+            max_waiting=options.max_waiting,
+            watch_seconds=options.watch_seconds,
+        ),
+    )
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=options.graceful_seconds,
+    )
+    with socket.create_server((options.host, options.port), backlog=2048) as listening:
+        host, port = listening.getsockname()[:2]
+        print(f"serving {options.model} at http://{host}:{port} (/docs, /metrics)", flush=True)
+        # Stopping is how it ends; uvicorn raises the signal again when all is answered.
+        with suppress(KeyboardInterrupt, SystemExit):
+            uvicorn.Server(config).run(sockets=[listening])
+    print("stopped")

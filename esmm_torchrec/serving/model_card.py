@@ -1,0 +1,111 @@
+"""What a person should know of an exported model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.serving.package import EXAMPLE, PROGRAM
+from esmm_torchrec.serving.signature import MISSING_ROW, Input, Signature
+
+_LICENCES = {
+    "ali-ccp": "the terms of Ali-CCP on its Tianchi page, which permit research only; read them",
+}
+"""By kind of source."""
+
+
+def model_card(run: RunFolder, step: int, signature: Signature) -> str:
+    """The card, as Markdown.
+
+    Args:
+        run: the run.
+        step: of the checkpoint.
+        signature: of the program.
+    """
+    data = PreparedDataSet.open(run.preprocessing, data_files=False)
+    licence = _LICENCES.get(str(data.source.get("kind")), "not known to this library")
+    lines = [
+        f"# Model card: {run.model_options.method}, step {step}",
+        "",
+        f"Exported with torch {torch.__version__}.",
+        "",
+        "## Data",
+        "",
+        "| split | impressions | "
+        + " | ".join(f"{task.name}s" for task in data.schema.tasks)
+        + " |",
+        "|---|---|" + "---|" * len(data.schema.tasks),
+        *(_split_row(data, split) for split in ("train", "test")),
+        "",
+        f"Source: {data.source.get('kind')}. Fingerprint: {data.fingerprint}. Licence of the data: "
+        f"{licence}.",
+        "",
+        "## Metrics on the test half",
+        "",
+        *_metrics(run),
+        "",
+        "## Inputs of the program",
+        "",
+        f"`{PROGRAM}` takes these tensors in this order, for B impressions:",
+        "",
+        "| input | dtype | shape | content |",
+        "|---|---|---|---|",
+        *(_input_row(one, data, signature) for one in signature.inputs),
+        "",
+        f"It stops with an error if lengths do not sum to the number of values or an id is outside "
+        f"its table. `{EXAMPLE}` holds a request in raw values and its scores.",
+        "",
+        "## Outputs",
+        "",
+        "float32 (B,): "
+        + ", ".join(
+            f"`{one.column}` P({data.schema.tasks.describe(one)})"
+            for one in data.schema.tasks.probabilities
+        )
+        + ", without those that the method cannot give.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _split_row(data: PreparedDataSet, name: Any) -> str:
+    split = data.splits[name]
+    counts = [split.impressions, *(split.happened[task.name] for task in data.schema.tasks)]
+    return f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |"
+
+
+def _metrics(run: RunFolder) -> list[str]:
+    path = run.path / "metrics.json"
+    if not path.exists():
+        return ["The training has not ended; there are none."]
+    figures = json.loads(path.read_text())["test"]
+    known = [
+        (name, value)
+        for name, value in figures.items()
+        if isinstance(value, float) and name.split("_")[-1] in ("auc", "ne", "calibration", "ece")
+    ]
+    return [
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.4f} |" for name, value in known),
+    ]
+
+
+def _input_row(one: Input, data: PreparedDataSet, signature: Signature) -> str:
+    shape = ", ".join("B" if size == "impressions" else str(size) for size in one.dims)
+    kind = one.name.rpartition(".")[2] if "." in one.name else ""
+    content = {
+        "values": "rows in the vocabulary, those of the first impression first; 0: unknown",
+        "lengths": "how many of the values each impression has; 0: missing",
+        "weights": "weight of each id, as in the raw data",
+    }.get(kind, f"row in the vocabulary; 0: unknown, {MISSING_ROW}: missing")
+    if one.dtype == "float64":
+        content = f"raw values of {', '.join(signature.dense)}; NaN: missing"
+    elif not kind:
+        table = next(f.table for f in data.schema.id_features if f.name == one.name)
+        content += f"; table {table}"
+    return f"| `{one.name}` | {one.dtype} | ({shape}) | {content} |"

@@ -1,0 +1,201 @@
+"""An exported model: a folder that scores raw rows in a process without TorchRec.
+
+    OUT/
+        package.json      what the program takes and gives, versions, a checksum of each file
+        model.pt2         the program: for torch.export.load, or compiled by AOTInductor
+        preprocessing/    dataset.json and the vocabularies: from raw values to its inputs
+        example.json      a request and its scores, which are checked when the package is loaded
+        MODEL_CARD.md     for a person
+
+`export` writes a package; `Predictor` opens one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+
+from esmm_torchrec.data.storage import Location
+from esmm_torchrec.errors import RunError
+from esmm_torchrec.serving.signature import Signature
+from esmm_torchrec.tasks import TaskChain
+
+FORMAT_VERSION = 2
+"""Since 2 the inputs are one flat list and dense values are raw."""
+
+DESCRIPTION = "package.json"
+PROGRAM = "model.pt2"
+PREPROCESSING = "preprocessing"
+EXAMPLE = "example.json"
+MODEL_CARD = "MODEL_CARD.md"
+
+PackageForm = Literal["export", "aoti"]
+
+EXAMPLE_TOLERANCE = 1e-5
+"""How far the scores of the example may be from those at the export, on another processor."""
+
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+"""Tensors of the inputs, in order → those of the outputs."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """The description of an exported model, package.json without the checksums."""
+
+    path: Path
+    form: PackageForm
+    device: Literal["cpu", "cuda"]
+    method: str
+    step: int
+    torch: str
+    """Version that exported it."""
+    machine: str
+    """What an aoti program was compiled for: "x86_64 AVX512", or the name of a GPU."""
+    signature: Signature
+    tasks: TaskChain
+    fingerprint: str
+    """sha256 of package.json; as that holds every checksum, it stands for the whole package."""
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a folder says that it is a package."""
+        return (path / DESCRIPTION).exists()
+
+    @classmethod
+    def open(cls, path: Path | str) -> Package:
+        """Reads the description and compares every file with its checksum.
+
+        Raises:
+            RunError: it is not a package, is of another version, or a file of it was changed.
+        """
+        path = Path(path)
+        try:
+            content = (path / DESCRIPTION).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(
+                f"{path} is not an exported model, it has no {DESCRIPTION}; give the OUT of "
+                "'esmm-torchrec export'"
+            ) from None
+        try:
+            values = json.loads(content)
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise RunError(
+                    f"{path} is an exported model of format version {version}, and this library "
+                    f"reads version {FORMAT_VERSION}; export it again"
+                )
+            package = cls(
+                path=path,
+                **{name: values[name] for name in _PLAIN},
+                signature=msgspec.convert(values["signature"], Signature),
+                tasks=TaskChain.from_list(values["tasks"]),
+                fingerprint=Location.of(path / DESCRIPTION).sha256(),
+            )
+            checksums = dict(values["checksums"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path / DESCRIPTION} is broken ({error}); export again") from None
+        for name in (PROGRAM, EXAMPLE):
+            if name not in checksums:
+                raise RunError(f"{path / DESCRIPTION} has no checksum of {name}; export again")
+        for name, checksum in checksums.items():
+            _check(path / name, checksum)
+        return package
+
+    def write(self) -> None:
+        """Writes package.json beside the other files, whose checksums it notes."""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file())
+        values = {
+            "format_version": FORMAT_VERSION,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "signature": asdict(self.signature),
+            "tasks": self.tasks.to_list(),
+            "checksums": {str(one.relative_to(self.path)): Location.of(one).sha256() for one in files},
+        }
+        (self.path / DESCRIPTION).write_text(json.dumps(values, indent=2) + "\n")
+
+    def load(self, *, runners: int = 1) -> Run:
+        """Loads the program.
+
+        Args:
+            runners: how many threads can run a compiled program at the same time.
+
+        Raises:
+            RunError: the program is for another machine or another version of torch, or broken.
+        """
+        if self.form == "aoti":
+            here = machine(self.device)
+            if self.torch != torch.__version__:
+                raise RunError(
+                    f"{self.path} was compiled with torch {self.torch} and this is torch "
+                    f"{torch.__version__}; export it again with this one"
+                )
+            if self.machine != here:
+                raise RunError(
+                    f"{self.path} was compiled for {self.machine} and this machine has {here}; "
+                    "export it again on such a machine, or with --format export"
+                )
+        try:
+            if self.form == "aoti":
+                # Its __call__ reads descriptions of the inputs each time, which takes longer than
+                # the program.
+                from torch._inductor.package.package import load_package  # noqa: PLC0415
+
+                loaded = load_package(str(self.path / PROGRAM), num_runners=runners)
+                return loaded.loader.boxed_run  # pyright: ignore[reportAttributeAccessIssue]
+            module = torch.export.load(self.path / PROGRAM).module().to(self.device)
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"{self.path / PROGRAM} cannot be loaded ({reason})") from error
+        return lambda tensors: module(*tensors)
+
+    def example(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A request, and its scores at the export, float32 by column."""
+        content = json.loads((self.path / EXAMPLE).read_text())
+        scores = {name: np.array(one, np.float32) for name, one in content["scores"].items()}
+        return content["request"], scores
+
+    def check_example(self, predict: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]) -> None:
+        """Makes sure that the example has the scores that it had at the export.
+
+        Raises:
+            RunError: it has others.
+        """
+        request, expected = self.example()
+        found = predict(request)
+        for name, scores in expected.items():
+            if not np.allclose(found[name], scores, rtol=0, atol=EXAMPLE_TOLERANCE):
+                difference = float(np.abs(found[name] - scores).max())
+                raise RunError(
+                    f"{self.path} scores its example otherwise than when it was exported ({name} "
+                    f"differs by {difference:.2g}); export it again on this machine"
+                )
+
+
+_PLAIN = ("form", "device", "method", "step", "torch", "machine")
+
+
+def machine(device: str) -> str:
+    """What a compiled program depends on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _check(path: Path, checksum: str) -> None:
+    try:
+        found = Location.of(path).sha256()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); export again") from None
+    if found != checksum:
+        raise RunError(
+            f"{path} was changed after it was exported (its checksum differs); restore it from a "
+            "copy or export again"
+        )

@@ -1,0 +1,204 @@
+"""Files of scores: of which kind they are, which are still to be made, and how they are written.
+
+A file appears when it is whole. A folder of scores has one file for each input file, and
+`scores.json`, which says by what model they were made and from which input files: a command that
+was interrupted goes on after the last whole file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from esmm_torchrec.errors import DataError, OptionError, RunError
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.serving.scored_rows import (
+    ScoredRows,
+    Written,
+    score_columns,
+    score_schema,
+    with_columns,
+)
+from esmm_torchrec.tasks import TaskChain
+
+SUFFIXES = (".parquet", ".csv", ".arrow")
+MANIFEST = "scores.json"
+
+
+class Writer(Protocol):
+    """Takes tables of one schema."""
+
+    def write_table(self, table: pa.Table) -> None: ...
+    def close(self) -> None: ...
+
+
+def is_folder(out: Path) -> bool:
+    """Whether scores go to a folder of files and not to one file.
+
+    Raises:
+        OptionError: the name says neither.
+    """
+    if out.suffix.lower() in SUFFIXES:
+        return False
+    if out.suffix and not out.is_dir():
+        raise OptionError(
+            f"out {out} is of unknown kind; end its name in one of {', '.join(SUFFIXES)}, or give "
+            "a folder, whose name has no dot",
+            "out",
+        )
+    return True
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises RunError where `out` is; makes the folder that it is to be in."""
+    if out.exists():
+        raise RunError(f"{out} exists already; remove it or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def score_writer(out: Path, schema: pa.Schema) -> Iterator[Writer]:
+    """Writes a file of the kind that its name says; it appears when the block has ended.
+
+    Raises:
+        OptionError: a column cannot be written to such a file.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        writer = _open(partial, out.suffix.lower(), schema)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open(path: Path, suffix: str, schema: pa.Schema) -> Writer:
+    if suffix == ".arrow":
+        return pa.ipc.new_file(str(path), schema)
+    if suffix == ".parquet":
+        return pq.ParquetWriter(path, schema, compression="zstd")
+    for field in schema:
+        if pa.types.is_nested(field.type):
+            raise OptionError(
+                f"keep {field.name} has lists, which a CSV file cannot; let --out end in .parquet",
+                "keep",
+            )
+    return pyarrow.csv.CSVWriter(str(path), schema)
+
+
+@dataclass(frozen=True)
+class ScoreFolder:
+    """A folder of scores.
+
+    Args:
+        path: the folder.
+        made_by: what the scores depend on, plain values for JSON.
+    """
+
+    path: Path
+    made_by: Mapping[str, Any]
+
+    def open(self, inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
+        """Makes the folder, or goes on with the one that is there.
+
+        Args:
+            inputs: the input files.
+
+        Returns:
+            (input, output) of the files that are still to be scored.
+
+        Raises:
+            RunError: the folder holds something else, the scores of another model, or those of an
+                input file that has changed since.
+            OptionError: two inputs would have the same output.
+        """
+        outputs = {path: self.path / f"{path.name.partition('.')[0]}.parquet" for path in inputs}
+        if len(set(outputs.values())) < len(outputs):
+            name = next(p for p in outputs.values() if list(outputs.values()).count(p) > 1).name
+            raise OptionError(f"two input files would be scored to {name}; rename one", "input")
+        manifest = self.path / MANIFEST
+        if not manifest.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise RunError(
+                    f"{self.path} is there and not a folder of scores; choose another --out"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write({})
+        done = self._read()
+        todo = []
+        for path, out in outputs.items():
+            before = done.get(out.name) if out.exists() else None
+            if before is not None and before["input"] != _identity(path):
+                raise RunError(f"{path} has changed since {out} was made; remove {out}")
+            if before is None:
+                out.unlink(missing_ok=True)
+                todo.append((path, out))
+        return todo
+
+    def record(self, path: Path, out: Path, **counts: int) -> None:
+        """Notes that an input file was scored."""
+        self._write(self._read() | {out.name: {"input": _identity(path), **counts}})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / MANIFEST).read_text())
+            made_by, files = found["made_by"], dict(found["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.path / MANIFEST} is broken ({error}); remove it") from None
+        if made_by != json.loads(json.dumps(self.made_by)):
+            raise RunError(
+                f"{self.path} holds scores of another model or of other options; choose another "
+                "--out"
+            )
+        return files
+
+    def _write(self, files: Mapping[str, Any]) -> None:
+        manifest = self.path / MANIFEST
+        partial = manifest.with_name(f"{MANIFEST}.partial")
+        partial.write_text(json.dumps({"made_by": self.made_by, "files": files}, indent=2) + "\n")
+        partial.rename(manifest)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"file": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def write_scores(blocks: Iterator[ScoredRows], out: Path, tasks: TaskChain) -> Written:
+    """Writes the scores of raw rows to a file, block by block.
+
+    Args:
+        blocks: as `Predictor.score_blocks` gives them.
+        out: the file.
+        tasks: the chain.
+
+    Raises:
+        DataError: there is no row, or a row cannot be scored.
+    """
+    refuse_existing(out)
+    first = next(blocks, None)
+    if first is None:
+        raise DataError("the input has no row")
+    written = Written()
+    schema = pa.unify_schemas([score_schema(tasks), first.read.kept.schema])
+    with score_writer(out, schema) as writer, progress_bar("Scoring", None, "rows") as bar:
+        for block in chain([first], blocks):
+            read = block.read
+            table = score_columns(block.scores, tasks, read.sample_ids, read.bad)
+            writer.write_table(with_columns(table, read.kept).cast(schema))
+            written.impressions += len(table)
+            written.add(block.counts)
+            bar.update(len(table))
+    return written

@@ -1,0 +1,308 @@
+"""One model, the same scores on every road: a run and its packages, files, frames and requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from esmm_torchrec.cli.main import main
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.serving.package import Package
+from esmm_torchrec.serving.predictor import Predictor
+
+ROWS = 120
+COLUMNS = ["user", "shop", "tags", "history", "history_weight", "age", "price"]
+SCORES = ["pctr", "pcvr", "pctcvr"]
+
+
+def impressions(rows: int, seed: int) -> pd.DataFrame:
+    """Ids as integers, text and lists; weights; dense values with gaps and a heavy tail."""
+    random = np.random.default_rng(seed)
+    user, shop = random.integers(0, 40, rows), random.choice(["Oslo", "Rome", "Bonn"], rows)
+    click = random.random(rows) < 0.2 + 0.5 * (user % 3 == 0)
+    lengths = random.integers(0, 4, rows)
+    return pd.DataFrame(
+        {
+            "user": user,
+            "shop": np.where(random.random(rows) < 0.1, None, shop),
+            "tags": [random.integers(0, 9, size).tolist() for size in lengths],
+            "history": [random.integers(0, 20, size).tolist() for size in lengths[::-1]],
+            "history_weight": [(0.1 + random.random(size)).tolist() for size in lengths[::-1]],
+            "age": np.where(random.random(rows) < 0.1, np.nan, random.normal(40, 9, rows)),
+            "price": random.lognormal(2, 2, rows),
+            "click": click.astype(int),
+            "buy": (click & (random.random(rows) < 0.2 + 0.6 * (shop == "Rome"))).astype(int),
+            "impression": 1000 + 7 * np.arange(rows),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, its package, raw rows and the scores that `score` gives them."""
+    folder = tmp_path_factory.mktemp("roads")
+    impressions(400, 0).to_parquet(folder / "train.parquet")
+    impressions(ROWS, 1).to_parquet(folder / "test.parquet")
+    data, run = str(folder / "data"), str(folder / "run")
+    halves = ["--train", str(folder / "train.parquet"), "--test", str(folder / "test.parquet")]
+    labels = ["--click", "click", "--conversion", "buy", "--sample-id", "impression"]
+    ids = ["--id", "user", "shop", "tags", "history", "--weights", "history:history_weight"]
+    dense = ["--dense", "age", "price:log", "--min-count", "2"]
+    main(["prepare", "table", data, *halves, *labels, *ids, *dense])
+    shape = ["--embedding-dim", "8", "--tower", "16", "--batch-size", "64", "--sparse-lr", "0.5"]
+    main(["train", "--data", data, "--out", run, *shape])
+    main(["score", run, "--data", data, "--out", str(folder / "scores.parquet")])
+    main(["export", run, str(folder / "package")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "scores.parquet")
+
+
+@pytest.fixture(scope="module", params=["run", "package"])
+def predictor(folder: Path, request: pytest.FixtureRequest) -> Predictor:
+    return Predictor(folder / request.param)
+
+
+@pytest.fixture(scope="module")
+def columns(folder: Path) -> dict[str, list[Any]]:
+    """The test rows as a request."""
+    table = pa.parquet.read_table(folder / "test.parquet", columns=COLUMNS)
+    return table.to_pydict()
+
+
+def _assert_same(scores: Any, expected: pd.DataFrame) -> None:
+    for name in SCORES:
+        assert np.ptp(expected[name]) > 0.01
+        np.testing.assert_allclose(np.asarray(scores[name]), expected[name], rtol=0, atol=2e-7)
+
+
+def test_files_frames_and_requests_score_alike(
+    predictor: Predictor, folder: Path, columns: dict[str, list[Any]], expected: pd.DataFrame
+) -> None:
+    _assert_same(predictor.score(folder / "test.parquet", batch_size=50), expected)
+    frame = pd.read_parquet(folder / "test.parquet")
+    _assert_same(predictor.score(frame), expected)
+    _assert_same(predictor.predict(columns), expected)
+    _assert_same(predictor.predict({name: frame[name] for name in COLUMNS}), expected)
+    table = pa.Table.from_pandas(frame)
+    _assert_same(predictor.predict({name: table[name] for name in COLUMNS}), expected)
+    rows = [{name: columns[name][row] for name in COLUMNS} for row in range(ROWS)]
+    _assert_same(predictor.predict(rows), expected)
+    alone = [predictor.predict(row) for row in rows]
+    _assert_same({name: np.concatenate([s[name] for s in alone]) for name in SCORES}, expected)
+
+
+def test_what_a_request_leaves_out_is_missing(predictor: Predictor) -> None:
+    nothing = predictor.predict({})
+    given: dict[str, Any] = dict.fromkeys(["user", "shop", "age", "price"])
+    given |= {"tags": [], "history": [], "history_weight": []}
+    for name, score in predictor.predict(given).items():
+        assert score.shape == (1,)
+        assert score == nothing[name]
+    assert predictor.predict({"user": []})["pctr"].shape == (0,)
+
+
+def test_one_value_stands_for_all_impressions(predictor: Predictor) -> None:
+    shops = ["Oslo", "Rome", "nowhere", None]
+    together = predictor.predict({"user": 3, "tags": [1, 2], "shop": shops})
+    for row, shop in enumerate(shops):
+        alone = predictor.predict({"user": 3, "tags": [1, 2], "shop": shop})
+        np.testing.assert_allclose(together["pcvr"][row], alone["pcvr"][0], atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    "value", [7, 7.0, "7", " 7 ", np.int64(7), np.array([7]), pa.array([7.0]), pd.Series([7])]
+)
+def test_one_id_is_one_id(predictor: Predictor, value: Any) -> None:
+    assert predictor.predict({"user": value})["pctr"] == predictor.predict({"user": 7})["pctr"]
+
+
+@pytest.mark.parametrize("value", ["", "NULL", None, float("nan")])
+def test_one_missing_id_is_one_missing_id(predictor: Predictor, value: Any) -> None:
+    for name in ("user", "shop"):
+        assert predictor.predict({name: value})["pctr"] == predictor.predict({})["pctr"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"usr": 3}, "there is no feature 'usr'; did you mean 'user'?"),
+        ({"click": 1}, "there is no feature 'click'; there are 'user', 'shop', "),
+        ({"user": [1, 2], "shop": ["Oslo"] * 3}, "'user' has 2 values and 'shop' has 3; "),
+        ({"user": "x"}, "column 'user': 'x' is not an integer"),
+        ({"user": 7.5}, "column 'user': 7.5 is not an integer"),
+        ({"user": [1, 2**70]}, "column 'user': its values are not of one type"),
+        ({"user": [1, "x"]}, "column 'user': its values are not of one type"),
+        ({"user": {"id": 1}}, "column 'user' holds struct"),
+        ({"shop": 5}, "column 'shop' holds int64 where the ids are text"),
+        ({"tags": [[1], ["a"]]}, "column 'tags': its values are not of one type"),
+        ({"tags": ["a"]}, "column 'tags': the list holds a value that is not an id"),
+        ({"tags": list(range(70_000))}, "the list holds more than 65535 ids"),
+        ({"history": [1]}, "'history' comes without its weights 'history_weight'; give both"),
+        ({"history": [1], "history_weight": [1.0, 2.0]}, "2 weights beside 1 ids in 'history'"),
+        ({"history": [1], "history_weight": [np.nan]}, "a weight that is missing or not finite"),
+        ({"age": [40, float("inf")]}, "row 1, column 'age': inf is not a finite number"),
+        ({"age": 10**400}, "column 'age': "),
+        ({"age": "old"}, "column 'age': 'old' is not a finite number"),
+    ],
+)
+def test_a_request_that_cannot_be_scored_is_told(
+    predictor: Predictor, request_: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        predictor.predict(request_)
+    assert sentence in str(error.value)
+
+
+def test_threads_share_a_predictor(
+    predictor: Predictor, columns: dict[str, list[Any]], expected: pd.DataFrame
+) -> None:
+    rows = [{name: columns[name][row] for name in COLUMNS} for row in range(ROWS)]
+    with ThreadPoolExecutor(8) as threads:
+        scores = list(threads.map(predictor.predict, rows * 5))
+    pctr = np.concatenate([score["pctr"] for score in scores])
+    np.testing.assert_allclose(pctr, np.tile(expected["pctr"], 5), atol=2e-7)
+
+
+def test_the_program_refuses_what_does_not_fit(folder: Path) -> None:
+    package = Package.open(folder / "package")
+    run = package.load()
+    predictor = Predictor(folder / "package")
+    inputs = predictor.encode(package.example()[0])
+    names = [one.name for one in package.signature.inputs]
+
+    def spoilt(name: str, change: Any) -> None:
+        tensors = inputs.tensors(package.signature, torch.device("cpu"))
+        place = names.index(name)
+        tensors[place] = change(tensors[place])
+        run(tensors)
+
+    spoilt("user", torch.clone)
+    with pytest.raises(RuntimeError, match="the lengths of tags are negative or do not sum"):
+        spoilt("tags.lengths", lambda lengths: lengths + 1)
+    with pytest.raises(RuntimeError, match="an id is outside the rows of its table"):
+        spoilt("user", lambda rows: rows + 100)
+    with pytest.raises(RuntimeError, match="an id is outside the rows of its table"):
+        spoilt("tags.values", lambda rows: rows - 100)
+    with pytest.raises(RuntimeError, match="too far from its training values"):
+        spoilt("dense", lambda dense: dense * float("inf"))
+
+
+def test_the_transforms_in_the_program_are_those_of_the_data(folder: Path) -> None:
+    """Beyond the clipping bounds, where the logarithm is, and missing."""
+    predictor, rows = Predictor(folder / "package"), RowEncoder.load(folder / "data")
+    transform = rows.transform_of("price")
+    assert transform.method == "log"
+    assert transform.high is not None
+    scores = predictor.predict({"price": [transform.high, transform.high * 100, -1e300, 0.0]})
+    assert scores["pctr"][0] == scores["pctr"][1]
+    assert transform.low == 0 or scores["pctr"][2] != scores["pctr"][3]
+
+
+def _spoil_checksum(package: Path) -> None:
+    with (package / "preprocessing" / "dataset.json").open("a") as file:
+        file.write(" ")
+
+
+def _spoil_version(package: Path) -> None:
+    content = json.loads((package / "package.json").read_text())
+    (package / "package.json").write_text(json.dumps(content | {"format_version": 1}))
+
+
+def _spoil_json(package: Path) -> None:
+    (package / "package.json").write_text("{}")
+
+
+def _lose_program(package: Path) -> None:
+    (package / "model.pt2").unlink()
+
+
+def _other_example(package: Path) -> None:
+    content = json.loads((package / "example.json").read_text())
+    content["scores"]["pctr"][0] += 0.01
+    (package / "example.json").write_text(json.dumps(content))
+    opened = json.loads((package / "package.json").read_text())
+    del opened["checksums"]["example.json"]
+    opened["checksums"]["example.json"] = _sha256(package / "example.json")
+    (package / "package.json").write_text(json.dumps(opened))
+
+
+def _sha256(path: Path) -> str:
+    given = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+    return given.stdout.split()[0]
+
+
+def _other_machine(package: Path) -> None:
+    opened = json.loads((package / "package.json").read_text())
+    (package / "package.json").write_text(
+        json.dumps(opened | {"form": "aoti", "machine": "x86_64 AVX1024"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (_spoil_checksum, "dataset.json was changed after it was exported"),
+        (_spoil_version, "is an exported model of format version 1, and this library reads"),
+        (_spoil_json, "package.json is broken ('format_version'); export again"),
+        (_lose_program, "model.pt2 cannot be read (No such file or directory); export again"),
+        (_other_example, "scores its example otherwise than when it was exported (pctr differs by"),
+        (_other_machine, "was compiled for x86_64 AVX1024 and this machine has "),
+    ],
+)
+def test_a_damaged_package_is_refused(
+    folder: Path, tmp_path: Path, spoil: Any, sentence: str
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(folder / "package", package)
+    spoil(package)
+    with pytest.raises(RunError) as error:
+        Predictor(package)
+    assert sentence in str(error.value)
+
+
+COMPILED = """
+import sys
+import numpy, pandas
+from esmm_torchrec import Predictor
+
+package, rows, scores = sys.argv[1:]
+predictor = Predictor(package)
+assert predictor.package.form == "aoti"
+scored = predictor.score(rows)
+expected = pandas.read_parquet(scores)
+for name in ("pctr", "pcvr", "pctcvr"):
+    numpy.testing.assert_allclose(scored[name], expected[name], rtol=0, atol=5e-7)
+one = predictor.predict({"user": 3, "shop": ["Rome", "Oslo"]})
+assert one["pctr"].shape == (2,)
+try:
+    predictor._run([t.fill_(99) for t in predictor.encode({}).tensors(
+        predictor.encoder.signature, predictor.device)])
+except RuntimeError as error:
+    assert "do not sum" in str(error) or "outside the rows" in str(error), error
+else:
+    raise AssertionError("99 is a row of every table")
+foreign = [m for m in ("torchrec", "fbgemm_gpu") if m in sys.modules]
+assert not foreign, foreign
+"""
+
+
+def test_a_compiled_package_scores_the_same_without_torchrec(folder: Path) -> None:
+    main(["export", str(folder / "run"), str(folder / "compiled"), "--format", "aoti"])
+    files = [folder / "compiled", folder / "test.parquet", folder / "scores.parquet"]
+    subprocess.run([sys.executable, "-c", COMPILED, *map(str, files)], check=True, timeout=200)
