@@ -117,7 +117,9 @@ class Package:
             **{name: getattr(self, name) for name in _PLAIN},
             "signature": asdict(self.signature),
             "tasks": self.tasks.to_list(),
-            "checksums": {str(one.relative_to(self.path)): Location.of(one).sha256() for one in files},
+            "checksums": {
+                str(one.relative_to(self.path)): Location.of(one).sha256() for one in files
+            },
         }
         (self.path / DESCRIPTION).write_text(json.dumps(values, indent=2) + "\n")
 

@@ -24,7 +24,10 @@ from esmm_torchrec.schema import IdFeature, Schema, missing_column
 from esmm_torchrec.serving.signature import DENSE, MISSING_ROW, Signature
 
 OUT_OF_RANGE = "an id is outside the rows of its table; give 0 for an unknown id"
-NOT_FINITE = "a dense value is too far from its training values for a 32-bit float"
+NOT_FINITE = (
+    "a dense value is infinite, or too far from its training values for a 32-bit float; give NaN "
+    "for a missing one"
+)
 
 
 def wrong_lengths(feature: str) -> str:
@@ -126,7 +129,7 @@ class Program(nn.Module):
             if transform.has_indicator:
                 columns[missing_column(name)] = torch.isnan(values).float()
         dense = torch.stack([columns[name] for name in self._schema.dense_features], dim=1)
-        _assert(torch.isfinite(dense).all(), NOT_FINITE)
+        _assert(torch.isfinite(dense).all() & ~torch.isinf(raw).any(), NOT_FINITE)
         return dense
 
 

@@ -6,9 +6,13 @@ import importlib
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import nbformat
 import numpy as np
 import pandas as pd
@@ -150,7 +154,25 @@ def test_commands_run(page: str, work: Path) -> None:
     for options in lines:
         if options[0] == "prepare":
             shutil.rmtree(work / "PREPARED", ignore_errors=True)
+        if options[0] == "serve":
+            _serve_for_a_moment(options)
+            continue
         main([*options, *SMALL.get(options[0], [])])
+
+
+def _serve_for_a_moment(options: list[str]) -> None:
+    options = [*options[: options.index("--port")], "--port", "0"]
+    command = [sys.executable, "-m", "esmm_torchrec", *options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        (url,) = re.findall(r"http://\S+", server.stdout.readline())
+        answer = httpx.post(f"{url}/score", json={"rows": [{"channel": 2, "recency": 7}]})
+        assert 0 < answer.json()["scores"]["pctcvr"][0] < 1
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+    finally:
+        server.kill()
 
 
 def _programs(page: str) -> list[str]:
@@ -186,6 +208,7 @@ def test_serving_program_runs(work: Path) -> None:
     names: dict[str, Any] = {"new_rows": pd.read_parquet("new_rows.parquet")}
     exec(program, names)
     assert len(names["scores"]) == 7
+    assert names["many"]["pcvr"].shape == (3,)
 
 
 def test_split_program_runs(work: Path) -> None:

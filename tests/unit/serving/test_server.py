@@ -1,0 +1,223 @@
+"""An exported model behind HTTP: in this process, and as a process that is stopped and given other
+models while it answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from esmm_torchrec.serving.server import ARROW, ServedModel, ServerOptions, create_app
+from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES
+
+
+@contextmanager
+def _served(package: Path, options: ServerOptions) -> Iterator[httpx.Client]:
+    """A client of a server in a thread of this process."""
+    config = uvicorn.Config(create_app(ServedModel(package), options), log_level="error")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[httpx.Client]:
+    options = ServerOptions(max_rows=200, max_body_bytes=100_000, watch_seconds=0)
+    with _served(folder / "package", options) as client:
+        yield client
+
+
+def _assert_same(scores: Any, expected: pd.DataFrame) -> None:
+    for name in SCORES:
+        np.testing.assert_allclose(np.asarray(scores[name]), expected[name], rtol=0, atol=2e-7)
+
+
+def test_http_scores_as_score_does(
+    client: httpx.Client, columns: dict[str, list[Any]], expected: pd.DataFrame
+) -> None:
+    ages = [None if age is None or np.isnan(age) else age for age in columns["age"]]
+    columns = columns | {"age": ages}
+    answer = client.post("/score", json={"columns": columns})
+    assert answer.status_code == 200
+    _assert_same(answer.json()["scores"], expected)
+    assert answer.json()["model"] == answer.headers["x-model"]
+    rows = [{name: columns[name][row] for name in COLUMNS} for row in range(ROWS)]
+    _assert_same(client.post("/score", json={"rows": rows}).json()["scores"], expected)
+
+    sink = pa.BufferOutputStream()
+    table = pa.table(columns)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    body, kind = sink.getvalue().to_pybytes(), {"content-type": ARROW}
+    answer = client.post("/score", content=body, headers=kind)
+    assert answer.headers["content-type"] == ARROW
+    _assert_same(pa.ipc.open_stream(answer.content).read_pandas(), expected)
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence", "given"),
+    [
+        (400, "the body is not of the form that /openapi.json gives", {"content": b"{"}),
+        (400, "Object contains unknown field `row`", {"json": {"row": []}}),
+        (400, 'give either "rows" or "columns"', {"json": {}}),
+        (
+            400,
+            "the body is not an Arrow stream",
+            {"content": b"x", "headers": {"content-type": ARROW}},
+        ),
+        (413, "the body has more than 100000 bytes", {"content": b" " * 100_001}),
+        (413, "the request has 201 impressions", {"json": {"columns": {"user": [1] * 201}}}),
+        (415, "content type 'text/plain' is neither", {"headers": {"content-type": "text/plain"}}),
+        (422, "there is no feature 'usr'; did you mean 'user'?", {"json": {"rows": [{"usr": 1}]}}),
+        (
+            422,
+            "row 1, column 'user': 'x' is not",
+            {"json": {"rows": [{"user": "1"}, {"user": "x"}]}},
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_told(
+    client: httpx.Client, status: int, sentence: str, given: dict[str, Any]
+) -> None:
+    answer = client.post("/score", **given)
+    assert answer.status_code == status
+    assert sentence in answer.json()["error"]
+
+
+def test_health_model_and_metrics(client: httpx.Client, folder: Path) -> None:
+    served = client.get("/model").json()
+    assert client.get("/healthz").json() == {"status": "ok", "model": served["model"]}
+    assert (served["columns"], served["scores"]) == (COLUMNS, SCORES)
+    client.post("/score", json={"rows": [{"user": 1}, {"user": 2}]})
+    shown = client.get("/metrics").text
+    answered = re.search(r'esmm_requests_total\{status="200"\} (\d+)', shown)
+    assert answered is not None
+    assert int(answered[1]) >= 1
+    assert "esmm_requests_waiting 0.0" in shown
+    assert json.loads((folder / "package" / "package.json").read_text())["step"] == served["step"]
+
+
+def test_a_queue_that_is_full_is_told(folder: Path) -> None:
+    options = ServerOptions(max_waiting=0, watch_seconds=0)
+    with _served(folder / "package", options) as client:
+        answer = client.post("/score", json={"rows": [{}]})
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+
+
+@pytest.fixture
+def described(client: httpx.Client) -> Any:
+    return schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+
+
+API = schemathesis.pytest.from_fixture("described")
+
+
+@API.parametrize()
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_requests_made_from_the_schema_have_the_answers_it_says(case: schemathesis.Case) -> None:
+    case.call_and_validate(
+        checks=[
+            not_a_server_error,
+            status_code_conformance,
+            content_type_conformance,
+            response_schema_conformance,
+        ]
+    )
+
+
+def _another(package: Path, out: Path, note: int) -> Path:
+    """The same model as a package of its own."""
+    shutil.copytree(package, out)
+    described = json.loads((out / "package.json").read_text())
+    (out / "package.json").write_text(json.dumps(described | {"note": note}))
+    return out
+
+
+def _link(link: Path, target: Path) -> None:
+    new = link.with_name("new-link")
+    new.symlink_to(target)
+    new.replace(link)
+
+
+def test_no_request_is_lost_while_models_are_exchanged(folder: Path, tmp_path: Path) -> None:
+    packages = [_another(folder / "package", tmp_path / f"{n}", n) for n in range(3)]
+    _link(tmp_path / "model", packages[0])
+    command = [sys.executable, "-m", "esmm_torchrec", "serve", str(tmp_path / "model")]
+    server = subprocess.Popen(
+        [*command, "--port", "0", "--watch-seconds", "0.2"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        (url,) = re.findall(r"http://\S+", server.stdout.readline())
+        statuses: list[int] = []
+        models: set[str] = set()
+        done = threading.Event()
+
+        def ask() -> None:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                while not done.is_set():
+                    answer = client.post("/score", json={"rows": [{"user": 3}]})
+                    statuses.append(answer.status_code)
+                    models.add(answer.headers.get("x-model", ""))
+
+        askers = [threading.Thread(target=ask) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        for number, package in enumerate([*packages[1:], tmp_path]):  # the last one is no package
+            _link(tmp_path / "model", package)
+            if number == 1:
+                server.send_signal(signal.SIGHUP)
+            deadline = time.monotonic() + 60
+            while len(models) < min(number + 2, 3) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        done.set()
+        for asker in askers:
+            asker.join()
+        server.send_signal(signal.SIGTERM)
+        said, _ = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert set(statuses) == {200}
+    assert len(models) == 3
+    assert said == "stopped\n"
+    assert server.returncode == 0
