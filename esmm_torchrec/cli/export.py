@@ -10,8 +10,7 @@ import tyro
 
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import described
-from esmm_torchrec.serving.export import export
-from esmm_torchrec.serving.package import PackageForm
+from esmm_torchrec.serving.export import ExportForm, export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,10 @@ class Options:
     """The run folder."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """The folder to make."""
-    format: PackageForm = "export"
+    format: ExportForm = "export"
     """export: a program for torch.export.load, on any machine. aoti: compiled by AOTInductor for
-    machines like this one, which needs a C++ compiler."""
+    machines like this one, which needs a C++ compiler. triton: the same, and a model repository
+    for NVIDIA Triton in OUT/triton."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the program runs."""
     step: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,14 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, identity
-from esmm_torchrec.serving.score_files import ScoreFolder, is_folder, refuse_existing
+from esmm_torchrec.serving.package import PREPROCESSING, Package
+from esmm_torchrec.serving.predictor import Predictor
+from esmm_torchrec.serving.score_files import (
+    ScoreFolder,
+    is_folder,
+    refuse_existing,
+    write_scores,
+)
 from esmm_torchrec.serving.scored_rows import Written, unknown_warnings
 from esmm_torchrec.serving.scoring import encode_rows, remove, score
 from esmm_torchrec.sharding.planner import ShardingOption
@@ -33,7 +41,7 @@ class Options:
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder."""
+    """The run folder, or an exported model."""
     out: Path
     """The file to make, which ends in .parquet, .csv or .arrow, or a folder."""
     data: Path | None = None
@@ -65,11 +73,44 @@ class Options:
 
 def run(options: Options) -> None:
     """Scores on the ranks torchrun started, or on one."""
+    if Package.is_one(options.run):
+        _score_with_package(options)
+        return
     with process_group(options.device) as ranks:
         if options.data is not None:
             _score_split(options, ranks)
         else:
             _score_rows(options, ranks)
+
+
+def _score_with_package(options: Options) -> None:
+    """In this process."""
+    if options.data is not None:
+        raise OptionError(
+            f"{options.run} is an exported model, which scores raw rows; give --input"
+        )
+    if options.step is not None or options.sharding != "auto" or options.device != "auto":
+        raise OptionError("--step, --sharding and --device are for runs, not for exported models")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("an exported model is scored by one process; start it without torchrun")
+    model = Package.open(options.run)
+    jobs, score_folder = _jobs(options, lambda: _made_by(options, model.fingerprint))
+    predictor = Predictor(options.run)
+    written, bad_rows = Written(), BadRows(options.max_bad_rows)
+    for rows, out in jobs:
+        bad_before = bad_rows.count
+        blocks = predictor.score_blocks(
+            rows, keep=options.keep, bad_rows=bad_rows, batch_size=options.batch_size
+        )
+        of_job = write_scores(blocks, out, predictor.tasks)
+        if score_folder is not None:
+            bad = bad_rows.count - bad_before
+            score_folder.record(rows[0], out, rows=of_job.impressions, bad_rows=bad)
+        written.impressions += of_job.impressions
+        written.add(of_job.counts)
+    print(f"model: {options.run}, {model.method}, step {model.step}")
+    training = PreparedDataSet.open(options.run / PREPROCESSING, data_files=False)
+    _tell(options, written, bad_rows, training)
 
 
 def _score_split(options: Options, ranks: Ranks) -> None:
@@ -92,8 +133,10 @@ def _score_split(options: Options, ranks: Ranks) -> None:
 
 def _score_rows(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
-    jobs, score_folder = ranks.from_first(lambda: _jobs(options, lambda: _made_by(options, folder)))
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
+    jobs, score_folder = ranks.from_first(
+        lambda: _jobs(options, lambda: _made_by(options, identity(folder, step)))
+    )
     written, bad_rows, models = Written(), BadRows(options.max_bad_rows), []
     for rows, out in jobs:
         laid_out = out.with_name(f"{out.name}.rows")
@@ -147,12 +190,8 @@ def _jobs(
     return [([path], out) for path, out in folder.open(inputs)], folder
 
 
-def _made_by(options: Options, run: RunFolder) -> dict[str, Any]:
-    return {
-        "model": identity(run, chosen_step(run, options.step)),
-        "keep": list(options.keep),
-        "max_bad_rows": options.max_bad_rows,
-    }
+def _made_by(options: Options, model: str) -> dict[str, Any]:
+    return {"model": model, "keep": list(options.keep), "max_bad_rows": options.max_bad_rows}
 
 
 def _tell(options: Options, written: Written, bad_rows: BadRows, training: PreparedDataSet) -> None:

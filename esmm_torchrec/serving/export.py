@@ -35,8 +35,12 @@ from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.program import Program
 from esmm_torchrec.serving.signature import IMPRESSIONS, Signature
 from esmm_torchrec.serving.trained_program import trained_program
+from esmm_torchrec.serving.triton import write_repository
+
+ExportForm = Literal["export", "aoti", "triton"]
 
 EXAMPLE_IMPRESSIONS = 4
+TRITON = "triton"
 
 _TIME = "2026-01-31 09:30"
 
@@ -45,7 +49,7 @@ def export(
     run: RunFolder | Path | str,
     out: Path | str,
     *,
-    form: PackageForm = "export",
+    form: ExportForm = "export",
     step: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Package:
@@ -59,7 +63,8 @@ def export(
         out: the folder to make; it appears when it is whole and scores its example as the run's
             model does.
         form: "export": a program for `torch.export.load`, on any machine. "aoti": one that is
-            compiled for machines like this one.
+            compiled for machines like this one. "triton": the same, with a model repository for
+            NVIDIA Triton in the folder `TRITON`.
         step: of the checkpoint; None: the last one.
         device: where the program runs.
 
@@ -94,20 +99,23 @@ def export(
             "scores": {name: score.tolist() for name, score in scores.items()},
         }
         (partial / EXAMPLE).write_text(json.dumps(example, indent=2) + "\n")
-        _write_program(partial / PROGRAM, trained.program, tensors, encoder.signature, form)
+        program_form: PackageForm = "export" if form == "export" else "aoti"
+        _write_program(partial / PROGRAM, trained.program, tensors, encoder.signature, program_form)
         (partial / MODEL_CARD).write_text(model_card(run, trained.step, encoder.signature))
         package = Package(
             path=partial,
-            form=form,
+            form=program_form,
             device=device,
             method=run.model_options.method,
             step=trained.step,
             torch=torch.__version__,
-            machine=machine(device) if form == "aoti" else "any",
+            machine=machine(device) if program_form == "aoti" else "any",
             signature=replace(encoder.signature, outputs=tuple(scores)),
             tasks=run.schema.tasks,
             fingerprint="",
         )
+        if form == "triton":
+            write_repository(package, partial / TRITON)
         package.write()
         Predictor(partial)
         publish(partial, out)

@@ -15,6 +15,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from google.protobuf import text_format
+from torch._inductor.package.package import load_package
+from tritonclient.grpc import model_config_pb2
 
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.encoding import RowEncoder
@@ -222,6 +225,23 @@ def test_a_damaged_package_is_refused(
     assert sentence in str(error.value)
 
 
+def test_score_takes_a_package(
+    folder: Path, tmp_path: Path, expected: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["score", str(folder / "package"), "--input", str(folder / "test.parquet")]
+    main([*given, "--out", str(tmp_path / "x.parquet"), "--keep", "impression"])
+    assert f"{ROWS} impressions scored: " in capsys.readouterr().out
+    written = pd.read_parquet(tmp_path / "x.parquet")
+    assert written["impression"].tolist() == written["sample_id"].tolist()
+    _assert_same(written, expected)
+    main([*given, "--out", str(tmp_path / "files")])
+    _assert_same(pd.read_parquet(tmp_path / "files" / "test.parquet"), expected)
+    for wrong in (["--step", "3"], ["--data", str(folder / "data")]):
+        with pytest.raises(SystemExit):
+            main(["score", str(folder / "package"), *wrong, "--out", str(tmp_path / "y.csv")])
+    assert not (tmp_path / "y.csv").exists()
+
+
 COMPILED = """
 import sys
 import numpy, pandas
@@ -248,7 +268,35 @@ assert not foreign, foreign
 """
 
 
-def test_a_compiled_package_scores_the_same_without_torchrec(folder: Path) -> None:
-    main(["export", str(folder / "run"), str(folder / "compiled"), "--format", "aoti"])
-    files = [folder / "compiled", folder / "test.parquet", folder / "scores.parquet"]
-    subprocess.run([sys.executable, "-c", COMPILED, *map(str, files)], check=True, timeout=200)
+@pytest.fixture(scope="module")
+def compiled(folder: Path) -> Path:
+    main(["export", str(folder / "run"), str(folder / "compiled"), "--format", "triton"])
+    return folder / "compiled"
+
+
+def test_a_compiled_package_scores_the_same_without_torchrec(folder: Path, compiled: Path) -> None:
+    files = [compiled, folder / "test.parquet", folder / "scores.parquet"]
+    subprocess.run([sys.executable, "-c", COMPILED, *map(str, files)], check=True, timeout=250)
+
+
+def test_triton_finds_the_program_as_its_config_says(folder: Path, compiled: Path) -> None:
+    """Without Triton: its own message reads the config, and the program takes those tensors."""
+    model = compiled / "triton" / "esmm"
+    config = text_format.Parse((model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert (config.name, config.backend, config.platform) == ("esmm", "pytorch", "torch_aoti")
+    assert config.max_batch_size == 0
+    program = model / "1" / config.default_model_filename
+    loaded = load_package(str(program))
+    predictor = Predictor(folder / "package")
+    request = {"user": [3, 4], "tags": [[1], [2, 3]]}
+    tensors = predictor.encode(request).tensors(predictor.encoder.signature, torch.device("cpu"))
+    types = {torch.int64: "TYPE_INT64", torch.float32: "TYPE_FP32", torch.float64: "TYPE_FP64"}
+    assert [one.name for one in config.input] == [f"INPUT__{n}" for n in range(len(tensors))]
+    for one, tensor in zip(config.input, tensors, strict=True):
+        assert model_config_pb2.DataType.Name(one.data_type) == types[tensor.dtype]
+        assert len(one.dims) == tensor.ndim
+        assert all(size in (-1, real) for size, real in zip(one.dims, tensor.shape, strict=True))
+    scores = loaded(*tensors)
+    assert [one.name for one in config.output] == [f"OUTPUT__{n}" for n in range(len(scores))]
+    for score, expected in zip(scores, predictor.predict(request).values(), strict=True):
+        np.testing.assert_allclose(score.numpy(), expected, atol=5e-7)

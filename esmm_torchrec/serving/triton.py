@@ -1,0 +1,61 @@
+"""A model repository for NVIDIA Triton out of a compiled package; no Python runs in it.
+
+    OUT/NAME/config.pbtxt    inputs and outputs
+    OUT/NAME/1/model.pt2     the program, for Triton's PyTorch backend (platform "torch_aoti")
+
+Triton calls inputs by their place, INPUT__0 and so on; package.json says which is which. A batch
+is one request: multi-valued features of several requests cannot be laid side by side by Triton.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from esmm_torchrec.serving.package import PROGRAM, Package
+from esmm_torchrec.serving.signature import Input
+
+_TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float64": "TYPE_FP64"}
+
+
+def write_repository(package: Package, out: Path, name: str = "esmm") -> None:
+    """Writes the repository.
+
+    Args:
+        package: compiled (`form` "aoti"); its program is linked, not copied.
+        out: the folder to write to, on the same disk.
+        name: of the model in Triton.
+    """
+    assert package.form == "aoti"
+    version = out / name / "1"
+    version.mkdir(parents=True)
+    (version / PROGRAM).hardlink_to(package.path / PROGRAM)
+    (out / name / "config.pbtxt").write_text(config(package, name))
+
+
+def config(package: Package, name: str) -> str:
+    """config.pbtxt, with the name of each input in a comment."""
+    signature = package.signature
+    inputs = [_tensor(f"INPUT__{place}", one) for place, one in enumerate(signature.inputs)]
+    outputs = [
+        _tensor(f"OUTPUT__{place}", Input(column, "float32", ("impressions",)))
+        for place, column in enumerate(signature.outputs)
+    ]
+    kind = "KIND_GPU" if package.device == "cuda" else "KIND_CPU"
+    lines = [
+        f'name: "{name}"',
+        'backend: "pytorch"',
+        'platform: "torch_aoti"',
+        f'default_model_filename: "{PROGRAM}"',
+        "max_batch_size: 0",
+        *(f"input {tensor}" for tensor in inputs),
+        *(f"output {tensor}" for tensor in outputs),
+        f"instance_group {{ kind: {kind} count: 1 }}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(name: str, one: Input) -> str:
+    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in one.dims)
+    comment = re.sub(r"\s+", " ", one.name)
+    return f'{{ name: "{name}" data_type: {_TYPES[one.dtype]} dims: [ {dims} ] }}  # {comment}'
