@@ -66,9 +66,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):
-            raise OptionError("give either --data or --input, what is to be scored")
+            raise OptionError("give either `data` or `input`, what is to be scored")
         if self.data is not None and (self.keep or self.max_bad_rows or is_folder(self.out)):
-            raise OptionError("--keep, --max-bad-rows and a folder as --out need --input")
+            raise OptionError("`keep`, `max_bad_rows` and a folder as `out` need `input`")
 
 
 def run(options: Options) -> None:
@@ -87,10 +87,10 @@ def _score_with_package(options: Options) -> None:
     """In this process."""
     if options.data is not None:
         raise OptionError(
-            f"{options.run} is an exported model, which scores raw rows; give --input"
+            f"{options.run} is an exported model, which scores raw rows; give `input`"
         )
     if options.step is not None or options.sharding != "auto" or options.device != "auto":
-        raise OptionError("--step, --sharding and --device are for runs, not for exported models")
+        raise OptionError("`step`, `sharding` and `device` are for runs, not for exported models")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("an exported model is scored by one process; start it without torchrun")
     model = Package.open(options.run)
@@ -119,7 +119,7 @@ def _score_split(options: Options, ranks: Ranks) -> None:
     ranks.from_first(lambda: refuse_existing(options.out))
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     dataset = PreparedDataSet.open(options.data)
-    folder.check_schema(dataset.schema, options.data)
+    folder.check_data(options.data)
     weights = folder.config["options"]["history_weights"]
     split = MappedSplit.open(dataset, options.split, history_weights=weights)
     model = restore(

@@ -46,7 +46,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("threads", "max_rows", "max_body_mb", "max_waiting"):
             if getattr(self, name) <= 0:
-                raise OptionError(f"{name} must be positive", name)
+                raise OptionError(f"`{name}` must be positive")
 
 
 def run(options: Options) -> None:

@@ -77,7 +77,7 @@ def export(
     if out.exists():
         raise RunError(f"{out} exists already; remove it or choose another folder")
     if device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device is cuda and there is no GPU", "device")
+        raise OptionError("`device` is cuda and there is no GPU")
     run = run if isinstance(run, RunFolder) else RunFolder.open(Path(run))
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -142,7 +142,7 @@ class Package:
             if self.machine != here:
                 raise RunError(
                     f"{self.path} was compiled for {self.machine} and this machine has {here}; "
-                    "export it again on such a machine, or with --format export"
+                    "export it again on such a machine, or with `format` export"
                 )
         try:
             if self.form == "aoti":

@@ -51,9 +51,8 @@ def is_folder(out: Path) -> bool:
         return False
     if out.suffix and not out.is_dir():
         raise OptionError(
-            f"out {out} is of unknown kind; end its name in one of {', '.join(SUFFIXES)}, or give "
-            "a folder, whose name has no dot",
-            "out",
+            f"`out` {out} is of unknown kind; end its name in one of {', '.join(SUFFIXES)}, or "
+            "give a folder, whose name has no dot"
         )
     return True
 
@@ -61,7 +60,7 @@ def is_folder(out: Path) -> bool:
 def refuse_existing(out: Path) -> None:
     """Raises RunError where `out` is; makes the folder that it is to be in."""
     if out.exists():
-        raise RunError(f"{out} exists already; remove it or choose another --out")
+        raise RunError(f"{out} exists already; remove it or choose another `out`")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -92,8 +91,7 @@ def _open(path: Path, suffix: str, schema: pa.Schema) -> Writer:
     for field in schema:
         if pa.types.is_nested(field.type):
             raise OptionError(
-                f"keep {field.name} has lists, which a CSV file cannot; let --out end in .parquet",
-                "keep",
+                f"`keep` {field.name} has lists, which a CSV file cannot; let `out` end in .parquet"
             )
     return pyarrow.csv.CSVWriter(str(path), schema)
 
@@ -127,12 +125,12 @@ class ScoreFolder:
         outputs = {path: self.path / f"{path.name.partition('.')[0]}.parquet" for path in inputs}
         if len(set(outputs.values())) < len(outputs):
             name = next(p for p in outputs.values() if list(outputs.values()).count(p) > 1).name
-            raise OptionError(f"two input files would be scored to {name}; rename one", "input")
+            raise OptionError(f"two input files would be scored to {name}; rename one")
         manifest = self.path / MANIFEST
         if not manifest.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise RunError(
-                    f"{self.path} is there and not a folder of scores; choose another --out"
+                    f"{self.path} is there and not a folder of scores; choose another `out`"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self._write({})
@@ -160,7 +158,7 @@ class ScoreFolder:
         if made_by != json.loads(json.dumps(self.made_by)):
             raise RunError(
                 f"{self.path} holds scores of another model or of other options; choose another "
-                "--out"
+                "`out`"
             )
         return files
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,16 +110,18 @@ def encode_rows(
             written.add({feature.name: _counts(good, feature) for feature in features})
             yield from encoded.combine_chunks().to_batches()
 
+    encoded_blocks = blocks()
     try:
+        first = next(encoded_blocks, None)
+        if first is None:
+            raise DataError(f"{_named(rows)} has no row")
         MappedSplit.write(
             folder,
             schema=run.schema,
-            impressions=blocks(),
+            impressions=chain([first], encoded_blocks),
             written_out=True,
             history_weights=run.config["options"]["history_weights"],
         )
-        if not side:
-            raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no row")
         side[0].close()
         partial.rename(folder / _SIDE_FILE)
     except BaseException:
@@ -127,6 +130,14 @@ def encode_rows(
     finally:
         partial.unlink(missing_ok=True)
     return LaidOutRows(folder, written)
+
+
+def _named(rows: Frame | Sequence[Frame]) -> str:
+    if isinstance(rows, str | Path):
+        return str(rows)
+    if isinstance(rows, Sequence) and rows and all(isinstance(one, str | Path) for one in rows):
+        return str(rows[0])
+    return "the table"
 
 
 def _counts(encoded: pa.Table, feature: IdFeature) -> Counts:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pytest
 import schemathesis
 import uvicorn
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import (
     content_type_conformance,
     not_a_server_error,
@@ -88,7 +88,7 @@ def test_http_scores_as_score_does(
 
 
 @pytest.mark.parametrize(
-    ("status", "sentence", "given"),
+    ("status", "sentence", "sent"),
     [
         (400, "the body is not of the form that /openapi.json gives", {"content": b"{"}),
         (400, "Object contains unknown field `row`", {"json": {"row": []}}),
@@ -110,9 +110,9 @@ def test_http_scores_as_score_does(
     ],
 )
 def test_what_cannot_be_scored_is_told(
-    client: httpx.Client, status: int, sentence: str, given: dict[str, Any]
+    client: httpx.Client, status: int, sentence: str, sent: dict[str, Any]
 ) -> None:
-    answer = client.post("/score", **given)
+    answer = client.post("/score", **sent)
     assert answer.status_code == status
     assert sentence in answer.json()["error"]
 
@@ -138,31 +138,31 @@ def test_a_queue_that_is_full_is_told(folder: Path) -> None:
     assert answer.headers["retry-after"] == "1"
 
 
-@pytest.fixture
-def described(client: httpx.Client) -> Any:
-    return schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+def test_requests_made_from_the_schema_have_the_answers_it_says(client: httpx.Client) -> None:
+    described = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+    operations = [result.ok() for result in described.get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/score", "/healthz", "/model"}
+    for operation in operations:
 
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=25 if operation.path == "/score" else 1,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def one(case: schemathesis.Case) -> None:
+            case.call_and_validate(
+                checks=[
+                    not_a_server_error,
+                    status_code_conformance,
+                    content_type_conformance,
+                    response_schema_conformance,
+                ]
+            )
 
-API = schemathesis.pytest.from_fixture("described")
-
-
-@API.parametrize()
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-def test_requests_made_from_the_schema_have_the_answers_it_says(case: schemathesis.Case) -> None:
-    case.call_and_validate(
-        checks=[
-            not_a_server_error,
-            status_code_conformance,
-            content_type_conformance,
-            response_schema_conformance,
-        ]
-    )
+        one()
 
 
 def _another(package: Path, out: Path, note: int) -> Path:
@@ -214,7 +214,7 @@ def test_no_request_is_lost_while_models_are_exchanged(folder: Path, tmp_path: P
         for asker in askers:
             asker.join()
         server.send_signal(signal.SIGTERM)
-        said, _ = server.communicate(timeout=60)
+        said, _ = server.communicate(timeout=150)
     finally:
         server.kill()
     assert set(statuses) == {200}
