@@ -1,0 +1,88 @@
+"""`esmm-torchrec report`: a run on one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.checkpoints.state import load_model
+from esmm_torchrec.data.field_values import field_values
+from esmm_torchrec.data.mapped import MappedSplit
+from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.errors import OptionError, RunError
+from esmm_torchrec.models.methods import build_train_task
+from esmm_torchrec.runs.restore import restore
+from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.schema import Schema
+from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
+from esmm_torchrec.serving.scorer import score_split
+from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training.importance import permutation_importance
+
+MAX_FIELDS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write one self-contained HTML page on a run."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """The run folder."""
+    out: Path | None = None
+    """The page; report.html in the run folder if not given."""
+    data: Path | None = None
+    """The prepared data set; where the run found it if not given."""
+    by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
+    """Fields to show figures by value of; the first 8 that can be if not given."""
+    sample: int = 20_000
+    """Test impressions for the importance of features."""
+    step: int | None = None
+    """Of the checkpoint; the last one if not given."""
+
+
+def run(options: Options) -> None:
+    """Scores the test half and writes the page."""
+    try:
+        from esmm_torchrec.training.run_report import run_report  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"the command report needs {error.name}, which is not installed; "
+            "pip install 'esmm_torchrec[report]'"
+        ) from None
+    folder = RunFolder.open(options.run)
+    out = folder.path / "report.html" if options.out is None else options.out
+    if options.out is not None and out.exists():
+        raise RunError(f"{out} exists already; remove it or choose another `out`")
+    data = folder.config["history"][-1]["data"]["path"] if options.data is None else options.data
+    dataset = PreparedDataSet.open(data)
+    folder.check_data(data)
+    weights = folder.config["options"]["history_weights"]
+    split = MappedSplit.open(dataset, "test", history_weights=weights)
+    names = options.by or _fields(dataset.schema)
+    fields = {name: field_values(dataset, split, name) for name in names}
+    step = chosen_step(folder, options.step)
+    with process_group("cpu") as ranks:
+        model = restore(folder, ranks, batch_size=8192, step=step)
+        scored = score_split(model, split, ranks)
+    assert scored is not None
+    task = build_train_task(folder.schema, folder.model_options, embedding_device="cpu")
+    checkpoint = find_checkpoint(folder.checkpoints, step)
+    assert checkpoint is not None
+    load_model(checkpoint, task)
+    importances = permutation_importance(task.model.eval(), split, sample=options.sample)
+    page = run_report(folder, dataset, scored, step=step, fields=fields, importances=importances)
+    out.write_text(page)
+    print(described(folder, step))
+    print(f"report: {out}")
+
+
+def _fields(schema: Schema) -> list[str]:
+    """Those with the fewest values first: they say most at a glance."""
+    single = [feature for feature in schema.id_features if not feature.multi_valued]
+    single.sort(key=lambda feature: schema.table(feature.table).num_embeddings)
+    dense = [name for name in schema.dense_features if not name.endswith("__missing")]
+    return [*(feature.name for feature in single), *dense][:MAX_FIELDS]
