@@ -17,7 +17,9 @@ import torch
 
 from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.sources.feature_columns import CONSTANT
+from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.inputs import InputEncoder
@@ -140,7 +142,7 @@ def example_request(encoder: RowEncoder) -> dict[str, Any]:
         if feature.name in features.time_parts:
             request[column] = [_TIME] * (EXAMPLE_IMPRESSIONS - 1) + [None]
             continue
-        ids = encoder.vocabulary_of(feature).raw_ids[: EXAMPLE_IMPRESSIONS - 1].to_pylist()
+        ids = _some_ids(encoder.vocabulary_of(feature))
         given = [ids[: place + 1] for place in range(EXAMPLE_IMPRESSIONS - 1)]
         if feature.name in features.texts:
             request[column] = [" ".join(map(str, bag)) for bag in given] + [None]
@@ -165,6 +167,13 @@ def example_request(encoder: RowEncoder) -> dict[str, Any]:
         steps = np.linspace(low, high, EXAMPLE_IMPRESSIONS - 1)
         request[features.column_of(name)] = [*(float(f"{one:.6g}") for one in steps), None]
     return request
+
+
+def _some_ids(vocabulary: Vocabulary | HashedIds) -> list[Any]:
+    if isinstance(vocabulary, Vocabulary):
+        return vocabulary.raw_ids[: EXAMPLE_IMPRESSIONS - 1].to_pylist()
+    ids = range(1, EXAMPLE_IMPRESSIONS)
+    return list(ids) if vocabulary.kind == "integer" else list(map(str, ids))
 
 
 def _write_program(

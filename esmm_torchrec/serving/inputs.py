@@ -24,6 +24,7 @@ import torch
 
 from esmm_torchrec.data.dense import TOO_FAR
 from esmm_torchrec.data.encoding import TOO_LONG, RowEncoder, RowsToEncode
+from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.mapped import LONGEST_BAG
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import is_list
@@ -36,7 +37,8 @@ from esmm_torchrec.serving.signature import DENSE, IMPRESSIONS, MISSING_ROW, Sig
 
 MAX_DICT_IDS = 1 << 22
 """Ids of a table that are kept in a dict, too (about 100 bytes each), once there is a request.
-Those of a larger table are searched, which costs a request some 100 µs."""
+Those of a larger table are searched, and hashed ids are hashed by Arrow, which costs a request some
+100 µs."""
 
 MAX_TEXTS = 4096
 """Texts of an Arrow column that are looked up one by one; more of them are looked up together."""
@@ -113,14 +115,16 @@ class _Bags(NamedTuple):
 class _Lookup:
     """The rows of a table's ids, one by one."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary | HashedIds) -> None:
         self.vocabulary = vocabulary
-        self.is_small = vocabulary.num_embeddings <= MAX_DICT_IDS
+        is_list = isinstance(vocabulary, Vocabulary)
+        self.is_small = is_list and vocabulary.num_embeddings <= MAX_DICT_IDS
         self._type = int if vocabulary.kind == "integer" else str
         self._plain = frozenset({self._type, type(None)})
 
     @cached_property
     def _rows(self) -> dict[Any, int]:
+        assert isinstance(self.vocabulary, Vocabulary)
         ids = self.vocabulary.raw_ids.to_pylist()
         rows: dict[Any, int] = dict(zip(ids, range(1, len(ids) + 1), strict=True))
         if self._type is str:
