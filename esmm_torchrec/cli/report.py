@@ -41,7 +41,7 @@ class Options:
     sample: int = 20_000
     """Test impressions for the importance of features."""
     step: int | None = None
-    """Of the checkpoint; the last one if not given."""
+    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
 
 
 def run(options: Options) -> None:

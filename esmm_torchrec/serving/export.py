@@ -67,7 +67,7 @@ def export(
         form: "export": a program for `torch.export.load`, on any machine. "aoti": one that is
             compiled for machines like this one. "triton": the same, with a model repository for
             NVIDIA Triton in the folder `TRITON`.
-        step: of the checkpoint; None: the last one.
+        step: of the checkpoint; None: that of the model.
         device: where the program runs.
 
     Raises:

@@ -31,7 +31,7 @@ class Predictor:
 
     Args:
         model: the folder of a run, or of an exported model.
-        step: of the checkpoint of a run; None: the last one.
+        step: of the checkpoint of a run; None: that of the model.
         device: where the model of a run is; that of an exported one is where it was exported for.
         runners: how many threads can run a compiled program at the same time.
 

@@ -41,7 +41,7 @@ def trained_program(
 
     Args:
         run: the run folder.
-        step: of the checkpoint; None: the last one.
+        step: of the checkpoint; None: that of the model.
         device: where the model is.
         tables: a folder for files in which the tables are kept instead of in memory, one per table;
             they may go once the program is no longer used.
