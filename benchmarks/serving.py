@@ -141,7 +141,7 @@ def main(options: Options) -> None:
             request: dict[str, Any] = {
                 name: [one.tolist() if isinstance(one, np.ndarray) else one for one in taken[name]]
                 if name.startswith(("list", "text"))
-                else taken[name].to_numpy()
+                else np.asarray(taken[name])
                 for name in taken
             }
             if size == 1:
