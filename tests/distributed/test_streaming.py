@@ -198,6 +198,7 @@ def test_methods_that_choose_impressions_need_the_mapped_copy(data: Path, tmp_pa
         _train(data, tmp_path / "run", replace(OPTIONS, method="base"))
 
 
+@pytest.mark.slow
 def test_a_run_from_a_store_is_that_from_a_disk(
     data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
