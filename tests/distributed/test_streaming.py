@@ -193,9 +193,11 @@ def test_lanes_and_window_are_those_of_the_run(
         _train(data, whole, replace(OPTIONS, **change))
 
 
-def test_methods_that_choose_impressions_need_the_mapped_copy(data: Path, tmp_path: Path) -> None:
+def test_what_chooses_impressions_needs_the_mapped_copy(data: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="`method` base chooses the impressions"):
         _train(data, tmp_path / "run", replace(OPTIONS, method="base"))
+    with pytest.raises(OptionError, match="`validation_share` holds out rows by"):
+        _train(data, tmp_path / "run", replace(OPTIONS, validation_share=0.1))
 
 
 @pytest.mark.slow
