@@ -138,7 +138,7 @@ def _draw_others(
     """Draws a table, except for its first columns."""
     draw(weight)
     with torch.no_grad():
-        weight[:, :zero_columns] = 0
+        weight[..., :zero_columns] = 0  # a table of another rank is one empty dimension here
     return weight
 
 
