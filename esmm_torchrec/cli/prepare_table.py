@@ -10,8 +10,8 @@ import tyro
 
 from esmm_torchrec.cli.prepared_report import report
 from esmm_torchrec.data.dense import DenseTransform
-from esmm_torchrec.data.sources import spark_engine
 from esmm_torchrec.data.sources.delimited_text import TextFormat
+from esmm_torchrec.data.sources.spark_tasks import session
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
 
@@ -201,7 +201,7 @@ def run(options: Options) -> None:
         min_count=options.min_count,
         unclicked_conversions=options.unclicked_conversions,
         max_bad_rows=options.max_bad_rows,
-        engine=spark_engine.session() if options.engine == "spark" else None,
+        engine=session() if options.engine == "spark" else None,
         progress=True,
     )
     print(report(data_set, unclicked_conversions=options.unclicked_conversions))

@@ -1,0 +1,71 @@
+"""What all tasks of Spark have in common: pieces of rows to work on, and what they tell the driver.
+
+pyspark is imported only where a session is at hand, and nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from esmm_torchrec.errors import DataError, OptionError
+
+Session = Any
+"""A pyspark.sql.SparkSession; pyspark need not be installed."""
+
+MAX_TASKS = 20_000
+
+
+def session() -> Session:
+    """The session of this process: that of spark-submit, or one of all cores of this machine.
+
+    Raises:
+        OptionError: pyspark is not installed.
+    """
+    try:
+        from pyspark.sql import SparkSession  # noqa: PLC0415  # pyright: ignore
+    except ModuleNotFoundError:
+        raise OptionError(
+            "--engine spark needs pyspark and Java 17; pip install 'esmm_torchrec[spark]'"
+        ) from None
+    # Of pandas, nothing is used there.
+    warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit chooses the Python of a cluster
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    return SparkSession.builder.appName("esmm_torchrec").getOrCreate()
+
+
+class Failure(NamedTuple):
+    """An error of the user's in a task: raised by the driver, which knows which came first."""
+
+    sentence: str
+
+
+def pieces_on(spark: Session, number: int) -> Any:
+    """A row for each piece, contiguous ones in one task."""
+    return spark.range(0, number, 1, max(1, min(number, MAX_TASKS)))
+
+
+def numbers_of(batches: Iterable[pa.RecordBatch]) -> Iterator[int]:
+    """The pieces of a task."""
+    for batch in batches:
+        yield from batch.column(0).to_pylist()
+
+
+def states_of(rows: Iterable[Any]) -> list[Any]:
+    """What the tasks say, in the order of their rows.
+
+    Raises:
+        DataError: one of them failed.
+    """
+    states = [pickle.loads(state) for _, state in sorted((row[0], bytes(row[1])) for row in rows)]
+    for state in states:
+        if isinstance(state, Failure):
+            raise DataError(state.sentence)
+    return states

@@ -1,0 +1,291 @@
+"""One run of `prepare_table`: what the columns turn out to hold, and two passes over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from esmm_torchrec.data.dense import DenseFitter, DenseMethod, DenseTransform
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.hashing import HashedIds
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName
+from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns
+from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
+from esmm_torchrec.data.sources.raw_tables import BadRows
+from esmm_torchrec.data.sources.raw_values import holds_integers, holds_text, one_array
+from esmm_torchrec.data.sources.spark_counting import count_table
+from esmm_torchrec.data.sources.spark_tasks import Session
+from esmm_torchrec.data.sources.spark_writing import write_table_on_spark
+from esmm_torchrec.data.sources.table_blocks import (
+    Counted,
+    TrainingCount,
+    count_ids,
+    write_table,
+)
+from esmm_torchrec.data.sources.table_columns import IdForm, TableColumns, agreed
+from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
+from esmm_torchrec.data.vocabulary import IdCounter
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.schema import IdFeature, Schema, Table
+
+
+class Preparation:
+    """One run of `prepare_table`."""
+
+    def __init__(
+        self,
+        *,
+        rows: TableRows,
+        columns: TableColumns,
+        list_separator: str | None,
+        dense_methods: Mapping[str, DenseMethod],
+        min_count: int,
+        progress: bool,
+    ) -> None:
+        self.rows = rows
+        self._columns = columns
+        self._list_separator = list_separator
+        self._dense_methods = dense_methods
+        self.min_count = min_count
+        self._progress = progress
+        raw_ids = dict.fromkeys(columns.ids)
+        self._lists = {
+            name: agreed(self._forms([name], SPLITS), "multi_valued") for name in raw_ids
+        }
+        """By raw id column; None while no list has been met."""
+        self._kinds: dict[str, IdKind] = {}
+        self._guessed: list[tuple[str, ...]] = []
+        """Groups of raw columns whose ids are integers until a text is met."""
+        for family in self._families():
+            kind = agreed(self._forms(family, SPLITS[:1]), "kind")
+            agreed(self._forms(family, SPLITS), "kind")
+            self._kinds |= dict.fromkeys(family, kind or "integer")
+            if kind is None:
+                self._guessed.append(family)
+        # Its checks, before the long work.
+        features = self.features
+        Schema(
+            tuple(Table(name, 1) for name in {of.table for of in features.id_features}),
+            features.id_features,
+            features.dense,
+            columns.tasks,
+        )
+
+    def _families(self) -> list[tuple[str, ...]]:
+        """Raw columns whose ids are of one kind: those that share a table; the group ids."""
+        families: dict[str, tuple[str, ...]] = {}
+        for feature, column in self._columns.id_features.items():
+            table = self._columns.table_of(feature)
+            if column in self._columns.ids and feature not in self._columns.time_parts:
+                families[table] = (*families.get(table, ()), column)
+            elif column in self._columns.texts:
+                self._kinds[column] = "text"
+        for table, names in self._columns.shared_tables.items():
+            if any(name in self._columns.texts for name in names):
+                self._kinds |= dict.fromkeys(families.pop(table, ()), "text")
+        alone = [
+            (name,)
+            for name in dict.fromkeys((self._columns.group_id, self._columns.key))
+            if name is not None and name not in self._kinds and name not in self._columns.ids
+        ]
+        return [*families.values(), *alone]
+
+    def _forms(self, columns: Iterable[str], splits: Sequence[SplitName]) -> list[IdForm]:
+        return [
+            IdForm.of(table, column, self._list_separator)
+            for column in columns
+            for split in splits
+            for table in self.rows.tables[split]
+        ]
+
+    @property
+    def group_kinds(self) -> dict[str, IdKind]:
+        """What group ids are, as far as is known: by raw column, of --group-id and --key."""
+        columns = (self._columns.group_id, self._columns.key)
+        return {name: self._kinds[name] for name in columns if name is not None}
+
+    @property
+    def features(self) -> FeatureColumns:
+        """How features are read, as far as is known; `count` finds out the rest."""
+        columns, parts = self._columns, self._columns.time_parts
+        id_features = {
+            name: IdFeature(
+                name,
+                table=columns.table_of(name),
+                multi_valued=column in columns.texts or bool(self._lists.get(column))
+                if name not in parts
+                else False,
+                weighted=column in columns.weights and name not in parts,
+            )
+            for name, column in columns.id_features.items()
+        }
+        if not id_features:
+            id_features = {CONSTANT: IdFeature(CONSTANT, table=CONSTANT)}
+        renamed = columns.id_features | columns.dense_features
+        return FeatureColumns(
+            id_features=tuple(id_features.values()),
+            kinds={
+                name: "integer"
+                if name in parts or name == CONSTANT
+                else self._kinds[columns.id_features[name]]
+                for name in id_features
+            },
+            weights={
+                name: columns.weights[columns.id_features[name]]
+                for name, feature in id_features.items()
+                if feature.weighted
+            },
+            dense=tuple(columns.dense_features),
+            columns={name: column for name, column in renamed.items() if name != column},
+            texts=frozenset(
+                name
+                for name, column in columns.id_features.items()
+                if column in columns.texts and name not in parts
+            ),
+            time_parts=parts,
+            list_separator=self._list_separator,
+        )
+
+    def count(self, engine: Session | None = None) -> Counted:
+        """Reads the training rows once, or again if they are not what they seemed."""
+        self.rows.find_last_train_time()
+        with progress_bar("count train", None, "rows", disable=not self._progress) as bar:
+            while (counted := self._try_to_count(bar, engine)) is None:
+                bar.reset()
+        for family in self._guessed:
+            for form in self._forms(family, ["test"]):
+                kind = self._kinds[family[0]]
+                if form.kind not in (None, kind):
+                    raise DataError(
+                        f"{form.where} where the training files hold {kind} ids; give both one type"
+                    )
+        return counted
+
+    def _try_to_count(self, bar: tqdm, engine: Session | None) -> Counted | None:
+        if engine is not None:
+            return count_table(engine, self)
+        count = self.count_rows(self.rows, bar.update)
+        if count is None:
+            return None
+        vocabularies = {
+            table: counter.vocabulary(self.min_count) for table, counter in count.counters.items()
+        }
+        return Counted(vocabularies | self.hashed, self.fit(count.fitter), count.rows)
+
+    @property
+    def hashed(self) -> dict[str, HashedIds]:
+        """By table whose ids are hashed."""
+        hashed, kinds = self._columns.hashed, self.features.kinds
+        return {
+            feature.table: HashedIds(kinds[feature.name], hashed[column])
+            for feature in self.features.id_features
+            if (column := self.features.column_of(feature.name)) in hashed
+            and feature.name not in self.features.time_parts
+        }
+
+    def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:
+        """The transforms of the dense columns, by the methods asked for."""
+        columns = self.features
+        return fitter.fit(
+            {name: self._dense_methods[columns.column_of(name)] for name in columns.dense}
+        )
+
+    def count_rows(
+        self, rows: TableRows, on_rows: Callable[[int], object] = lambda _: None
+    ) -> TrainingCount | None:
+        """Counts training rows; None if a list or a text turned up where none was expected, which
+        `met` has then.
+
+        Args:
+            rows: all of them, or a piece.
+            on_rows: is told how many more have been read.
+        """
+        columns, hashed = self.features, self.hashed
+        counters = {
+            feature.table: IdCounter(columns.kinds[feature.name])
+            for feature in columns.id_features
+            if feature.table not in hashed
+        }
+        fitter = DenseFitter(len(columns.dense))
+        count, skipped = 0, Skipped(BadRows(rows.max_bad_rows))
+        for block in rows.blocks("train", skipped.bad_rows):
+            if self._meets_lists(block) or self._meets_text(block):
+                return None
+            usable = rows.usable(block, columns, self.group_kinds, skipped)
+            count_ids(counters, columns, usable.features)
+            if columns.dense:
+                values = np.stack(list(usable.features.dense.values()), axis=1)
+                fitter.add(values, usable.numbers)
+            count += len(block.rows)
+            on_rows(len(block.rows))
+        return TrainingCount(counters, fitter, count)
+
+    @property
+    def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:
+        """What is known of raw id columns: whether each holds lists, and what its ids are."""
+        return self._lists, self._kinds
+
+    def meet(self, lists: Mapping[str, bool | None], kinds: Mapping[str, IdKind]) -> bool:
+        """Learns of lists and texts that were met in a piece; whether any of them is new."""
+        before = dict(self._lists), dict(self._kinds)
+        self._lists |= {name: True for name, is_list in lists.items() if is_list}
+        self._kinds |= {name: kind for name, kind in kinds.items() if kind == "text"}
+        return before != (self._lists, self._kinds)
+
+    def _meets_lists(self, block: RawBlock) -> bool:
+        if self._list_separator is None:
+            return False
+        met = [
+            name
+            for name, multi_valued in self._lists.items()
+            if multi_valued is None and holds_text(block.rows.column(name), self._list_separator)
+        ]
+        self._lists |= dict.fromkeys(met, True)
+        return bool(met)
+
+    def _meets_text(self, block: RawBlock) -> bool:
+        if not block.table.is_text:
+            return False
+        met = False
+        for family in self._guessed:
+            if self._kinds[family[0]] == "integer" and not all(
+                self._is_integer(block.rows.column(name), name) for name in family
+            ):
+                self._kinds |= dict.fromkeys(family, "text")
+                met = True
+        return met
+
+    def _is_integer(self, column: pa.ChunkedArray, name: str) -> bool:
+        if self._lists.get(name) and self._list_separator is not None:
+            return holds_integers(split_lists(one_array(column), self._list_separator).flatten())
+        return holds_integers(column)
+
+    def write(
+        self, writer: PreparedWriter, counted: Counted, engine: Session | None = None
+    ) -> None:
+        """Encodes everything and writes the data set."""
+        for table, vocabulary in counted.vocabularies.items():
+            writer.write_vocabulary(table, vocabulary)
+        for name, transform in counted.dense.items():
+            writer.record_dense(name, transform)
+        encoder = RowEncoder(
+            self.features, counted.vocabularies, counted.dense, tasks=self._columns.tasks
+        )
+        if engine is not None:
+            write_table_on_spark(
+                engine, writer, self.rows, encoder, counted.dense, group_kinds=self.group_kinds
+            )
+            return
+        write_table(
+            writer,
+            self.rows,
+            encoder,
+            group_kinds=self.group_kinds,
+            train_rows=counted.rows,
+            progress=self._progress,
+        )
