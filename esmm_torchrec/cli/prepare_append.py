@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from esmm_torchrec.cli.prepared_report import report
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.append import append_table
+from esmm_torchrec.data.sources.spark_tasks import session
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Options:
     """Name of what is added, such as 2026-11-02; a name that is there already is refused, so that a
     day is not added twice. Without this option days are numbered."""
 
+    engine: Literal["local", "spark"] = "local"
+    """spark: tasks of Spark, as for prepare table."""
+
 
 def run(options: Options) -> None:
     """Appends, then prints what was added."""
@@ -43,6 +47,7 @@ def run(options: Options) -> None:
         train=options.train,
         test=options.test or None,
         day=options.day,
+        engine=session() if options.engine == "spark" else None,
         progress=True,
     )
     policy = added.source["unclicked_conversions"]

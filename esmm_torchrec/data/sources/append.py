@@ -11,14 +11,16 @@ import fcntl
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.dense import DenseFitter, DenseTransform
 from esmm_torchrec.data.durable import replace_file
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.hashing import HashedIds
@@ -33,7 +35,7 @@ from esmm_torchrec.data.prepared_form import (
     Statistics,
 )
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources.feature_columns import RawReading
+from esmm_torchrec.data.sources.feature_columns import FeatureColumns, RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.raw_tables import (
     MAX_EXAMPLES,
@@ -42,7 +44,10 @@ from esmm_torchrec.data.sources.raw_tables import (
     RawTable,
     open_raw_tables,
 )
-from esmm_torchrec.data.sources.table_blocks import count_ids, write_table
+from esmm_torchrec.data.sources.spark_counting import count_table
+from esmm_torchrec.data.sources.spark_tasks import Session
+from esmm_torchrec.data.sources.spark_writing import write_table_on_spark
+from esmm_torchrec.data.sources.table_blocks import TrainingCount, count_ids, write_table
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_rows import Skipped, TableRows, UnclickedConversions
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
@@ -56,6 +61,7 @@ def append_table(
     train: Frame | Sequence[Frame],
     test: Frame | Sequence[Frame] | None = None,
     day: str | None = None,
+    engine: Session | None = None,
     progress: bool = False,
 ) -> PreparedDataSet:
     """Adds impressions to a data set that `prepare_table` made, read as those of it were.
@@ -74,6 +80,7 @@ def append_table(
         train: the impressions, in the forms that `prepare_table` takes.
         test: impressions that take the place of the test half; None keeps the test half.
         day: name of what is added, of letters, digits and ._-; None numbers it.
+        engine: a SparkSession whose tasks do the work, as in `prepare_table`.
         progress: show a bar.
 
     Returns:
@@ -113,7 +120,9 @@ def append_table(
             max_bad_rows=made.max_bad_rows,
             first_train_row=made.train_rows,
         )
-        vocabularies, train_rows = _vocabularies(whole, made, rows, progress=progress)
+        vocabularies, train_rows = _vocabularies(
+            whole, made, rows, engine=engine, progress=progress
+        )
         source = dict(whole.source)
         source["files"] = {
             "train": [table.file_name for table in train_tables],
@@ -134,19 +143,27 @@ def append_table(
                 writer.write_vocabulary(table, vocabulary)
             for name, transform in whole.statistics.dense.items():
                 writer.record_dense(name, transform)
-            write_table(
-                writer,
-                rows,
-                RowEncoder(
-                    reading.features,
-                    vocabularies,
-                    whole.statistics.dense,
-                    tasks=whole.schema.tasks,
-                ),
-                group_kinds=made.group_kinds,
-                train_rows=train_rows,
-                progress=progress,
+            encoder = RowEncoder(
+                reading.features, vocabularies, whole.statistics.dense, tasks=whole.schema.tasks
             )
+            if engine is not None:
+                write_table_on_spark(
+                    engine,
+                    writer,
+                    rows,
+                    encoder,
+                    whole.statistics.dense,
+                    group_kinds=made.group_kinds,
+                )
+            else:
+                write_table(
+                    writer,
+                    rows,
+                    encoder,
+                    group_kinds=made.group_kinds,
+                    train_rows=train_rows,
+                    progress=progress,
+                )
             if test is None:
                 _copy_test(whole, writer)
         added = PreparedDataSet.open(path / DAYS / day)
@@ -196,31 +213,76 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _vocabularies(
-    whole: PreparedDataSet, made: _Made, rows: TableRows, *, progress: bool
-) -> tuple[dict[str, Vocabulary | HashedIds], int]:
-    """The vocabularies of all days, by table, and the number of rows of the new one."""
-    features = made.reading.features
-    counters: dict[str, IdCounter] = {}
-    for table in whole.vocabulary_tables:
-        rare = whole.rare_ids(table)
-        counters[table] = IdCounter(whole.statistics.tables[table].kind)
-        counters[table].add(rare["raw_id"], rare["count"].to_numpy())
-    skipped, count = Skipped(BadRows(made.max_bad_rows)), 0
-    with progress_bar("count train", None, "rows", disable=not progress) as bar:
+@dataclass
+class _TrainingRows:
+    """The training rows of a day, read as those of the first one were."""
+
+    rows: TableRows
+    features: FeatureColumns
+    group_kinds: dict[str, IdKind]
+    hashed: dict[str, HashedIds]
+    min_count: int = 1
+    """Ids that are rare on this day may have occurred on others."""
+
+    @property
+    def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:
+        return {}, {}
+
+    def meet(self, lists: Mapping[str, bool | None], kinds: Mapping[str, IdKind]) -> bool:
+        return bool(lists or kinds)
+
+    def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:  # noqa: ARG002
+        return {}
+
+    def count_rows(
+        self, rows: TableRows, on_rows: Callable[[int], object] = lambda _: None
+    ) -> TrainingCount:
+        counters = {
+            feature.table: IdCounter(self.features.kinds[feature.name])
+            for feature in self.features.id_features
+            if feature.table not in self.hashed
+        }
+        skipped, count = Skipped(BadRows(rows.max_bad_rows)), 0
         for block in rows.blocks("train", skipped.bad_rows):
-            usable = rows.usable(block, features, made.group_kinds, skipped)
+            usable = rows.usable(block, self.features, self.group_kinds, skipped)
             with block.table.named_in_errors():
-                count_ids(counters, features, usable.features)
+                count_ids(counters, self.features, usable.features)
             count += len(block.rows)
-            bar.update(len(block.rows))
-    vocabularies: dict[str, Vocabulary | HashedIds] = {}
-    for table in (of.name for of in whole.schema.tables):
-        rows_of_ids = whole.row_of_ids(table)
-        if isinstance(rows_of_ids, Vocabulary):
-            rows_of_ids = rows_of_ids.grown(*counters[table].counts(), whole.min_count)
-        vocabularies[table] = rows_of_ids
-    return vocabularies, count
+            on_rows(len(block.rows))
+        return TrainingCount(counters, DenseFitter(len(self.features.dense)), count)
+
+
+def _vocabularies(
+    whole: PreparedDataSet,
+    made: _Made,
+    rows: TableRows,
+    *,
+    engine: Session | None,
+    progress: bool,
+) -> tuple[dict[str, Vocabulary | HashedIds], int]:
+    """What gives ids their rows on all days, by table, and the number of rows of the new one."""
+    rows_of_ids = {table.name: whole.row_of_ids(table.name) for table in whole.schema.tables}
+    hashed = {name: ids for name, ids in rows_of_ids.items() if isinstance(ids, HashedIds)}
+    training = _TrainingRows(rows, made.reading.features, made.group_kinds, hashed)
+    counts: dict[str, tuple[pa.Array, np.ndarray]] = {}
+    if engine is not None:
+        counted = count_table(engine, training)
+        assert counted is not None
+        for table, ids in counted.vocabularies.items():
+            if isinstance(ids, Vocabulary):
+                counts[table] = ids.raw_ids, ids.counts
+    else:
+        with progress_bar("count train", None, "rows", disable=not progress) as bar:
+            counted = training.count_rows(rows, bar.update)
+        counts = {table: counter.counts() for table, counter in counted.counters.items()}
+    for table, of_day in counts.items():
+        rare, known = whole.rare_ids(table), rows_of_ids[table]
+        assert isinstance(known, Vocabulary)
+        counter = IdCounter(known.kind)
+        counter.add(rare["raw_id"], rare["count"].to_numpy())
+        counter.add(*of_day)
+        rows_of_ids[table] = known.grown(*counter.counts(), whole.min_count)
+    return rows_of_ids, counted.rows
 
 
 def _copy_test(whole: PreparedDataSet, writer: PreparedWriter) -> None:

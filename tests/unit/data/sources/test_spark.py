@@ -20,6 +20,7 @@ import pytest
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS
+from esmm_torchrec.data.sources.append import append_table
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError, OptionError
 
@@ -138,6 +139,18 @@ def test_tasks_prepare_what_this_process_prepares(
     named = {file.name for split in SPLITS for file in there.impression_files(split)}
     assert {file.name for file in there.path.glob("*/impressions-*")} == named
     assert here.dropped["train"]["bad rows"] == 6
+
+
+def test_tasks_append_what_this_process_appends(logs: Path, spark: Any, tmp_path: Path) -> None:
+    for engine, name in ((None, "here"), (spark, "there")):
+        files = {"train": str(logs / "train-0.parquet"), "test": str(logs / "test.parquet")}
+        prepare_table(tmp_path / name, key="user", **OPTIONS, **files)
+        append_table(tmp_path / name, train=str(logs / "train-1.parquet"), engine=engine)
+    here, there = (PreparedDataSet.open(tmp_path / name) for name in ("here", "there"))
+    assert here.days == there.days == ("0001",)
+    _assert_same(here, there)
+    days = [PreparedDataSet.open(tmp_path / name / "days" / "0001") for name in ("here", "there")]
+    _assert_same(*days)
 
 
 def test_errors_of_tasks_are_sentences(logs: Path, spark: Any, tmp_path: Path) -> None:
