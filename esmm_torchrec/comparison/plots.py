@@ -59,6 +59,12 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
             "colour share their data: compare methods within a colour.",
         )
     }
+    if "BASE" in results["methods"] and results["protocol"]["seeds"] > 1:
+        plots["differences.png"] = (
+            _from_base(results),
+            "Paired difference of each method from BASE, and its 95 % interval by itself; filled "
+            "if it stands after Holm’s correction.",
+        )
     if len(results["protocol"]["fractions"]) > 1:
         plots["volume.png"] = (
             _volume(results),
@@ -137,6 +143,33 @@ def _runs(results: Results) -> Figure:
     ):
         _dots(axes, results, metric, names, colour_by_seed=True)
         axes.set_title(title, fontsize=10)
+    return figure
+
+
+def _from_base(results: Results) -> Figure:
+    """Methods minus BASE, in points of AUC."""
+    of_metric = results["differences"][_largest(results)]
+    titles = {"cvr_auc": "CVR AUC on clicks", "cvr_auc_entire_space": "CVR AUC, entire space"}
+    shown = {metric: title for metric, title in titles.items() if metric in of_metric}
+    names = [name for name in results["methods"] if name != "BASE"]
+    figure = Figure(figsize=(4.6 * len(shown), 0.3 * len(names) + 1.2), layout="constrained")
+    grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (metric, title) in zip(grid, shown.items(), strict=True):
+        for place, name in enumerate(names):
+            row = of_metric[metric]["BASE"].get(name)
+            if row is None:
+                continue
+            low, mean, high = (100 * row[key] for key in ("low", "mean", "high"))
+            colour = COLOURS.get(name, OTHER_COLOUR)
+            filled = "white" if row["within_noise"] else colour
+            axes.plot([low, high], [place, place], color=colour, lw=1.8, zorder=2)
+            axes.plot(mean, place, "o", ms=7, mec=colour, mfc=filled, mew=1.8, zorder=3)
+        axes.axvline(0, color="black", lw=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("minus BASE, points of AUC", fontsize=9)
+        _plain(axes)
+    grid[0].set_yticks(range(len(names)), names)
+    grid[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 

@@ -415,7 +415,7 @@ def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
     for text in ("ESMM", "68.56 ± 0.37", "Why not division", "Volume of training data", "oracle"):
         assert text in page
     assert "http" not in page, "the page needs nothing but itself"
-    assert page.count("<img") == len(list((tmp_path / "plots").glob("*.png"))) == 5
+    assert page.count("<img") == len(list((tmp_path / "plots").glob("*.png"))) == 6
     rows_of_table = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     found = next(
         row
