@@ -8,21 +8,23 @@ import torch.distributed as dist
 
 
 class RankExchange:
-    """Combines arrays of all ranks, which call its methods in the same order with the same shapes.
+    """Combines arrays of all ranks, which make it together and call its methods in the same order
+    with the same shapes."""
 
-    Nothing waits for a GPU: tensors on the CPU go through gloo, whatever the device.
-    """
+    def __init__(self) -> None:
+        # TorchRec's evaluation pipeline asks for batches in a thread of its own, where collectives
+        # of the default group would mix with those of the model.
+        self._group = dist.new_group(backend="gloo")
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """float64, the sums over all ranks."""
-        return _reduced(values, dist.ReduceOp.SUM)
+        return self._reduced(values, dist.ReduceOp.SUM)
 
     def max(self, values: np.ndarray) -> np.ndarray:
         """float64, the maxima over all ranks."""
-        return _reduced(values, dist.ReduceOp.MAX)
+        return self._reduced(values, dist.ReduceOp.MAX)
 
-
-def _reduced(values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
-    reduced = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(reduced, operation)
-    return reduced.numpy()
+    def _reduced(self, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
+        reduced = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(reduced, operation, group=self._group)
+        return reduced.numpy()
