@@ -128,11 +128,11 @@ def torchrec_module(run: Path, predictor: Predictor, request: dict[str, Any]) ->
 
 def main(options: Options) -> None:
     """Measures, prints and writes."""
-    torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = prepared_models(folder, options.rows)
+        torch.set_num_threads(1)  # training has set its own
         predictors = {name: Predictor(path) for name, path in models.items()}
         compiled = predictors["compiled"]
         rows = pd.read_parquet(folder / "test.parquet")[list(compiled.encoder.raw_columns)]
