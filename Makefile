@@ -3,7 +3,7 @@
 # make test-slow   the tests that take minutes or gigabytes
 # make test-spark   the tests of the Spark engine, which need Java 17
 # make test-newest   the tests with the newest supported torch and TorchRec, in an environment of its own
-# make check     format, lint, types, layers
+# make check     format, lint, types, layers, glossary
 # make docs      the site, in site/
 # make ground-truth   ESMM beside plain PyTorch, BASE and the oracle, on three worlds
 # make paper     the methods compared at the paper's rates and at dense ones: tables, figures, reports;
@@ -127,6 +127,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	$(BIN)/pytest -q -p no:cacheprovider tests/unit/test_words.py
 
 format: install
 	$(BIN)/ruff format .

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 from alternate import publish  # noqa: E402
 

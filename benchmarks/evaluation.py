@@ -17,9 +17,9 @@ from typing import Any
 
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 from alternate import alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()
+configure_threads()
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

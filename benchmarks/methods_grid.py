@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 from esmm_torchrec.comparison.data import DEFAULT_WORLD
 from esmm_torchrec.comparison.options import ComparisonOptions
 from esmm_torchrec.comparison.processes import helped_by
@@ -251,7 +251,7 @@ def _panel(
 
 def main() -> None:
     """Compares, then writes what was found."""
-    settle_process()
+    configure_threads()
     options = tyro.cli(Options)
     with (
         helped_by(options.processes - 1, "cpu", work, options),

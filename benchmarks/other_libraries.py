@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 from alternate import Timings, alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
@@ -56,7 +56,7 @@ class Options:
     batch_size: int = 4096
     """Impressions in a step."""
     environment: Path = Path("bench/other-libraries")
-    """Virtual environment with the other libraries; made where it is not there."""
+    """Virtual environment with the other libraries; created if it does not exist."""
     out: Path | None = None
     """JSON file for the figures."""
 

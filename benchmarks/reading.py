@@ -5,7 +5,7 @@
 
 Both contenders are the library's trainer on one process, with bfloat16 towers, where a step is
 shortest; they take turns. The one reads through the memory-mapped copy of the data set in random
-order, the other finds every batch in memory, a KeyedJaggedTensor already. Beside it stand the rates
+order, the other finds every batch in memory, a KeyedJaggedTensor already. It also shows the rates
 of the reader alone and of laying the copy out, and the disk that each form takes. With --ranks, it
 measures instead what the first of so many ranks spends on a batch of 1024, whose sums come from an
 exchange with the others that is simulated, or from looking up the rows of all.
@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 from alternate import alternate, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402

@@ -25,9 +25,9 @@ from typing import Any
 
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402

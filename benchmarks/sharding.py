@@ -124,9 +124,9 @@ class Options:
     rounds: int = 3
     """Times to go through all cases, so that what else the machine does meanwhile meets each."""
     round_seconds: float = 20.0
-    """Steps of a case end earlier where a round of it would take longer."""
+    """Steps of a case end earlier if a round of it would take longer."""
     device: DeviceOption = "auto"
-    """auto: CUDA where there is a GPU for each rank."""
+    """auto: CUDA if there is a GPU for each rank."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Measurement:
     backward: float
     update: float
     step_of_rounds: tuple[float, ...]
-    """The step in each round; how far they are apart is what can be told from noise."""
+    """The step in each round; their spread is the noise."""
     weights_bytes: tuple[int, ...]
     """Of each rank's parts of the tables."""
     peak_bytes: tuple[int, ...]
@@ -243,7 +243,7 @@ class Benchmark:
     def _random_batch(
         self, generator: torch.Generator
     ) -> dict[str, tuple[KeyedJaggedTensor, torch.Tensor | None]]:
-        """Collection → its features, and for each impression its bag where they share bags."""
+        """Collection → its features, and for each impression its bag if they share bags."""
         batch: dict[str, tuple[KeyedJaggedTensor, torch.Tensor | None]] = {}
         for name, tables in self._tables.collections.items():
             shared_by = tables[0].shared_by
@@ -468,9 +468,9 @@ def _ratio(
     measured: Callable[[Measurement], float],
 ) -> float | None:
     """Estimated over measured: by how much a bandwidth was taken too low (or too high)."""
-    told = sum(estimated(case.parts) for case in cases)
+    estimate = sum(estimated(case.parts) for case in cases)
     took = sum(measured(case.measured) for case in cases)
-    return told / took if told > 0 and took > 0 else None
+    return estimate / took if estimate > 0 and took > 0 else None
 
 
 def _host_link(base: Hardware, cases: Sequence[Case], memory: float) -> dict[str, float]:
@@ -709,7 +709,7 @@ def benchmark_all(options: Options, ranks: Ranks) -> None:
 
 def _line(case: Case) -> str:
     parts = ", ".join(f"{part} {getattr(case.measured, part):.2f}" for part in PARTS)
-    return f"{case.name}: measured {case.measured.step:.2f} ms a step ({parts})"
+    return f"{case.name}: measured {case.measured.step:.2f} ms per step ({parts})"
 
 
 def _write(
@@ -757,7 +757,7 @@ def _write(
         "hardware": calibrated.to_dict(),
     }
     (out / "sharding.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{'ms a step':<26}{'measured':>10}{'in rounds':>18}{'estimated':>12}{'fitted':>10}")
+    print(f"\n{'ms per step':<26}{'measured':>10}{'in rounds':>18}{'estimated':>12}{'fitted':>10}")
     for name in sorted(measured, key=lambda name: measured[name]):
         spread = f"{min(rounds[name]):.1f} to {max(rounds[name]):.1f}"
         print(

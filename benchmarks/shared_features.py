@@ -29,9 +29,9 @@ from typing import Any, Literal
 
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 from alternate import Timings, alternate, publish  # noqa: E402
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # noqa: E402

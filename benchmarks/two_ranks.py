@@ -23,9 +23,9 @@ from typing import Any
 
 import tyro
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

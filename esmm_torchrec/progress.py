@@ -39,7 +39,7 @@ class _PlainLines(tqdm):
 def progress_bar(description: str, total: float | None, unit: str, **options: Any) -> tqdm:
     """A tqdm bar on stderr; use it as a context manager and call `update(amount)`.
 
-    Where stderr is no terminal it prints a plain line every ten seconds and one at the end, but
+    If stderr is not a terminal, it prints a plain line every ten seconds and one at the end, but
     none after an error.
     Further `options` are tqdm's own (`disable=True` silences it, on ranks other than 0).
     """

@@ -1,7 +1,7 @@
 """What the columns of a data set of impressions are.
 
 A schema says which id features there are, which embedding table each looks up, and which dense
-features stand beside them. It knows nothing of files, models or devices; `models.embeddings`
+features are stored beside them. It knows nothing of files, models or devices; `models.embeddings`
 turns it into EmbeddingBagCollections and `data` turns files into columns that obey it.
 """
 
@@ -79,7 +79,7 @@ def weight_column(feature: str) -> str:
 
 
 def missing_column(feature: str) -> str:
-    """Name of the dense feature that says where a dense feature is missing."""
+    """Name of the dense feature that says whether a dense feature is missing."""
     return f"{feature}__missing"
 
 

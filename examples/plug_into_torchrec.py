@@ -62,7 +62,7 @@ class Options:
     report_every: int = 50
     """Steps between two lines of figures, which are those of the steps between them."""
     load: Path | None = None
-    """Folder of a state to go on from."""
+    """Folder of a state to resume from."""
     save: Path | None = None
     """Folder to save the state in at the end."""
 

@@ -14,9 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from esmm_torchrec.cli.main import parse_options, run_command, settle_process
+from esmm_torchrec.cli.main import configure_threads, parse_options, run_command
 
-settle_process()  # before torch is imported
+configure_threads()  # before torch is imported
 
 from esmm_torchrec.cli.method_options import MethodOptions  # noqa: E402
 from esmm_torchrec.cli.train import train_and_print  # noqa: E402
@@ -48,7 +48,7 @@ class Options(MethodOptions, TrainOptions):
 
 
 def prepared_data(options: Options) -> Path:
-    """The prepared data set of the options, made first where it is not there yet."""
+    """The prepared data set of the options, created first if it does not exist."""
     if options.data is not None:
         return options.data
     if options.raw is not None:

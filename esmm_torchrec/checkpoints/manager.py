@@ -298,7 +298,7 @@ class _Writer(threading.Thread):
             raise RunError(
                 f"checkpoint {self._final} cannot be written ({why}; "
                 f"{shutil.disk_usage(there).free / 1e6:,.0f} MB are free on its disk); make room "
-                "and give the same command again"
+                "and rerun the same command"
             ) from error
 
     def _write_own(self) -> dict[str, tuple[int, int]]:

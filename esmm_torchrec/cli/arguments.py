@@ -75,7 +75,7 @@ def _counts_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
-    """Reads the options of a command; prints the help and ends the process where that is wanted.
+    """Reads the options of a command; prints the help and ends the process if that is wanted.
 
     Args:
         options: a dataclass whose docstrings are the help.
@@ -117,7 +117,7 @@ def _sentence(box: str) -> str:
 
 
 def _without_frame(line: str) -> str:
-    """What stands in a line of a box; its frame is of other signs where the terminal is not."""
+    """The text of a line of a box; the frame's characters depend on the terminal."""
     line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
     if re.fullmatch(r"[╭╰+][─-].*[╮╯+]", line):
         return line.strip("╭╮╰╯+─- ")
@@ -137,7 +137,7 @@ def _unknown(tokens: str, similar: str | None) -> str:
     words = tokens.replace(", ", " ").split()
     names = [word for word in words if word.startswith("-")]
     if not names:
-        return f"there is no place for the argument {words[0]}"
+        return f"unexpected argument {words[0]}"
     hint = f", perhaps {similar} is meant" if similar else ""
     return f"there is no option {names[0]}{hint}"
 

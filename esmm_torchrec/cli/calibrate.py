@@ -49,7 +49,7 @@ class Options:
     step: int | None = None
     """Of the checkpoint; the last one if not given."""
     device: DeviceOption = "auto"
-    """auto: CUDA where there is a GPU for each rank."""
+    """auto: CUDA if there is a GPU for each rank."""
 
 
 def run(options: Options) -> None:

@@ -41,7 +41,7 @@ class Options:
     step: int | None = None
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
     device: DeviceOption = "auto"
-    """auto: CUDA where there is a GPU for each rank."""
+    """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
     """Measure the probabilities as 'calibrate' has calibrated them."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()

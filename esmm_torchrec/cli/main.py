@@ -99,7 +99,7 @@ def print_error(message: str, *, on_every_rank: bool = False) -> None:
     """Prints a sentence once, however many ranks fail with it.
 
     Rank 0 prints at once. Another rank waits a moment first: where rank 0 failed too, torchrun
-    ends this process meanwhile; where it did not, the sentence would otherwise be lost.
+    ends this process meanwhile; if it did not, the sentence would be lost.
 
     Args:
         message: one sentence; arguments in backticks become options.
@@ -121,12 +121,12 @@ def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
-def settle_process() -> None:
+def configure_threads() -> None:
     """Settles what must be settled before torch is imported.
 
     Idle OpenMP threads that spin take the cores from each other when several processes share
     them. Ones that sleep at once wake too late for the many short loops of fbgemm's table updates
-    (13 ms a step instead of 8, two threads). So they spin for some ten microseconds.
+    (13 ms per step instead of 8, two threads). So they spin for some ten microseconds.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -137,13 +137,13 @@ def settle_process() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; `arguments` default to those of the process."""
-    settle_process()
+    configure_threads()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and "RANK" not in os.environ:
         # What a command laid out for a while is cleared away. A rank may be waiting for another
         # where no Python runs, so torchrun's signal is left to end it.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    with errors_in_words():
+    with errors_as_sentences():
         _run(given)
 
 
@@ -175,7 +175,7 @@ def _import_command(name: str) -> ModuleType:
 
 
 def _named(given: list[str]) -> str:
-    """The command that is not there, with its second word where the first has several."""
+    """The command that is not there, with its second word if the first has several."""
     longer = [name for name in COMMANDS if name.startswith(f"{given[0]} ")]
     if not longer:
         return repr(given[0])
@@ -184,12 +184,12 @@ def _named(given: list[str]) -> str:
 
 def run_command(run: Callable[[T], None], options: T) -> None:
     """Calls `run(options)`; errors that the user can fix become a sentence and exit code 2."""
-    with errors_in_words(getattr(options, "out", None)):
+    with errors_as_sentences(getattr(options, "out", None)):
         run(options)
 
 
 @contextlib.contextmanager
-def errors_in_words(out: object = None) -> Iterator[None]:
+def errors_as_sentences(out: object = None) -> Iterator[None]:
     """Ends the process with a sentence if the block fails in a way that the user can fix.
 
     Args:
@@ -208,7 +208,7 @@ def errors_in_words(out: object = None) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if _is_first_rank():  # torchrun passes the signal on to every rank
             known = str(error) if isinstance(error, Interrupted) else ""
-            print_error(known or "interrupted; give the same command again")
+            print_error(known or "interrupted; rerun the same command")
         terminated = isinstance(error, Interrupted) and error.terminated
         _end(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
     except BrokenPipeError:  # nobody reads on, as in '… | head'
@@ -233,7 +233,7 @@ def _system_error(error: OSError, out: object) -> str:
         return f"cannot read or write{where}: {' '.join(str(error).split())}"
     reason = os.strerror(error.errno).lower()
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"cannot write{where}: {reason}; make room and give the same command again"
+        return f"cannot write{where}: {reason}; make room and rerun the same command"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot read or write{where}: {reason}; choose another place or make it accessible"
     return f"cannot read or write{where}: {reason}"

@@ -81,7 +81,7 @@ class Options:
     that never end, or too many to count. No id is unknown, and some share a row."""
 
     list_separator: str | None = None
-    """What stands between the values of lists in text, such as | in 1|5|9. An id column that holds
+    """Separates the values of lists in text, such as | in 1|5|9. An id column that holds
     it anywhere in training is a list."""
 
     sample_id: str | None = None

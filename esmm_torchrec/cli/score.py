@@ -37,7 +37,7 @@ class Options:
     """Write the sample_id, pctr, pcvr and pctcvr of every impression, in order.
 
     With a folder as --out, each input file is scored to a file of its own, and an interrupted
-    command goes on where it was.
+    command resumes where it stopped.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
@@ -62,7 +62,7 @@ class Options:
     step: int | None = None
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
     device: DeviceOption = "auto"
-    """auto: CUDA where there is a GPU for each rank."""
+    """auto: CUDA if there is a GPU for each rank."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):

@@ -41,7 +41,7 @@ one conversion per 180 clicks, so a method that trains on clicks alone trains it
 impression in 26, and ESMM on all of them. "public" has the rates of the paper's Public data set.
 "paper" has the same CTR and a CVR that needs a quarter of the impressions for as many conversions.
 "dense" has 62 impressions per conversion instead of 1 280: it takes away what ESMM is for, and
-stands beside the others to show that. The numbers were fixed before any result was looked at."""
+is beside the others to show that. The numbers were fixed before any result was looked at."""
 
 DEFAULT_WORLD = REGIMES["paper"]
 
@@ -110,7 +110,7 @@ class Source:
         for task in (first, last):
             if not data.test.scalars[task.label].any():
                 raise DataError(
-                    f"the test split holds no {task.name} to compare methods on; "
+                    f"the test split has no {task.name} to compare methods on; "
                     "prepare the data set with later data"
                 )
         return data

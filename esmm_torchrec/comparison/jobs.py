@@ -273,7 +273,7 @@ def _with_drawing(source: Source, jobs: list[Job]) -> list[Job]:
 
 
 def _of_all_rows(stage: Stage, pctr: Network | None) -> np.ndarray | None:
-    """pCTR by the rows of the training split; NaN where there is none."""
+    """pCTR by the rows of the training split; NaN if there is none."""
     if pctr is None:
         return None
     values = np.full(stage.train.impressions, np.nan)

@@ -171,7 +171,7 @@ class ComparisonOptions:
     sharding: ShardingOption = "auto"
     """How tables are placed on ranks."""
     device: DeviceOption = "auto"
-    """auto: CUDA where there is a GPU for each rank."""
+    """auto: CUDA if there is a GPU for each rank."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -226,7 +226,7 @@ class ComparisonOptions:
         return rounds_of(self.trials, self.epochs)
 
     def for_rows(self, impressions: int) -> ComparisonOptions:
-        """These with the batch size that "auto" stands for.
+        """These with the batch size that "auto" means.
 
         Args:
             impressions: of the training half.

@@ -72,13 +72,13 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
             f"{', '.join(WITH_BAND)} are one standard deviation over seeds, which share their data "
             "(those of the others are in table.csv, and left out to keep lines readable). Below: "
             "paired difference from BASE with the 95 % interval of each by itself; a marker is "
-            "filled where the difference also stands after Holm’s correction, as in the tables. "
+            "filled where the difference is significant after Holm’s correction, as in the tables. "
             f"{FALLS_OUT} may fall out below; its figures are then written there.",
         )
     plots["calibration.png"] = (
         _calibration(results),
         "Predicted against observed conversion rate in bins of equal size, first seed: of clicked "
-        "impressions against labels, over the entire space against the truth where it is known.",
+        "impressions against labels, over the entire space against the truth if it is known.",
     )
     if _has_truth(results):
         plots["entire-space.png"] = (

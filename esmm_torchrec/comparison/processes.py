@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-from esmm_torchrec.cli.main import settle_process
+from esmm_torchrec.cli.main import configure_threads
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 
 PARENT_CHECK_SECONDS = 1.0
@@ -51,7 +51,7 @@ def helped_by(
 def _help(
     parent: int, device: DeviceOption, work: Callable[..., object], arguments: tuple[Any, ...]
 ) -> None:
-    settle_process()
+    configure_threads()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with (
         open(os.devnull, "w") as nowhere,

@@ -183,7 +183,7 @@ def _seconds(
 
 
 def _references(runs: Mapping[str, Records]) -> dict[str, Any]:
-    """Rows that are no method. A model's own pCTCVR is that of the CTCVR network of DIVISION, or
+    """Rows that are not a method. A model's own pCTCVR is that of the CTCVR network of DIVISION, or
     else of ESMM."""
     rows: dict[str, Any] = {}
     anyone = next(iter(runs.values()))

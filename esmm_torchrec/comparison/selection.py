@@ -22,7 +22,7 @@ class Chosen:
 
 
 def selection_score(method: str, figures: Mapping[str, float | None]) -> float | None:
-    """What tuning chooses by, higher being better; None where the held-out users allow none."""
+    """What tuning chooses by, higher being better; None if the held-out users allow none."""
     names = ("ctr_auc",) if method == CLICK_NETWORK else ("cvr_auc", "ctcvr_auc_common_ctr")
     values = [figures[name] for name in names]
     known = [value for value in values if value is not None]

@@ -34,7 +34,7 @@ _ROWS_PER_BLOCK = 4096
 
 
 class Summary(NamedTuple):
-    """Of the runs of one method; None where a run has no figure."""
+    """Of the runs of one method; None if a run has no figure."""
 
     mean: float | None
     std: float | None
@@ -108,7 +108,7 @@ class UserBootstrap:
         target: NDArray[np.integer] | NDArray[np.floating],
         rows: NDArray[np.bool_] | None = None,
     ) -> list[float | None]:
-        """AUC of each resampling, over the impressions of `rows`; None where it has one class.
+        """AUC of each resampling, over the impressions of `rows`; None if it has one class.
 
         Args:
             scores: (n,).
@@ -153,7 +153,7 @@ class UserBootstrap:
         target: NDArray[np.integer] | NDArray[np.floating],
         users: NDArray[np.integer],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """AUC of each resampling, (R,), NaN where it has one class; and its impressions, (R,)."""
+        """AUC of each resampling, (R,), NaN if it has one class; and its impressions, (R,)."""
         order = np.argsort(scores, kind="stable")
         ordered, user = scores[order], users[order]
         positive_share = target[order].astype(np.float64)[:, None]

@@ -1,4 +1,4 @@
-"""What a comparison has done already, on disk: a stopped one goes on and ends the same.
+"""What a comparison has done already, on disk: a stopped one resumes and ends the same.
 
 trials/<code>/<name>-<hash>.json    a finished training: its figures, by all that decided them
 trials/<code>/<name>-<hash>.npz     scores that other trainings need

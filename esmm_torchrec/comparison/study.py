@@ -8,7 +8,7 @@
 
 One click network, tuned and trained by itself, supplies pCTR to every method, as in the paper.
 Every training is a job that leaves a file (`jobs`, `store`, `work`): processes share them, and a
-stopped comparison goes on where it was and ends with the same numbers.
+stopped comparison resumes where it was and ends with the same numbers.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ POINTS = 1500
 """Test impressions kept of a run to draw its scores against the truth."""
 
 UNCLICKED_IN_TUNING = 200_000
-"""Held-out impressions without a click that tuning scores, at most about; each stands for several
+"""Held-out impressions without a click that tuning scores, at most about; each counts as several
 then. All that are clicked are scored."""
 
 
@@ -50,7 +50,7 @@ then. All that are clicked are scored."""
 class Stage:
     """Rows to train on and rows to score.
 
-    Where a part of the training users is taken, ids that its rows have too rarely for a vocabulary
+    If a part of the training users is taken, ids that its rows have too rarely for a vocabulary
     of their own are the unknown id for every method, as if the part had been prepared by itself.
     """
 
@@ -71,7 +71,7 @@ class Stage:
         """Tuning: a part of the training users is held out, and a share of the others trained on.
 
         Of the held-out impressions without a click a sample is scored, with the weight of those it
-        stands for, so that AUCs over all of them keep their expectation.
+        represents, so that AUCs over all of them keep their expectation.
         """
         hashed = user_hash(data.train, "validation")
         clicked = data.train.scalars[data.train.schema.tasks[0].label] == 1

@@ -133,7 +133,7 @@ class BatchReader(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The position: an epoch and a number of rows over all ranks, so that any number of
-        ranks can go on from it."""
+        ranks can resume from it."""
         return {"epoch": self._epoch, "row": self._row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

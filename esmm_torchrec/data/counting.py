@@ -53,7 +53,7 @@ class IdCounts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def add(self, column: pa.ChunkedArray, impressions: np.ndarray | None) -> None:
-        """Counts stored rows, each of which stands for 1 or for `impressions` of them."""
+        """Counts stored rows, each of which counts as 1 or as `impressions` of them."""
         first = 0
         for chunk in column.chunks:
             times = None if impressions is None else impressions[first : first + len(chunk)]

@@ -15,7 +15,7 @@ By default ("auto") the training column decides:
 3. It is standardised and clipped at five standard deviations.
 
 Missing values (NaN) become the training mean. If the training rows have any, a further feature
-(`schema.missing_column`) is 1 where the value is missing, else 0.
+(`schema.missing_column`) is 1 if the value is missing, else 0.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class DenseTransform:
     missing: float = 0.0
     """Result for a missing value."""
     has_indicator: bool = False
-    """Whether a further feature says where a value is missing."""
+    """Whether a further feature says whether a value is missing."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from esmm_torchrec.data.dense import TOO_FAR, DenseTransform
 from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.hashing import HashedIds
-from esmm_torchrec.data.mapped import LONGEST_BAG
+from esmm_torchrec.data.mapped import MAX_BAG_LENGTH
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
@@ -46,7 +46,7 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, missing_column, weight_column
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
-TOO_LONG = f"the list holds more than {LONGEST_BAG} ids; shorten it"
+TOO_LONG = f"the list holds more than {MAX_BAG_LENGTH} ids; shorten it"
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class RowEncoder:
             features.dense[name] = np.where(np.isinf(values) | too_far, np.nan, values)
         for feature in self.features.id_features:
             if feature.multi_valued:
-                too_long = np.diff(features.ids[feature.name].offsets.to_numpy()) > LONGEST_BAG
+                too_long = np.diff(features.ids[feature.name].offsets.to_numpy()) > MAX_BAG_LENGTH
                 column = self.features.column_of(feature.name)
                 faults.append(Fault(column, too_long, lambda _: TOO_LONG))
         bad = np.zeros(size, np.bool_)

@@ -52,7 +52,7 @@ from esmm_torchrec.schema import (
 
 LAYOUT_VERSION = 4
 CACHE_FOLDER = ".mapped"
-LONGEST_BAG = np.iinfo(np.uint16).max
+MAX_BAG_LENGTH = np.iinfo(np.uint16).max
 
 HistoryWeights = Literal["normalised", "raw"]
 """normalised: the weights of a multi-valued feature sum to 1 in each bag, so that a bag is a mean
@@ -78,7 +78,7 @@ class Bags(NamedTuple):
     values: np.ndarray
     """int32 (sum of lengths,)."""
     weights: np.ndarray | None
-    """float32 (sum of lengths,), None where the features are unweighted."""
+    """float32 (sum of lengths,), None if the features are unweighted."""
 
 
 @dataclass(frozen=True)
@@ -422,10 +422,10 @@ class _Layout:
                 f"column {feature.name!r} holds an id outside 0..{rows - 1}, the rows of its "
                 "table; prepare the data set again"
             )
-        if len(lengths) and lengths.max() > LONGEST_BAG:
+        if len(lengths) and lengths.max() > MAX_BAG_LENGTH:
             raise DataError(
                 f"column {feature.name!r} holds a bag of {lengths.max()} ids; cut it to at most "
-                f"{LONGEST_BAG}"
+                f"{MAX_BAG_LENGTH}"
             )
         return Bags(lengths=lengths[None], values=values, weights=weights)
 

@@ -65,7 +65,7 @@ class PreparedDataSet(Description):
     root: Location
     """The folder."""
     fingerprint: str
-    """sha256 of dataset.json; as that holds every checksum, it stands for the whole data set."""
+    """sha256 of dataset.json; as that holds every checksum, it identifies the whole data set."""
 
     @classmethod
     def open(cls, path: Location | Path | str, *, data_files: bool = True) -> PreparedDataSet:

@@ -81,7 +81,7 @@ class PreparedWriter:
 
     Raises:
         DataError: `path` exists already; a table written is not as declared; in the end a split
-            is empty, or training lacks a task. The sentence names the split.
+            is empty, or training has no row of a task. The sentence names the split.
     """
 
     def __init__(
@@ -304,7 +304,7 @@ class PreparedWriter:
     def _check_split(self, name: SplitName) -> None:
         split, highest = self._split(name), self.split_writer(name).counts.shared_row_use.highest
         if split.impressions == 0:
-            raise DataError(f"the {name} split holds no impression; check its input files")
+            raise DataError(f"the {name} split has no impression; check its input files")
         if highest >= split.shared_rows:
             raise DataError(
                 f"{name}: an impression points to shared row {highest} and there are "

@@ -152,7 +152,7 @@ def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def sample_rows(split: MappedSplit, most: int) -> np.ndarray | None:
-    """At most about `most` rows: those of users drawn by hash. None where all are few enough.
+    """At most about `most` rows: those of users drawn by hash. None if all are few enough.
 
     Users and not rows are drawn, so that figures within a user keep their meaning.
     """

@@ -370,7 +370,7 @@ class IdCounter:
         self._append(*_distinct(ids, impressions))
 
     def _make_room(self, low: int, high: int) -> bool:
-        """Widens the array to [low, high]; where that is too wide its counts move to the lists."""
+        """Widens the array to [low, high]; if that is too wide, its counts move to the lists."""
         size = len(self._dense)
         if size:
             if self._low <= low and high < self._low + size:

@@ -175,8 +175,8 @@ def auc_within_strata(
     If clicks and conversions go together, a conversion score is rewarded for knowing pCTR alone.
     Within a stratum of pCTR that knowledge is worth little.
 
-    Strata are cut at the quantiles of `strata_score`; equal values stay in one stratum, so strata
-    can be uneven, or fewer, if it has many ties. A stratum with one class is left out.
+    Strata are divided at the quantiles of `strata_score`; equal values stay in one stratum, so
+    strata can be uneven, or fewer, if it has many ties. A stratum with one class is left out.
 
     Args:
         scores: (n,).
@@ -216,7 +216,7 @@ def equal_mass_edges(values: Scores, num_bins: int) -> Scores:
 
     `np.searchsorted(edges, values, side="right")` numbers each value's bin. That is a function of
     the value alone: equal values share the bin in which the middle one of them falls, which
-    leaves bins uneven or empty where there are many.
+    leaves bins uneven or empty if there are many.
     """
     ordered = np.sort(values)
     at = np.arange(1, num_bins) * ordered.size // num_bins

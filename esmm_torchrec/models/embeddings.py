@@ -205,7 +205,7 @@ class PooledFeatures(nn.Module):
         """Pools the features of one batch.
 
         Args:
-            features: of B impressions; a KeyedJaggedTensor alone stands for `sparse_features`.
+            features: of B impressions; a KeyedJaggedTensor alone means `sparse_features`.
 
         Returns:
             float32 (B, F): features in the order in which the collections declare them, those of

@@ -97,7 +97,7 @@ class ESMM(nn.Module):
         """Logits of B impressions, each float32 (B,).
 
         Args:
-            features: of a batch; a KeyedJaggedTensor alone stands for its `sparse_features`.
+            features: of a batch; a KeyedJaggedTensor alone means its `sparse_features`.
         """
         return self.towers(self.features(features))
 

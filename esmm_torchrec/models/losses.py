@@ -53,7 +53,7 @@ def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> to
 
 
 def log_conversion_ratio(ctcvr_logit: torch.Tensor, click_logit: torch.Tensor) -> torch.Tensor:
-    """log(pCTCVR / pCTR) of two independent networks, float32 (B,): above 0 where the quotient
+    """log(pCTCVR / pCTR) of two independent networks, float32 (B,): above 0 if the quotient
     exceeds 1. Dividing the probabilities instead overflows where pCTR is small."""
     return F.logsigmoid(ctcvr_logit.float()) - F.logsigmoid(click_logit.float())
 
@@ -132,7 +132,7 @@ def ctcvr_loss(
     Args:
         click_logit: (B,).
         conversion_logit: (B,).
-        conversion: (B,), 1 where the impression was clicked and converted.
+        conversion: (B,), 1 if the impression was clicked and converted.
 
     Returns:
         float32 (B,). Not twice differentiable.

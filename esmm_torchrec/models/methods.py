@@ -1,4 +1,4 @@
-"""The methods of the ESMM paper, and what stands beside them, as presets of three parts.
+"""The methods of the ESMM paper, and others, as presets of three parts.
 
 Ma et al., "Entire Space Multi-Task Model", SIGIR 2018, section 3.2 describes the competitors in a
 sentence each; if it leaves something open, the docstring of the part says how it is read here.
@@ -322,7 +322,7 @@ PAPER_METHODS = (
     "esmm",
     "shared-bottom",
 )
-"""Those of the table of the ESMM paper, and what stands beside them here."""
+"""Those of the table of the ESMM paper, and the others compared with them here."""
 
 AFTER_METHODS = (
     "mtl-ips",

@@ -81,7 +81,7 @@ class TrainingRows:
     notes: Mapping[str, float] = field(default_factory=dict)
     """Figures of the selection that a report should show."""
     labels: Mapping[str, NDArray[np.number]] = field(default_factory=dict)
-    """Label → (M,): what takes the place of a label of the data, or stands beside the labels."""
+    """Label → (M,): what takes the place of a label of the data, or is added to the labels."""
     periods: NDArray[np.integer] | None = None
     """int (M,), not negative: an epoch goes through the rows in the order of their periods, and
     shuffles within each. None: all are of one period."""

@@ -1,6 +1,6 @@
 """What TorchRec's planner expects of a strategy on a number of ranks, without any of them.
 
-Memory and time of every shard come from TorchRec's own estimators; beside them stand the towers,
+Memory and time of every shard come from TorchRec's own estimators; beside them are the towers,
 which the planner does not count. Every time is an estimate: bytes over bandwidths and operations
 over a share of the peak, without latencies and without overlap.
 """
@@ -113,7 +113,7 @@ class Estimate:
 
     @property
     def step_ms(self) -> float:
-        """Estimated milliseconds a step; infinite where it does not fit."""
+        """Estimated milliseconds per step; infinite if it does not fit."""
         return self.placed.parts.step if self.placed else math.inf
 
     @property

@@ -363,7 +363,7 @@ def read_hardware(path: Path | str) -> Hardware:
     known = [field.name for field in fields(Hardware)]
     for name in values:
         if name not in known:
-            raise PlanError(f"{path}: there is no field {name!r}; use base, {', '.join(known)}")
+            raise PlanError(f"{path}: unknown field {name!r}; use base, {', '.join(known)}")
     if base is not None:
         if not isinstance(base, str) or base.lower() not in PRESETS:
             raise PlanError(f"{path}: base {base!r} is none of {', '.join(PRESETS)}")

@@ -305,7 +305,7 @@ def _families(experiment: Experiment, placed: Placed) -> list[_Family]:
     def share(family: str) -> float:
         return max(v[rows[family]].sum() / v.sum() if v.any() else 0.0 for v in measures)
 
-    # Beyond the colours that can be told apart, the small ones take turns with them, paler.
+    # Beyond the colours that can be distinguished, the small ones take turns with them, paler.
     ordered = sorted(rows, key=share, reverse=True)
     colours = (*TABLE_COLOURS, *(_paler(colour) for colour in TABLE_COLOURS))
     return [

@@ -47,7 +47,7 @@ MAX_TABLE_VALUES = 2**56
 """Values, of which the optimiser's state is a multiple: what counts bytes in 64 bits holds them."""
 
 MAX_COUNT = 10_000
-"""Tables, or features of a table, that one entry may stand for."""
+"""Tables, or features of a table, that one entry may describe."""
 
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 FeatureName = Annotated[str, Meta(min_length=1)]
@@ -90,7 +90,7 @@ class TableList:
 
     tables: tuple[PlannedTable, ...]
     batch_size: int | None = None
-    """Impressions per rank and step, where the source says."""
+    """Impressions per rank and step, if the source says."""
     dense_features: int = 0
     """Dense features that the towers take beside the embeddings."""
     source: str = "the tables"

@@ -325,7 +325,7 @@ class RunFolder:
         _partial(self.pctr).rename(self.pctr)
 
     def read_pctr(self, clicks: int) -> NDArray[np.floating] | None:
-        """What `write_pctr` kept; None where it never did.
+        """What `write_pctr` kept; None if it never did.
 
         Args:
             clicks: clicked impressions to train on.
@@ -356,7 +356,7 @@ class RunFolder:
         self.write_json(_PASSES, passes)
 
     def read_passes(self) -> dict[str, Any] | None:
-        """What `write_passes` kept; None where it never did.
+        """What `write_passes` kept; None if it never did.
 
         Raises:
             RunError: the file is broken.
@@ -416,7 +416,7 @@ def _encoding(folder: Path, description: bytes | None = None) -> dict[str, Any]:
             "schema": values["schema"],
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); make it again") from None
+        raise RunError(f"{folder / _DESCRIPTION} is broken ({error}); create it again") from None
 
 
 def _crc32(config: Mapping[str, Any]) -> int:

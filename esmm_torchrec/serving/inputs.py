@@ -25,7 +25,7 @@ import torch
 from esmm_torchrec.data.dense import TOO_FAR
 from esmm_torchrec.data.encoding import TOO_LONG, RowEncoder, RowsToEncode
 from esmm_torchrec.data.hashing import HashedIds
-from esmm_torchrec.data.mapped import LONGEST_BAG
+from esmm_torchrec.data.mapped import MAX_BAG_LENGTH
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import is_list
 from esmm_torchrec.data.sources.raw_values import NULL_TEXTS, Fault
@@ -263,7 +263,7 @@ class InputEncoder:
         return Inputs(arrays, size), counts
 
     def _aligned(self, request: Request) -> tuple[int, dict[str, Any]]:
-        """B, and columns of B values each; a single value stands for all impressions."""
+        """B, and columns of B values each; a single value is for all impressions."""
         if not self._known.issuperset(request):
             name = next(name for name in request if name not in self._known)
             raise DataError(f"there is no feature {name!r}; {self._closest(str(name))}")
@@ -334,8 +334,8 @@ class InputEncoder:
             features, faults = column.carefully.read(pa.table(block))
             _raise_first(faults)
             bags = _bags_of(column, features)
-        if bags.lengths is not None and (bags.lengths > LONGEST_BAG).any():
-            _raise_first([Fault(column.raw, bags.lengths > LONGEST_BAG, lambda _: TOO_LONG)])
+        if bags.lengths is not None and (bags.lengths > MAX_BAG_LENGTH).any():
+            _raise_first([Fault(column.raw, bags.lengths > MAX_BAG_LENGTH, lambda _: TOO_LONG)])
         return bags
 
     def _dense(self, columns: Request, size: int) -> np.ndarray:

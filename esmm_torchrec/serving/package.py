@@ -62,7 +62,7 @@ class Package:
     signature: Signature
     tasks: TaskChain
     fingerprint: str
-    """sha256 of package.json; as that holds every checksum, it stands for the whole package."""
+    """sha256 of package.json; as that holds every checksum, it identifies the whole package."""
 
     @staticmethod
     def is_one(path: Path) -> bool:

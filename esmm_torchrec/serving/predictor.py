@@ -121,7 +121,7 @@ class Predictor:
             batch_size: impressions at a time.
 
         Returns:
-            sample_id int64 (the row number where the data has none), pctr, pcvr and pctcvr
+            sample_id int64 (the row number if the data has none), pctr, pcvr and pctcvr
             float32, NaN for those that the model cannot give; the index of a DataFrame given is
             kept.
 

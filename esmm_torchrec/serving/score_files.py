@@ -109,7 +109,7 @@ class ScoreFolder:
     made_by: Mapping[str, Any]
 
     def open(self, inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
-        """Makes the folder, or goes on with the one that is there.
+        """Creates the folder, or resumes in the existing one.
 
         Args:
             inputs: the input files.

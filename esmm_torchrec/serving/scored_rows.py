@@ -1,4 +1,4 @@
-"""What is told of rows that were scored: their scores as columns, and what ids they held."""
+"""What is reported of rows that were scored: their scores as columns, and what ids they held."""
 
 from __future__ import annotations
 

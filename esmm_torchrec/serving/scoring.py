@@ -239,6 +239,6 @@ class _Blocks:
 
 
 def remove(folder: Path) -> None:
-    """Removes rows that `encode_rows` laid out, also where it did not come to its end."""
+    """Removes rows that `encode_rows` laid out, even if it did not finish."""
     for there in (folder, folder.with_name(f"{folder.name}.partial")):
         shutil.rmtree(there, ignore_errors=True)

@@ -35,7 +35,7 @@ def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
 
 
 def format_plan(plan: PlanFile) -> str:
-    """The plan as a table for a person: one line a table, and a line of totals a rank."""
+    """The plan as a table for a person: one line per table, and one of totals per rank."""
     lines = [("table", "rows", "dim", "MB", "sharding", "kernel", "ranks")]
     held = [0] * plan.world_size
     for name, table in plan.tables.items():
@@ -77,7 +77,7 @@ def format_ranks(ranks: Sequence[int]) -> str:
 
 
 def compare_plans(first: PlanFile, second: PlanFile) -> str:
-    """The differences of two plans, a line each; says so where there are none."""
+    """The differences of two plans, a line each; says so if there are none."""
     lines = [
         f"{what}: {getattr(first, what)} -> {getattr(second, what)}"
         for what in ("world_size", "local_world_size", "device")
@@ -110,4 +110,4 @@ def _describe(before: TablePlacement, after: TablePlacement) -> str:
             )
     if before.ranks != after.ranks:
         changes.append(f"ranks {format_ranks(before.ranks)} -> {format_ranks(after.ranks)}")
-    return ", ".join(changes) or "cut at other places"
+    return ", ".join(changes) or "cut at other columns"

@@ -1,6 +1,6 @@
 """Start and end of the process group, and the one place where the device is chosen.
 
-`with process_group("auto") as ranks:` serves a process that torchrun started and one that stands
+`with process_group("auto") as ranks:` serves a process that torchrun started and one that runs
 alone. Everything sharded must be local to a function called inside the block: destroying the group
 while a DistributedModelParallel is alive aborts the process now and then.
 """
@@ -108,7 +108,7 @@ def choose_device(option: DeviceOption, local_rank: int, local_world_size: int =
     """The device of a rank; "auto" is CUDA where each rank of the machine has a GPU, else the CPU.
 
     Raises:
-        OptionError: "cuda" where there is no GPU for this rank.
+        OptionError: "cuda" if there is no GPU for this rank.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if option == "cpu" or (option == "auto" and gpus < local_world_size):
@@ -134,7 +134,7 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
 
     On the CPU the cores are divided among the ranks of the machine; gloo carries the collectives.
     On CUDA, NCCL does. After an error a group of several ranks is left as it is: waiting for the
-    others would hang where only this rank failed. A group of one is left, so that the next block
+    others would hang if only this rank failed. A group of one is left, so that the next block
     of a notebook finds none.
 
     Example::
@@ -143,13 +143,13 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
             metrics = train(data, out, TrainOptions(), ranks)
 
     Args:
-        device: "auto" is CUDA where there is a GPU for each rank of the machine, else the CPU.
+        device: "auto" is CUDA if there is a GPU for each rank of the machine, else the CPU.
 
     Yields:
         this process among all of them, with its device.
 
     Raises:
-        OptionError: "cuda" where there is no GPU for this rank, or the environment describes only a
+        OptionError: "cuda" if there is no GPU for this rank, or the environment describes only a
             part of a group.
     """
     has_others = _is_started_as_rank()
@@ -223,7 +223,7 @@ def _ending_with_torchrun(ranks: Ranks) -> Iterator[None]:
         while not left.wait(PARENT_CHECK_SECONDS):
             if os.getppid() != parent:
                 if ranks.is_first:
-                    message = "esmm-torchrec: torchrun has ended; give the same command again"
+                    message = "esmm-torchrec: torchrun has ended; rerun the same command"
                     print(message, file=sys.stderr, flush=True)
                 os._exit(1)
 

@@ -1,5 +1,5 @@
-"""The search for a sharding plan, one for training and for estimates: TorchRec's planner, told what
-each table may be, what a batch holds and what the machines are.
+"""The search for a sharding plan, for training and for estimates: TorchRec's planner, given the
+options of each table, the content of a batch and the machines.
 
 Tables may be on the meta device; nothing is allocated and no process group is needed.
 """

@@ -170,7 +170,7 @@ def either(values: Iterable[Any]) -> str:
 
 
 def check_type_and_ranks(sharding_type: str, ranks: Iterable[int], world_size: int) -> None:
-    """Raises PlanError where there is no such sharding type or no such rank."""
+    """Raises PlanError if there is no such sharding type or no such rank."""
     if sharding_type not in SHARDING_TYPES:
         raise PlanError(
             f"there is no sharding type {sharding_type!r}; use {either(SHARDING_TYPES)}"

@@ -76,7 +76,7 @@ def training_part(
         pctr: float64 (N,), one of each clicked row chosen from, for methods that need it.
 
     Raises:
-        DataError: what is left holds no click or no conversion.
+        DataError: what is left has no click or no conversion.
     """
     if isinstance(split, StreamedSplit):
         return _streamed_part(split)
@@ -179,7 +179,7 @@ def batch_of_equal_updates(rows: int, *, updates: int) -> int:
 
 
 def automatic_batch_size(rows: int, device: torch.device) -> int:
-    """Rows of a step over all ranks that `--batch-size auto` stands for: the largest power of two
+    """Rows of a step over all ranks that `--batch-size auto` means: the largest power of two
     with which a pass over `rows` takes at least MIN_UPDATES_PER_PASS steps, within bounds. It does
     not depend on the number of ranks, so neither does the model."""
     size = 1 << max(0, (rows // MIN_UPDATES_PER_PASS).bit_length() - 1)
@@ -347,7 +347,7 @@ def out_of_fold_pctr(
         callbacks: take part in the loop of each network.
 
     Returns:
-        float64 (N,), on every rank; NaN where there is no click or no such row.
+        float64 (N,), on every rank; NaN if there is no click or no such row.
     """
     rows = np.arange(split.impressions) if within is None else within
     first = split.schema.tasks[0]

@@ -54,7 +54,7 @@ class ModelOptimizer(CombinedOptimizer):
     TorchRec gives the state of a fused table as a ShardedTensor under a name of its own, and that
     of a dense one as the bare part of this rank, so that ranks write over each other's. Here
     `state_dict` is, for both, {"state": {key of the weight: {torch's name of the state: tensor}}}:
-    a ShardedTensor cut like the weight where the weight is one. The tables' number of steps is
+    a ShardedTensor cut like the weight if the weight is one. The tables' number of steps is
     no part of it; `set_optimizer_step` restores it.
 
     Args:
@@ -228,8 +228,8 @@ def build_optimizer(
 ) -> ModelOptimizer:
     """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
     towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8). Weight decay is for the towers alone:
-    fbgemm ignores it unless it is told a mode, which TorchRec does not pass on. So is clipping: the
-    gradients of a fused table exist inside fbgemm's backward pass only.
+    fbgemm ignores it unless it is given a mode, which TorchRec does not pass on. So is clipping:
+    the gradients of a fused table exist inside fbgemm's backward pass only.
 
     Args:
         model: sharded.
@@ -242,7 +242,7 @@ def build_optimizer(
     """
     parts: dict[str, KeyedOptimizer] = {"": model.fused_optimizer}
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    # Where a rank holds nothing of a table, TorchRec gives it an empty parameter.
+    # If a rank holds nothing of a table, TorchRec gives it an empty parameter.
     tables = {k: value for k, value in rest.items() if _is_table(k) and value.numel()}
     towers = {k: value for k, value in rest.items() if not _is_table(k)}
 

@@ -111,7 +111,7 @@ class TrainOptions:
     seed: int = 0
     """Of the initial weights and of the order of impressions."""
     device: DeviceOption = "auto"
-    """auto: CUDA where there is a GPU for each rank."""
+    """auto: CUDA if there is a GPU for each rank."""
     on_nonfinite: NonfiniteOption = "stop"
     """If the loss of a step is not finite: stop the run and save the batch for replay, or skip the
     step, which costs a synchronisation of the ranks in every step."""

@@ -21,7 +21,7 @@ MAX_MAPPED_BYTES = 40 << 30
 
 
 def read_mode(dataset: PreparedDataSet, options: TrainOptions) -> Literal["mapped", "stream"]:
-    """What `options.read` stands for.
+    """What `options.read` means.
 
     Raises:
         OptionError: the data set has to be streamed, and something else needs the mapped copy.

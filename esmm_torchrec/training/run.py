@@ -237,7 +237,7 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        same = "give the same command again" if resume == "auto" else "give `resume` auto"
+        same = "rerun the same command" if resume == "auto" else "give `resume` auto"
         last = find_checkpoint(out / "checkpoints")
         sentence = (
             f"interrupted; {same} to resume {out} from step {step_of(last)}"
@@ -261,7 +261,7 @@ def _pctr(
     *,
     workload: Workload,
 ) -> np.ndarray:
-    """Out-of-fold pCTR, float64 (N,), that of the run where it has gone so far: training the
+    """Out-of-fold pCTR, float64 (N,), that of the run if it got so far: training the
     networks again on other ranks would choose other rows."""
     if run is not None:
         clicked = split.scalars[split.schema.tasks[0].label] == 1

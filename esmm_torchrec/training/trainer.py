@@ -148,7 +148,7 @@ class _FiniteStepsPipeline(TrainPipelineSparseDist[ImpressionBatch, TrainOutput]
 
 class _WeightsAsData:
     """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
-    unless told otherwise, and it costs as much as the update of the tables.
+    unless configured otherwise, and it costs as much as the update of the tables.
 
     TorchRec has no option for it, so the kernels are reached through a private attribute; `check`
     reports it if that stops working.

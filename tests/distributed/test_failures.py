@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
         err = job.end()
     (sentence,) = _sentences(err)
     assert sentence.startswith(
-        f"esmm-torchrec: interrupted; give the same command again to resume {out} from step 1"
+        f"esmm-torchrec: interrupted; rerun the same command to resume {out} from step 1"
     )
     assert not (out / "metrics.json").exists()
 
@@ -139,7 +139,7 @@ def test_ranks_end_with_a_killed_torchrun(data: Path, tmp_path: Path) -> None:
         while any(_is_running(worker) for worker in job.workers.values()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    ended = "esmm-torchrec: torchrun has ended; give the same command again"
+    ended = "esmm-torchrec: torchrun has ended; rerun the same command"
     assert _sentences(err) in ([ended], [])  # the other rank may have been quicker
     assert not (tmp_path / "metrics.json").exists()
 

@@ -59,22 +59,26 @@ def test_modules_and_public_names_are_documented(path: Path) -> None:
     if path in PROGRAMS:
         return
 
-    told: set[str] = set()
-    untold: set[str] = set()
+    documented: set[str] = set()
+    undocumented: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             if not node.name.startswith("_"):
-                (told if ast.get_docstring(node) else untold).add(node.name)
-                _sort(node.body, told, untold, prefix=".")
+                (documented if ast.get_docstring(node) else undocumented).add(node.name)
+                _sort(node.body, documented, undocumented, prefix=".")
         elif isinstance(node, ast.Module):
-            _sort(node.body, told, untold)
-    assert untold <= told, "no docstring"  # what a base class documents need not be told again
+            _sort(node.body, documented, undocumented)
+    assert undocumented <= documented, (
+        "no docstring"
+    )  # what a base class documents need not be repeated
 
 
-def _sort(body: list[ast.stmt], told: set[str], untold: set[str], prefix: str = "") -> None:
+def _sort(
+    body: list[ast.stmt], documented: set[str], undocumented: set[str], prefix: str = ""
+) -> None:
     for node in body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            (told if ast.get_docstring(node) else untold).add(prefix + node.name)
+            (documented if ast.get_docstring(node) else undocumented).add(prefix + node.name)
 
 
 def _is_class_name(name: str) -> bool:

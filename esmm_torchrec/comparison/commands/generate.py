@@ -52,7 +52,7 @@ class Options:
     """Standard deviation of the noise that each logit has of its own, not logged either."""
 
     history_scale: float = World.history_scale
-    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values a field."""
+    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values per field."""
 
 
 def report(generated: GeneratedWorld, out: Path, seconds: float) -> str:

@@ -4,13 +4,13 @@ A log shows a conversion only behind a click, so no log can tell which model is 
 impressions that nobody clicked. A `World` can: it draws for every impression what a click would
 have led to, and keeps the probabilities. `draw` gives the impressions as columns of numbers,
 `generate` writes them in the raw form of Ali-CCP, their truth beside them. The formulas of the
-world stand in datasets/synthetic.md.
+world are in datasets/synthetic.md.
 
     catalogue     items, segments, visits: all that grows with users and items
     exposure      who is shown what: profiles, histories, items, crosses
     world         settings, the two probabilities, what comes of each impression
     ali_ccp_text  impressions → bytes of the raw Ali-CCP files
-    raw_ids       the raw ids that numbers of a world stand for
+    raw_ids       the raw ids that numbers of a world represent
     files         the folder of a world: raw files, truth.parquet, world.json
     drawn         a world as mapped splits, without raw files on the way
 """

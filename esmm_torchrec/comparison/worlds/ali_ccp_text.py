@@ -161,7 +161,7 @@ def _take(texts: pa.Array, numbers: Ints) -> pa.Array:
 
 
 def _joined(*parts: pa.Array | str) -> pa.Array:
-    """The parts end to end, element by element; a string stands for itself in each element."""
+    """The parts end to end, element by element; a string is repeated in each element."""
     ends = [pa.scalar(part) if isinstance(part, str) else part for part in (*parts, "")]
     return pc.call_function("binary_join_element_wise", ends)
 

@@ -135,7 +135,7 @@ class Catalogue:
     by_shop: Ragged
     """Items of each shop, popular ones first."""
     category_popularity: Floats
-    """(categories,) share of a category where no taste is at work."""
+    """(categories,) share of a category if no taste is at work."""
     category_latents: Floats
     """(categories, 2 * LATENT_DIM): the category's own part, unit variance."""
     latents: Floats

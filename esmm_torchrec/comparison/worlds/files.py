@@ -57,7 +57,7 @@ class GeneratedSplit:
     """What the log would hold if every impression had been clicked."""
     common_rows: int
     ctr_auc: float | None
-    """AUC of true_ctr for clicks; null where all labels are the same, as below."""
+    """AUC of true_ctr for clicks; null if all labels are the same, as below."""
     cvr_auc: float | None
     """AUC of true_cvr for conversions on the clicked impressions."""
     cvr_auc_entire_space: float | None
@@ -258,7 +258,7 @@ class _Ranking:
         self._negative += np.bincount(place, minlength=len(self._positive)) - positive
 
     def auc(self) -> float | None:
-        """None where all labels are the same."""
+        """None if all labels are the same."""
         pairs = self._positive.sum() * self._negative.sum()
         if not pairs:
             return None

@@ -1,4 +1,4 @@
-"""The raw ids that the numbers of a world stand for, in ranges like those of the real Ali-CCP."""
+"""The raw ids that the numbers of a world represent, in ranges like those of the real Ali-CCP."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class World:
     noise: float = 0.25
     """Standard deviation of the noise that each logit has of its own, not logged either."""
     history_scale: float = 0.07
-    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values a field."""
+    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values per field."""
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {

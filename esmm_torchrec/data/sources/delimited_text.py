@@ -44,7 +44,7 @@ class TextFormat:
     encoding: str | None = None
     """A name that Python knows; None is UTF-8, or UTF-16 if the file begins with its mark."""
     quote: str | None = '"'
-    """Encloses fields that hold separators or line ends; doubled, it stands for itself. None: the
+    """Encloses fields that hold separators or line ends; doubled, it means itself. None: the
     file has no quoting."""
 
     def __post_init__(self) -> None:
@@ -279,6 +279,6 @@ class DelimitedText:
             place = line + int(np.searchsorted(ends, opening))
             raise DataError(
                 f"{self.path}, line {place}: the quote {self._quote} is not closed at the end of "
-                "its field, or stands inside of one; close it or double it, or read the file "
+                "its field, or is inside of one; close it or double it, or read the file "
                 "without quoting with `quote` none"
             )

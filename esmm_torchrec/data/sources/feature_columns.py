@@ -25,12 +25,12 @@ CONSTANT = "__constant"
 
 
 class Features(NamedTuple):
-    """Feature values of n rows, not yet encoded. What stands in a row with a fault is arbitrary."""
+    """Feature values of n rows, not yet encoded. The content of a row with a fault is arbitrary."""
 
     ids: dict[str, pa.Array]
     """By feature, int64 or string: n scalars with null for missing, or n lists without nulls."""
     weights: dict[str, pa.Array]
-    """By weighted feature, float32: n scalars, null where the id is, or n lists beside the ids."""
+    """By weighted feature, float32: n scalars, null if the id is, or n lists beside the ids."""
     dense: dict[str, np.ndarray]
     """By dense feature, float64 (n,), NaN for missing."""
 
@@ -62,7 +62,7 @@ class FeatureColumns:
     time_parts: Mapping[str, TimePart] = field(default_factory=dict)
     """By id feature that is a part of a time: which."""
     list_separator: str | None = None
-    """What stands between the values of lists that are written as text."""
+    """Separator of the values of lists that are written as text."""
 
     def column_of(self, feature: str) -> str:
         """The raw column of a feature."""

@@ -79,14 +79,14 @@ def read_ids(
         weights: beside the ids, numbers in the same form; None for none. Those of missing ids
             count for nothing, all others must be finite.
         weights_name: of their column.
-        list_separator: what stands between the values of a list that is written as text.
+        list_separator: separator of the values of a list that is written as text.
 
     Returns:
         Ids, int64 or string, n scalars with null for missing or n lists without nulls; weights,
         float32 in the same form; faults.
 
     Raises:
-        DataError: a column is of a type that holds no ids, or no weights, of this form.
+        DataError: a column is of a type that cannot hold ids, or weights, of this form.
     """
     raw = _form(column, name, multi_valued, list_separator)
     if weights is None:
@@ -129,12 +129,12 @@ def read_groups(
 
 
 def split_lists(texts: pa.Array, separator: str) -> pa.ListArray:
-    """Lists of text out of texts in which a separator stands between the values."""
+    """Lists of text out of texts in which a separator divides the values."""
     return pc.split_pattern(texts, separator)
 
 
 def read_tokens(column: pa.Array | pa.ChunkedArray, name: str) -> pa.ListArray:
-    """Lists of the words of texts, in lower case, without what stands between words.
+    """Lists of the words of texts, in lower case, without punctuation.
 
     Raises:
         DataError: the column does not hold text.
@@ -154,7 +154,7 @@ def read_tokens(column: pa.Array | pa.ChunkedArray, name: str) -> pa.ListArray:
 
 
 def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray]:
-    """int64 or string, null where there is none; and a mask of values that are no ids."""
+    """int64 or string, null if there is none; and a mask of values that are not ids."""
     if kind == "integer":
         try:
             return integers_in(array, name)
@@ -170,7 +170,7 @@ def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray
     ):
         return pa.nulls(len(array), pa.string()), np.zeros(len(array), np.bool_)
     raise DataError(
-        f"column {name!r} holds {array.type} where the ids are text; convert it to text, written "
+        f"column {name!r} holds {array.type} but the ids are text; convert it to text, written "
         "as in the training data"
     )
 

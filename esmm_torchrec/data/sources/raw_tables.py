@@ -412,7 +412,7 @@ class _TextFile(RawTable):
         for fields, misfits in self._text.blocks(columns):
             for misfit in misfits:
                 sentence = (
-                    f"{self.place(misfit.line)}: {misfit.fields} fields where the header has "
+                    f"{self.place(misfit.line)}: {misfit.fields} fields, but the header has "
                     f"{len(self.column_names)}"
                 )
                 if bad_rows is None:

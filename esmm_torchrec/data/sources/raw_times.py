@@ -45,7 +45,7 @@ def read_times(
         The times; which rows hold one, bool (n,); rows whose value is there and not a time.
 
     Raises:
-        DataError: the column is of a type that holds no times.
+        DataError: the column is of a type that cannot hold times.
     """
     array = one_array(column)
     kind = array.type

@@ -79,7 +79,7 @@ def is_null(array: pa.Array) -> np.ndarray:
 
 
 def cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
-    """`array` as `kind`, null where a value has no place in it, and a mask of those values. Only
+    """`array` as `kind`, null if a value does not fit, and a mask of those values. Only
     stretches that hold one are cast piece by piece."""
     try:
         return array.cast(kind), np.zeros(len(array), np.bool_)
@@ -109,7 +109,7 @@ def _numbers_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def floats(column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
-    """float64 (n,), NaN where a value is missing or is no number."""
+    """float64 (n,), NaN if a value is missing or is not a number."""
     array = one_array(column)
     kind = array.type
     if is_text(kind):
@@ -142,7 +142,7 @@ def holds_text(column: pa.Array | pa.ChunkedArray, part: str) -> bool:
 
 
 def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
-    """int64, null where a value is missing or is no integer; and a mask of the latter."""
+    """int64, null if a value is missing or is not an integer; and a mask of the latter."""
     if is_text(array.type):
         with contextlib.suppress(pa.ArrowInvalid):
             integers = array.cast(pa.int64())
@@ -194,7 +194,7 @@ class LabelReader:
         """Labels, int8 (n,); the rows without one; those of them that are missing, bool (n,).
 
         Raises:
-            DataError: the column holds both 0 and -1, or is of a type that holds no labels.
+            DataError: the column holds both 0 and -1, or is of a type that cannot hold labels.
         """
         array = one_array(column)
         if is_text(array.type):

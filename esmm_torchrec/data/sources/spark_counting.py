@@ -127,8 +127,8 @@ def count_table(spark: Session, preparation: TrainingRows) -> Counted | None:
     counted = counted.persist(StorageLevel.DISK_ONLY)
     ordered = None
     try:
-        told = counted.where("state is not null").select("place", "state").collect()
-        states = states_of(told)
+        replies = counted.where("state is not null").select("place", "state").collect()
+        states = states_of(replies)
         met = [state for state in states if isinstance(state, _Met)]
         news = [preparation.meet(*state) for state in met]
         if any(news):

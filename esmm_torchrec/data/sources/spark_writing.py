@@ -158,9 +158,9 @@ def _write_split(
     if writer.key is not None:
         parts = max(spark.sparkContext.defaultParallelism, -(-total // ROWS_PER_PART))
         frame = frame.repartitionByRange(parts, _KEY).sortWithinPartitions(_KEY, _PLACE)
-    told = frame.mapInArrow(write_part, "place long, state binary").collect()
+    replies = frame.mapInArrow(write_part, "place long, state binary").collect()
     shared.unpersist()
-    states = states_of(told)
+    states = states_of(replies)
     skipped: list[tuple[int, _PieceSkipped]] = []
     for written, of_pieces in states:
         writer.split_writer(encoding.split).add(written)

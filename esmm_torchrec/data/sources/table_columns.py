@@ -73,9 +73,9 @@ class TableColumns:
     weight: str | None = None
     """What an impression counts for, 0 or more."""
     true_ctr: str | None = None
-    """Probability of a click, where it is known."""
+    """Probability of a click, if it is known."""
     true_cvr: str | None = None
-    """Probability of a conversion behind a click, where it is known."""
+    """Probability of a conversion given a click, if it is known."""
     key: str | None = None
     """Integers or text of a user: impressions are stored by a 64-bit hash of it."""
 
@@ -240,7 +240,7 @@ class TableColumns:
 
 
 class IdForm(NamedTuple):
-    """What the type of an id column in one file says; None where it does not say."""
+    """What the type of an id column in one file says; None if it does not say."""
 
     multi_valued: bool | None
     kind: IdKind | None
@@ -267,7 +267,7 @@ class IdForm(NamedTuple):
 
 
 def agreed(forms: Sequence[IdForm], what: Literal["multi_valued", "kind"]) -> Any:
-    """What those of the forms that say anything say; None where none does.
+    """What those of the forms that say anything say; None if none does.
 
     Raises:
         DataError: two of them say different things; names their files.

@@ -162,7 +162,8 @@ class Preparation:
                 kind = self._kinds[family[0]]
                 if form.kind not in (None, kind):
                     raise DataError(
-                        f"{form.where} where the training files hold {kind} ids; give both one type"
+                        f"{form.where}, but the training files have {kind} ids; "
+                        "use the same type for both"
                     )
         return counted
 
@@ -198,12 +199,12 @@ class Preparation:
     def count_rows(
         self, rows: TableRows, on_rows: Callable[[int], object] = lambda _: None
     ) -> TrainingCount | None:
-        """Counts training rows; None if a list or a text turned up where none was expected, which
+        """Counts training rows; None if a list or a text appeared unexpectedly, which
         `met` has then.
 
         Args:
             rows: all of them, or a piece.
-            on_rows: is told how many more have been read.
+            on_rows: is called with how many more have been read.
         """
         columns, hashed = self.features, self.hashed
         counters = {

@@ -99,7 +99,7 @@ def prepare_table(
         test: in the same form; ids that training does not have become row 0.
         split: instead of `test`: which of the rows in `train` become test rows, a `RowSplit` or
             "time:COL:0.8", "group:COL:0.8" or "share:0.8".
-        list_separator: what stands between the values of lists that are written as text ("1|5|9").
+        list_separator: separator of the values of lists that are written as text ("1|5|9").
             An id column of text that holds it anywhere in training is multi-valued.
         text_format: how text files are written.
         min_count: in how many training impressions an id must occur to have an embedding row. The

@@ -88,7 +88,7 @@ class Aitm(Architecture):
     """AITM over shared embeddings (Xi et al., "Modeling the Sequential Dependence among Audience
     Multi-step Conversions with Multi-task Learning", KDD 2021).
 
-    In the paper the outputs are P(click) and P(click and conversion), with a penalty where the
+    In the paper the outputs are P(click) and P(click and conversion), with a penalty if the
     second exceeds the first. Here the tower of a head that is `given` a label attends to the tower
     of the head with that label, and each logit stays what the objective takes it for: with ESMM's,
     that of a conversion given a click, so that the product needs no penalty.

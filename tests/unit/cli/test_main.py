@@ -19,7 +19,7 @@ import pytest
 import tyro
 
 from esmm_torchrec.cli.arguments import read_options
-from esmm_torchrec.cli.main import COMMANDS, main, run_command, settle_process
+from esmm_torchrec.cli.main import COMMANDS, configure_threads, main, run_command
 from esmm_torchrec.errors import DataError, OptionError, RunError
 from esmm_torchrec.progress import progress_bar
 
@@ -36,10 +36,10 @@ def test_idle_threads_spin_for_a_moment_unless_told_otherwise(
 ) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    settle_process()
+    configure_threads()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "10000")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    settle_process()
+    configure_threads()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
@@ -102,7 +102,7 @@ def test_help_names_every_option_and_says_what_it_is_for(
         ),
         (
             [*TRAIN, "more"],
-            "there is no place for the argument more; see 'esmm-torchrec train --help'",
+            "unexpected argument more; see 'esmm-torchrec train --help'",
         ),
         (
             [*TRAIN, "--batch-size", "1.5"],
@@ -259,7 +259,7 @@ def _interrupted(_: Out) -> None:
             2,
             "give --from, or --objective.detach-click of `Other` for --out",
         ),
-        (_interrupted, 130, "interrupted; give the same command again"),
+        (_interrupted, 130, "interrupted; rerun the same command"),
     ],
 )
 def test_failures_of_the_work_are_sentences_too(
@@ -315,7 +315,7 @@ def test_an_interrupted_command_leaves_nothing_and_one_sentence(tmp_path: Path) 
         process.kill()
     assert process.returncode == 130
     assert out == ""
-    assert err == "esmm-torchrec: interrupted; give the same command again\n"
+    assert err == "esmm-torchrec: interrupted; rerun the same command\n"
     assert not (tmp_path / "world").exists()
 
 

@@ -102,7 +102,7 @@ def test_it_says_what_it_skipped_and_dropped(
     assert re.search(r"^dropped: bad rows +2 +0$", printed, re.MULTILINE)
     assert re.search(r"^dropped: conversions without a click +1 +0$", printed, re.MULTILINE)
     assert "line 152, column 'price': 'cheap' is not a finite number" in printed
-    assert "train-1.csv, line 154: 2 fields where the header has 7" in printed
+    assert "train-1.csv, line 154: 2 fields, but the header has 7" in printed
 
 
 @pytest.mark.parametrize(

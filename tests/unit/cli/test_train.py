@@ -325,7 +325,7 @@ def test_a_full_disk_is_said_and_what_was_there_is_gone_on_with(
     place = re.escape(str(out / "checkpoints" / "step-00000004"))
     assert re.fullmatch(
         rf"checkpoint {place} cannot be written \(.+; [\d,]+ MB are free on its disk\); make room "
-        "and give the same command again",
+        "and rerun the same command",
         _sentence(err),
     )
     assert list((out / "checkpoints").iterdir()) == []
@@ -356,7 +356,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
         assert process.returncode == code, err
         last = max(checkpoint_folders(out / "checkpoints"))
         assert _sentence(err) == (
-            f"interrupted; give the same command again to resume {out} from step {last}"
+            f"interrupted; rerun the same command to resume {out} from step {last}"
         )
         assert not (out / "metrics.json").exists()
     _train(data, out, *long)

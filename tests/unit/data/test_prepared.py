@@ -283,9 +283,9 @@ def test_a_split_without_what_training_needs_is_refused(tmp_path: Path):
                 if table is not None:
                     to.write_impressions(split, table)
 
-    with pytest.raises(DataError, match="the test split holds no impression"):
+    with pytest.raises(DataError, match="the test split has no impression"):
         prepare(impressions(), None)
-    with pytest.raises(DataError, match="the train split holds no impression"):
+    with pytest.raises(DataError, match="the train split has no impression"):
         prepare(None, impressions())
     with pytest.raises(DataError, match="the train split holds 4 impressions and no click"):
         prepare(impressions(click=none, conversion=none), impressions())

@@ -264,7 +264,7 @@ def test_other_rows_in_the_same_form_are_taken(run: RunFolder, tmp_path: Path) -
     _write_description(data, checksums=checksums)
     run.check_data(str(data))
     (run.preprocessing / "dataset.json").write_text("{}")
-    with _refused(f"{run.preprocessing / 'dataset.json'} is broken ('checksums'); make it again"):
+    with _refused(f"{run.preprocessing / 'dataset.json'} is broken ('checksums'); create it again"):
         run.check_data(data)
 
 

@@ -305,7 +305,7 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
     with pytest.raises(Interrupted) as interrupt:
         _train(data, again, OPTIONS)
     assert str(interrupt.value) == (
-        f"interrupted; give the same command again to resume {again} from step 15"
+        f"interrupted; rerun the same command to resume {again} from step 15"
     )
     with pytest.raises(Interrupted) as interrupt:
         _train(data, tmp_path / "new", OPTIONS)

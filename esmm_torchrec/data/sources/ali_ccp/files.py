@@ -22,7 +22,7 @@ class RawFile(NamedTuple):
     """A raw file that is open, by itself or within its archive."""
 
     name: str
-    """After that of the archive where it is in one."""
+    """After that of the archive if it is in one."""
     path: str
     """The same, and where it is."""
     size: int
@@ -52,8 +52,8 @@ class Folder:
 
 
 class Archive:
-    """Raw files inside a tar.gz, read as a stream: forward while the next member lies ahead, from
-    the beginning again where it lies behind."""
+    """Raw files inside a tar.gz, read as a stream: forward while the next member is ahead, from
+    the beginning again if it lies behind."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

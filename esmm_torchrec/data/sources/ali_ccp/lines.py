@@ -4,7 +4,7 @@ A block of lines goes through Arrow's CSV reader twice: once by commas, then its
 joined and with 0x01 turned into newlines, once more by 0x02. The features are regrouped into one
 column a field with a stable sort of their field numbers.
 
-A block that Arrow cannot read, or whose values cannot be, is halved until the bad line stands
+A block that Arrow cannot read, or whose values cannot be, is halved until the bad line is
 alone; only then does Python look at it, to say what is wrong.
 """
 
@@ -59,7 +59,7 @@ def _read_csv(text: Any, *, delimiter: str, columns: Mapping[str, pa.DataType]) 
 
 
 def array_of(table: pa.Table, name: str) -> Any:
-    """A column as one array; not copied where it is in one piece."""
+    """A column as one array; not copied if it is in one piece."""
     column = table.column(name)
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
@@ -71,7 +71,7 @@ def with_values(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
 
 
 def _parse(text: bytes, layout: Layout) -> pa.Table:
-    """Columns of whole lines: labels and sample_id where there are any, the index as uint64, and
+    """Columns of whole lines: labels and sample_id if there are any, the index as uint64, and
     each field's raw ids (int64, or a list of them) with its weights.
 
     Raises:
@@ -249,7 +249,7 @@ def _parse_nothing(layout: Layout) -> pa.Table:
 
 
 def _halve(block: Block) -> tuple[Block, Block] | None:
-    """Two blocks of about half the bytes; None where the block is one line."""
+    """Two blocks of about half the bytes; None if the block is one line."""
     middle = len(block.text) // 2
     cut = block.text.rfind(b"\n", 0, middle) + 1 or block.text.find(b"\n", middle) + 1
     if cut == len(block.text):

@@ -94,7 +94,7 @@ def _in_order(
 
 
 def _narrowed(table: pa.Table, features: Sequence[IdFeature]) -> pa.Table:
-    """Ids as uint32 where they fit, half the scratch space."""
+    """Ids as uint32 if they fit: half the scratch space."""
     for feature in features:
         column = array_of(table, feature.name)
         ids = column.flatten() if feature.multi_valued else column
@@ -137,7 +137,7 @@ class _Impressions:
     bad: list[BadRow]
     unclicked_conversions: int
     first_unclicked_conversion: int
-    """Its line; 0 where there is none."""
+    """Its line; 0 if there is none."""
 
 
 @dataclass
@@ -180,7 +180,7 @@ class _Preparation:
         return counts
 
     def _finished(self, table: pa.Table, features: Sequence[IdFeature]) -> pa.Table:
-        """What a worker does last: encode where the vocabularies are known."""
+        """What a worker does last: encode if the vocabularies are known."""
         if self.vocabularies:
             return _encoded(table, features, self.vocabularies)
         return _narrowed(table, features)

@@ -40,7 +40,7 @@ class CommonRows:
         self.lines.append(lines)
 
     def close(self) -> None:
-        """Sorts; DataError where an index occurs twice."""
+        """Sorts; DataError if an index occurs twice."""
         indices = np.concatenate(self.indices)
         order = np.argsort(indices, kind="stable")
         self.ordered, self.rows = indices[order], order.astype(np.int32)

@@ -17,7 +17,7 @@ from esmm_torchrec.schema import SAMPLE_ID, TRUE_CTR, TRUE_CVR
 
 class Truth:
     """`truth.parquet` of one split, read alongside the impressions. Memory stays small where both
-    are in the same order, and the result is right where they are not."""
+    are in the same order, and the result is right if they are not."""
 
     _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
         (SAMPLE_ID, pa.int64()),

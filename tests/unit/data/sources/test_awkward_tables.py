@@ -348,7 +348,7 @@ def test_numbers_never_stand_for_text_ids(tmp_path: Path) -> None:
     frame = pd.DataFrame({"clicked": 1, "bought": 1, "user": ["007", "8", "x"]})
     encoder = RowEncoder.load(prepare(tmp_path / "out", frame, frame).path)
     for numbers in ([7, 8, 9], [7.0, 8.0, np.nan], np.array([7, 8, 2**63], np.uint64)):
-        with pytest.raises(DataError, match=r"holds .* where the ids are text; convert it to text"):
+        with pytest.raises(DataError, match=r"holds .* but the ids are text; convert it to text"):
             encoder.encode(frame.assign(user=numbers))
     nothing = encoder.encode(frame.assign(user=np.nan))
     assert nothing["user"].to_pylist() == [None] * 3

@@ -61,7 +61,7 @@ def test_integers_of_every_type(column: Any) -> None:
         texts, _, _ = read_ids(column, "x", kind="text", multi_valued=False)
         assert texts.to_pylist() == column.to_pylist()
     else:
-        with pytest.raises(DataError, match="where the ids are text; convert it to text"):
+        with pytest.raises(DataError, match="but the ids are text; convert it to text"):
             read_ids(column, "x", kind="text", multi_valued=False)
     integers, fault = read_integers(column, "x")
     assert integers[:2].tolist() == [7, -3]

@@ -561,7 +561,7 @@ def test_a_line_with_other_than_the_headers_fields_is_named(tmp_path: Path) -> N
     lines[30] = lines[30].replace("1", "2", 1) if lines[30][0] == "1" else "9" + lines[30][1:]
     path.write_text("\n".join(["".join(lines[:5]), "".join(lines[5:])]))  # And an empty line.
     test = impressions()
-    with pytest.raises(DataError, match=r"line 12: 3 fields where the header has 7; fix it"):
+    with pytest.raises(DataError, match=r"line 12: 3 fields, but the header has 7; fix it"):
         prepare(tmp_path / "out", path, test)
     with pytest.raises(DataError, match=r"more than 1 bad rows .*line 22: 8 fields"):
         prepare(tmp_path / "out", path, test, max_bad_rows=1)
@@ -639,7 +639,7 @@ def _frame_with(**columns: Any) -> pd.DataFrame:
             "the train split holds 300 impressions and no click",
         ),
         (_frame_with(bought=0), {}, "and no conversion"),
-        (_frame_with()[:0], {}, "the train split holds no impression"),
+        (_frame_with()[:0], {}, "the train split has no impression"),
         (
             _frame_with(price=np.tile([1.7e308, -1.7e308], 150)),
             {"dense": {"price": "as-is"}},
