@@ -23,6 +23,7 @@ _ARGUMENT = re.compile(r"`([a-z][a-z0-9_.]*)`")
 
 _OPTIONS = {
     "constraints": "constraint",
+    "hashed": "hash",
     "ids": "id",
     "shared_tables": "share-table",
     "start_from": "from",

@@ -179,7 +179,9 @@ def _named(given: list[str]) -> str:
     longer = [name for name in COMMANDS if name.startswith(f"{given[0]} ")]
     if not longer:
         return repr(given[0])
-    return f"{' '.join(given[:2])!r}, but {' and '.join(map(repr, longer))}"
+    *others, last = map(repr, longer)
+    existing = f"{', '.join(others)} and {last}" if others else last
+    return f"{' '.join(given[:2])!r}, but {existing}"
 
 
 def run_command(run: Callable[[T], None], options: T) -> None:

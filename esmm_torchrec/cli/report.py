@@ -13,7 +13,7 @@ from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.data.field_values import field_values
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import OptionError, RunError
+from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
@@ -46,13 +46,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Scores the test half and writes the page."""
-    try:
-        from esmm_torchrec.training.run_report import run_report  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f"the command report needs {error.name}, which is not installed; "
-            "pip install 'esmm_torchrec[report]'"
-        ) from None
+    from esmm_torchrec.training.run_report import run_report  # noqa: PLC0415
+
     folder = RunFolder.open(options.run)
     out = folder.path / "report.html" if options.out is None else options.out
     if options.out is not None and out.exists():

@@ -22,7 +22,7 @@ class Options:
     process uses few cores; start several behind a load balancer for more.
     """
 
-    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="MODEL")]]
     """The exported model, or a link to it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all of this machine."""
@@ -39,7 +39,7 @@ class Options:
     max_waiting: int = 1024
     """Requests that may wait; further ones are answered 503."""
     watch_seconds: float = 5.0
-    """How often OUT is looked at for another model; 0: never."""
+    """How often MODEL is looked at for another model; 0: never."""
     graceful_seconds: int = 30
     """How long requests may take that are under way when the server is stopped."""
 

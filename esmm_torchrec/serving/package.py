@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -195,7 +196,9 @@ def _check(path: Path, checksum: str) -> None:
     try:
         found = Location.of(path).sha256()
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); export again") from None
+        raise RunError(
+            f"{path} cannot be read ({os.strerror(error.errno or 0)}); export again"
+        ) from None
     if found != checksum:
         raise RunError(
             f"{path} was changed after it was exported (its checksum differs); restore it from a "

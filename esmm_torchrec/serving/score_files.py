@@ -37,8 +37,13 @@ MANIFEST = "scores.json"
 class Writer(Protocol):
     """Takes tables of one schema."""
 
-    def write_table(self, table: pa.Table) -> None: ...
-    def close(self) -> None: ...
+    def write_table(self, table: pa.Table) -> None:
+        """Appends its rows."""
+        ...
+
+    def close(self) -> None:
+        """Finishes the file."""
+        ...
 
 
 def is_folder(out: Path) -> bool:

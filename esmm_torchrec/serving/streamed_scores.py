@@ -81,4 +81,4 @@ def score_streamed(
 
 def _refuse_existing(folder: Location) -> None:
     if (folder / DESCRIPTION).size() is not None:
-        raise RunError(f"{folder} holds scores already; remove it or choose another --out")
+        raise RunError(f"{folder} holds scores already; remove it or choose another `out`")

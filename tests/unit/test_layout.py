@@ -169,7 +169,12 @@ def test_every_example_is_run_by_a_test() -> None:
 def test_dependencies_are_pinned(device: str) -> None:
     """One `pip install -r` brings exact versions of everything the package asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*_requirements(device), *_requirements("common"), *_requirements("docs")]
+    lines = [
+        *_requirements(device),
+        *_requirements("common"),
+        *_requirements("docs"),
+        *_requirements("spark"),
+    ]
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
     wanted = {
         re.split(r"[<>=\[ ]", dependency)[0]

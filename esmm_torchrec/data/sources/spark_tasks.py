@@ -32,7 +32,7 @@ def session() -> Session:
         from pyspark.sql import SparkSession  # noqa: PLC0415  # pyright: ignore
     except ModuleNotFoundError:
         raise OptionError(
-            "--engine spark needs pyspark and Java 17; pip install 'esmm_torchrec[spark]'"
+            "`engine` spark needs pyspark and Java 17; pip install 'esmm_torchrec[spark]'"
         ) from None
     # Of pandas, nothing is used there.
     warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")

@@ -152,14 +152,16 @@ class TableColumns:
     def _check_hashed(self) -> None:
         for name, rows in self.hashed.items():
             if name not in (*self.ids, *self.texts):
-                raise OptionError(f"--hash names {name!r}, which is not an --id column; add it")
+                raise OptionError(
+                    f"`hashed` names {name!r}, which is not a column of `ids`; add it"
+                )
             if not 1 <= rows <= MAX_IDS:
-                raise OptionError(f"--hash {name}={rows} is not a number from 1 to {MAX_IDS}")
+                raise OptionError(f"`hashed` {name}={rows} is not a number from 1 to {MAX_IDS}")
         for table, names in self.shared_tables.items():
             if len({self.hashed.get(name) for name in names}) > 1:
                 raise OptionError(
-                    f"--share-table {table} has columns that --hash treats differently; hash all "
-                    "of them to as many rows"
+                    f"`shared_tables` {table} has columns that `hashed` treats differently; "
+                    "hash all of them to as many rows"
                 )
 
     @property

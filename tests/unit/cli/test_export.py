@@ -211,7 +211,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"esmm-torchrec: cannot write {tmp_path / 'out'}: file too large; make room and give the "
-        "same command again"
+        f"esmm-torchrec: cannot write {tmp_path / 'out'}: file too large; make room and rerun the "
+        "same command"
     )
     assert list(tmp_path.iterdir()) == []

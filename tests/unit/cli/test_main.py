@@ -85,8 +85,8 @@ def test_help_names_every_option_and_says_what_it_is_for(
         (["--data", "x"], "there is no command '--data'; see 'esmm-torchrec --help'"),
         (
             ["prepare", "csv"],
-            "there is no command 'prepare csv', but 'prepare ali-ccp' and 'prepare table'; see "
-            "'esmm-torchrec --help'",
+            "there is no command 'prepare csv', but 'prepare ali-ccp', 'prepare table' and "
+            "'prepare append'; see 'esmm-torchrec --help'",
         ),
         (["train"], "--data and --out must be given; see 'esmm-torchrec train --help'"),
         (["generate"], "OUT must be given; see 'esmm-torchrec generate --help'"),
@@ -249,8 +249,7 @@ def _interrupted(_: Out) -> None:
         (
             _full_disk,
             2,
-            "cannot write {out}: no space left on device; make room and give the same command "
-            "again",
+            "cannot write {out}: no space left on device; make room and rerun the same command",
         ),
         (_is_a_folder, 2, "cannot read or write {out.parent}: is a directory"),
         (_broken_data, 2, "a.csv, line 3, column 'age': 'x' is not a number"),

@@ -123,7 +123,7 @@ def test_a_csv_is_encoded_as_the_frame_it_was_written_from(tmp_path: Path) -> No
     as_text = encoder.encode(new.assign(user=new["user"].astype("Int64").astype("string")))
     assert as_text["user"].equals(from_csv["user"])
     for number in (7, 7.0, True):
-        with pytest.raises(DataError, match=r"'city' holds .* where the ids are text; convert it"):
+        with pytest.raises(DataError, match=r"'city' holds .* but the ids are text; convert it"):
             encoder.encode(new.assign(city=number))
 
 

@@ -96,7 +96,7 @@ def test_one_missing_id_is_one_missing_id(predictor: Predictor, value: Any) -> N
         ({"user": [1, 2**70]}, "column 'user': its values are not of one type"),
         ({"user": [1, "x"]}, "column 'user': its values are not of one type"),
         ({"user": {"id": 1}}, "column 'user' holds struct"),
-        ({"shop": 5}, "column 'shop' holds int64 where the ids are text"),
+        ({"shop": 5}, "column 'shop' holds int64 but the ids are text"),
         ({"tags": [[1], ["a"]]}, "column 'tags': its values are not of one type"),
         ({"tags": ["a"]}, "column 'tags': the list holds a value that is not an id"),
         ({"tags": list(range(70_000))}, "the list holds more than 65535 ids"),

@@ -310,8 +310,8 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
     with pytest.raises(Interrupted) as interrupt:
         _train(data, tmp_path / "new", OPTIONS)
     assert str(interrupt.value) == (
-        f"interrupted before a checkpoint was written to {tmp_path / 'new'}; give the same command "
-        "again to start again, and `checkpoint_every` to save on the way"
+        f"interrupted before a checkpoint was written to {tmp_path / 'new'}; rerun the same "
+        "command to start again, and `checkpoint_every` to save on the way"
     )
 
 

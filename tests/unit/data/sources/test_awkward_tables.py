@@ -358,7 +358,7 @@ def test_an_empty_column_of_text_stays_text(tmp_path: Path) -> None:
     frame = pd.DataFrame({"clicked": 1, "bought": 1, "user": ["a", "b"]})
     encoder = RowEncoder.load(prepare(tmp_path / "out", frame, frame, min_count=2).path)
     assert encoder.encode(frame)["user"].to_pylist() == [0, 0]
-    with pytest.raises(DataError, match="where the ids are text"):
+    with pytest.raises(DataError, match="but the ids are text"):
         encoder.encode(frame.assign(user=[1, 2]))
 
 
