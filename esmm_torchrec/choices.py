@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache, wraps
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -55,7 +56,11 @@ def checks_choices(function: F) -> F:
 
 @cache
 def _hints_with_choices(owner: Any) -> Mapping[str, Any]:
-    hints = get_type_hints(owner)
+    hints: dict[str, Any] = {}
+    for part in reversed(owner.__mro__) if isinstance(owner, type) else [owner]:
+        # The names of a program that `runpy` ran are gone; those of its base classes are not.
+        with suppress(NameError):
+            hints |= get_type_hints(part)
     return {name: hint for name, hint in hints.items() if name != "return" and _choices(hint)}
 
 

@@ -27,7 +27,7 @@ from esmm_torchrec.serving.score_files import (
     write_scores,
 )
 from esmm_torchrec.serving.scored_rows import Written, unknown_warnings
-from esmm_torchrec.serving.scoring import encode_rows, remove, score
+from esmm_torchrec.serving.scoring import check_preprocessing, encode_rows, remove, score
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 
@@ -134,6 +134,7 @@ def _score_split(options: Options, ranks: Ranks) -> None:
 def _score_rows(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
+    ranks.from_first(lambda: check_preprocessing(folder))
     jobs, score_folder = ranks.from_first(
         lambda: _jobs(options, lambda: _made_by(options, identity(folder, step)))
     )

@@ -42,7 +42,7 @@ def train_command(options: TrainOptions, data: str) -> str:
     words = ["esmm-torchrec", "train", "--data", data, "--out", "RUN", "--method", options.method]
     for field in fields(TrainOptions):
         value = getattr(options, field.name)
-        if field.name in (*_PARTS, "method") or value in (field.default, None):
+        if field.name in (*_PARTS, "method") or value in (field.default, None, {}):
             continue
         name = field.name.replace("_", "-")
         words += [f"--no-{name}"] if value is False else [f"--{name}", *_words(value)]
@@ -62,6 +62,8 @@ def train_command(options: TrainOptions, data: str) -> str:
 
 
 def _words(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [f"{name}={item}" for name, item in value.items()]
     return [str(item) for item in value] if isinstance(value, tuple | list) else [str(value)]
 
 

@@ -442,7 +442,8 @@ def test_out_of_fold_pctr_knows_nothing_of_its_users(folder: Path, known: dict[s
     pctr = known["out of fold"]
     assert np.isnan(pctr[click == 0]).all()
     of_clicked = pctr[click == 1]
-    assert 1 <= len(np.unique(of_clicked)) <= FOLDS
+    # Sums in batches of other sizes differ in their last digits.
+    assert 1 <= len(np.unique(of_clicked.round(6))) <= FOLDS
     # All users clicked: it is the other users' rate, and not 1.
     assert abs(of_clicked - click.mean()).max() < 0.25
 

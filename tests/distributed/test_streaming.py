@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from esmm_torchrec.data import prepared_writer
+from esmm_torchrec.data import split_writer
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.stream import StreamedSplit
@@ -56,8 +56,8 @@ STEPS_PER_EPOCH = 16  # 225 rows a lane in windows of 70, 70, 70 and 15, 16 rows
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("streaming") / "prepared"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared_writer, "ROWS_PER_GROUP", {"impressions": 101, "shared": 9})
-        patch.setattr(prepared_writer, "ROW_GROUPS_PER_FILE", 2)
+        patch.setattr(split_writer, "ROWS_PER_GROUP", {"impressions": 101, "shared": 9})
+        patch.setattr(split_writer, "ROW_GROUPS_PER_FILE", 2)
         write_data_set(path, **ROWS)
     return path
 
@@ -204,8 +204,8 @@ def test_what_chooses_impressions_needs_the_mapped_copy(data: Path, tmp_path: Pa
 def test_a_run_from_a_store_is_that_from_a_disk(
     data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared_writer, "ROWS_PER_GROUP", {"impressions": 101, "shared": 9})
-    monkeypatch.setattr(prepared_writer, "ROW_GROUPS_PER_FILE", 2)
+    monkeypatch.setattr(split_writer, "ROWS_PER_GROUP", {"impressions": 101, "shared": 9})
+    monkeypatch.setattr(split_writer, "ROW_GROUPS_PER_FILE", 2)
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     out = data.parent / "from-store"

@@ -214,7 +214,7 @@ def _make_checkpoint(folder: Path) -> list[Path]:
 def _read_checkpoint(folder: Path) -> Any:
     path = find_checkpoint(folder)
     assert path is not None
-    options = ModelOptions(embedding_dim=8, tower=(6,))
+    options = ModelOptions(embedding_dim=8, tower=(6,), first_order=True)
     task = build_train_task(SCHEMA, options, embedding_device="cpu")
     load_model(path, task)
     description = read_description(path)

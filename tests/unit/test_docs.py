@@ -163,16 +163,16 @@ def test_commands_run(page: str, work: Path) -> None:
 def _serve_for_a_moment(options: list[str]) -> None:
     options = [*options[: options.index("--port")], "--port", "0"]
     command = [sys.executable, "-m", "esmm_torchrec", *options]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        (url,) = re.findall(r"http://\S+", server.stdout.readline())
-        answer = httpx.post(f"{url}/score", json={"rows": [{"channel": 2, "recency": 7}]})
-        assert 0 < answer.json()["scores"]["pctcvr"][0] < 1
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
-    finally:
-        server.kill()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            (url,) = re.findall(r"http://\S+", server.stdout.readline())
+            answer = httpx.post(f"{url}/score", json={"rows": [{"channel": 2, "recency": 7}]})
+            assert 0 < answer.json()["scores"]["pctcvr"][0] < 1
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=60) == 0
+        finally:
+            server.kill()
 
 
 def _programs(page: str) -> list[str]:

@@ -376,7 +376,8 @@ def test_a_run_without_a_checkpoint_says_so(
 ) -> None:
     (tmp_path / "config.json").write_bytes((folder / "run" / "config.json").read_bytes())
     shutil.copytree(folder / "run" / "preprocessing", tmp_path / "preprocessing")
-    raw = ["score", str(tmp_path), "--input", str(folder / "new.parquet"), "--out", "x"]
+    out = str(tmp_path / "x.parquet")
+    raw = ["score", str(tmp_path), "--input", str(folder / "new.parquet"), "--out", out]
     for command in (["evaluate", str(tmp_path), "--data", str(folder / "data")], raw):
         assert _refused(command, capsys) == (
             f"{tmp_path} has no checkpoint yet; let its training come to an end"

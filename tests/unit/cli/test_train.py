@@ -93,7 +93,7 @@ def test_it_prints_the_figures_of_metrics_json(
         auc = f"{figures[f'{calibration}_auc']:.4f}"
         ne = f"{figures[f'{calibration}_ne']:.4f}"
         oracle = f"{metrics['truth']['oracle'][f'{calibration}_auc']:.4f}"
-        assert re.search(rf"^{label} +{auc} +{ne} +[\d.]+ +{oracle}$", said.out, flags=re.M)
+        assert re.search(rf"^{label} +{auc} .*{ne} +[\d.]+ +{oracle}$", said.out, flags=re.M)
     assert f"run folder: {out} (" in said.out
     assert "esmm on 1 cpu rank: 300 impressions, " in said.out
     for noise in ("Warning", "warn", "Traceback", "W1"):
@@ -207,14 +207,23 @@ def _of_a_later_version(path: Path) -> str:
 
 def _half_a_file(path: Path) -> str:
     file = path / "train" / "impressions-00000.parquet"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return f"{file} is broken or cut short; prepare the data set again"
+    before = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: before // 2])
+    return _of_another_size(file, before)
+
+
+def _of_another_size(file: Path, before: int) -> str:
+    return (
+        f"{file} has {file.stat().st_size} bytes where dataset.json says {before}: it is broken or "
+        "was cut short; restore it from a copy or prepare the data set again"
+    )
 
 
 def _an_empty_file(path: Path) -> str:
     file = path / "test" / "shared-00000.parquet"
+    before = file.stat().st_size
     file.write_bytes(b"")
-    return f"{file} is broken or cut short; prepare the data set again"
+    return _of_another_size(file, before)
 
 
 def _no_description(path: Path) -> str:
@@ -239,7 +248,16 @@ def _an_id_beyond_its_table(path: Path) -> str:
     table = pq.read_table(file)
     place = table.schema.get_field_index("item")
     beyond = pc.add(table["item"], pa.scalar(1000, pa.int32()))
+    before = file.stat().st_size
     pq.write_table(table.set_column(place, table.schema.field(place), beyond), file)
+    return _of_another_size(file, before)
+
+
+def _another_byte(path: Path) -> str:
+    file = path / "train" / "impressions-00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
     return (
         f"{file} was changed after it was written (its checksum differs); restore it from a "
         "copy or prepare the data set again"
@@ -255,6 +273,7 @@ def _an_id_beyond_its_table(path: Path) -> str:
         _no_description,
         _a_vocabulary_larger_than_its_table,
         _an_id_beyond_its_table,
+        _another_byte,
     ],
 )
 def test_a_spoilt_data_set_is_refused(

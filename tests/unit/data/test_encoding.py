@@ -237,7 +237,7 @@ def test_shared_features_are_written_out_per_row(tmp_path: Path) -> None:
         ({"strength": ...}, "has no column 'strength' (the weights of 'items')"),
         ({"price": ...}, "has no column 'price' (a dense feature)"),
         ({"price": np.inf}, "the input table, row 0, column 'price': inf is not a finite number"),
-        ({"age": 1e300}, "the input table: column 'age' holds 1e+300, too far from its training"),
+        ({"age": 1e300}, "row 0, column 'age': the value is too far from its training values"),
         ({"user": "x"}, "row 0, column 'user': 'x' is not an integer"),
         ({"user": pd.Timestamp("2026-01-01")}, "column 'user' holds timestamp"),
         ({"items": 5}, "column 'items' holds int64 where lists belong"),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esmm_torchrec.data import prepared_writer
+from esmm_torchrec.data import split_writer
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -158,8 +158,8 @@ def test_bytes_depend_on_nothing_but_the_rows(tmp_path: Path):
 
 
 def test_files_and_row_groups_have_a_fixed_number_of_rows(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(prepared_writer, "ROWS_PER_GROUP", {"impressions": 3, "shared": 2})
-    monkeypatch.setattr(prepared_writer, "ROW_GROUPS_PER_FILE", 2)
+    monkeypatch.setattr(split_writer, "ROWS_PER_GROUP", {"impressions": 3, "shared": 2})
+    monkeypatch.setattr(split_writer, "ROW_GROUPS_PER_FILE", 2)
     with writer(tmp_path / "ds") as to:
         write_vocabularies(to)
         for split, times in (("train", 4), ("test", 1)):

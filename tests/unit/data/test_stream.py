@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.data import prepared_writer, storage
+from esmm_torchrec.data import split_writer, storage
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.stream import StreamedSplit, StreamReader
 from esmm_torchrec.errors import DataError, OptionError
@@ -50,8 +50,8 @@ class Together:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataSet:
     """Ten and five row groups of impressions in several files, shared rows in groups of 7."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared_writer, "ROWS_PER_GROUP", {"impressions": 71, "shared": 7})
-        patch.setattr(prepared_writer, "ROW_GROUPS_PER_FILE", 3)
+        patch.setattr(split_writer, "ROWS_PER_GROUP", {"impressions": 71, "shared": 7})
+        patch.setattr(split_writer, "ROW_GROUPS_PER_FILE", 3)
         return write_data_set(tmp_path_factory.mktemp("stream") / "data")
 
 
@@ -219,8 +219,8 @@ def test_a_store_is_streamed_like_a_disk(
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(prepared_writer, "ROWS_PER_GROUP", {"impressions": 71, "shared": 7})
-    monkeypatch.setattr(prepared_writer, "ROW_GROUPS_PER_FILE", 3)
+    monkeypatch.setattr(split_writer, "ROWS_PER_GROUP", {"impressions": 71, "shared": 7})
+    monkeypatch.setattr(split_writer, "ROW_GROUPS_PER_FILE", 3)
     remote = write_data_set(server.uri("bucket/streamed"))
     streamed = replace(split, dataset=remote)
     (expected,) = _read(split, 1)

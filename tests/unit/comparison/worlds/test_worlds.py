@@ -486,8 +486,7 @@ def assert_calibrated(
     ],
 )
 def test_settings_out_of_range(setting: str, value: float) -> None:
-    option = "--" + setting.replace("_", "-")
-    with pytest.raises(OptionError, match=rf"^{option} is {value}; it must be from \S+ to \S+$"):
+    with pytest.raises(OptionError, match=rf"^`{setting}` is {value}; it must be from \S+ to \S+$"):
         replace(World(), **{setting: value})
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
+from esmm_torchrec import Predictor
 from esmm_torchrec.cli.main import main
 
 PAGE = (Path(__file__).parents[2] / "docs" / "chains.md").read_text()
@@ -95,15 +95,12 @@ def test_windowed_figures_and_plots_follow_the_chain(folder: Path) -> None:
 
 
 def test_the_export_has_every_score(folder: Path) -> None:
-    outputs = json.loads((folder / "exported/inputs.json").read_text())["outputs"]
-    assert outputs == [
-        "p_click", "p_cart_given_click", "p_cart", "p_order_given_cart", "p_order"
-    ]  # fmt: skip
-    program = torch.export.load(folder / "exported/model.pt2").module()
-    one = {name: torch.tensor([0]) for name in ("user", "item")}
-    scores = program(values=one, lengths={name: torch.tensor([1]) for name in one})
-    assert list(scores) == outputs
-    assert "probability of order if cart" in (folder / "exported/README.txt").read_text()
+    names = ["p_click", "p_cart_given_click", "p_cart", "p_order_given_cart", "p_order"]
+    example = json.loads((folder / "exported/example.json").read_text())
+    assert list(example["scores"]) == names
+    scores = Predictor(folder / "exported").predict({"user": [1], "item": [1]})
+    assert list(scores) == names
+    assert "p_order_given_cart" in (folder / "exported/MODEL_CARD.md").read_text()
 
 
 def test_compare_takes_the_last_task_for_the_conversion(folder: Path) -> None:
