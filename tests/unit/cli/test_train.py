@@ -93,7 +93,7 @@ def test_it_prints_the_figures_of_metrics_json(
         auc = f"{figures[f'{calibration}_auc']:.4f}"
         ne = f"{figures[f'{calibration}_ne']:.4f}"
         oracle = f"{metrics['truth']['oracle'][f'{calibration}_auc']:.4f}"
-        assert re.search(rf"^{label} +{auc} .*{ne} +[\d.]+ +{oracle}$", said.out, flags=re.M)
+        assert re.search(rf"^{label} +{auc} +{ne} +[\d.]+ .*{oracle}$", said.out, flags=re.M)
     assert f"run folder: {out} (" in said.out
     assert "esmm on 1 cpu rank: 300 impressions, " in said.out
     for noise in ("Warning", "warn", "Traceback", "W1"):
