@@ -145,7 +145,7 @@ def test_a_run_is_resumed_exactly_on_other_ranks(data: Path, whole: Path) -> Non
     run_on_ranks(4, _train, data, out, replace(OPTIONS, max_steps=19))
     run_on_ranks(1, _train, data, out, OPTIONS)
     losses = {
-        run: [json.loads(line)["loss"] for line in (run / "history.jsonl").open()][-1]
+        run: json.loads((run / "history.jsonl").read_text().splitlines()[-1])["loss"]
         for run in (out, whole)
     }
     np.testing.assert_allclose(losses[out], losses[whole], rtol=2e-4)
@@ -181,9 +181,9 @@ def test_each_rank_writes_the_scores_of_its_stretch(data: Path, whole: Path) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lanes": 2}, "--lanes 4 and this one has 2"),
-        ({"window": 80}, "--window 70 and this one has 80"),
-        ({"read": "mapped"}, "--lanes 4 and this one has none"),
+        ({"lanes": 2}, "`lanes` 4 and this one has 2"),
+        ({"window": 80}, "`window` 70 and this one has 80"),
+        ({"read": "mapped"}, "`lanes` 4 and this one has none"),
     ],
 )
 def test_lanes_and_window_are_those_of_the_run(
