@@ -105,7 +105,7 @@ def count_table(spark: Session, preparation: TrainingRows) -> Counted | None:
         OptionError: a file is not Parquet.
     """
     from pyspark import StorageLevel  # noqa: PLC0415  # pyright: ignore
-    from pyspark.sql import functions as F  # noqa: PLC0415
+    from pyspark.sql import functions as F  # noqa: PLC0415  # pyright: ignore
 
     _ = preparation.rows.pieces("test")  # can they be read?
     pieces = preparation.rows.pieces("train")
