@@ -108,7 +108,7 @@ def test_a_file_may_change_a_preset(tmp_path: Path) -> None:
         ("base: h100\nmemory_gib: .nan\n", "memory_gib must be above 0 and below .* not nan"),
         ("base: h100\nmemory_gib: .inf\n", "memory_gib must be above 0 and below .* not inf"),
         ("base: h100\nmemory_gb_s: .nan\n", "memory_gb_s must be above 0 and below .* not nan"),
-        ("base: h100\nmemory: 40\n", "no field 'memory'"),
+        ("base: h100\nmemory: 40\n", "unknown field 'memory'"),
         ("base: h100\nmemory_gib: much\n", "memory_gib: expected 'float', got 'str'"),
         ("base: h100\nmemory_gib: -1\n", "memory_gib must be above 0"),
         ("base: h100\nranks_per_host: 2.5\n", "ranks_per_host: expected 'int', got 'float'"),

@@ -725,7 +725,7 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
     assert data_set.vocabulary("user").kind == "text"
     with pytest.raises(DataError, match=r"more\.parquet has int64 .*texts\.parquet has .*string"):
         prepare(tmp_path / "no", [texts, more], texts)
-    with pytest.raises(DataError, match=r"texts\.parquet has .*string.* where the training files"):
+    with pytest.raises(DataError, match=r"texts\.parquet has .*string.* but the training files"):
         prepare(tmp_path / "no", numbers, texts)
     words = _as_csv(impressions().assign(user="x"), tmp_path / "words")
     with pytest.raises(
