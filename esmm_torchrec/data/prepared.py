@@ -206,7 +206,7 @@ class PreparedDataSet(Description):
             rows, expected = sum(_footer(file, None)), self.schema.table(table).num_embeddings - 1
             if rows != expected:
                 raise DataError(
-                    f"{file} has {rows} ids where {DESCRIPTION} says {expected}; {PREPARE_AGAIN}"
+                    f"{file} has {rows} ids, but {DESCRIPTION} says {expected}; {PREPARE_AGAIN}"
                 )
 
     def _check_sizes(self) -> None:
@@ -218,7 +218,7 @@ class PreparedDataSet(Description):
                     raise DataError(f"{file} is missing; {PREPARE_AGAIN}")
                 if size != part.bytes:
                     raise DataError(
-                        f"{file} has {size} bytes where {DESCRIPTION} says {part.bytes}: it is "
+                        f"{file} has {size} bytes, but {DESCRIPTION} says {part.bytes}: it is "
                         f"broken or was cut short; restore it from a copy or {PREPARE_AGAIN}"
                     )
 

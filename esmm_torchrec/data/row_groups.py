@@ -133,7 +133,7 @@ class RowGroups:
             with file.filesystem.open_input_file(file.path) as source:
                 if source.size() != group.part.bytes:
                     raise DataError(
-                        f"{file} has {source.size()} bytes where the description says "
+                        f"{file} has {source.size()} bytes, but the description says "
                         f"{group.part.bytes}: it is broken or was cut short; restore it from a "
                         f"copy or {PREPARE_AGAIN}"
                     )

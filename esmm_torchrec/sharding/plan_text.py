@@ -63,7 +63,7 @@ def format_plan(plan: PlanFile) -> str:
     ]
     ranks = f"{plan.world_size} ranks" if plan.world_size > 1 else "1 rank"
     text.append(
-        f"{len(plan.tables)} tables on {ranks} ({plan.device}); weights a rank: "
+        f"{len(plan.tables)} tables on {ranks} ({plan.device}); weights per rank: "
         f"{min(held) / 1e6:,.1f} to {max(held) / 1e6:,.1f} MB"
     )
     return "\n".join(text)

@@ -21,7 +21,9 @@ TEXTS = [
     ),
 ]
 
-UNITS = r"milliseconds|ms|[GM]i?B|bytes|figures|values|updates|impressions|rows|lines?|shards?"
+UNITS = (
+    r"weights|milliseconds|ms|[GM]i?B|bytes|figures|values|updates|impressions|rows|lines?|shards?"
+)
 
 NOUNS = r"folder|file|ids?|number|integer|method|sample|multiple|terminal|[A-Z]\w+"
 

@@ -214,7 +214,7 @@ def _half_a_file(path: Path) -> str:
 
 def _of_another_size(file: Path, before: int) -> str:
     return (
-        f"{file} has {file.stat().st_size} bytes where dataset.json says {before}: it is broken or "
+        f"{file} has {file.stat().st_size} bytes, but dataset.json says {before}: it is broken or "
         "was cut short; restore it from a copy or prepare the data set again"
     )
 
@@ -240,7 +240,7 @@ def _a_vocabulary_larger_than_its_table(path: Path) -> str:
     _change(path, schema=schema)
     file = path / "vocabulary" / f"{schema['tables'][0]['name']}.parquet"
     rows = schema["tables"][0]["num_embeddings"] + 4
-    return f"{file} has {rows} ids where dataset.json says {rows - 5}; prepare the data set again"
+    return f"{file} has {rows} ids, but dataset.json says {rows - 5}; prepare the data set again"
 
 
 def _an_id_beyond_its_table(path: Path) -> str:

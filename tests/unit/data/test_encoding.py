@@ -275,7 +275,7 @@ def test_another_version_or_a_changed_vocabulary_is_refused(data_set: PreparedDa
     vocabulary = data_set.path / "vocabulary/city.parquet"
     Vocabulary.read(vocabulary)
     pq.write_table(pq.read_table(vocabulary)[:1], vocabulary)
-    with pytest.raises(DataError, match=r"city\.parquet has 1 ids where dataset\.json says 3"):
+    with pytest.raises(DataError, match=r"city\.parquet has 1 ids, but dataset\.json says 3"):
         RowEncoder.load(data_set.path)
     description = data_set.path / "dataset.json"
     values = json.loads(description.read_text())

@@ -324,7 +324,7 @@ def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
         (lambda d: d["splits"]["test"].update(impressions="x"), r"dataset\.json is broken"),
         (lambda d: d["splits"]["test"].update(impressions=5), "test has 4 rows in its impression"),
         (lambda d: d["splits"]["train"].update(shared_rows=2), "train has 3 rows in its shared"),
-        (lambda d: d["schema"]["tables"][0].update(num_embeddings=9), "has 3 ids where .* says 8"),
+        (lambda d: d["schema"]["tables"][0].update(num_embeddings=9), "has 3 ids, but .* says 8"),
         (lambda d: d["schema"].update(dense_features=[]), "other dense features than its schema"),
         (
             lambda d: d["splits"]["test"]["happened"].update(click=-1),
@@ -462,7 +462,7 @@ def test_missing_and_shortened_files_are_named(tmp_path: Path, name):
     path = write(tmp_path / "ds").path
     whole = (path / name).read_bytes()
     (path / name).write_bytes(whole[:-20])
-    with pytest.raises(DataError, match=rf"{name} (is broken or cut short|has \d+ bytes where)"):
+    with pytest.raises(DataError, match=rf"{name} (is broken or cut short|has \d+ bytes, but)"):
         PreparedDataSet.open(path)
     (path / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing"):

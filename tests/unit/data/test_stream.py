@@ -236,7 +236,7 @@ def test_a_store_is_streamed_like_a_disk(
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-9])
     reader = StreamReader(streamed, rows_per_step=STEP)
-    with pytest.raises(DataError, match=f"{damaged} has {len(whole) - 9} bytes where"):
+    with pytest.raises(DataError, match=f"{damaged} has {len(whole) - 9} bytes, but"):
         _consumed(reader)
     damaged.delete()
     position = reader.state_dict()

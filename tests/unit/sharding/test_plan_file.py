@@ -434,4 +434,4 @@ def test_the_printed_plan_counts_what_ranks_hold(tmp_path: Path) -> None:
     assert lines[1].split() == ["item", "1,001", "64", "0.3", "table_wise", "fused", "0"]
     assert lines[2].split()[-1] == "0,1"
     # Rank 0: 1001 rows of item and 501 of shop; rank 1: 500 of shop; 64 columns of 4 bytes.
-    assert lines[-1].endswith("weights a rank: 0.1 to 0.4 MB")
+    assert lines[-1].endswith("weights per rank: 0.1 to 0.4 MB")
