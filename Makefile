@@ -9,7 +9,7 @@
 # make paper     the methods compared at the paper's rates and at dense ones: tables, figures, reports;
 #                make paper-full: at the rates of the paper's Public data set as well; make paper-small:
 #                a minute of it; make paper-grid: over CVR, correlation and volume
-# make first-model   `train` at its defaults beside scikit-learn; HILLSTROM=hillstrom.csv adds that log
+# make first-model   `train` at its defaults beside scikit-learn; LOGS=folder adds the real logs in it
 # make after     the methods that came after ESMM, and its towers, compared at the paper's rates in small worlds;
 #                make after-small: without tuning, in worlds of a quarter of the size
 # make bench     the figures of speed, the short form; make bench-full: all of them
@@ -75,7 +75,7 @@ ground-truth: install
 	$(BIN)/python benchmarks/ground_truth.py --out bench/ground-truth
 
 first-model: install
-	$(BIN)/python benchmarks/first_model.py --out bench/first-model $(if $(HILLSTROM),--hillstrom $(HILLSTROM))
+	$(BIN)/python benchmarks/first_model.py --out bench/first-model $(if $(LOGS),--logs $(LOGS))
 
 # The two regimes side by side: the paper's rates, then a dense world that takes away what ESMM is for.
 # esmm_torchrec/comparison/data.py says why.

@@ -1,10 +1,11 @@
 """The first model on a log: `train` at its defaults beside scikit-learn on the same columns.
 
-python benchmarks/first_model.py --hillstrom hillstrom.csv --out bench/first-model
+python benchmarks/first_model.py --logs FOLDER --out bench/first-model
 
 For each set, the AUC on the test half of clicks (all rows), conversions (clicked rows) and clicks
-with a conversion (all rows), as a mean over seeds. `first_model_sets` makes and reads the sets,
-`first_model_references` fits the models of scikit-learn. Writes results.json and table.md.
+with a conversion (all rows), as a mean over seeds. `first_model_sets` generates sets,
+`first_model_logs` reads real ones, `first_model_references` fits the models of scikit-learn.
+Writes results.json and table.md.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ configure_threads()
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.first_model_logs import real_sets  # noqa: E402
 from benchmarks.first_model_references import KINDS, reference_aucs  # noqa: E402
 from benchmarks.first_model_sets import (  # noqa: E402
     LARGE,
     TABLES,
     WORLDS,
     LogSet,
-    RealLogs,
     generated_table,
-    real_sets,
     table_set,
     world_set,
 )
@@ -49,11 +49,13 @@ MARGIN = 0.005
 
 
 @dataclass(frozen=True)
-class Options(RealLogs):
+class Options:
     """Compare the defaults of `train` with logistic regression and gradient boosting."""
 
     out: Path = Path("bench/first-model")
     """Folder for the sets, the runs and the results. Finished parts are not done again."""
+    logs: tuple[Path, ...] = ()
+    """Folders with real logs, as they are published; `first_model_logs.LOGS` names the files."""
     sets: tuple[str, ...] = ()
     """Names of the sets to compare on; all if none is given."""
     seeds: int = 3
@@ -67,7 +69,9 @@ class Options(RealLogs):
 
 def log_sets(options: Options, folder: Path) -> Iterator[LogSet]:
     """The sets of the options."""
-    yield from (log for log in real_sets(options, folder) if _wanted(options, log.name))
+    for name, make in real_sets(options.logs, folder):
+        if _wanted(options, name):
+            yield make()
     for shape in (*TABLES, *(LARGE if options.full else ())):
         if _wanted(options, shape.name):
             ids = tuple(f"id{column}" for column in range(len(shape.ids)))

@@ -1,4 +1,4 @@
-"""The data sets of `first_model.py`: generated tables and worlds, and real logs by path.
+"""The generated data sets of `first_model.py`: tables and worlds.
 
 A generated table has dense columns, some with heavy tails, id columns with Zipf frequencies, and
 missing values. Click and conversion are drawn from logits that add effects of dense values and ids,
@@ -7,7 +7,6 @@ a product of two dense columns, a step, and the match of two ids' hidden vectors
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +140,13 @@ def halves(frame: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def table_set(
-    name: str, frame: pd.DataFrame, folder: Path, *, ids: tuple[str, ...], dense: tuple[str, ...]
+    name: str,
+    frame: pd.DataFrame,
+    folder: Path,
+    *,
+    ids: tuple[str, ...],
+    dense: tuple[str, ...],
+    lists: tuple[str, ...] = (),
 ) -> LogSet:
     """Prepares a frame with the columns "click" and "conversion"."""
     train, test = halves(frame, seed=1)
@@ -153,10 +158,10 @@ def table_set(
             test=test,
             click=CLICK,
             conversion=CONVERSION,
-            ids=ids,
+            ids=(*ids, *lists),
             dense=dense,
         )
-    return LogSet(name, prepared, train, test, ids, (), dense)
+    return LogSet(name, prepared, train, test, ids, lists, dense)
 
 
 def world_set(name: str, world: World, folder: Path) -> LogSet:
@@ -185,55 +190,3 @@ def _joined(dataset: PreparedDataSet, split: SplitName) -> pd.DataFrame:
     for files in (dataset.impression_files(split), dataset.shared_files(split)):
         parts.append(pd.concat([pd.read_parquet(str(f)) for f in files], ignore_index=True))
     return parts[0].join(parts[1], on="shared_row")
-
-
-@dataclass(frozen=True)
-class RealLogs:
-    """Paths of real logs; a set without a path is left out."""
-
-    hillstrom: Path | None = None
-    """hillstrom.csv: e-mail → visit → purchase (K. Hillstrom, MineThatData, 2008)."""
-    movielens: Path | None = None
-    """Folder with u.data, u.item and u.user of MovieLens 100k: rated 4 or more → rated 5."""
-    shoppers: Path | None = None
-    """online_shoppers_intention.csv (UCI): a session that sees a page of value → purchase."""
-
-
-def real_sets(paths: RealLogs, folder: Path) -> Iterator[LogSet]:
-    """The real logs whose paths are known."""
-    if paths.hillstrom is not None:
-        frame = pd.read_csv(paths.hillstrom)
-        frame = frame.rename(columns={"visit": CLICK})
-        ids = ("history_segment", "zip_code", "channel", "segment", "mens", "womens", "newbie")
-        yield table_set("hillstrom", frame, folder, ids=ids, dense=("recency", "history"))
-    if paths.movielens is not None:
-        ids = ("user", "item", "genres", "gender", "occupation", "zip")
-        dense = ("age", "year")
-        yield table_set("movielens", _movielens(paths.movielens), folder, ids=ids, dense=dense)
-    if paths.shoppers is not None:
-        frame = pd.read_csv(paths.shoppers, sep=None, engine="python")
-        frame[CLICK] = ((frame.PageValues > 0) | frame.Revenue).astype(int)
-        frame[CONVERSION] = (frame[CLICK] & frame.Revenue).astype(int)
-        ids = ("Month", "OperatingSystems", "Browser", "Region", "TrafficType", "VisitorType")
-        dense = (
-            "Administrative", "Administrative_Duration", "Informational",
-            "Informational_Duration", "ProductRelated", "ProductRelated_Duration",
-            "BounceRates", "ExitRates", "SpecialDay",
-        )  # fmt: skip
-        yield table_set("shoppers", frame, folder, ids=ids, dense=dense)
-
-
-def _movielens(path: Path) -> pd.DataFrame:
-    ratings = pd.read_csv(path / "u.data", sep="\t", names=["user", "item", "rating", "time"])
-    users = pd.read_csv(
-        path / "u.user", sep="|", names=["user", "age", "gender", "occupation", "zip"]
-    )
-    items = pd.read_csv(path / "u.item", sep="|", encoding="latin-1", header=None)
-    genres = items[list(range(5, 24))].astype(str).agg("".join, axis=1)
-    year = pd.to_numeric(items[2].str[-4:], errors="coerce")
-    facts = pd.DataFrame({"item": items[0], "genres": "g" + genres, "year": year})
-    frame = ratings.merge(users, on="user").merge(facts, on="item")
-    frame["zip"] = "z" + frame["zip"].astype(str).str[:2]
-    frame[CLICK] = (frame.rating >= 4).astype(int)
-    frame[CONVERSION] = (frame.rating == 5).astype(int)
-    return frame

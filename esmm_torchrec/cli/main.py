@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import NoReturn, TypeVar
 
 from esmm_torchrec.cli.arguments import read_options
+from esmm_torchrec.cli.help import stored_help
 from esmm_torchrec.errors import EsmmTorchrecError, Interrupted, OptionError, for_command_line
 
 T = TypeVar("T")
@@ -154,12 +155,16 @@ def _run(given: list[str]) -> None:
     name = next((n for n in (" ".join(given[:2]), given[0]) if n in COMMANDS), None)
     if name is None:
         raise OptionError(f"there is no command {_named(given)}; see 'esmm-torchrec --help'")
-    module = _import_command(name)
-    prog = f"esmm-torchrec {name}"
-    run_command(module.run, parse_options(module.Options, prog, given[len(name.split()) :]))
+    arguments = given[len(name.split()) :]
+    help_text = stored_help(name, arguments)
+    if help_text is not None:
+        print(help_text, end="")
+        return
+    module = import_command(name)
+    run_command(module.run, parse_options(module.Options, f"esmm-torchrec {name}", arguments))
 
 
-def _import_command(name: str) -> ModuleType:
+def import_command(name: str) -> ModuleType:
     """The module of a command; the laboratories need packages that the core does not."""
     module = COMMANDS[name][0]
     try:

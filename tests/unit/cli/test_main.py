@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ import pytest
 import tyro
 
 from esmm_torchrec.cli.arguments import read_options
+from esmm_torchrec.cli.help import EXTENDED_GROUPS, made_help, stored_help
 from esmm_torchrec.cli.main import COMMANDS, configure_threads, main, run_command
 from esmm_torchrec.errors import DataError, OptionError, RunError
 from esmm_torchrec.progress import progress_bar
@@ -51,14 +53,39 @@ def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture
             assert re.search(rf"^  {command} +{help_text}$", shown, flags=re.MULTILINE)
 
 
+def test_help_needs_neither_torch_nor_the_data_libraries() -> None:
+    program = (
+        "import sys\nfrom esmm_torchrec.cli.main import COMMANDS, main\n"
+        "for command in COMMANDS:\n    main([*command.split(), '--help'])\n"
+        "assert not {'torch', 'torchrec', 'numpy', 'pandas', 'pyarrow'} & set(sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("usage: esmm-torchrec") == len(COMMANDS)
+
+
+def test_help_of_chosen_parts_and_of_installed_packages_is_made_from_the_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--architecture", "mmoe", "--help"])
+    assert stop.value.code == 0
+    assert "--architecture.num-experts" in capsys.readouterr().out
+    added = EntryPoint("own", "esmm_torchrec.models.rows.everything:AllRows", EXTENDED_GROUPS[0])
+    monkeypatch.setattr("esmm_torchrec.cli.help.entry_points", lambda: EntryPoints([added]))
+    assert stored_help("train", ["--help"]) is None
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_option_and_says_what_it_is_for(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*command.split(), "--help"])
-    assert stop.value.code == 0
+    main([*command.split(), "--help"])
     shown = capsys.readouterr().out
+    # Versions of tyro may wrap lines in other places.
+    assert shown.split() == made_help(command).split(), "run python -m esmm_torchrec.cli.help"
     assert f"usage: esmm-torchrec {command} " in shown
     assert "{None}" not in shown
     text = re.sub(r"[│|\s]+", " ", shown).replace(", --no-", ",--no-")

@@ -86,9 +86,7 @@ def test_what_the_user_can_mend_is_one_sentence(
 
 
 def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["prepare", "ali-ccp", "--help"])
-    assert stopped.value.code in (0, None)
+    main(["prepare", "ali-ccp", "--help"])
     shown = capsys.readouterr().out
     for option in ("--min-count", "--max-bad-rows", "--unclicked-purchases", "truth.parquet"):
         assert option in shown
