@@ -59,7 +59,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
             "colour share their data: compare methods within a colour.",
         )
     }
-    if "BASE" in results["methods"] and results["protocol"]["seeds"] > 1:
+    if results["methods"].keys() > {"BASE"} and results["protocol"]["seeds"] > 1:
         plots["differences.png"] = (
             _from_base(results),
             "Paired difference of each method from BASE, and its 95 % interval by itself; filled "

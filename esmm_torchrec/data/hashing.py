@@ -9,6 +9,7 @@ import numpy as np
 import pandas.util
 import pyarrow as pa
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.data.vocabulary import IdKind, check_kind, id_array
 from esmm_torchrec.schema import UNKNOWN_ROW
 
@@ -45,6 +46,9 @@ class HashedIds:
     """What the raw ids are."""
     rows: int
     """That ids may have."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @property
     def num_embeddings(self) -> int:

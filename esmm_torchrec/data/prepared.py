@@ -150,6 +150,7 @@ class PreparedDataSet(Description):
         """
         return (self.root / DESCRIPTION).read_bytes()
 
+    @checks_choices
     def impression_files(self, split: SplitName) -> list[Path]:
         """Files of the impressions of a split, in the order of their rows."""
         return [self.path / name for name in self.splits[split].impression_files]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.metrics.probability import Floats, Prediction, product
 from esmm_torchrec.metrics.scored import ScoredImpressions
@@ -63,6 +64,9 @@ class Calibration:
     kind: CalibrationKind
     curves: Mapping[str, PlattCurve | IsotonicCurve]
     """By `Task.rate`: "ctr" and "cvr"."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def apply(self, scores: Mapping[str, Prediction], tasks: TaskChain) -> dict[str, Prediction]:
         """Calibrated scores, by the names of the chain; float32 logits.

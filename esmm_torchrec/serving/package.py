@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import torch
 
+from esmm_torchrec.choices import check_choices
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.serving.signature import Signature
@@ -64,6 +65,9 @@ class Package:
     tasks: TaskChain
     fingerprint: str
     """sha256 of package.json; as that holds every checksum, it identifies the whole package."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @staticmethod
     def is_one(path: Path) -> bool:

@@ -17,7 +17,7 @@ from esmm_torchrec.errors import OptionError
 
 PACKAGE = Path(esmm_torchrec.__file__).parent
 NO_CHOICE = "no such choice"
-MADE_BY_THE_LIBRARY = {"Exposure", "Estimate", "PlannedTable", "TableStatistics"}
+MADE_BY_THE_LIBRARY = {"Exposure", "Estimate", "Input", "PlannedTable", "TableStatistics"}
 """Dataclasses that no caller fills in. Those that are read from files are checked by msgspec."""
 
 

@@ -109,11 +109,11 @@ def test_rows_to_score_and_further_days_follow_the_same_rule(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"hashed": {"shop": 5}}, "--hash names 'shop', which is not an --id column"),
-        ({"hashed": {"item": 0}}, "--hash item=0 is not a number from 1"),
+        ({"hashed": {"shop": 5}}, "`hashed` names 'shop', which is not a column of `ids`"),
+        ({"hashed": {"item": 0}}, "`hashed` item=0 is not a number from 1"),
         (
             {"hashed": {"item": 5}, "shared_tables": {"items": ["item", "seen"]}},
-            "--share-table items has columns that --hash treats differently",
+            "`shared_tables` items has columns that `hashed` treats differently",
         ),
     ],
 )
