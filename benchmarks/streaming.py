@@ -2,10 +2,12 @@
 
     python benchmarks/streaming.py [--impressions 500000 2000000] [--out streaming.json]
     torchrun --nproc-per-node 2 benchmarks/streaming.py [--out streaming.json]
+    torchrun --nproc-per-node 2 benchmarks/streaming.py --data PREPARED
 
 Reads data sets of two sizes from Parquet into batches, then trains on the larger one, with bfloat16
 towers, where a step is shortest: the streamed and the mapped reader take turns. Laying out the
-mapped copy is timed beside them and not counted.
+mapped copy is timed beside them and not counted. With --data, a data set that is there is read, and
+nothing is trained.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class Options:
 
     impressions: tuple[int, ...] = (500_000, 2_000_000)
     """Training impressions of each data set, ascending."""
+    data: tuple[str, ...] = ()
+    """Instead: prepared data sets to read."""
     turns: int = 7
     """Turns that both contenders take."""
     steps: int = 20
@@ -118,14 +122,20 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         batch_size=options.batch_size, dtype="bfloat16", device="cpu", sharding="table_wise"
     )
     reading: list[dict[str, float]] = []
-    datasets: list[PreparedDataSet] = []
-    for size in options.impressions:
-        path = folder / str(size)
-        ranks.from_first(lambda path=path, size=size: _write(path, size))
-        datasets.append(PreparedDataSet.open(path))
-        split = StreamedSplit(datasets[-1], "train", lanes=options.lanes, window=options.window)
+    paths: list[str] = list(options.data)
+    if not paths:
+        paths = [str(folder / str(size)) for size in options.impressions]
+        for path, size in zip(paths, options.impressions, strict=True):
+            ranks.from_first(lambda path=path, size=size: _write(Path(path), size))
+    for path in paths:
+        dataset = PreparedDataSet.open(path)
+        split = StreamedSplit(dataset, "train", lanes=options.lanes, window=options.window)
         reading.append(read_all(split, settings, ranks))
-    largest = datasets[-1]
+    if ranks.is_first:
+        show(reading, ranks)
+    if options.data:
+        return {"ranks": ranks.world_size, "reading": reading}
+    largest = PreparedDataSet.open(paths[-1])
     started = time.perf_counter()
     mapped = MappedSplit.open(largest, "train")
     layout_seconds = time.perf_counter() - started
@@ -139,15 +149,6 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         turns=options.turns,
     )
     if ranks.is_first:
-        print(f"{ranks.world_size} ranks, {os.cpu_count()} cores")
-        for of in reading:
-            print(
-                f"{of['impressions']:>12,.0f} impressions: first batch after "
-                f"{of['first_batch_seconds']:.2f} s ({of['first_batch_cpu_seconds']:.2f} of CPU), "
-                f"{of['rows_per_second']:,.0f} rows/s of a "
-                f"rank, {of['rows_per_cpu_second']:,.0f} rows per CPU second, "
-                f"{of['anonymous_bytes'] / 2**20:,.0f} MiB of a rank"
-            )
         print(f"laying out the mapped copy: {layout_seconds:.1f} s\n")
         print(timings.table(MAPPED, unit="impressions/s"))
         print(f"load {timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after")
@@ -156,6 +157,19 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         "reading": reading,
         "layout_seconds": layout_seconds,
     }
+
+
+def show(reading: list[dict[str, float]], ranks: Ranks) -> None:
+    """Prints what was read."""
+    print(f"{ranks.world_size} ranks, {os.cpu_count()} cores")
+    for of in reading:
+        print(
+            f"{of['impressions']:>12,.0f} impressions: first batch after "
+            f"{of['first_batch_seconds']:.2f} s ({of['first_batch_cpu_seconds']:.2f} of CPU), "
+            f"{of['rows_per_second']:,.0f} rows/s of a "
+            f"rank, {of['rows_per_cpu_second']:,.0f} rows per CPU second, "
+            f"{of['anonymous_bytes'] / 2**20:,.0f} MiB of a rank"
+        )
 
 
 def _write(path: Path, size: int) -> None:
