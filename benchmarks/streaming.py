@@ -60,6 +60,8 @@ class Options:
     """Of the stream."""
     window: int = 32_768
     """Of the stream."""
+    tower: tuple[int, ...] = (360, 200, 80)
+    """Widths of the towers; with small ones a step is short, and reading weighs more."""
     out: Path | None = None
     """JSON file for the figures."""
 
@@ -119,7 +121,11 @@ def contender(
 def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Takes all measurements; rank 0 prints them."""
     settings = TrainOptions(
-        batch_size=options.batch_size, dtype="bfloat16", device="cpu", sharding="table_wise"
+        batch_size=options.batch_size,
+        tower=options.tower,
+        dtype="bfloat16",
+        device="cpu",
+        sharding="table_wise",
     )
     reading: list[dict[str, float]] = []
     paths: list[str] = list(options.data)

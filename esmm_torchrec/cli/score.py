@@ -14,6 +14,8 @@ from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.raw_tables import BadRows, files_of
+from esmm_torchrec.data.storage import is_uri
+from esmm_torchrec.data.stream import StreamedSplit, stream_in_order
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
@@ -28,6 +30,7 @@ from esmm_torchrec.serving.score_files import (
 )
 from esmm_torchrec.serving.scored_rows import Written, unknown_warnings
 from esmm_torchrec.serving.scoring import check_preprocessing, encode_rows, remove, score
+from esmm_torchrec.serving.streamed_scores import score_streamed
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 
@@ -36,16 +39,17 @@ from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_gr
 class Options:
     """Write the sample_id, pctr, pcvr and pctcvr of every impression, in order.
 
-    With a folder as --out, each input file is scored to a file of its own, and an interrupted
-    command resumes where it stopped.
+    With a folder as --out, each file of --input is scored to a file of its own, and an interrupted
+    command resumes where it stopped. A data set with a folder as --out, which may be a URI, is read
+    in stretches, and each rank writes the scores of its own; scores.json lists them in order.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder, or an exported model."""
-    out: Path
+    out: str
     """The file to make, which ends in .parquet, .csv or .arrow, or a folder."""
-    data: Path | None = None
-    """A prepared data set whose vocabularies are those of the training."""
+    data: str | None = None
+    """A prepared data set whose vocabularies are those of the training; a folder or its URI."""
     input: tuple[Path, ...] = ()
     """Instead: Parquet, Arrow or text files with raw ids, columns named as in the data that was
     prepared; also folders and patterns of files. No labels needed."""
@@ -67,8 +71,22 @@ class Options:
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):
             raise OptionError("give either `data` or `input`, what is to be scored")
-        if self.data is not None and (self.keep or self.max_bad_rows or is_folder(self.out)):
-            raise OptionError("`keep`, `max_bad_rows` and a folder as `out` need `input`")
+        if self.data is not None and (self.keep or self.max_bad_rows):
+            raise OptionError("`keep` and `max_bad_rows` need `input`")
+        if self.input and is_uri(self.out):
+            raise OptionError(
+                f"`out` {self.out} is a URI, to which only `data` can be scored; give a path"
+            )
+
+    @property
+    def local_out(self) -> Path:
+        """`out` on this machine."""
+        return Path(self.out)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each rank writes its own scores."""
+        return self.data is not None and (is_uri(self.out) or is_folder(self.local_out))
 
 
 def run(options: Options) -> None:
@@ -116,16 +134,30 @@ def _score_with_package(options: Options) -> None:
 def _score_split(options: Options, ranks: Ranks) -> None:
     assert options.data is not None
     folder = RunFolder.open(options.run)
-    ranks.from_first(lambda: refuse_existing(options.out))
+    if not options.in_parts:
+        ranks.from_first(lambda: refuse_existing(options.local_out))
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     dataset = PreparedDataSet.open(options.data)
-    folder.check_data(options.data)
+    folder.check_data(options.data, dataset.description())
     weights = folder.config["options"]["history_weights"]
-    split = MappedSplit.open(dataset, options.split, history_weights=weights)
+    if options.in_parts:
+        split = stream_in_order(
+            dataset, options.split, ranks=ranks.world_size, history_weights=weights
+        )
+    elif dataset.root.local is None:
+        raise OptionError(
+            f"{dataset.root} is in a store, so each rank writes its own scores; give a folder or "
+            "its URI as `out`"
+        )
+    else:
+        split = MappedSplit.open(dataset, options.split, history_weights=weights)
     model = restore(
         folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
     )
-    score(model, split, options.out, ranks, batch_size=options.batch_size)
+    if isinstance(split, StreamedSplit):
+        score_streamed(model, split, options.out, ranks, batch_size=options.batch_size)
+    else:
+        score(model, split, options.local_out, ranks, batch_size=options.batch_size)
     if ranks.is_first:
         print(described(folder, step))
         print(f"{split.impressions:,} impressions scored: {options.out}")
@@ -184,10 +216,10 @@ def _jobs(
 ) -> tuple[list[Job], ScoreFolder | None]:
     """What is still to be scored, and the folder it goes to, if it is one."""
     inputs = [file for path in options.input for file in files_of(path)]
-    if not is_folder(options.out):
-        refuse_existing(options.out)
-        return [(inputs, options.out)], None
-    folder = ScoreFolder(options.out, made_by())
+    if not is_folder(options.local_out):
+        refuse_existing(options.local_out)
+        return [(inputs, options.local_out)], None
+    folder = ScoreFolder(options.local_out, made_by())
     return [([path], out) for path, out in folder.open(inputs)], folder
 
 

@@ -104,13 +104,20 @@ def open_in_order(
     history_weights: HistoryWeights,
 ) -> Split:
     """A split that is read once, in stored order: the mapped copy of a data set on a disk; one in
-    a store is streamed, and each rank has a stretch of it.
+    a store is streamed.
 
     Raises:
         DataError: a file is missing, broken or not what the description says.
     """
     if dataset.root.local is not None:
         return MappedSplit.open(dataset, name, history_weights=history_weights)
+    return stream_in_order(dataset, name, ranks=ranks, history_weights=history_weights)
+
+
+def stream_in_order(
+    dataset: PreparedDataSet, name: SplitName, *, ranks: int, history_weights: HistoryWeights
+) -> StreamedSplit:
+    """A split that is streamed once, in stored order; each rank has a stretch of it."""
     return StreamedSplit(
         dataset, name, lanes=ranks, window=ORDERED_WINDOW, history_weights=history_weights
     )

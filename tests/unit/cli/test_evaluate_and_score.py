@@ -247,6 +247,22 @@ def test_scores_come_in_the_order_of_the_data(scores: pd.DataFrame) -> None:
     np.testing.assert_allclose(scores["pctcvr"], scores["pctr"] * scores["pcvr"], rtol=1e-5)
 
 
+def test_a_data_set_is_scored_in_parts(
+    folder: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "parts"
+    given = ["score", str(folder / "run"), "--data", str(folder / "data"), "--out", str(out)]
+    main(given)
+    (part,) = json.loads((out / "scores.json").read_text())["files"]
+    assert part["rows"] == TEST_ROWS
+    in_parts = pd.read_parquet(out / part["file"])
+    assert in_parts["sample_id"].tolist() == scores["sample_id"].tolist()
+    for name in SCORES[1:]:
+        np.testing.assert_allclose(in_parts[name], scores[name], atol=1e-6)
+    capsys.readouterr()
+    assert f"{out} holds scores already" in _refused(given, capsys)
+
+
 @pytest.mark.parametrize("name", ["new.parquet", "test.csv"])
 def test_raw_rows_score_like_the_prepared_ones(
     name: str, folder: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
@@ -416,6 +432,7 @@ def test_the_name_says_what_is_written(
         (["--out", "x.json"], "--out x.json is of unknown kind; end its name in one of .parquet, "),
         (["--out", "x.csv", "--keep", "pctr"], "new.parquet has no column 'pctr'"),
         (["--out", "x", "--data", "data"], "give either --data or --input"),
+        (["--out", "s3://bucket/x"], "--out s3://bucket/x is a URI, to which only --data can be"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused(
