@@ -80,12 +80,12 @@ first-model: install
 # The two regimes side by side: the paper's rates, then a dense world that takes away what ESMM is for.
 # esmm_torchrec/comparison/data.py says why.
 paper: install
-	$(BIN)/esmm-torchrec compare --out paper --regime paper --seeds 4 --trials 12 --epochs 2
-	$(BIN)/esmm-torchrec compare --out paper/dense --regime dense --seeds 4 --trials 12 --epochs 2
+	$(BIN)/esmm-torchrec compare --out paper --regime paper --seeds 5 --trials 16 --epochs 2
+	$(BIN)/esmm-torchrec compare --out paper/dense --regime dense --seeds 5 --trials 16 --epochs 2
 
 # The ratio of conversions to impressions in the paper's Public data set beside them.
 paper-full: paper
-	$(BIN)/esmm-torchrec compare --out paper/public --regime public --seeds 4 --trials 12 --epochs 2
+	$(BIN)/esmm-torchrec compare --out paper/public --regime public --seeds 5 --trials 16 --epochs 2
 
 paper-small: install
 	$(BIN)/esmm-torchrec compare --out paper-small --seeds 2 --trials 1 --epochs 1 --fractions 0.3 1 \
@@ -94,10 +94,10 @@ paper-small: install
 paper-grid: paper
 	$(BIN)/python benchmarks/methods_grid.py --settings paper --out bench/methods-grid
 
-# What came after, in worlds of the paper's rates of 1 000 000 training impressions.
+# What came after, in worlds of the paper's rates of 2 000 000 training impressions.
 after: install
-	$(BIN)/esmm-torchrec compare --out after --methods after --seeds 3 --trials 2 --epochs 2 \
-		--world.impressions 2000000
+	$(BIN)/esmm-torchrec compare --out after --methods after --seeds 3 --trials 16 --epochs 2 \
+		--world.impressions 4000000
 
 after-small: install
 	$(BIN)/esmm-torchrec compare --out after-small --methods after --seeds 3 --trials 1 --epochs 1 \

@@ -57,6 +57,8 @@ SETTINGS = (
     Setting(0.01, 0.002, 1e-5, 1, 1.0),
     Setting(0.2, 0.00025, 1e-5, 20, 1.0),
     Setting(0.02, 0.001, 0.0, 5, 10.0),
+    Setting(1.6, 0.0005, 1e-5, 5, 1.0),
+    Setting(0.8, 0.00025, 1e-4, 10, 0.3),
 )
 """The same for every method, tried in this order. The first ones are plain, for a comparison with
 few trials; each range is wider than what trial worlds needed. A method with options of its own

@@ -53,13 +53,18 @@ def largest_fraction(results: Results) -> str:
 
 def knows_truth(results: Results) -> bool:
     """Whether the true probabilities of the test half are known."""
-    largest = largest_fraction(results)
-    return any("cvr_auc_entire_space" in of[largest] for of in results["methods"].values())
+    return _is_known(results, "cvr_auc_entire_space")
 
 
 def is_generated(results: Results) -> bool:
     """Whether the methods were compared on generated worlds."""
     return "world" in results["source"]
+
+
+def _is_known(results: Results, metric: str) -> bool:
+    """Whether a figure was measured for some method."""
+    largest = largest_fraction(results)
+    return any(metric in of[largest] for of in results["methods"].values())
 
 
 def _figure(
@@ -74,6 +79,16 @@ def _mean_std(figure: Mapping[str, Any] | None, *, digits: int = 4, factor: floa
         return "–"
     text = f"{figure['mean'] * factor:.{digits}f}"
     return text if figure["std"] is None else f"{text} ± {figure['std'] * factor:.{digits}f}"
+
+
+def _relative_improvement(results: Results, name: str) -> str:
+    """RelaImpr of the mean CVR AUC over that of BASE, (AUC − .5) / (AUC of BASE − .5) − 1 (Yan et
+    al., "Coupled Group Lasso", ICML 2014)."""
+    largest = largest_fraction(results)
+    own, base = (results["methods"][of][largest]["cvr_auc"]["mean"] for of in (name, "BASE"))
+    if own is None or base is None or base == 0.5:
+        return "–"
+    return f"{(own - 0.5) / (base - 0.5) - 1:+.1%}".replace("-", "−")
 
 
 def _paper(name: str, column: int) -> str:
@@ -95,16 +110,22 @@ def headline_rows(results: Results, *, truth: bool = True) -> Rows:
     """
     columns = [
         ("cvr_auc", "CVR AUC %", 100),
+        ("gauc_cvr", "CVR GAUC %", 100),
         ("ctcvr_auc_common_ctr", "CTCVR AUC %", 100),
         ("ctcvr_auc", "CTCVR AUC %, own pCTR", 100),
     ]
+    columns = [column for column in columns if _is_known(results, column[0])]
     if truth and knows_truth(results):
         columns += [
             ("cvr_auc_entire_space", "entire-space CVR AUC %", 100),
             ("cvr_auc_entire_space_within_ctr_strata", "the same within pCTR strata", 100),
             ("cvr_excess_log_loss_entire_space", "excess log loss, 10⁻³ nats", 1000),
+            ("cvr_pcoc_entire_space", "PCOC, entire space", 1),
         ]
+    improved = "BASE" in results["methods"]
     rows = [["method", *(title for _, title, _ in columns)]]
+    if improved:
+        rows[0].insert(2, "RelaImpr")
     if is_generated(results):
         rows[0] += ["paper: CVR AUC %", "paper: CTCVR AUC %"]
     for name in results["methods"]:
@@ -112,6 +133,8 @@ def headline_rows(results: Results, *, truth: bool = True) -> Rows:
         row += [
             _figure(results, name, metric, digits=2, factor=factor) for metric, _, factor in columns
         ]
+        if improved:
+            row.insert(2, _relative_improvement(results, name))
         if is_generated(results):
             row += [_paper(name, 0), _paper(name, 1)]
         rows.append(row)
@@ -247,11 +270,7 @@ def _markdown(rows: Rows) -> str:
 
 def metric_rows(results: Results, metrics: Sequence[str]) -> Rows:
     """Mean and standard deviation of some figures, as far as they are known."""
-    known = [
-        metric
-        for metric in metrics
-        if any(metric in of[largest_fraction(results)] for of in results["methods"].values())
-    ]
+    known = [metric for metric in metrics if _is_known(results, metric)]
     rows = [["method", *(TITLES[metric] for metric in known)]]
     for name in results["methods"]:
         rows.append([name, *(_figure(results, name, metric) for metric in known)])
