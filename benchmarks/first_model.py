@@ -119,7 +119,8 @@ def main(options: Options) -> None:
     file = options.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for log in log_sets(options, options.out / "sets"):
-        found = results.setdefault(log.name, {"rows": len(log.train)})
+        found = results.setdefault(log.name, {})
+        found["rows"] = len(log.train)
         found["clicks"] = int(log.train.click.sum())
         found["conversions"] = int((log.train.click & log.train.conversion).sum())
         for seed in range(options.seeds):
@@ -171,7 +172,27 @@ def table(results: dict[str, Any]) -> str:
             f"\nMean difference to the better reference {mean}; {missed} of "
             f"{3 * len(differences)} figures are more than {MARGIN} below it."
         )
+    lines += [""] if apart(results) else []
+    lines += [
+        f"{name}: {' / '.join(f'{value:.4f}' for value in values)} between numbers of ranks"
+        for name, values in apart(results).items()
+    ]
     return "\n".join(lines) + "\n"
+
+
+def apart(results: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Set → the largest difference of CTR, CVR and CTCVR AUC between runs of one seed on several
+    numbers of ranks."""
+    found = {}
+    for name, of_set in results.items():
+        runs = [of_set[kind] for kind in of_set if kind.startswith("ours")]
+        if len(runs) > 1:
+            aucs = [
+                [[run[key] for key in FIGURES] for run in of_kind]
+                for of_kind in zip(*runs, strict=False)
+            ]
+            found[name] = np.ptp(np.array(aucs), axis=1).max(axis=0)
+    return found
 
 
 def _is_kind(name: str) -> bool:

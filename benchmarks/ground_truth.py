@@ -6,6 +6,11 @@ shape are trained for one epoch on its training half: ESMM by this library, ESMM
 conversion tower with its embeddings on clicked impressions alone.
 
     python benchmarks/ground_truth.py --out bench/ground-truth
+
+With --defaults the library trains as its command line does by default, on two ranks, beside plain
+PyTorch with Adam at 1e-3 for tables and towers and batches of 1,024:
+
+    python benchmarks/ground_truth.py --out bench/4m --impressions 4000000 --seeds 0 --defaults
 """
 
 from __future__ import annotations
@@ -55,6 +60,8 @@ class Options:
     """Of all three models."""
     tower: tuple[int, ...] = (360, 200, 80)
     """Of all three models."""
+    defaults: bool = False
+    """The library at its defaults on two ranks; plain PyTorch with Adam and small batches."""
 
 
 class Feature(NamedTuple):
@@ -113,9 +120,10 @@ class PlainEsmm(nn.Module):
 def read_split(folder: Path, split: str) -> tuple[pa.Table, dict[str, Feature], np.ndarray]:
     """Impressions, features, and for each impression the shared row it uses."""
     description = json.loads((folder / "dataset.json").read_text())
-    files = description["splits"][split]
     tables = {
-        kind: pa.concat_tables([pq.read_table(folder / name) for name in files[f"{kind}_files"]])
+        kind: pa.concat_tables(
+            [pq.read_table(file) for file in sorted((folder / split).glob(f"{kind}*.parquet"))]
+        )
         for kind in ("impression", "shared")
     }
     features: dict[str, Feature] = {}
@@ -150,22 +158,28 @@ def plain_run(folder: Path, options: Options, seed: int) -> dict[str, float]:
     sizes = {table["name"]: table["num_embeddings"] for table in description["schema"]["tables"]}
     kinds = {feature["name"]: feature for feature in description["schema"]["id_features"]}
     train = description["splits"]["train"]
+    happened = train["happened"]
     model = PlainEsmm(
         {name: sizes[feature["table"]] for name, feature in kinds.items()},
         16,
         options.tower,
-        (train["clicks"] / train["impressions"], train["conversions"] / train["clicks"]),
+        (happened["click"] / train["impressions"], happened["conversion"] / happened["click"]),
     )
-    tables = torch.optim.Adagrad(model.tables.parameters(), lr=0.05, eps=1e-8)
     towers = torch.optim.Adam(model.towers.parameters(), lr=1e-3)
+    tables = (
+        torch.optim.Adam(model.tables.parameters(), lr=1e-3)
+        if options.defaults
+        else torch.optim.Adagrad(model.tables.parameters(), lr=0.05, eps=1e-8)
+    )
+    batch_size = 1024 if options.defaults else options.batch_size
 
     def batches(
         split: str, rng: np.random.Generator | None
     ) -> Iterator[tuple[pa.Table, np.ndarray, list[torch.Tensor]]]:
         impressions, features, owner = read_split(folder, split)
         order = np.arange(len(owner)) if rng is None else rng.permutation(len(owner))
-        for start in range(0, len(order), options.batch_size):
-            rows = order[start : start + options.batch_size]
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
             bags = {
                 name: feature.rows(owner[rows] if kinds[name]["shared"] else rows)
                 for name, feature in features.items()
@@ -208,16 +222,19 @@ def plain_run(folder: Path, options: Options, seed: int) -> dict[str, float]:
 
 
 def library_run(folder: Path, out: Path, options: Options, seed: int, method: str) -> dict:
-    """metrics.json of the library's own training, on one rank."""
+    """metrics.json of the library's own training, on one rank or, at its defaults, on two."""
     arguments = ["train", "--data", folder, "--out", out, "--method", method, "--seed", seed]
-    arguments += ["--batch-size", options.batch_size, "--tower", *options.tower]
-    arguments += ["--epochs", 1, "--no-first-order"]
-    _command(*arguments)
+    if not options.defaults:
+        arguments += ["--batch-size", options.batch_size, "--tower", *options.tower]
+        arguments += ["--epochs", 1, "--no-first-order"]
+    _command(*arguments, ranks=2 if options.defaults else 1)
     return json.loads((out / "metrics.json").read_text())
 
 
-def _command(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "esmm_torchrec", *map(str, arguments)], check=True)
+def _command(*arguments: object, ranks: int = 1) -> None:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    program = [sys.executable, "-m", *(launcher if ranks > 1 else []), "esmm_torchrec"]
+    subprocess.run([*program, *map(str, arguments)], check=True)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -232,11 +249,14 @@ def run(options: Options) -> dict[str, Any]:
         if not prepared.exists():
             _command("prepare", "ali-ccp", raw, prepared)
         for name, method in (("ESMM", "esmm"), ("BASE", "base")):
+            if method == "base" and options.defaults:
+                continue
             metrics = library_run(prepared, options.out / f"{method}-{seed}", options, seed, method)
             runs[name].append({key: metrics[part].get(key) for key, (part, _) in FIGURES.items()})
             oracle = metrics["truth"]["oracle"] | {"cvr_pcoc_entire_space": 1.0}
         runs["the data's own oracle"].append({key: oracle[key] for key in FIGURES})
         runs["ESMM in plain PyTorch"].append(dict(plain_run(prepared, options, seed)))
+    runs = {name: of_model for name, of_model in runs.items() if of_model}
     return {"seeds": list(options.seeds), "impressions": options.impressions, "runs": runs}
 
 

@@ -93,8 +93,14 @@ def report(
         sections.append(["skipped, the first of them:", *(f"  {text}" for text in examples)])
     out, run = quote(str(data_set.root)), quote(str(Path("runs", Path(data_set.root.path).name)))
     command = f"torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out {run}"
+    never = [name for name, count in data_set.splits["train"].happened.items() if not count]
+    if never:
+        sections.append([f"warning: train has no {' and no '.join(never)} to learn from"])
+        command += " --method ctr"
+    forms = data_set.source.get("text_forms", [])
     sections.append(
         [
+            *(f"text was read with {form}" for form in forms),
             f"prepared data set: {data_set.root}",
             f"next: {command}{' --from EARLIER_RUN' if continues else ''}",
         ]

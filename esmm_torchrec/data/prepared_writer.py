@@ -75,13 +75,12 @@ class PreparedWriter:
         source: how the data set is made, for dataset.json. No paths of this machine, no times.
         min_count: the least count of an id in the vocabularies.
         tasks: the chain, whose labels are the first columns.
-        has_conversions: False if the first task alone is known and the others are 0 everywhere.
         key: the raw column by a hash of which the impressions are stored, so that they can be
             streamed; None: in the order in which they are written. Not with shared features.
 
     Raises:
         DataError: `path` exists already; a table written is not as declared; in the end a split
-            is empty, or training has no row of a task. The sentence names the split.
+            is empty, or training has no row of the first task. The sentence names the split.
     """
 
     def __init__(
@@ -94,12 +93,10 @@ class PreparedWriter:
         source: Mapping[str, Any],
         min_count: int,
         tasks: TaskChain = DEFAULT_TASKS,
-        has_conversions: bool = True,
         key: str | None = None,
     ) -> None:
         self._final = Location.of(path)
         self._tasks = tasks
-        self._has_conversions = has_conversions
         self.key = key
         self._key_orders: dict[SplitName, KeyOrder] = {}
         local = self._final.local
@@ -310,13 +307,12 @@ class PreparedWriter:
                 f"{name}: an impression points to shared row {highest} and there are "
                 f"{split.shared_rows}"
             )
-        if name == "train":
-            for what, count in split.happened.items():
-                if count == 0 and (what == self._tasks[0].name or self._has_conversions):
-                    raise DataError(
-                        f"the train split holds {split.impressions} impressions and no {what}, "
-                        f"nothing to learn from; check the {what} column or take more data"
-                    )
+        first = self._tasks[0].name
+        if name == "train" and not split.happened[first]:
+            raise DataError(
+                f"the train split holds {split.impressions} impressions and no {first}, "
+                f"nothing to learn from; check the {first} column or take more data"
+            )
 
     def _statistics(self) -> Statistics:
         for split in SPLITS:

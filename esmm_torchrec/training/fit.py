@@ -130,7 +130,7 @@ def part_of(
         chosen: as `Rows.select` gives it for the rows of `within`.
         name: of the method, for the sentence of an error.
         within: as in `training_part`.
-        learned: labels that the method learns, so that some rows must have them; None: all.
+        learned: labels that the method learns, so that some rows must have one of them; None: all.
 
     Raises:
         DataError: as `training_part`.
@@ -151,13 +151,14 @@ def part_of(
     labels = {label: given.get(label, split.scalars[label][kept]) for label in tasks.labels}
     happened = tasks.happened({label: values == 1 for label, values in labels.items()})
     positives = {name: float((values == 1) @ each) for name, values in given.items()}
-    for task in tasks:
-        positives[task.label] = float(happened[task.name] @ each)
-        if not positives[task.label] and (learned is None or task.label in learned):
-            raise DataError(
-                f"{name} is left with {num_rows:,} impressions and no {task.name} to train on; "
-                "give it more data or a larger fraction"
-            )
+    positives |= {task.label: float(happened[task.name] @ each) for task in tasks}
+    needed = [task for task in tasks if learned is None or task.label in learned]
+    if not any(positives[task.label] for task in needed):
+        raise DataError(
+            f"{name} is left with {num_rows:,} impressions and no "
+            f"{' and no '.join(task.name for task in needed)} to train on; give it more data or a "
+            "larger fraction"
+        )
     return TrainingPart(
         None
         if rows is None

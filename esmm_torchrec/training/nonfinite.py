@@ -105,7 +105,7 @@ def check_weights(loop: TrainingLoop) -> None:
     """
     finite = torch.ones((), device=loop.ranks.device)
     for value in loop.trainer.model.state_dict().values():
-        for part in _local_tensors(value):
+        for part in local_tensors(value):
             # The sum needs no copy of a table, unlike isfinite() of its elements.
             finite *= part.detach().sum().isfinite()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
@@ -116,7 +116,8 @@ def check_weights(loop: TrainingLoop) -> None:
         )
 
 
-def _local_tensors(value: torch.Tensor) -> list[torch.Tensor]:
+def local_tensors(value: torch.Tensor) -> list[torch.Tensor]:
+    """The parts of a weight that this rank holds."""
     if isinstance(value, ShardedTensor):
         return [shard.tensor for shard in value.local_shards()]
     return [value]

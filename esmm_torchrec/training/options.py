@@ -32,6 +32,8 @@ ReadOption = Literal["auto", "mapped", "stream"]
 ScheduleOption = Literal["constant", "linear", "cosine"]
 """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
 
+AverageOption = Literal["auto", "on", "off"]
+
 ValidationOption = Literal["hash", "time"]
 """hash: users drawn by a hash, all of their impressions. time: the latest impressions."""
 
@@ -89,6 +91,10 @@ class TrainOptions:
     """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly."""
+    average_weights: AverageOption = "auto"
+    """Whether the model has an exponential average of the weights of its steps instead of those of
+    the last one. Few rows gain by it; it takes a copy of the model. auto: on if the number of
+    passes is searched."""
     clip_gradients: float | None = None
     """Largest norm of the gradient of all towers together. Tables are not clipped: a fused
     optimiser applies their gradients before they can be."""
@@ -177,6 +183,11 @@ class TrainOptions:
             raise OptionError(
                 f"`lr_schedule` {self.lr_schedule} ends with the last step, which `epochs` auto "
                 "does not know; give `epochs` a number"
+            )
+        if self.average_weights == "on" and self.epochs == "auto" and self.validation_share:
+            raise OptionError(
+                "`average_weights` on does not go with early stopping, whose best checkpoint has "
+                "the weights of a step; give `epochs` a number, or leave out `validation_share`"
             )
         if self.checkpoint_every < 0:
             raise OptionError(

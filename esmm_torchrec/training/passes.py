@@ -3,7 +3,8 @@
 Few rows need several passes and many rows need one: in a second pass the embeddings of a large
 model overfit. In between, the number is searched: the model is trained on a part of the rows until
 it stops improving on the others, and then trained anew on all rows for the number of passes that
-was best, so that no row is lost for validation.
+was best, so that no row is lost for validation. Both trainings average their
+weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from esmm_torchrec.data.stream import Split, StreamedSplit
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.averaging import AverageWeights
 from esmm_torchrec.training.fit import (
     automatic_batch_size,
     build_loop,
@@ -97,10 +99,12 @@ def choose_passes(
     batch_size = options.batch_size
     if batch_size == "auto":
         batch_size = automatic_batch_size(num_rows, ranks.device)
+    average = None if options.average_weights == "off" else AverageWeights()
     validate = Validate(
         split,
         held_out,
         patience=PATIENCE,
+        average=average,
         shared_features=options.shared_features,
         log=lambda _, figures: say(_line(figures)),
     )
@@ -111,7 +115,7 @@ def choose_passes(
         part=part,
         workload=workload,
         epochs=MAX_PASSES,
-        callbacks=(validate,),
+        callbacks=(validate,) if average is None else (average, validate),
     )
     loop.run()
     best = validate.best

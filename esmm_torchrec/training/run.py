@@ -36,6 +36,7 @@ from esmm_torchrec.sharding.plan_json import read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.averaging import AverageWeights
 from esmm_torchrec.training.callbacks import LogFigures, ProgressBar, SaveCheckpoints
 from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_part
 from esmm_torchrec.training.loop import TrainingLoop
@@ -128,8 +129,13 @@ def _train(
     loop = build_loop(
         splits["train"], options, ranks, part=part, workload=workload, epochs=passes.epochs
     )
+    averages = options.average_weights == "on" or (
+        options.average_weights == "auto" and passes.search is not None
+    )
+    average = AverageWeights() if averages else None
     for options_of in (config, config["history"][-1]):
         options_of["options"]["batch_size"] = loop.reader.global_batch_size
+        options_of["options"]["average_weights"] = "on" if averages else "off"
         if held_out is None:
             options_of["options"]["epochs"] = passes.epochs
 
@@ -157,6 +163,7 @@ def _train(
             held_out,
             patience=PATIENCE if chooses else None,
             shared_features=options.shared_features,
+            average=average,
             on_best=partial(saving.save, best=True) if chooses else None,
             log=log.write,
         )
@@ -164,6 +171,7 @@ def _train(
         ScheduleLearningRates(options.lr_schedule, warmup_steps=options.warmup_steps),
         WatchLoss(run.path / "nonfinite", options.on_nonfinite),
         log,
+        *(() if average is None else (average,)),
         saving,
         *(() if validate is None else (validate,)),
         ProgressBar(),
@@ -175,6 +183,12 @@ def _train(
         if not run.preprocessing.exists():
             copy_preprocessing(dataset.root, run.preprocessing)
         _announce(dataset, loop, options, passes=passes, held_out=held_out)
+        for task in dataset.schema.tasks:
+            if not part.base_rates.positives[task.label]:
+                print(
+                    f"warning: there is no {task.name} to train on, so p({task.name}) means little",
+                    flush=True,
+                )
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
             print(f"{options.method} trains on {part.num_rows:,} rows of them{notes}", flush=True)

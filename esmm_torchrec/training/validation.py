@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.schema import TIMESTAMP
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.tasks import TaskChain
+from esmm_torchrec.training.averaging import AverageWeights
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import ValidationOption
 
@@ -97,6 +99,7 @@ class Validate(Callback):
         held_out: rows to train on, and rows to measure on.
         patience: passes after the best one until training stops; None: it does not stop early.
         shared_features: how a batch carries shared features.
+        average: if given, its weights are measured.
         on_best: called with the loop if a measurement is the best so far.
         log: called on rank 0 with the step and the figures of each measurement.
     """
@@ -108,6 +111,7 @@ class Validate(Callback):
         *,
         patience: int | None,
         shared_features: SharedFeatures = "once",
+        average: AverageWeights | None = None,
         on_best: Callable[[TrainingLoop], None] | None = None,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
@@ -118,6 +122,7 @@ class Validate(Callback):
         self._rows = held_out.rows
         self._patience = patience
         self._shared_features: SharedFeatures = shared_features
+        self._average = average
         self._on_best = on_best
         self._log = log
         self._every: int | None = None
@@ -183,14 +188,15 @@ class Validate(Callback):
 
     def _measure(self, loop: TrainingLoop) -> None:
         if not self.curve or self.curve[-1]["step"] < loop.step:
-            scored = score_split(
-                loop.trainer.model,
-                self._split,
-                loop.ranks,
-                shared_features=self._shared_features,
-                rows=self._rows,
-                progress=False,
-            )
+            with nullcontext() if self._average is None else self._average.in_model():
+                scored = score_split(
+                    loop.trainer.model,
+                    self._split,
+                    loop.ranks,
+                    shared_features=self._shared_features,
+                    rows=self._rows,
+                    progress=False,
+                )
 
             def figures() -> dict[str, Any]:
                 assert scored is not None

@@ -37,7 +37,8 @@ def test_its_file_becomes_scores(
     features = {feature["name"]: feature for feature in description["schema"]["id_features"]}
     assert list(features) == ["user", "seen", "query", "shown__hour", "shown__weekday"]
     assert [name for name, of in features.items() if of["multi_valued"]] == ["seen", "query"]
-    assert "prepared data set: prepared" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "text was read with separator tab, encoding UTF-8\nprepared data set: prepared" in shown
     scores = pd.read_parquet("scores.parquet")
     assert scores["sample_id"].tolist() == list(range(50))
     assert scores[["pctr", "pcvr", "pctcvr"]].stack().between(0, 1, inclusive="neither").all()

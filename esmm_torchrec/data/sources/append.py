@@ -136,7 +136,6 @@ def append_table(
             source=source,
             min_count=whole.min_count,
             tasks=whole.schema.tasks,
-            has_conversions=made.columns.covers_the_chain,
             key=made.columns.key,
         ) as writer:
             for table, vocabulary in vocabularies.items():

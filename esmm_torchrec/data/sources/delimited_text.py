@@ -27,6 +27,8 @@ MAX_RECORD_BYTES = 1 << 26
 SEPARATORS = (",", "\t", ";", "|")
 """What a separator is detected among."""
 
+_SEPARATOR_NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
+
 _LF, _CR = 10, 13
 
 
@@ -98,8 +100,8 @@ class DelimitedText:
 
     def __init__(self, path: Path, format: TextFormat) -> None:
         self.path = path
-        self._encoding = format.encoding
         self._quote = format.quote
+        self.encoding = format.encoding or self._detect_encoding()
         self.separator = format.separator or self._detect_separator()
         first = next(self._records(), None)
         if first is None:
@@ -111,6 +113,18 @@ class DelimitedText:
             read_options=pa_csv.ReadOptions(block_size=len(header) + 1, use_threads=False),
             parse_options=self._parse_options(),
         ).column_names
+
+    @property
+    def form(self) -> str:
+        """Separator and encoding, for a person."""
+        separator = _SEPARATOR_NAMES.get(self.separator, repr(self.separator))
+        return f"separator {separator}, encoding {self._encoding_name}"
+
+    @property
+    def _encoding_name(self) -> str:
+        return self.encoding.upper().removesuffix(
+            "-SIG"
+        )  # what Python calls a mark that may be there
 
     def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Fields, list[Misfit]]]:
         """The records after the header, in order, in blocks of bounded size.
@@ -178,6 +192,14 @@ class DelimitedText:
         reason = str(error).partition("\n")[0].rstrip(".")
         return DataError(f"{self.path} cannot be read ({reason}); check the file")
 
+    def _detect_encoding(self) -> str:
+        try:
+            with pa.input_stream(str(self.path)) as stream:
+                mark = stream.read(2)
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from None
+        return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
     def _detect_separator(self) -> str:
         head = next((line for data in self._texts() for line in data.splitlines() if line), b"")
         if self._quote:
@@ -191,9 +213,7 @@ class DelimitedText:
         try:
             with pa.input_stream(str(self.path)) as stream:
                 data = stream.read(BYTES_PER_BLOCK)
-                has_mark = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                encoding = self._encoding or ("utf-16" if has_mark else "utf-8-sig")
-                decoder = codecs.getincrementaldecoder(encoding)()
+                decoder = codecs.getincrementaldecoder(self.encoding)()
                 while data:
                     text = decoder.decode(data)
                     yield text.encode()
@@ -204,7 +224,7 @@ class DelimitedText:
             before = error.object[: error.start].decode(error.encoding, "ignore")
             raise DataError(
                 f"{self.path}, line {line + before.count(chr(_LF))}: the text is not "
-                f"{self._encoding or 'UTF-8'}; name the encoding of the file with `encoding`, "
+                f"{self._encoding_name}; name the encoding of the file with `encoding`, "
                 "cp1252 for example"
             ) from None
         except (pa.ArrowException, OSError, UnicodeError) as error:

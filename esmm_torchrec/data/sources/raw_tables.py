@@ -92,6 +92,8 @@ class RawTable(ABC):
     column_names: Sequence[str]
     is_text = False
     """Whether all columns are strings because the file has no types."""
+    form = ""
+    """Of a text file, how it was read, for a person."""
 
     @abstractmethod
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
@@ -401,6 +403,7 @@ class _TextFile(RawTable):
         self.name, self.file_name = str(path), path.name
         self._text = DelimitedText(path, text_format)
         self.column_names = self._text.column_names
+        self.form = self._text.form
 
     def place(self, number: int) -> str:
         return f"{self.name}, line {number}"

@@ -178,6 +178,7 @@ def prepare_table(
             name: [table.file_name for table in tables[name]]
             for name in (SPLITS if rule is None else ("train",))
         },
+        "text_forms": sorted({table.form for of in tables.values() for table in of if table.form}),
         "split": None if rule is None else asdict(rule),
         "columns": asdict(columns),
         "dense_methods": methods,
@@ -211,7 +212,6 @@ def prepare_table(
         source=source,
         min_count=min_count,
         tasks=tasks,
-        has_conversions=columns.covers_the_chain,
         key=columns.key,
     ) as writer:
         preparation.write(writer, counted, engine)

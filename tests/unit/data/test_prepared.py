@@ -289,8 +289,6 @@ def test_a_split_without_what_training_needs_is_refused(tmp_path: Path):
         prepare(None, impressions())
     with pytest.raises(DataError, match="the train split holds 4 impressions and no click"):
         prepare(impressions(click=none, conversion=none), impressions())
-    with pytest.raises(DataError, match="4 impressions and no conversion"):
-        prepare(impressions(conversion=none), impressions())
     with pytest.raises(DataError, match="points to shared row 3 and there are 3"):
         prepare(impressions(shared_row=ints([0, 0, 3, 0])), impressions())
     assert list(tmp_path.iterdir()) == []

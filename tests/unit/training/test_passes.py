@@ -47,7 +47,8 @@ def test_few_rows_are_trained_on_for_the_passes_of_a_search(
     best = min(curve, key=lambda entry: sum(entry[f"{t}_ne"] for t in ("ctr", "cvr", "ctcvr")))
     assert chosen == best["epoch"]
     assert json.loads((out / "config.json").read_text())["options"]["epochs"] == chosen
-    given = _train(data, tmp_path / "run", replace(OPTIONS, epochs=int(chosen)))
+    options = replace(OPTIONS, epochs=int(chosen), average_weights="on")
+    given = _train(data, tmp_path / "run", options)
     assert given["test"] == metrics["test"]
     assert "validation" not in given
 

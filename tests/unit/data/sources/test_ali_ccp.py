@@ -616,8 +616,8 @@ def test_a_stop_midway_leaves_nothing_and_a_rerun_ends_the_same(tmp_path: Path):
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path: Path):
-    write_small(tmp_path / "raw", train=[TRAIN[0], TRAIN[2]])
-    with pytest.raises(DataError, match="2 impressions and no conversion"):
+    write_small(tmp_path / "raw", train=[TRAIN[0]])
+    with pytest.raises(DataError, match="1 impressions and no click"):
         small(tmp_path)
     assert not list(tmp_path.glob("out*"))
 

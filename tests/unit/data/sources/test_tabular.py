@@ -638,7 +638,6 @@ def _frame_with(**columns: Any) -> pd.DataFrame:
             {},
             "the train split holds 300 impressions and no click",
         ),
-        (_frame_with(bought=0), {}, "and no conversion"),
         (_frame_with()[:0], {}, "the train split has no impression"),
         (
             _frame_with(price=np.tile([1.7e308, -1.7e308], 150)),
