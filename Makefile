@@ -125,6 +125,8 @@ bench-full: bench
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	# The Python of a Spark cluster may be 3.10.
+	$(BIN)/ruff check --target-version py310 --select F esmm_torchrec/data esmm_torchrec/*.py
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q -p no:cacheprovider tests/unit/test_words.py

@@ -75,7 +75,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         given = value
         if isinstance(value, tuple | list):
-            given = next(one for one in value if not _fits(one, Literal[*_choices(hint)]))
+            given = next(one for one in value if one not in _choices(hint))
         choices = ", ".join(map(str, _choices(hint)))
         raise OptionError(f"`{name}` {given!r} is not one of {choices}")
 
@@ -90,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if not _choices(hint):
-        return isinstance(value, hint) if isinstance(hint, type) else True
+        return isinstance(value, hint) if isinstance(hint, type) and origin is None else True
     if isinstance(value, tuple | list):
         return all(_fits(one, parts[0]) for one in value)
     return False

@@ -14,12 +14,13 @@ from esmm_torchrec.data.field_values import field_values
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.stream import StreamedSplit, open_in_order
 from esmm_torchrec.errors import OptionError, RunError
+from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure, relative_improvements
 from esmm_torchrec.metrics.slices import measure_slices
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, is_finished
-from esmm_torchrec.serving.scorer import score_split
+from esmm_torchrec.serving.scorer import is_in_parts, score_split
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
 
@@ -86,7 +87,9 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
         return
     if calibration is not None:
         scored = replace(scored, scores=calibration.apply(scored.scores, scored.tasks))
-    metrics = measure(scored)
+    metrics = measure_in_parts(scored) if is_in_parts(split) else measure(scored)
+    if not ranks.is_first:
+        return
     if other is not None:
         metrics["test"] |= relative_improvements(metrics["test"], other)
     print(format_metrics(metrics, scored.tasks).replace("test half", f"{options.split} half", 1))

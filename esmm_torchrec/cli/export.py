@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from esmm_torchrec.data.storage import staged
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import described
 from esmm_torchrec.serving.export import ExportForm, export
+from esmm_torchrec.serving.package import DESCRIPTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class Options:
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
-    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """The folder to make."""
+    out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """The folder to make, or its URI."""
     format: ExportForm = "export"
     """export: a program for torch.export.load, on any machine. aoti: compiled by AOTInductor for
     machines like this one, which needs a C++ compiler. triton: the same, and a model repository
@@ -38,9 +40,8 @@ class Options:
 def run(options: Options) -> None:
     """Exports, then says what is where."""
     folder = RunFolder.open(options.run)
-    package = export(
-        folder, options.out, form=options.format, step=options.step, device=options.device
-    )
+    with staged(options.out, last=DESCRIPTION) as out:
+        package = export(folder, out, form=options.format, step=options.step, device=options.device)
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(described(folder, package.step))
-    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md says what is in it)")

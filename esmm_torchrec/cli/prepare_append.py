@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -23,8 +22,8 @@ class Options:
     its own, DATA/days/DAY, which a model of yesterday continues on with train --from.
     """
 
-    data: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATA")]]
-    """The prepared data set."""
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """The prepared data set, a folder or its URI."""
 
     train: tuple[str, ...]
     """Files of the impressions, as for prepare table."""

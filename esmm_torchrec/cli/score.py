@@ -14,7 +14,7 @@ from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.raw_tables import BadRows, files_of
-from esmm_torchrec.data.storage import is_uri
+from esmm_torchrec.data.storage import is_uri, staged
 from esmm_torchrec.data.stream import StreamedSplit, stream_in_order
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.runs.restore import restore
@@ -47,12 +47,12 @@ class Options:
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder, or an exported model."""
     out: str
-    """The file to make, which ends in .parquet, .csv or .arrow, or a folder."""
+    """The file to make, which ends in .parquet, .csv or .arrow, or a folder; or its URI."""
     data: str | None = None
     """A prepared data set whose vocabularies are those of the training; a folder or its URI."""
-    input: tuple[Path, ...] = ()
+    input: tuple[str, ...] = ()
     """Instead: Parquet, Arrow or text files with raw ids, columns named as in the data that was
-    prepared; also folders and patterns of files. No labels needed."""
+    prepared; also folders and patterns of files, and URIs of Parquet files. No labels needed."""
     keep: tuple[str, ...] = ()
     """Columns of --input to write beside the scores."""
     max_bad_rows: int = 0
@@ -73,57 +73,50 @@ class Options:
             raise OptionError("give either `data` or `input`, what is to be scored")
         if self.data is not None and (self.keep or self.max_bad_rows):
             raise OptionError("`keep` and `max_bad_rows` need `input`")
-        if self.input and is_uri(self.out):
-            raise OptionError(
-                f"`out` {self.out} is a URI, to which only `data` can be scored; give a path"
-            )
-
-    @property
-    def local_out(self) -> Path:
-        """`out` on this machine."""
-        return Path(self.out)
 
     @property
     def in_parts(self) -> bool:
         """Whether each rank writes its own scores."""
-        return self.data is not None and (is_uri(self.out) or is_folder(self.local_out))
+        return self.data is not None and (is_uri(self.out) or is_folder(Path(self.out)))
 
 
 def run(options: Options) -> None:
     """Scores on the ranks torchrun started, or on one."""
-    if Package.is_one(options.run):
-        _score_with_package(options)
-        return
-    with process_group(options.device) as ranks:
-        if options.data is not None:
-            _score_split(options, ranks)
-        else:
-            _score_rows(options, ranks)
-
-
-def _score_with_package(options: Options) -> None:
-    """In this process."""
     if options.data is not None:
-        raise OptionError(
-            f"{options.run} is an exported model, which scores raw rows; give `input`"
-        )
+        if Package.is_one(options.run):
+            raise OptionError(
+                f"{options.run} is an exported model, which scores raw rows; give `input`"
+            )
+        with process_group(options.device) as ranks:
+            _score_split(options, ranks)
+        return
+    with staged(options.out) as out:
+        if Package.is_one(options.run):
+            _score_with_package(options, out)
+            return
+        with process_group(options.device) as ranks:
+            _score_rows(options, out, ranks)
+
+
+def _score_with_package(options: Options, out: Path) -> None:
+    """In this process."""
     if options.step is not None or options.sharding != "auto" or options.device != "auto":
         raise OptionError("`step`, `sharding` and `device` are for runs, not for exported models")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("an exported model is scored by one process; start it without torchrun")
     model = Package.open(options.run)
-    jobs, score_folder = _jobs(options, lambda: _made_by(options, model.fingerprint))
+    jobs, score_folder = _jobs(options, out, lambda: _made_by(options, model.fingerprint))
     predictor = Predictor(options.run)
     written, bad_rows = Written(), BadRows(options.max_bad_rows)
-    for rows, out in jobs:
+    for rows, scores in jobs:
         bad_before = bad_rows.count
         blocks = predictor.score_blocks(
             rows, keep=options.keep, bad_rows=bad_rows, batch_size=options.batch_size
         )
-        of_job = write_scores(blocks, out, predictor.tasks)
+        of_job = write_scores(blocks, scores, predictor.tasks)
         if score_folder is not None:
             bad = bad_rows.count - bad_before
-            score_folder.record(rows[0], out, rows=of_job.impressions, bad_rows=bad)
+            score_folder.record(Path(rows[0]), scores, rows=of_job.impressions, bad_rows=bad)
         written.impressions += of_job.impressions
         written.add(of_job.counts)
     print(f"model: {options.run}, {model.method}, step {model.step}")
@@ -135,7 +128,7 @@ def _score_split(options: Options, ranks: Ranks) -> None:
     assert options.data is not None
     folder = RunFolder.open(options.run)
     if not options.in_parts:
-        ranks.from_first(lambda: refuse_existing(options.local_out))
+        ranks.from_first(lambda: refuse_existing(Path(options.out)))
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     dataset = PreparedDataSet.open(options.data)
     folder.check_data(options.data, dataset.description())
@@ -157,22 +150,22 @@ def _score_split(options: Options, ranks: Ranks) -> None:
     if isinstance(split, StreamedSplit):
         score_streamed(model, split, options.out, ranks, batch_size=options.batch_size)
     else:
-        score(model, split, options.local_out, ranks, batch_size=options.batch_size)
+        score(model, split, Path(options.out), ranks, batch_size=options.batch_size)
     if ranks.is_first:
         print(described(folder, step))
         print(f"{split.impressions:,} impressions scored: {options.out}")
 
 
-def _score_rows(options: Options, ranks: Ranks) -> None:
+def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     ranks.from_first(lambda: check_preprocessing(folder))
     jobs, score_folder = ranks.from_first(
-        lambda: _jobs(options, lambda: _made_by(options, identity(folder, step)))
+        lambda: _jobs(options, out, lambda: _made_by(options, identity(folder, step)))
     )
     written, bad_rows, models = Written(), BadRows(options.max_bad_rows), []
-    for rows, out in jobs:
-        laid_out = out.with_name(f"{out.name}.rows")
+    for rows, scores in jobs:
+        laid_out = scores.with_name(f"{scores.name}.rows")
         ranks.from_first(lambda there=laid_out: refuse_existing(there))
         bad_before = bad_rows.count
         try:
@@ -192,7 +185,7 @@ def _score_rows(options: Options, ranks: Ranks) -> None:
                     )
                 )
             split = MappedSplit.map(laid_out, folder.schema)
-            score(models[0], split, out, ranks, batch_size=options.batch_size, rows=encoded)
+            score(models[0], split, scores, ranks, batch_size=options.batch_size, rows=encoded)
         finally:
             if ranks.is_first:
                 remove(laid_out)
@@ -200,27 +193,37 @@ def _score_rows(options: Options, ranks: Ranks) -> None:
         written.add(encoded.written.counts)
         if score_folder is not None and ranks.is_first:
             bad = bad_rows.count - bad_before
-            score_folder.record(rows[0], out, rows=encoded.written.impressions, bad_rows=bad)
+            score_folder.record(
+                Path(rows[0]), scores, rows=encoded.written.impressions, bad_rows=bad
+            )
     if ranks.is_first:
         print(described(folder, step))
         expected = PreparedDataSet.open(folder.preprocessing, data_files=False)
         _tell(options, written, bad_rows, expected)
 
 
-Job = tuple[Sequence[Path], Path]
+Job = tuple[Sequence[str], Path]
 """Input files, and the file of their scores."""
 
 
 def _jobs(
-    options: Options, made_by: Callable[[], dict[str, Any]]
+    options: Options, out: Path, made_by: Callable[[], dict[str, Any]]
 ) -> tuple[list[Job], ScoreFolder | None]:
     """What is still to be scored, and the folder it goes to, if it is one."""
-    inputs = [file for path in options.input for file in files_of(path)]
-    if not is_folder(options.local_out):
-        refuse_existing(options.local_out)
-        return [(inputs, options.local_out)], None
-    folder = ScoreFolder(options.local_out, made_by())
-    return [([path], out) for path, out in folder.open(inputs)], folder
+    inputs: list[str] = []
+    for given in options.input:
+        inputs += [given] if is_uri(given) else map(str, files_of(Path(given)))
+    if not is_folder(out):
+        refuse_existing(out)
+        return [(inputs, out)], None
+    for place in (options.out, *inputs):
+        if is_uri(place):
+            raise OptionError(
+                f"{place} is a URI, and files of a folder are scored one by one on a disk; let "
+                "`out` end in .parquet"
+            )
+    folder = ScoreFolder(out, made_by())
+    return [([str(path)], scores) for path, scores in folder.open(list(map(Path, inputs)))], folder
 
 
 def _made_by(options: Options, model: str) -> dict[str, Any]:

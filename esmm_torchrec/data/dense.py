@@ -197,10 +197,17 @@ class DenseFitter:
 
     Args:
         columns: how many columns the rows have.
+        of_rows: how many rows will be merged in all, about: this fitter then keeps no more than
+            its part of the sample. None: not known, or it gets all rows.
     """
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, columns: int, of_rows: int | None = None) -> None:
         self._threshold = np.uint64(2**64 - 1)
+        # Spare, because a part of the rows may be bad, or in the test half. Keeping too many does
+        # not change the sample of all.
+        while of_rows is not None and of_rows > 16 * MIN_SAMPLE_ROWS:
+            self._threshold >>= np.uint64(1)
+            of_rows //= 2
         self._hashes = np.zeros(0, np.uint64)
         self._sample = np.empty((0, columns))
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []

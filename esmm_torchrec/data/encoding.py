@@ -22,10 +22,10 @@ import pyarrow as pa
 from esmm_torchrec.data.dense import TOO_FAR, DenseTransform
 from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.hashing import HashedIds
-from esmm_torchrec.data.mapped import MAX_BAG_LENGTH
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
+    MAX_BAG_LENGTH,
     dense_features,
     impression_columns,
 )

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.array_files import ArrayWriter, Layout, is_intact
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SplitName
+from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH, SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
@@ -52,7 +52,6 @@ from esmm_torchrec.schema import (
 
 LAYOUT_VERSION = 4
 CACHE_FOLDER = ".mapped"
-MAX_BAG_LENGTH = np.iinfo(np.uint16).max
 
 HistoryWeights = Literal["normalised", "raw"]
 """normalised: the weights of a multi-valued feature sum to 1 in each bag, so that a bag is a mean

@@ -65,6 +65,8 @@ DESCRIPTION = "dataset.json"
 DAYS = "days"
 MAX_FILE_NAME = 150
 """Characters of a table's name in that of its file; longer ones end in a hash."""
+MAX_BAG_LENGTH = (1 << 16) - 1
+"""Ids of a multi-valued feature of one impression."""
 PREPARE_AGAIN = "prepare the data set again"
 
 

@@ -85,7 +85,7 @@ class PreparedWriter:
 
     def __init__(
         self,
-        path: Path | str,
+        path: Location | Path | str,
         *,
         id_features: Sequence[IdFeature],
         dense_features: Sequence[str] = (),

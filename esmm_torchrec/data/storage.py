@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -99,6 +102,14 @@ class Location:
         """The file, for reading at any offset; FileNotFoundError if there is none."""
         return self.retried(lambda: self.filesystem.open_input_file(self.path))
 
+    def files_below(self) -> list[Location]:
+        """All files in the folder and its folders, by name; none if there is no folder."""
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = self.retried(lambda: self.filesystem.get_file_info(selector))
+        paths = sorted(info.path for info in found if info.type == pafs.FileType.File)
+        beginning = self.name.removesuffix(self.path)
+        return [Location(self.filesystem, path, beginning + path) for path in paths]
+
     def open_output(self) -> pa.NativeFile:
         """The file, to be written anew; folders are made where a file system needs them."""
         if self.local is not None:
@@ -123,6 +134,15 @@ class Location:
 
         self.retried(write)
 
+    def copy_from(self, path: Path) -> None:
+        """Writes the file as a copy of one on this machine."""
+
+        def copy() -> None:
+            with path.open("rb") as source, self.open_output() as file:
+                shutil.copyfileobj(source, file, 1 << 22)
+
+        self.retried(copy)
+
     def delete(self) -> None:
         """Deletes the file; FileNotFoundError if there is none."""
         self.retried(lambda: self.filesystem.delete_file(self.path))
@@ -131,8 +151,11 @@ class Location:
         """Checksum of the file, in hex."""
 
         def checksum() -> str:
+            found = hashlib.sha256()
             with self.filesystem.open_input_stream(self.path) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore
+                while content := file.read(1 << 20):
+                    found.update(content)
+            return found.hexdigest()
 
         return self.retried(checksum)
 
@@ -199,6 +222,34 @@ class HashedOutput:
     def checksum(self) -> str:
         """sha256 of what was written, in hex."""
         return self._hash.hexdigest()
+
+
+@contextmanager
+def staged(out: str, *, last: str | None = None) -> Iterator[Path]:
+    """A path of this machine at which to make `out`: `out` itself, or if that is a URI, one in a
+    folder for temporary files, from which it is copied when the block has ended.
+
+    Args:
+        out: a file or a folder.
+        last: the file of the folder that says that all others are there.
+
+    Raises:
+        DataError: `out` is a URI at which there is something.
+    """
+    if not is_uri(out):
+        yield Path(out)
+        return
+    target = Location.of(out)
+    if target.size() is not None or target.files_below():
+        raise DataError(f"{target} exists already; remove it or choose another `out`")
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / target.path.rpartition("/")[2]
+        yield made
+        if made.is_file():
+            target.copy_from(made)
+        files = sorted(file for file in made.rglob("*") if file.is_file())
+        for file in sorted(files, key=lambda file: file == made / (last or "")):
+            (target / file.relative_to(made).as_posix()).copy_from(file)
 
 
 def is_uri(place: Path | str) -> bool:

@@ -142,7 +142,7 @@ def grouped_auc(
 
     # One integer holds group, score and label, so a plain sort orders all three at once.
     key = renumbered[codes[kept]].astype(np.uint64) << np.uint64(33)
-    key |= _ordered_bits(scores[kept]).astype(np.uint64) << np.uint64(1)
+    key |= ordered_bits(scores[kept]).astype(np.uint64) << np.uint64(1)
     key |= positive[kept].astype(np.uint64)
     key.sort()
     at = np.flatnonzero(key & np.uint64(1))
@@ -325,8 +325,8 @@ def _dense_codes(groups: NDArray[np.integer] | NDArray[np.str_]) -> NDArray[np.i
     return np.unique(groups, return_inverse=True)[1]
 
 
-def _ordered_bits(scores: Scores) -> NDArray[np.uint32]:
-    """uint32 that compare as the scores do."""
+def ordered_bits(scores: Scores) -> NDArray[np.uint32]:
+    """uint32 (n,) that compare as the scores do; those of float64 only among themselves."""
     if scores.dtype == np.float64:
         return np.unique(scores, return_inverse=True)[1].astype(np.uint32)
     # IEEE 754 magnitudes compare as integers; −0.0 + 0.0 is 0.0, so that the two zeros tie.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -113,3 +113,21 @@ class ScoredImpressions:
         if self.common_ctr_logit is None or cvr is None:
             return None
         return product(Prediction(self.common_ctr_logit, "logit"), cvr)
+
+
+def concatenated(parts: Sequence[ScoredImpressions]) -> ScoredImpressions:
+    """The impressions of several, which have the same columns, one after the other."""
+    first = parts[0]
+    together: dict[str, NDArray[np.generic] | None] = {}
+    for name in _OPTIONAL:
+        columns = [getattr(part, name) for part in parts]
+        together[name] = None if columns[0] is None else np.concatenate(columns)
+    return ScoredImpressions(
+        {label: np.concatenate([part.labels[label] for part in parts]) for label in first.labels},
+        {
+            name: Prediction(np.concatenate([part.scores[name].values for part in parts]), of.form)
+            for name, of in first.scores.items()
+        },
+        first.tasks,
+        **together,  # pyright: ignore[reportArgumentType]
+    )

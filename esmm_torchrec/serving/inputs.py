@@ -25,7 +25,7 @@ import torch
 from esmm_torchrec.data.dense import TOO_FAR
 from esmm_torchrec.data.encoding import TOO_LONG, RowEncoder, RowsToEncode
 from esmm_torchrec.data.hashing import HashedIds
-from esmm_torchrec.data.mapped import MAX_BAG_LENGTH
+from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import is_list
 from esmm_torchrec.data.sources.raw_values import NULL_TEXTS, Fault

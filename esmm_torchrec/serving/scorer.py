@@ -19,7 +19,7 @@ from esmm_torchrec.data.batches import SharedFeatures
 from esmm_torchrec.data.reader import ImpressionReader, Selection
 from esmm_torchrec.data.stream import Split, StreamedSplit, StreamReader
 from esmm_torchrec.metrics.probability import Prediction
-from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.metrics.scored import ScoredImpressions, concatenated
 from esmm_torchrec.models.scores import read_scores
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.progress import progress_bar
@@ -27,6 +27,10 @@ from esmm_torchrec.schema import GROUP_ID, TRUE_CTR, TRUE_CVR, WEIGHT
 from esmm_torchrec.sharding.exchange import RankExchange
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.tasks import TaskChain
+
+MAX_GATHERED = 1 << 26
+"""Impressions of a streamed split that rank 0 measures, of which it holds 28 bytes each; of larger
+ones, all ranks together measure what `metrics.in_parts` can."""
 
 BATCH_SIZE = 8192
 """Impressions per rank and step that are scored at a time, unless the caller chooses another."""
@@ -139,11 +143,11 @@ def score_split(
 
     Returns:
         on rank 0 the scores that the model gives and the labels, in the order of `rows`; on the
-        other ranks None.
+        other ranks None. If `is_in_parts`, on every rank those of its own stretch of the split.
     """
     if isinstance(split, StreamedSplit):
         assert rows is None
-        return _score_streamed(
+        own = _score_own(
             model,
             split,
             ranks,
@@ -151,6 +155,7 @@ def score_split(
             shared_features=shared_features,
             progress=progress,
         )
+        return own if is_in_parts(split) else _gathered(own, ranks)
     num_rows = split.impressions if rows is None else len(rows)
     reader = ImpressionReader(
         split,
@@ -214,7 +219,12 @@ def streamed_reader(
     )
 
 
-def _score_streamed(
+def is_in_parts(split: Split) -> bool:
+    """Whether rank 0 could not hold the scores of a split; `metrics.in_parts` measures them."""
+    return isinstance(split, StreamedSplit) and split.impressions > MAX_GATHERED
+
+
+def _score_own(
     model: DistributedModelParallel,
     split: StreamedSplit,
     ranks: Ranks,
@@ -222,7 +232,8 @@ def _score_streamed(
     batch_size: int,
     shared_features: SharedFeatures,
     progress: bool,
-) -> ScoredImpressions | None:
+) -> ScoredImpressions:
+    """The scores and labels of the stretch of a rank."""
     reader = streamed_reader(split, ranks, batch_size=batch_size, shared_features=shared_features)
     steps: list[Scores] = []
     with progress_bar(
@@ -231,20 +242,22 @@ def _score_streamed(
         for scores in own_scores(model, reader, ranks):
             steps.append(scores)
             bar.update(len(next(iter(scores.values())).values) * ranks.world_size)
-    own = {name: np.concatenate([step[name].values for step in steps]) for name in steps[0]}
-    parts: list[dict[str, np.ndarray]] | None = None
-    if ranks.is_first:
-        parts = [{} for _ in range(ranks.world_size)]
-    dist.gather_object(own, parts, dst=0)
-    if parts is None:
-        return None
-    together = {
-        name: Prediction(np.concatenate([part[name] for part in parts]), of.form)
+    own = {
+        name: Prediction(np.concatenate([step[name].values for step in steps]), of.form)
         for name, of in steps[0].items()
     }
     tasks = split.schema.tasks
-    columns = split.columns([*tasks.labels, WEIGHT, GROUP_ID, TRUE_CTR, TRUE_CVR])
-    return _scored(together, columns, tasks)
+    names = [*tasks.labels, WEIGHT, GROUP_ID, TRUE_CTR, TRUE_CVR]
+    return _scored(own, split.columns(names, *split.stretch(ranks.rank)), tasks)
+
+
+def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
+    """On rank 0, the impressions of all ranks in stored order."""
+    parts: list[ScoredImpressions] | None = None
+    if ranks.is_first:
+        parts = [own] * ranks.world_size
+    dist.gather_object(own, parts, dst=0)
+    return None if parts is None else concatenated(parts)
 
 
 def _scored(

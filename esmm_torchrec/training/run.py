@@ -27,10 +27,11 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.stream import Split
 from esmm_torchrec.errors import Interrupted, PlanError
+from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.runs.lock import RunLock
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.serving.scorer import score_split
+from esmm_torchrec.serving.scorer import is_in_parts, score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
@@ -215,9 +216,14 @@ def _train(
         shared_features=options.shared_features,
     )
 
+    together: dict[str, Any] | None = None
+    if is_in_parts(splits["test"]):
+        assert scored is not None
+        together = measure_in_parts(scored)
+
     def report() -> dict[str, Any]:
         assert scored is not None
-        metrics: dict[str, Any] = measure(scored)
+        metrics: dict[str, Any] = measure(scored) if together is None else together
         held_out_figures = passes.search if validate is None else validate.report()
         if held_out_figures is not None:
             metrics["validation"] = held_out_figures

@@ -19,10 +19,12 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.stream import StreamedSplit
 from esmm_torchrec.errors import OptionError, RunError
+from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.serving import scorer
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.serving.streamed_scores import score_streamed
 from esmm_torchrec.sharding.planner import Workload
@@ -112,16 +114,23 @@ def _measured(run: Path, data: Path) -> dict[str, Any] | None:
         return on_rank(ranks)
 
 
-def _scored(run: Path, data: str | Path, out: Path) -> None:
-    def on_rank(ranks: Ranks) -> None:
+def _scored(run: Path, data: str | Path, out: Path) -> dict[str, Any]:
+    """Writes the scores; gives what the ranks measure where none holds them all."""
+    scorer.MAX_GATHERED = 10
+
+    def on_rank(ranks: Ranks) -> dict[str, Any]:
         split = StreamedSplit(PreparedDataSet.open(data), "test", lanes=ranks.world_size, window=60)
         model = restore(RunFolder.open(run), ranks, batch_size=64, sharding="table_wise")
         score_streamed(model, split, out, ranks, batch_size=50)
         with pytest.raises(RunError, match="holds scores already"):
             score_streamed(model, split, out, ranks, batch_size=50)
+        own = score_split(model, split, ranks, batch_size=50)
+        assert own is not None
+        assert own.size < 250 or ranks.world_size == 1
+        return measure_in_parts(own)["test"]
 
     with process_group("cpu") as ranks:
-        on_rank(ranks)
+        return on_rank(ranks)
 
 
 def test_one_two_and_four_ranks_have_the_same_losses(data: Path) -> None:
@@ -168,7 +177,11 @@ def test_each_rank_writes_the_scores_of_its_stretch(data: Path, whole: Path) -> 
     tables = []
     for ranks in (1, 2):
         out = data.parent / f"scores-of-{ranks}"
-        run_on_ranks(ranks, _scored, whole, data, out)
+        measured = run_on_ranks(ranks, _scored, whole, data, out)
+        expected = json.loads((whole / "metrics.json").read_text())["test"]
+        for of_rank in measured:
+            assert of_rank.pop("reasons") == {}
+            assert of_rank == pytest.approx({name: expected[name] for name in of_rank}, rel=1e-4)
         files = json.loads((out / "scores.json").read_text())["files"]
         assert len(files) == ranks
         assert sum(file["rows"] for file in files) == ROWS["test"]

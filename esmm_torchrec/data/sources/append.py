@@ -50,6 +50,7 @@ from esmm_torchrec.data.sources.spark_writing import write_table_on_spark
 from esmm_torchrec.data.sources.table_blocks import TrainingCount, count_ids, write_table
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_rows import Skipped, TableRows, UnclickedConversions
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
@@ -76,7 +77,7 @@ def append_table(
         train(today.path, "runs/2026-11-02", TrainOptions(start_from="runs/2026-11-01"), ranks)
 
     Args:
-        data_set: the folder.
+        data_set: the folder, or its URI.
         train: the impressions, in the forms that `prepare_table` takes.
         test: impressions that take the place of the test half; None keeps the test half.
         day: name of what is added, of letters, digits and ._-; None numbers it.
@@ -92,21 +93,21 @@ def append_table(
             `prepare_table`.
         OptionError: `day` cannot be the name of a folder.
     """
-    path = Path(data_set)
+    root = Location.of(data_set)
     if day is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?<!\.partial)", day):
         raise OptionError(
             f"`day` {day!r} is not a name of letters, digits and ._-, such as 2026-11-02"
         )
-    PreparedDataSet.open(path)
-    with _locked(path / DAYS):
-        whole = PreparedDataSet.open(path)
+    PreparedDataSet.open(root)
+    with _locked(root):
+        whole = PreparedDataSet.open(root)
         made = _Made.of(whole)
         day = day or f"{len(whole.days) + 1:04d}"
         if day in whole.days:
-            raise DataError(f"{path} has the day {day} already; append each day once")
-        for folder in (path / DAYS).iterdir():
-            if folder.is_dir() and folder.name not in whole.days:  # of a killed append
-                shutil.rmtree(folder)
+            raise DataError(f"{root} has the day {day} already; append each day once")
+        left = root / DAYS / day / DESCRIPTION
+        if root.local is None and left.size() is not None:  # of one that was killed
+            left.delete()
         reading = made.reading
         train_tables = open_raw_tables(train, what="train", text_format=reading.text_format)
         test_tables: list[RawTable] = []
@@ -129,7 +130,7 @@ def append_table(
             "test": [table.file_name for table in test_tables],
         }
         with PreparedWriter(
-            path / DAYS / day,
+            root / DAYS / day,
             id_features=whole.schema.id_features,
             dense_features=tuple(whole.statistics.dense),
             columns=whole.columns,
@@ -165,9 +166,14 @@ def append_table(
                 )
             if test is None:
                 _copy_test(whole, writer)
-        added = PreparedDataSet.open(path / DAYS / day)
-        together = _together(whole, added, day, new_test=test is not None)
-        replace_file(path / DESCRIPTION, together.encode())
+        added = PreparedDataSet.open(root / DAYS / day)
+        together = _together(whole, added, day, new_test=test is not None).encode()
+        if root.local is not None:
+            replace_file(root.local / DESCRIPTION, together)
+        elif PreparedDataSet.open(root).fingerprint != whole.fingerprint:
+            raise DataError(f"another process has appended to {root} meanwhile; append again")
+        else:
+            (root / DESCRIPTION).write_bytes(together)
     return added
 
 
@@ -187,28 +193,38 @@ class _Made:
         source = data_set.source
         if source.get("kind") != "table":
             raise DataError(
-                f"{data_set.path} was not made by 'prepare table', and nothing else can be "
+                f"{data_set.root} was not made by 'prepare table', and nothing else can be "
                 "appended to; prepare all its days together"
             )
         try:
             return msgspec.convert(source, cls)
         except msgspec.ValidationError as error:
             raise DataError(
-                f"{data_set.path} was made by an earlier version of this library and cannot be "
+                f"{data_set.root} was made by an earlier version of this library and cannot be "
                 f"appended to ({error}); {PREPARE_AGAIN}"
             ) from None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(root: Location) -> Iterator[None]:
+    """Keeps others from appending, which a store cannot, and removes what one that was killed has
+    left."""
+    if root.local is None:
+        yield
+        return
+    folder = root.local / DAYS
     folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"another process is appending to {folder.parent}; wait until it is done"
+                f"another process is appending to {root}; wait until it is done"
             ) from None
+        days = PreparedDataSet.open(root).days
+        for left in folder.iterdir():
+            if left.is_dir() and left.name not in days:
+                shutil.rmtree(left)
         yield
 
 
@@ -234,7 +250,11 @@ class _TrainingRows:
         return {}
 
     def count_rows(
-        self, rows: TableRows, on_rows: Callable[[int], object] = lambda _: None
+        self,
+        rows: TableRows,
+        on_rows: Callable[[int], object] = lambda _: None,
+        *,
+        of_rows: int | None = None,  # noqa: ARG002
     ) -> TrainingCount:
         counters = {
             feature.table: IdCounter(self.features.kinds[feature.name])

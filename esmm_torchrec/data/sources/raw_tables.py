@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import fnmatch
 import glob
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -24,10 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.sources.delimited_text import DelimitedText, TextFormat
+from esmm_torchrec.data.storage import Location, is_uri
 from esmm_torchrec.errors import DataError, OptionError
 
 Frame = Path | str | pd.DataFrame | pa.Table
-"""A path to a file, a folder or a pattern of files, or rows in memory."""
+"""A path to a file, a folder or a pattern of files, such a URI of Parquet files, or rows in memory.
+"""
 
 ROWS_PER_BLOCK = 1 << 16
 
@@ -188,6 +191,8 @@ def open_raw_tables(
             tables.append(_DataFrame(frame, f"the {what} DataFrame"))
         elif isinstance(frame, pa.Table):
             tables.append(_ArrowTable(frame, f"the {what} table"))
+        elif isinstance(frame, str) and is_uri(frame):
+            tables += [_ParquetFile(file) for file in _files_in_store(frame)]
         elif isinstance(frame, (Path, str)):
             files = files_of(Path(frame))
             tables += [_open_file(path, text_format or TextFormat()) for path in files]
@@ -225,6 +230,33 @@ def files_of(path: Path) -> list[Path]:
             file for found in files for file in (files_of(found) if found.is_dir() else [found])
         ]
     return [path]
+
+
+def _files_in_store(uri: str) -> list[Location]:
+    """The Parquet files that a URI names: one, those in a folder, or those that match a pattern,
+    in the order of their names."""
+    given = Location.of(uri)
+    parts = given.path.split("/")
+    fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if fixed == len(parts) and given.size() is not None:
+        if not given.path.lower().endswith(_PARQUET_SUFFIXES):
+            raise DataError(
+                f"{given} is not a Parquet file, as files in a store must be; copy it to a disk"
+            )
+        return [given]
+    base, scheme = "/".join(parts[:fixed]), given.name.removesuffix(given.path)
+    found = []
+    for file in Location(given.filesystem, base, scheme + base).files_below():
+        own = file.path.split("/")
+        # The file itself, or a file in a folder, as on a disk.
+        matches = len(parts) <= len(own) <= len(parts) + 1 and all(
+            fnmatch.fnmatchcase(name, part) for name, part in zip(own, parts, strict=False)
+        )
+        if matches and own[-1].lower().endswith(_PARQUET_SUFFIXES):
+            found.append(file)
+    if not found:
+        raise DataError(f"no Parquet file is at {given}; check the address")
+    return found
 
 
 def _open_file(path: Path, text_format: TextFormat) -> RawTable:
@@ -302,9 +334,9 @@ class _DataFrame(RawTable):
 class _TypedFile(RawTable):
     """A file that says the types of its columns and holds them in batches."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.name, self.file_name = str(path), path.name
+    def __init__(self, path: Path | Location) -> None:
+        self._file = Location.of(path)
+        self.name, self.file_name = str(path), self._file.path.rpartition("/")[2]
         with self._damage_named():
             self._schema = self._read_schema()
         self.column_names = self._schema.names
@@ -354,22 +386,31 @@ class _ParquetFile(_TypedFile):
     """None: all."""
 
     def _read_schema(self) -> pa.Schema:
-        return pq.read_schema(self._path)
+        with self._open() as file:
+            return file.schema_arrow
+
+    def _open(self) -> pq.ParquetFile:
+        file = self._file
+        source = file.open_input() if file.local is None else file.path
+        return pq.ParquetFile(
+            source, pre_buffer=file.local is None, page_checksum_verification=True
+        )
 
     def pieces(self) -> list[tuple[RawTable, int]]:
         pieces: list[tuple[RawTable, int]] = []
-        with self._damage_named(), pq.ParquetFile(self._path) as file:
+        with self._damage_named(), self._open() as file:
             rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         for group, (size, end) in enumerate(zip(rows, np.cumsum(rows).tolist(), strict=True)):
             piece = copy.copy(self)
-            piece._path = self._path.absolute()
+            if self._file.local is not None:  # tasks run in folders of their own
+                piece._file = Location.of(self._file.local.absolute())
             piece._row_groups, piece._first_row = [group], end - size
             pieces.append((piece, size))
         return pieces
 
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         rows = 0
-        with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+        with self._open() as file:
             groups = self._row_groups
             for batch in file.iter_batches(ROWS_PER_BLOCK, row_groups=groups, columns=columns):
                 yield batch
@@ -384,11 +425,11 @@ class _ArrowFile(_TypedFile):
     kind = "an Arrow"
 
     def _read_schema(self) -> pa.Schema:
-        with pa.memory_map(str(self._path)) as source:
+        with pa.memory_map(self._file.path) as source:
             return pa.ipc.open_file(source).schema
 
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:  # noqa: ARG002
-        with pa.memory_map(str(self._path)) as source:
+        with pa.memory_map(self._file.path) as source:
             reader = pa.ipc.open_file(source)
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)

@@ -87,8 +87,8 @@ class TrainingRows(Protocol):
         """Learns what was met in a piece; whether any of it is new."""
         ...
 
-    def count_rows(self, rows: TableRows) -> TrainingCount | None:
-        """Counts a piece; None if it is not what it seemed, which `met` has then."""
+    def count_rows(self, rows: TableRows, *, of_rows: int) -> TrainingCount | None:
+        """Counts a piece of all rows; None if it is not what it seemed, which `met` has then."""
         ...
 
     def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:
@@ -116,12 +116,13 @@ def count_table(spark: Session, preparation: TrainingRows) -> Counted | None:
         if feature.table not in preparation.hashed
     }
     tables = list(kinds)
-    shared = spark.sparkContext.broadcast((preparation, pieces, tables))
+    of_rows = preparation.rows.rows_read("train")
+    shared = spark.sparkContext.broadcast((preparation, pieces, tables, of_rows))
 
     def count_pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        preparation, pieces, tables = shared.value
+        preparation, pieces, tables, of_rows = shared.value
         for number in numbers_of(batches):
-            yield from _count_piece(preparation, pieces[number], number, tables)
+            yield from _count_piece(preparation, pieces[number], number, tables, of_rows)
 
     counted = pieces_on(spark, len(pieces)).mapInArrow(count_pieces, _COUNTED)
     counted = counted.persist(StorageLevel.DISK_ONLY)
@@ -159,10 +160,10 @@ def count_table(spark: Session, preparation: TrainingRows) -> Counted | None:
 
 
 def _count_piece(
-    preparation: TrainingRows, piece: TableRows, number: int, tables: list[str]
+    preparation: TrainingRows, piece: TableRows, number: int, tables: list[str], of_rows: int
 ) -> Iterator[pa.RecordBatch]:
     try:
-        counted = preparation.count_rows(piece)
+        counted = preparation.count_rows(piece, of_rows=of_rows)
     except EsmmTorchrecError as error:
         yield _state_row(number, Failure(str(error)))
         return

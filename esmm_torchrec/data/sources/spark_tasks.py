@@ -36,9 +36,14 @@ def session() -> Session:
         ) from None
     # Of pandas, nothing is used there.
     warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit chooses the Python of a cluster
+    builder = SparkSession.builder.appName("esmm_torchrec")
+    if not {"PYSPARK_GATEWAY_PORT", "PYSPARK_SUBMIT_ARGS"} & os.environ.keys():
+        # Not by spark-submit, which chooses the Python of a cluster: all is in one JVM, for which
+        # Spark's own default of 1 GB is too little.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    return SparkSession.builder.appName("esmm_torchrec").getOrCreate()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+        builder = builder.config("spark.driver.memory", f"{max(1024, memory // 4)}m")
+    return builder.getOrCreate()
 
 
 class Failure(NamedTuple):

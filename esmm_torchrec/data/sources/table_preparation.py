@@ -197,7 +197,11 @@ class Preparation:
         )
 
     def count_rows(
-        self, rows: TableRows, on_rows: Callable[[int], object] = lambda _: None
+        self,
+        rows: TableRows,
+        on_rows: Callable[[int], object] = lambda _: None,
+        *,
+        of_rows: int | None = None,
     ) -> TrainingCount | None:
         """Counts training rows; None if a list or a text appeared unexpectedly, which
         `met` has then.
@@ -205,6 +209,7 @@ class Preparation:
         Args:
             rows: all of them, or a piece.
             on_rows: is called with how many more have been read.
+            of_rows: how many all pieces have, about.
         """
         columns, hashed = self.features, self.hashed
         counters = {
@@ -212,7 +217,7 @@ class Preparation:
             for feature in columns.id_features
             if feature.table not in hashed
         }
-        fitter = DenseFitter(len(columns.dense))
+        fitter = DenseFitter(len(columns.dense), of_rows)
         count, skipped = 0, Skipped(BadRows(rows.max_bad_rows))
         for block in rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):

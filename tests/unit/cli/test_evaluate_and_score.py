@@ -19,9 +19,11 @@ import pytest
 
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.sources.tabular import prepare_table
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.predictor import Predictor
+from tests.store import CREDENTIALS, serve
 
 SCORES = ["sample_id", "pctr", "pcvr", "pctcvr"]
 TEST_ROWS = 150
@@ -432,7 +434,6 @@ def test_the_name_says_what_is_written(
         (["--out", "x.json"], "--out x.json is of unknown kind; end its name in one of .parquet, "),
         (["--out", "x.csv", "--keep", "pctr"], "new.parquet has no column 'pctr'"),
         (["--out", "x", "--data", "data"], "give either --data or --input"),
-        (["--out", "s3://bucket/x"], "--out s3://bucket/x is a URI, to which only --data can be"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused(
@@ -477,6 +478,29 @@ def test_a_folder_of_files_is_scored_file_by_file_and_goes_on(
     )
     (tmp_path / "day" / names[2]).write_bytes((tmp_path / "day" / names[0]).read_bytes())
     assert f"has changed since {out / names[2]} was made" in _refused(command, capsys)
+
+
+def test_rows_and_scores_may_be_in_a_store(
+    folder: Path,
+    scores: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with serve() as store:
+        Location.of(store.uri("bucket/new.parquet")).copy_from(folder / "new.parquet")
+        out = store.uri("bucket/scores.parquet")
+        given = ["score", str(folder / "run"), "--input", store.uri("bucket/new.parquet")]
+        main([*given, "--out", out])
+        with Location.of(out).open_input() as file:
+            scored = pd.read_parquet(file)
+        np.testing.assert_allclose(scored[SCORES[1:]], scores[SCORES[1:]], atol=1e-6)
+        capsys.readouterr()
+        assert "s3://bucket/scores.parquet exists already" in _refused(
+            [*given, "--out", out], capsys
+        )
+        assert "let --out end in .parquet" in _refused([*given, "--out", "folder"], capsys)
 
 
 def test_several_inputs_go_to_one_file_in_order(

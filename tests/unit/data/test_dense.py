@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,18 @@ def test_the_result_depends_on_the_rows_and_not_on_the_blocks(monkeypatch: pytes
     assert whole.fit(methods) == pieces.fit(methods)
     apart[0].merge(apart[1])
     assert apart[0].fit(methods) == whole.fit(methods)
+    # A part of many keeps its share of the sample alone.
+    monkeypatch.setattr(dense, "MIN_SAMPLE_ROWS", 100)
+    everything, parts = DenseFitter(2), [DenseFitter(2, of_rows=len(values)) for _ in range(9)]
+    everything.add(values, numbers)
+    for part, piece in zip(parts, np.array_split(numbers, 9), strict=True):
+        part.add(values[piece], piece)
+    assert sum(len(pickle.dumps(part)) for part in parts) < len(pickle.dumps(values)) // 2
+    together = DenseFitter(2)
+    for part in parts:
+        together.merge(part)
+    assert together.fit(methods) == everything.fit(methods)
+    monkeypatch.undo()
     # A sample: near the whole, and not equal to it.
     mean = whole.fit(methods)["a"].mean
     assert mean == pytest.approx(NORMAL.mean(), abs=2.0)

@@ -1,13 +1,17 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
 from esmm_torchrec.data import storage
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.storage import HashedOutput, Location
+from esmm_torchrec.data.sources.append import append_table
+from esmm_torchrec.data.sources.tabular import prepare_table
+from esmm_torchrec.data.storage import HashedOutput, Location, staged
 from esmm_torchrec.errors import DataError
 from tests.prepared_data import write_data_set
 from tests.store import CREDENTIALS, Store, serve
@@ -136,6 +140,85 @@ def test_a_preparation_that_fails_leaves_nothing_in_the_store(
         write_data_set(store.uri("bucket/failed"))
     assert any("bucket/failed/train" in path for method, path, _ in store.requests)
     assert names(store, "bucket/failed") == []
+
+
+def test_raw_rows_may_be_in_a_store(store: Store, tmp_path: Path):
+    """A file, a folder, and a pattern of folders; found as they are on a disk."""
+    days = [("2026-10-31", 7), ("2026-11-01", 3), ("2026-11-02", 4)]
+    for day, rows in days:
+        for part in range(2):
+            n = np.arange(rows * (part + 1))
+            table = pa.table({"click": n % 2, "buy": n % 2 * (n % 3 == 0), "item": n % 5})
+            for root in (str(tmp_path), store.uri("bucket")):
+                beginning, question, query = root.partition("?")
+                file = f"{beginning}/log/day={day}/part-{part}.parquet{question}{query}"
+                with Location.of(file).open_output() as output:
+                    pq.write_table(table, output)
+    (Location.of(store.uri("bucket")) / "log/day=2026-11-01/_SUCCESS").write_bytes(b"")
+    columns = {"click": "click", "conversion": "buy", "ids": ["item"]}
+    here = prepare_table(
+        tmp_path / "here",
+        train=f"{tmp_path}/log/day=2026-11-*",
+        test=[f"{tmp_path}/log/day=2026-10-31", f"{tmp_path}/log/day=2026-11-01/part-1.parquet"],
+        **columns,
+    )
+    there = prepare_table(
+        tmp_path / "there",
+        train=store.uri("bucket/log/day=2026-11-*"),
+        test=[
+            store.uri("bucket/log/day=2026-10-31"),
+            store.uri("bucket/log/day=2026-11-01/part-1.parquet"),
+        ],
+        **columns,
+    )
+    assert (here.splits["train"].impressions, here.splits["test"].impressions) == (21, 27)
+    assert there.description() == here.description()
+
+    remote = store.uri("bucket/prepared")
+    prepare_table(remote, train=f"{tmp_path}/log/day=2026-11-*", split="share:0.7", **columns)
+    prepare_table(
+        tmp_path / "local", train=f"{tmp_path}/log/day=2026-11-*", split="share:0.7", **columns
+    )
+    more = f"{tmp_path}/log/day=2026-10-31"
+    append_table(tmp_path / "local", train=more, day="late")
+    (Location.of(remote) / "days/late/dataset.json").write_bytes(b"of one that was killed")
+    added = append_table(remote, train=more, day="late")
+    assert str(added.root) == "s3://bucket/prepared/days/late"
+    whole, expected = (PreparedDataSet.open(place) for place in (remote, tmp_path / "local"))
+    assert whole.days == ("late",)
+    assert whole.statistics == expected.statistics
+    assert whole.splits["train"].happened == expected.splits["train"].happened
+    whole.verify()
+    with pytest.raises(DataError, match="has the day late already"):
+        append_table(remote, train=more, day="late")
+
+    for missing in ("none", "log/day=2025-*", "log/day=2026-11-01/_SUCCESS"):
+        with pytest.raises(
+            DataError, match=f"s3://bucket/{missing.replace('*', '.')} is not|no Parquet"
+        ):
+            prepare_table(
+                tmp_path / "no", train=store.uri(f"bucket/{missing}"), split="share:0.5", **columns
+            )
+
+
+def test_what_is_staged_comes_to_the_store_when_it_is_whole(store: Store, tmp_path: Path):
+    with staged(str(tmp_path / "x")) as path:
+        assert path == tmp_path / "x"
+    with staged(store.uri("bucket/package"), last="b.json") as path:
+        for name in ("b.json", "a", "deep/c"):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(name)
+        assert names(store, "bucket/package") == []
+    puts = [path for method, path, _ in store.requests if method == "PUT" and "package" in path]
+    assert puts[-1] == "/bucket/package/b.json"
+    assert sorted(puts)[:2] == ["/bucket/package/a", "/bucket/package/b.json"]
+    assert (Location.of(store.uri("bucket/package")) / "deep/c").read_bytes() == b"deep/c"
+    with pytest.raises(DataError, match="package exists already"):
+        staged(store.uri("bucket/package")).__enter__()
+    one = staged(store.uri("bucket/one.parquet"))
+    one.__enter__().write_text("half")
+    assert not one.__exit__(KeyError, KeyError(), None)
+    assert names(store, "bucket/one.parquet") == []
 
 
 def test_missing_and_truncated_objects_are_named(store: Store):

@@ -22,7 +22,9 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS
 from esmm_torchrec.data.sources.append import append_table
 from esmm_torchrec.data.sources.tabular import prepare_table
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.errors import DataError, OptionError
+from tests.store import CREDENTIALS, serve
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[4]
@@ -81,6 +83,7 @@ def _session(master: str) -> Any:
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ |= CREDENTIALS
     builder = SparkSession.builder.master(master).config("spark.ui.enabled", "false")
     session = builder.config("spark.sql.shuffle.partitions", "2").getOrCreate()
     session.sparkContext.setLogLevel("OFF")
@@ -172,6 +175,29 @@ def test_errors_of_tasks_are_sentences(logs: Path, spark: Any, tmp_path: Path) -
             engine=spark,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_read_and_write_a_store(logs: Path, spark: Any, tmp_path: Path) -> None:
+    options = OPTIONS | {"max_bad_rows": 20}
+    with serve() as store:
+        for file in logs.iterdir():
+            Location.of(store.uri(f"bucket/log/{file.name}")).copy_from(file)
+        files = {
+            "train": store.uri("bucket/log/train-*.parquet"),
+            "test": store.uri("bucket/log/test.parquet"),
+        }
+        there = prepare_table(store.uri("bucket/out"), key="user", engine=spark, **options, **files)
+        here = prepare_table(tmp_path / "here", key="user", **options, **_files(logs))
+        for split in SPLITS:
+            tables = []
+            for part in there.splits[split].impression_parts:
+                with (there.root / part.file).open_input() as source:
+                    tables.append(pq.read_table(source))
+            assert (
+                pa.concat_tables(tables)
+                .drop_columns(["price"])
+                .equals(_rows(here, split).drop_columns(["price"]))
+            )
 
 
 _ON_A_CLUSTER = """

@@ -1,0 +1,182 @@
+"""Figures of impressions that lie on many ranks, where no rank could hold them all.
+
+Sums of fit add up. For an AUC, the ranks divide the range of the scores among themselves: each
+sorts what it has, sends every other rank the scores in its range, and counts the ordered pairs in
+its own range and across those below. So a rank holds about its share of the scores twice, and the
+result is the exact, tie-aware AUC of `ranking.auc` over all impressions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from esmm_torchrec.metrics.probability import Prediction, ProbabilityFit, fit
+from esmm_torchrec.metrics.ranking import ordered_bits
+from esmm_torchrec.metrics.scored import ScoredImpressions, Scores
+
+SAMPLES = 1024
+"""Scores of each rank that say how the range is divided. A rank gets at most about 1 / SAMPLES of
+all impressions more than its share, and those of one score, which stay together."""
+
+
+class _Ties(NamedTuple):
+    """Distinct scores in ascending order, with the weight of the impressions that have each."""
+
+    scores: NDArray[np.uint32]
+    """Bits that compare as the scores do."""
+    positive: NDArray[Any]
+    """int64, or float64 if there are weights."""
+    negative: NDArray[Any]
+
+
+def measure_in_parts(own: ScoredImpressions) -> dict[str, dict[str, Any]]:
+    """Those figures of part "test" of `report.measure` that are sums and AUCs; every rank calls it
+    and gets those of all.
+
+    Args:
+        own: the impressions of this rank, which may be none.
+    """
+    values: dict[str, Any] = {"impressions": own.size}
+    values |= {f"{task.name}s": int(own.happened(task.name).sum()) for task in own.tasks}
+    if own.weight is not None:
+        values["sum_of_weights"] = float(own.weight.sum(dtype=np.float64))
+    values = _summed(values)
+    reasons: dict[str, str] = {}
+    for name, _, task, given in own.tasks.probabilities:
+        rows = slice(None) if given is None else own.happened(given.name)
+        label = own.happened(task.name)[rows]
+        weights = None if own.weight is None else own.weight[rows]
+        prediction = own.scores.get(name)
+        sums = area = None
+        reason = f"the model gives no {name} score"
+        if prediction is not None:
+            sums = _fit(prediction[rows], label, weights)
+            reason = f"a {name} score is not finite"
+            if sums is not None:
+                area = auc_in_parts(prediction[rows].values, label, weights)
+                reason = f"{task.name} is the same for all impressions"
+        mass = np.ones(len(label)) if weights is None else weights.astype(np.float64)
+        total, happened = np.sum(_gathered((mass.sum(), mass[label].sum())), axis=0).tolist()
+        figures = {
+            "auc": area,
+            "log_loss": sums and sums.log_loss,
+            "ne": sums and sums.normalised_entropy,
+            "calibration": sums and sums.calibration,
+            "pcoc": sums and sums.calibration,
+            "base_rate": happened / total if total else None,
+        }
+        for figure, value in figures.items():
+            values[f"{name}_{figure}"] = value
+            if value is None:
+                reasons[f"{name}_{figure}"] = reason
+    return {"test": values | {"reasons": reasons}}
+
+
+def auc_in_parts(
+    scores: Scores, labels: NDArray[np.bool_], weights: NDArray[np.floating] | None = None
+) -> float | None:
+    """AUC over the rows of all ranks, as `ranking.auc` gives it; every rank calls it.
+
+    Args:
+        scores: float32 (n,), of this rank, not NaN.
+        labels: bool (n,).
+        weights: (n,), not negative; None on all ranks: all 1.
+    """
+    ties = _ties(ordered_bits(scores), labels, weights)
+    ties = _merged(_exchanged(ties, _splitters(ties)))
+    totals = _gathered((ties.positive.sum().item(), ties.negative.sum().item()))
+    positive, negative = (sum(column) for column in zip(*totals, strict=True))
+    if not positive * negative:
+        return None
+    below = sum(of_rank[1] for of_rank in totals[: dist.get_rank()])
+    ranked = np.cumsum(ties.negative) - ties.negative + below
+    # In integers, if there are no weights: 2^63 is enough for 10^10 impressions of which 4 % click.
+    twice = sum(_gathered((ties.positive * (2 * ranked + ties.negative)).sum().item()))
+    return twice / (2 * positive * negative)
+
+
+def _ties(
+    bits: NDArray[np.uint32], labels: NDArray[np.bool_], weights: NDArray[np.floating] | None
+) -> _Ties:
+    mass = np.ones(len(bits), np.int64) if weights is None else weights.astype(np.float64)
+    return _merged(_Ties(bits, mass * labels, mass * ~labels))
+
+
+def _merged(ties: _Ties) -> _Ties:
+    """In order, and each score once."""
+    order = np.argsort(ties.scores)
+    scores = ties.scores[order]
+    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]]) if len(scores) else order
+    positive, negative = (
+        np.add.reduceat(mass[order], starts) if len(scores) else mass
+        for mass in (ties.positive, ties.negative)
+    )
+    return _Ties(scores[starts], positive, negative)
+
+
+def _splitters(ties: _Ties) -> NDArray[np.uint32]:
+    """(W − 1,): where the range of one rank ends and that of the next begins, the same on all.
+
+    Each sample means as many impressions as its rank has for one.
+    """
+    reached = np.cumsum(ties.positive + ties.negative)
+    total = reached[-1].item() if len(reached) else 0
+    at = np.searchsorted(reached, (np.arange(SAMPLES) + 0.5) / SAMPLES * total)
+    own = ties.scores[at] if total else ties.scores[:0]
+    by_rank = _gathered((own, total))
+    samples = np.concatenate([of_rank for of_rank, _ in by_rank])
+    mass = np.concatenate([np.full(len(of), total / SAMPLES) for of, total in by_rank])
+    order = np.argsort(samples, kind="stable")
+    world_size = len(by_rank)
+    if not len(samples):
+        return np.zeros(world_size - 1, np.uint32)
+    reached = np.cumsum(mass[order])
+    at = np.searchsorted(reached, np.arange(1, world_size) / world_size * reached[-1])
+    return samples[order][np.minimum(at, len(samples) - 1)]
+
+
+def _exchanged(ties: _Ties, splitters: NDArray[np.uint32]) -> _Ties:
+    """What all ranks have in the range of this one."""
+    ends = np.append(np.searchsorted(ties.scores, splitters, side="left"), len(ties.scores))
+    sent = np.diff(ends, prepend=0).tolist()
+    counts = torch.tensor(sent)
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts)
+    sizes: list[int] = received.tolist()
+    columns = []
+    # torch cannot send uint32.
+    for column in (ties.scores.astype(np.int64), ties.positive, ties.negative):
+        own = torch.from_numpy(np.ascontiguousarray(column))
+        got = own.new_empty(sum(sizes))
+        dist.all_to_all_single(got, own, sizes, sent)
+        columns.append(got.numpy())
+    return _Ties(columns[0].astype(np.uint32), columns[1], columns[2])
+
+
+def _fit(
+    prediction: Prediction, label: NDArray[np.bool_], weights: NDArray[np.floating] | None
+) -> ProbabilityFit | None:
+    """The sums over all ranks; None if a score is not finite."""
+    finite = bool(np.isfinite(prediction.values).all())
+    of_ranks = _gathered(fit(prediction, label, weights) if finite else None)
+    found = [of_rank for of_rank in of_ranks if of_rank is not None]
+    if len(found) < len(of_ranks):
+        return None
+    names = ("rows", "predicted", "observed", "loss", "oracle_loss")
+    return ProbabilityFit(**{name: sum(getattr(one, name) for one in found) for name in names})
+
+
+def _summed(values: dict[str, Any]) -> dict[str, Any]:
+    by_rank = _gathered(values)
+    return {name: sum(of_rank[name] for of_rank in by_rank) for name in values}
+
+
+def _gathered(value: Any) -> list[Any]:
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, value)
+    return everything
