@@ -489,6 +489,23 @@ def test_the_papers_figures_stand_beside_generated_worlds_only(compared: dict[st
     assert not any("paper" in heading for heading in headline_rows(compared["fixed"])[0])
 
 
+def test_relative_improvement_is_over_base(compared: dict[str, Any]) -> None:
+    results = compared["worlds"]
+    heading, *rows = headline_rows(results)
+    auc = {name: of["1"]["cvr_auc"]["mean"] for name, of in results["methods"].items()}
+    for row in rows:
+        shown = float(row[heading.index("RelaImpr")].rstrip("%").replace("−", "-"))
+        expected = 100 * ((auc[row[0]] - 0.5) / (auc["BASE"] - 0.5) - 1)
+        assert shown == pytest.approx(expected, abs=0.051)
+    of_method = results["methods"]["ESMM"]["1"]
+    row = next(row for row in rows if row[0] == "ESMM")
+    for title, metric, factor in (
+        ("CVR GAUC %", "gauc_cvr", 100),
+        ("PCOC, entire space", "cvr_pcoc_entire_space", 1),
+    ):
+        assert row[heading.index(title)].startswith(f"{of_method[metric]['mean'] * factor:.2f} ±")
+
+
 def test_times_add_up(compared: dict[str, Any]) -> None:
     rows = time_rows(compared["worlds"])
     together = sum(float(row[3]) for row in rows[1:-1])
