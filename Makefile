@@ -94,10 +94,10 @@ paper-small: install
 paper-grid: paper
 	$(BIN)/python benchmarks/methods_grid.py --settings paper --out bench/methods-grid
 
-# What came after, in worlds of the paper's rates of 2 000 000 training impressions.
+# What came after, in worlds of the paper's rates of 1 000 000 training impressions.
 after: install
-	$(BIN)/esmm-torchrec compare --out after --methods after --seeds 3 --trials 16 --epochs 2 \
-		--world.impressions 4000000
+	$(BIN)/esmm-torchrec compare --out after --methods after --seeds 3 --trials 8 --epochs 2 \
+		--world.impressions 2000000
 
 after-small: install
 	$(BIN)/esmm-torchrec compare --out after-small --methods after --seeds 3 --trials 1 --epochs 1 \
