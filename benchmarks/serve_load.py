@@ -3,8 +3,8 @@
     python benchmarks/serve_load.py PACKAGE [--seconds 20] [--clients 32] [--reloads 20]
 
 Clients send requests of `--rows` impressions each one after the other over connections that stay
-open, from one process beside the server. While they do, a link is pointed to a copy of the package
-and back, `--reloads` times; every request must be answered 200.
+open, from one process beside the server: the machine needs a core for each. While they do, a link
+is pointed to a copy of the package and back, `--reloads` times; every request must be answered 200.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import httpx
 import numpy as np
 import tyro
 from alternate import publish
@@ -47,61 +46,81 @@ class Options:
     """JSON file for the figures."""
 
 
+class Seen(NamedTuple):
+    """A request and its answer."""
+
+    seconds: float
+    status: int
+    """0: the connection was lost."""
+    model: str
+
+
 async def ask(
-    client: httpx.AsyncClient, body: bytes, until: asyncio.Event, seen: list[tuple[float, int, str]]
+    address: tuple[str, int], request: bytes, until: asyncio.Event, seen: list[Seen]
 ) -> None:
-    """Sends requests one after the other."""
-    headers = {"content-type": "application/json"}
+    """Sends requests one after the other over one connection, by as little code as can be: the
+    client has the other core of the machine."""
+    reader, writer = await asyncio.open_connection(*address)
     while not until.is_set():
-        start = time.perf_counter()
+        start, status, model = time.perf_counter(), 0, ""
         try:
-            answer = await client.post("/score", content=body, headers=headers)
-            status, model = answer.status_code, answer.headers.get("x-model", "")
-        except httpx.HTTPError:
-            status, model = 0, ""
-        seen.append((time.perf_counter() - start, status, model))
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            headers = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+            await reader.readexactly(int(headers[b"content-length"]))
+            status, model = int(head.split(b" ", 2)[1]), headers.get(b"x-model", b"").decode()
+        except (OSError, asyncio.IncompleteReadError):
+            reader, writer = await asyncio.open_connection(*address)
+        seen.append(Seen(time.perf_counter() - start, status, model))
+    writer.close()
 
 
-async def load(options: Options, url: str, body: bytes, link: Path, targets: list[Path]) -> Any:
-    """Both parts."""
-    limits = httpx.Limits(max_connections=options.clients)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
-        until, seen = asyncio.Event(), []
-        clients = [
-            asyncio.create_task(ask(client, body, until, seen)) for _ in range(options.clients)
-        ]
-        await asyncio.sleep(2)  # to warm up
-        seen.clear()
-        start = time.perf_counter()
-        await asyncio.sleep(options.seconds)
-        measured, elapsed = list(seen), time.perf_counter() - start
-        seen.clear()
-        for number in range(options.reloads):
-            new = link.with_name("new")
-            new.symlink_to(targets[(number + 1) % 2])
-            new.replace(link)
-            before = seen[-1][2] if seen else ""
-            while not seen or seen[-1][2] in ("", before):
-                await asyncio.sleep(0.05)
-        until.set()
-        await asyncio.gather(*clients)
-    seconds = np.array([one[0] for one in measured])
+async def load(
+    options: Options, address: tuple[str, int], request: bytes, link: Path, targets: list[Path]
+) -> dict[str, Any]:
+    """The figures, and then the reloads."""
+    until, seen = asyncio.Event(), []
+    clients = [
+        asyncio.create_task(ask(address, request, until, seen)) for _ in range(options.clients)
+    ]
+    await asyncio.sleep(2)  # to warm up
+    seen.clear()
+    start = time.perf_counter()
+    await asyncio.sleep(options.seconds)
+    measured, elapsed = list(seen), time.perf_counter() - start
+    seen.clear()
+    reloads = []
+    for number in range(options.reloads):
+        new = link.with_name("new")
+        new.symlink_to(targets[(number + 1) % 2])
+        new.replace(link)
+        start, before = time.perf_counter(), seen[-1].model if seen else ""
+        while not seen or seen[-1].model in ("", before):
+            await asyncio.sleep(0.01)
+        reloads.append(time.perf_counter() - start)
+    until.set()
+    await asyncio.gather(*clients)
+    seconds = np.array([one.seconds for one in measured])
     return {
         "requests_per_second": len(measured) / elapsed,
         "p50_ms": float(np.quantile(seconds, 0.5) * 1e3),
         "p99_ms": float(np.quantile(seconds, 0.99) * 1e3),
-        "statuses": dict(Counter(str(one[1]) for one in measured)),
+        "statuses": dict(Counter(str(one.status) for one in measured)),
         "reloads": options.reloads,
+        "median_seconds_to_a_reload": float(np.median(reloads)) if reloads else None,
         "requests_during_reloads": len(seen),
-        "lost_during_reloads": sum(one[1] != 200 for one in seen),
+        "lost_during_reloads": sum(one.status != 200 for one in seen),
+        "p99_ms_during_reloads": float(np.quantile([o.seconds for o in seen] or [0], 0.99) * 1e3),
     }
 
 
 def main(options: Options) -> None:
     """Starts the server, measures, prints and writes."""
-    request = json.loads((options.package / "example.json").read_text())["request"]
-    row = {name: values[0] for name, values in request.items()}
+    example = json.loads((options.package / "example.json").read_text())["request"]
+    row = {name: values[0] for name, values in example.items()}
     body = json.dumps({"rows": [row] * options.rows}).encode()
+    head = "POST /score HTTP/1.1\r\nhost: loopback\r\ncontent-type: application/json\r\n"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
     with tempfile.TemporaryDirectory() as temporary:
         other, link = Path(temporary, "other"), Path(temporary, "model")
         shutil.copytree(options.package, other)
@@ -114,9 +133,9 @@ def main(options: Options) -> None:
         )
         try:
             assert server.stdout is not None
-            (url,) = re.findall(r"http://\S+", server.stdout.readline())
+            ((host, port),) = re.findall(r"http://([\d.]+):(\d+)", server.stdout.readline())
             targets = [options.package.resolve(), other]
-            figures = asyncio.run(load(options, url, body, link, targets))
+            figures = asyncio.run(load(options, (host, int(port)), request, link, targets))
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(timeout=60)

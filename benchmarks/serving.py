@@ -1,9 +1,10 @@
 """Time of one request, raw values in and scores out, in one thread.
 
-    python benchmarks/serving.py [--turns 9] [--out serving.json]
+    python benchmarks/serving.py [--tower 360 200 80] [--turns 9] [--out serving.json]
 
-A model of 16 single-valued features (2 of them text), 2 lists and 4 dense columns at the default
-shape of `train`. A request has 1 or 512 impressions as columns. The contenders take turns:
+A model of 16 single-valued features (2 of them text), 2 lists and 4 dense columns, with the default
+towers of `train` if no others are given. A request has 1 or 512 impressions as columns. The
+contenders take turns:
 
     TorchRec module    the run's own model, from encoded ids and lengths (no raw values, no scores)
     eager program      `Predictor` of the run
@@ -55,6 +56,8 @@ class Options:
     """Requests of one impression in a turn; a fifth of that of 512."""
     rows: int = 20_000
     """Impressions to train on."""
+    tower: tuple[int, ...] = (360, 200, 80)
+    """Widths of the hidden layers of each tower."""
     out: Path | None = None
     """JSON file for the figures."""
 
@@ -79,8 +82,10 @@ def impressions(rows: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def prepared_models(folder: Path, rows: int) -> dict[str, Path]:
-    """A run and its packages."""
+def prepared_models(
+    folder: Path, rows: int, tower: tuple[int, ...], *train: str
+) -> dict[str, Path]:
+    """A run of one pass, with further options of `train`, and its packages."""
     impressions(rows, 0).to_parquet(folder / "train.parquet")
     impressions(2000, 1).to_parquet(folder / "test.parquet")
     names = [name for name in impressions(1, 0) if name not in ("click", "conversion")]
@@ -90,7 +95,8 @@ def prepared_models(folder: Path, rows: int) -> dict[str, Path]:
     labels = ["--click", "click", "--conversion", "conversion"]
     data, run = str(folder / "data"), str(folder / "run")
     command(["prepare", "table", data, *halves, *labels, "--id", *ids, "--dense", *dense])
-    command(["train", "--data", data, "--out", run])
+    shape = ["--tower", *map(str, tower), "--epochs", "1", *train]
+    command(["train", "--data", data, "--out", run, *shape])
     command(["export", run, str(folder / "plain")])
     command(["export", run, str(folder / "compiled"), "--format", "aoti"])
     return {name: folder / name for name in ("run", "plain", "compiled")}
@@ -131,7 +137,7 @@ def main(options: Options) -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        models = prepared_models(folder, options.rows)
+        models = prepared_models(folder, options.rows, options.tower)
         torch.set_num_threads(1)  # training has set its own
         predictors = {name: Predictor(path) for name, path in models.items()}
         compiled = predictors["compiled"]

@@ -35,13 +35,22 @@ class Options:
     """Where the program runs."""
     step: int | None = None
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
+    calibrated: bool = False
+    """Calibrate the probabilities as 'calibrate' fitted it."""
 
 
 def run(options: Options) -> None:
     """Exports, then says what is where."""
     folder = RunFolder.open(options.run)
     with staged(options.out, last=DESCRIPTION) as out:
-        package = export(folder, out, form=options.format, step=options.step, device=options.device)
+        package = export(
+            folder,
+            out,
+            form=options.format,
+            step=options.step,
+            device=options.device,
+            calibrated=options.calibrated,
+        )
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(described(folder, package.step))
     print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md says what is in it)")

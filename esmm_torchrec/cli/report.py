@@ -10,14 +10,13 @@ import tyro
 
 from esmm_torchrec.checkpoints.files import find_checkpoint
 from esmm_torchrec.checkpoints.state import load_model
-from esmm_torchrec.data.field_values import field_values
+from esmm_torchrec.data.field_values import field_values, usual_fields
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.schema import Schema
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.process_group import process_group
@@ -57,7 +56,7 @@ def run(options: Options) -> None:
     folder.check_data(data)
     weights = folder.config["options"]["history_weights"]
     split = MappedSplit.open(dataset, "test", history_weights=weights)
-    names = options.by or _fields(dataset.schema)
+    names = options.by or usual_fields(dataset, MAX_FIELDS)
     fields = {name: field_values(dataset, split, name) for name in names}
     step = chosen_step(folder, options.step)
     with process_group("cpu") as ranks:
@@ -73,11 +72,3 @@ def run(options: Options) -> None:
     out.write_text(page)
     print(described(folder, step))
     print(f"report: {out}")
-
-
-def _fields(schema: Schema) -> list[str]:
-    """Those with the fewest values first: they say most at a glance."""
-    single = [feature for feature in schema.id_features if not feature.multi_valued]
-    single.sort(key=lambda feature: schema.table(feature.table).num_embeddings)
-    dense = [name for name in schema.dense_features if not name.endswith("__missing")]
-    return [*(feature.name for feature in single), *dense][:MAX_FIELDS]

@@ -67,6 +67,9 @@ class Options:
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
+    calibrated: bool = False
+    """Write the probabilities as 'calibrate' has calibrated them. An exported model has been
+    exported so or otherwise."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):
@@ -106,7 +109,7 @@ def _score_with_package(options: Options, out: Path) -> None:
         raise OptionError("an exported model is scored by one process; start it without torchrun")
     model = Package.open(options.run)
     jobs, score_folder = _jobs(options, out, lambda: _made_by(options, model.fingerprint))
-    predictor = Predictor(options.run)
+    predictor = Predictor(options.run, calibrated=options.calibrated)
     written, bad_rows = Written(), BadRows(options.max_bad_rows)
     for rows, scores in jobs:
         bad_before = bad_rows.count
@@ -144,13 +147,28 @@ def _score_split(options: Options, ranks: Ranks) -> None:
         )
     else:
         split = MappedSplit.open(dataset, options.split, history_weights=weights)
+    calibration = folder.calibration(step) if options.calibrated else None
     model = restore(
         folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
     )
     if isinstance(split, StreamedSplit):
-        score_streamed(model, split, options.out, ranks, batch_size=options.batch_size)
+        score_streamed(
+            model,
+            split,
+            options.out,
+            ranks,
+            batch_size=options.batch_size,
+            calibration=calibration,
+        )
     else:
-        score(model, split, Path(options.out), ranks, batch_size=options.batch_size)
+        score(
+            model,
+            split,
+            Path(options.out),
+            ranks,
+            batch_size=options.batch_size,
+            calibration=calibration,
+        )
     if ranks.is_first:
         print(described(folder, step))
         print(f"{split.impressions:,} impressions scored: {options.out}")
@@ -160,6 +178,7 @@ def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     ranks.from_first(lambda: check_preprocessing(folder))
+    calibration = folder.calibration(step) if options.calibrated else None
     jobs, score_folder = ranks.from_first(
         lambda: _jobs(options, out, lambda: _made_by(options, identity(folder, step)))
     )
@@ -185,7 +204,15 @@ def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
                     )
                 )
             split = MappedSplit.map(laid_out, folder.schema)
-            score(models[0], split, scores, ranks, batch_size=options.batch_size, rows=encoded)
+            score(
+                models[0],
+                split,
+                scores,
+                ranks,
+                batch_size=options.batch_size,
+                rows=encoded,
+                calibration=calibration,
+            )
         finally:
             if ranks.is_first:
                 remove(laid_out)
@@ -227,7 +254,12 @@ def _jobs(
 
 
 def _made_by(options: Options, model: str) -> dict[str, Any]:
-    return {"model": model, "keep": list(options.keep), "max_bad_rows": options.max_bad_rows}
+    return {
+        "model": model,
+        "calibrated": options.calibrated,
+        "keep": list(options.keep),
+        "max_bad_rows": options.max_bad_rows,
+    }
 
 
 def _tell(options: Options, written: Written, bad_rows: BadRows, training: PreparedDataSet) -> None:

@@ -9,11 +9,27 @@ import numpy as np
 
 from esmm_torchrec.data.mapped import MappedBags, MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.sources.feature_columns import CONSTANT
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.schema import SHARED_ROW, UNKNOWN_ROW
+from esmm_torchrec.schema import SHARED_ROW, UNKNOWN_ROW, missing_column
 
 DENSE_PARTS = 10
 """Parts of equally many impressions that a dense field is divided into."""
+
+
+def usual_fields(dataset: PreparedDataSet, most: int) -> list[str]:
+    """Fields to show figures by if nobody chose any, at most `most`: those with the fewest values
+    first, which say most at a glance."""
+    schema, tables = dataset.schema, set(dataset.vocabulary_tables)
+    single = [
+        feature
+        for feature in schema.id_features
+        if not feature.multi_valued and feature.table in tables and feature.name != CONSTANT
+    ]
+    single.sort(key=lambda feature: schema.table(feature.table).num_embeddings)
+    indicators = {missing_column(name) for name in schema.dense_features}
+    dense = [name for name in schema.dense_features if name not in indicators]
+    return [*(feature.name for feature in single), *dense][:most]
 
 
 class FieldValues(NamedTuple):
@@ -24,6 +40,8 @@ class FieldValues(NamedTuple):
     names: list[str]
     """Raw ids, "unknown" (rare, or not seen in training) and "missing"; or the ranges of a dense
     feature, which is standardised."""
+    are_ranges: bool = False
+    """Whether the names are ranges, in ascending order."""
 
 
 def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldValues:
@@ -73,4 +91,4 @@ def _dense(values: np.ndarray) -> FieldValues:
     edges = np.unique(np.quantile(values, np.linspace(0, 1, DENSE_PARTS + 1)))
     codes = np.searchsorted(edges[1:-1], values, side="right")
     ends = pairwise(edges) if len(edges) > 1 else [(edges[0], edges[0])]
-    return FieldValues(codes, [f"{low:.3g} to {high:.3g}" for low, high in ends])
+    return FieldValues(codes, [f"{low:.3g} to {high:.3g}" for low, high in ends], True)

@@ -72,8 +72,12 @@ class HashedIds:
         check_kind(ids, self.kind)
         is_there = ids.is_valid().to_numpy(zero_copy_only=False)
         if self.kind == "text":
-            values = text_hashes(ids.fill_null(""))
+            rows = self.rows_of(text_hashes(ids.fill_null("")))
         else:
-            values = ids.fill_null(0).to_numpy().view(np.uint64)
-        rows = splitmix64(values) % np.uint64(self.rows) + np.uint64(1)
-        return np.where(is_there, rows, UNKNOWN_ROW).astype(np.int32)
+            rows = self.rows_of(ids.fill_null(0).to_numpy())
+        return np.where(is_there, rows, np.int32(UNKNOWN_ROW))
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of integer ids (or of the hashes of texts), int32 (n,) from 64-bit integers (n,)."""
+        hashes = splitmix64(ids.view(np.uint64)) % np.uint64(self.rows)
+        return (hashes + np.uint64(1)).astype(np.int32)

@@ -198,17 +198,17 @@ class Vocabulary:
             return rows[encoded.indices.fill_null(-1).to_numpy()]
         if ids.null_count:
             mask = ids.is_valid().to_numpy(zero_copy_only=False)
-            return np.where(mask, self._encode_integers(ids.fill_null(0).to_numpy()), UNKNOWN_ROW)
-        return self._encode_integers(ids.to_numpy())
+            return np.where(mask, self.rows_of(ids.fill_null(0).to_numpy()), UNKNOWN_ROW)
+        return self.rows_of(ids.to_numpy())
 
-    def _encode_integers(self, ids: np.ndarray) -> np.ndarray:
-        low, slots = self._lookup
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of integer ids, int32 (n,) from int64 (n,); the vocabulary holds integers."""
+        if len(self.raw_ids) == 0:
+            return np.full(len(ids), UNKNOWN_ROW, np.int32)
+        first, slots = self._slots
         if slots is not None:
-            # As unsigned, what is below the lowest id wraps around and lands above the highest:
-            # both ends are one comparison. The last slot holds row 0.
-            offsets = ids.view(np.uint64) - np.uint64(low % 2**64)
-            np.minimum(offsets, np.uint64(len(slots) - 1), out=offsets)
-            return slots[offsets.view(np.int64)]
+            # The outermost slots hold row 0, and a difference that overflows is clipped to one.
+            return slots.take(ids - first, mode="clip")
         # Each distinct id once and in order: consecutive searches end near each other.
         distinct, inverse = np.unique(ids, return_inverse=True)
         ordered, rows = self._sorted
@@ -238,14 +238,15 @@ class Vocabulary:
         return self.raw_ids.take(order), (order.to_numpy() + 1).astype(np.int32)
 
     @cached_property
-    def _lookup(self) -> tuple[int, np.ndarray | None]:
+    def _slots(self) -> tuple[int, np.ndarray | None]:
         ids = self.raw_ids.to_numpy()
-        low, high = int(ids.min()), int(ids.max())
-        if high - low + 1 > max(_LOOKUP_SLOTS_PER_ID * len(ids), 1 << 16):
-            return low, None
-        slots = np.full(high - low + 2, UNKNOWN_ROW, np.int32)
-        slots[ids - low] = np.arange(1, len(ids) + 1, dtype=np.int32)
-        return low, slots
+        first, last = int(ids.min()) - 1, int(ids.max()) + 1
+        too_wide = last - first > max(_LOOKUP_SLOTS_PER_ID * len(ids), 1 << 16)
+        if too_wide or first < -(2**63):
+            return first, None
+        slots = np.full(last - first + 1, UNKNOWN_ROW, np.int32)
+        slots[ids - first] = np.arange(1, len(ids) + 1, dtype=np.int32)
+        return first, slots
 
     @cached_property
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from esmm_torchrec.choices import check_choices
 from esmm_torchrec.errors import DataError, OptionError
-from esmm_torchrec.metrics.probability import Floats, Prediction, product
+from esmm_torchrec.metrics.probability import Prediction, product
 from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.tasks import TaskChain
 
@@ -31,9 +30,14 @@ class PlattCurve:
     slope: float
     intercept: float
 
-    def logits(self, scores: NDArray[np.floating]) -> Floats:
-        """Calibrated logits, float64, of scores in their form (logits, or log-probabilities)."""
-        return self.slope * scores.astype(np.float64) + self.intercept
+    def logits(self, scores: Any, xp: Any = np) -> Any:  # noqa: ARG002
+        """Calibrated logits, float64.
+
+        Args:
+            scores: float64 in their form (logits, or log-probabilities), an array of `xp`.
+            xp: numpy or torch.
+        """
+        return self.slope * scores + self.intercept
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,18 @@ class IsotonicCurve:
     probabilities: tuple[float, ...]
     """At those scores, in (0, 1): half an impression away from 0 and 1."""
 
-    def logits(self, scores: NDArray[np.floating]) -> Floats:
-        """Calibrated logits, float64."""
-        p = np.interp(scores.astype(np.float64), self.scores, self.probabilities)
-        return np.log(p) - np.log1p(-p)
+    def logits(self, scores: Any, xp: Any = np) -> Any:
+        """As `PlattCurve.logits`."""
+        if len(self.scores) == 1:
+            p = xp.full_like(scores, self.probabilities[0])
+        else:
+            like = {"dtype": xp.float64, "device": scores.device}
+            knots, heights = xp.asarray(self.scores, **like), xp.asarray(self.probabilities, **like)
+            inside = xp.clip(scores, self.scores[0], self.scores[-1])
+            right = xp.clip(xp.searchsorted(knots, inside), 1, len(self.scores) - 1)
+            share = (inside - knots[right - 1]) / (knots[right] - knots[right - 1])
+            p = heights[right - 1] + share * (heights[right] - heights[right - 1])
+        return xp.log(p) - xp.log1p(-p)
 
 
 CURVES: Mapping[str, Callable[..., Any]] = {
@@ -80,7 +92,9 @@ class Calibration:
             own = scores.get(task.rate)
             curve = self.curves.get(task.rate)
             if own is not None and curve is not None:
-                own = Prediction(curve.logits(own.values).astype(np.float32), "logit")
+                own = Prediction(
+                    curve.logits(own.values.astype(np.float64)).astype(np.float32), "logit"
+                )
             if own is not None:
                 calibrated[task.rate] = own
             before = tasks.given(task)

@@ -1,13 +1,15 @@
-"""Calibration within parts of the impressions: which value of a field is miscalibrated."""
+"""What scores are worth within parts of the impressions: the values of a field."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from esmm_torchrec.metrics.probability import Prediction
+from esmm_torchrec.metrics.probability import Prediction, fit
+from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.scored import ScoredImpressions
 
 BINS = 10
@@ -50,6 +52,54 @@ def measure_slices(
         )
         report[name] = [{"value": names[code], **figures} for code, figures in found]
     return report
+
+
+def figures_by_value(
+    scored: ScoredImpressions,
+    codes: np.ndarray,
+    names: Sequence[str],
+    *,
+    most: int,
+    in_order: bool = False,
+) -> list[dict[str, Any]]:
+    """AUC, NE and PCOC of each probability for the values with the most impressions.
+
+    Args:
+        scored: n impressions.
+        codes: int (n,), the value of each, as a place in `names`.
+        names: of the values.
+        most: how many values at most.
+        in_order: give them in the order of `names`, and not those with the most impressions first.
+
+    Returns:
+        for each value "value", "impressions" and, by `TaskProbability.name`, "ctr auc", "ctr ne",
+        "ctr pcoc" and so on, None where the labels do not allow one.
+    """
+    counts = np.bincount(codes, minlength=len(names))
+    largest = np.argsort(-counts, kind="stable")[:most]
+    largest = np.sort(largest) if in_order else largest
+    rows = []
+    for code in largest[counts[largest] > 0]:
+        row: dict[str, Any] = {"value": names[code], "impressions": int(counts[code])}
+        for name, _, task, given in scored.tasks.probabilities:
+            prediction = scored.scores.get(name)
+            if prediction is None:
+                continue
+            inside = codes == code
+            if given is not None:
+                inside &= scored.happened(given.name)
+            label = scored.happened(task.name)[inside]
+            weights = None if scored.weight is None else scored.weight[inside]
+            sums = fit(prediction[inside], label, weights) if len(label) else None
+            row[f"{name} auc"] = auc(prediction.values[inside], label, weights)
+            row[f"{name} ne"] = None if sums is None else _finite(sums.normalised_entropy)
+            row[f"{name} pcoc"] = None if sums is None else _finite(sums.calibration)
+        rows.append(row)
+    return rows
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
 
 
 def _slices(

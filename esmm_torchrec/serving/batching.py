@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,9 @@ import numpy as np
 from esmm_torchrec.errors import DataError, EsmmTorchrecError
 from esmm_torchrec.serving.inputs import Inputs, Request
 from esmm_torchrec.serving.predictor import Predictor
+
+MAX_TOGETHER = 256
+"""Requests that are answered at the same time, at most."""
 
 
 class Overloaded(EsmmTorchrecError):
@@ -113,66 +117,71 @@ class Batcher:
                 await asyncio.sleep(self._window_seconds)
             self._came.clear()
             while self._waiting:
-                taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                await loop.run_in_executor(self._worker, self._score, loop, taken)
+                number = min(len(self._waiting), MAX_TOGETHER)
+                taken = [self._waiting.popleft() for _ in range(number)]
+                outcomes = await loop.run_in_executor(self._worker, self._score, taken)
+                for waiting, outcome in zip(taken, outcomes, strict=True):
+                    if waiting.answer.done():  # nobody waits for it any more
+                        continue
+                    if isinstance(outcome, BaseException):
+                        waiting.answer.set_exception(outcome)
+                    else:
+                        waiting.answer.set_result(outcome)
 
-    def _score(self, loop: asyncio.AbstractEventLoop, taken: list[_Waiting]) -> None:
-        """In the worker: encodes all, scores them batch by batch."""
+    def _score(self, taken: list[_Waiting]) -> list[Answer | BaseException]:
+        """In the worker: the answer to each request, or its error."""
         try:
-            predictor = self._model()
-            batch: list[tuple[_Waiting, Inputs]] = []
-            rows = 0
-            for waiting in taken:
-                if waiting.answer.cancelled():
-                    continue
-                try:
-                    inputs = predictor.encode(waiting.request)
-                    if inputs.size > self._max_rows:
-                        raise TooManyRows(
-                            f"the request has {inputs.size} impressions and may have "
-                            f"{self._max_rows}; divide it"
-                        )
-                except DataError as error:
-                    _settle(loop, waiting, error)
-                    continue
-                if rows + inputs.size > self._max_rows:
-                    self._run(loop, predictor, batch)
-                    batch, rows = [], 0
-                batch.append((waiting, inputs))
-                rows += inputs.size
-            self._run(loop, predictor, batch)
+            return self._answers(self._model(), [waiting.request for waiting in taken])
         except BaseException as error:
-            for waiting in taken:
-                _settle(loop, waiting, error)
+            return [error] * len(taken)
 
-    def _run(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        predictor: Predictor,
-        batch: list[tuple[_Waiting, Inputs]],
-    ) -> None:
-        if not batch:
-            return
-        together = Inputs.concatenate([inputs for _, inputs in batch])
-        scores = predictor.run_program(together)
-        self._observe(together.size)
-        start = 0
+    def _answers(
+        self, predictor: Predictor, requests: list[Request | Sequence[Request]]
+    ) -> list[Answer | BaseException]:
         assert predictor.package is not None
-        for waiting, inputs in batch:
-            own = {name: one[start : start + inputs.size] for name, one in scores.items()}
-            _settle(loop, waiting, Answer(own, predictor.package.fingerprint))
-            start += inputs.size
+        model = predictor.package.fingerprint
+        parts, sizes = self._encoded(predictor, requests)
+        scores: list[dict[str, np.ndarray]] = []
+        if parts:
+            together = Inputs.concatenate(parts)
+            for batch in together.batches(predictor.encoder.signature, self._max_rows):
+                scores.append(predictor.run_program(batch))
+                self._observe(batch.size)
+        names = scores[0] if scores else ()
+        by_name = {name: np.concatenate([one[name] for one in scores]) for name in names}
+        answers: list[Answer | BaseException] = []
+        start = 0
+        for size in sizes:
+            if isinstance(size, DataError):
+                answers.append(size)
+                continue
+            own = {name: one[start : start + size] for name, one in by_name.items()}
+            answers.append(Answer(own, model))
+            start += size
+        return answers
 
-
-def _settle(
-    loop: asyncio.AbstractEventLoop, waiting: _Waiting, outcome: Answer | BaseException
-) -> None:
-    def settle() -> None:
-        if waiting.answer.done():
-            return
-        if isinstance(outcome, BaseException):
-            waiting.answer.set_exception(outcome)
-        else:
-            waiting.answer.set_result(outcome)
-
-    loop.call_soon_threadsafe(settle)
+    def _encoded(
+        self, predictor: Predictor, requests: list[Request | Sequence[Request]]
+    ) -> tuple[list[Inputs], list[int | DataError]]:
+        """The impressions of all requests, and how many each has, or its error."""
+        of_rows = [one for one in requests if not isinstance(one, Mapping)]
+        sizes = list(map(len, of_rows))
+        if len(requests) == len(of_rows) > 1 and max(sizes) <= self._max_rows:
+            # Rows are encoded in one go, unless one of them is wrong.
+            with suppress(DataError):
+                return [predictor.encode(list(chain.from_iterable(of_rows)))], [*sizes]
+        parts: list[Inputs] = []
+        outcomes: list[int | DataError] = []
+        for request in requests:
+            try:
+                inputs = predictor.encode(request)
+                if inputs.size > self._max_rows:
+                    raise TooManyRows(
+                        f"the request has {inputs.size} impressions and may have "
+                        f"{self._max_rows}; divide it"
+                    )
+                parts.append(inputs)
+                outcomes.append(inputs.size)
+            except DataError as error:
+                outcomes.append(error)
+        return parts, outcomes

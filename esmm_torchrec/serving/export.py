@@ -22,6 +22,7 @@ from esmm_torchrec.data.sources.feature_columns import CONSTANT
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.serving.card_figures import card_figures
 from esmm_torchrec.serving.inputs import InputEncoder
 from esmm_torchrec.serving.model_card import model_card
 from esmm_torchrec.serving.package import (
@@ -54,6 +55,7 @@ def export(
     form: ExportForm = "export",
     step: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    calibrated: bool = False,
 ) -> Package:
     """Writes a package of a run's model.
 
@@ -69,10 +71,11 @@ def export(
             NVIDIA Triton in the folder `TRITON`.
         step: of the checkpoint; None: that of the model.
         device: where the program runs.
+        calibrated: whether the program calibrates its scores as 'calibrate' fitted it.
 
     Raises:
-        RunError: `out` exists, `run` is not a run folder, or it lacks the checkpoint or what
-            encodes raw rows.
+        RunError: `out` exists, `run` is not a run folder, or it lacks the checkpoint, a calibration
+            of it, or what encodes raw rows.
         OptionError: there is no such device.
     """
     out = Path(out)
@@ -88,7 +91,9 @@ def export(
     try:
         partial.mkdir(parents=True)
         tables.mkdir()
-        trained = trained_program(run, step=step, device=device, tables=tables)
+        trained = trained_program(
+            run, step=step, device=device, tables=tables, calibrated=calibrated
+        )
         copy_preprocessing(run.preprocessing, partial / PREPROCESSING)
         rows = RowEncoder.load(partial / PREPROCESSING)
         encoder = InputEncoder(rows)
@@ -103,7 +108,15 @@ def export(
         (partial / EXAMPLE).write_text(json.dumps(example, indent=2) + "\n")
         program_form: PackageForm = "export" if form == "export" else "aoti"
         _write_program(partial / PROGRAM, trained.program, tensors, encoder.signature, program_form)
-        (partial / MODEL_CARD).write_text(model_card(run, trained.step, encoder.signature))
+        calibration = run.calibration(trained.step).kind if calibrated else None
+        card = model_card(
+            run,
+            trained.step,
+            encoder.signature,
+            card_figures(run, trained.program.cpu()),
+            calibration,
+        )
+        (partial / MODEL_CARD).write_text(card)
         package = Package(
             path=partial,
             form=program_form,
@@ -114,6 +127,7 @@ def export(
             machine=machine(device) if program_form == "aoti" else "any",
             signature=replace(encoder.signature, outputs=tuple(scores)),
             tasks=run.schema.tasks,
+            calibration=calibration,
             fingerprint="",
         )
         if form == "triton":

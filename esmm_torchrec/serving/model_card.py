@@ -9,8 +9,10 @@ import torch
 
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.serving.card_figures import CardFigures
 from esmm_torchrec.serving.package import EXAMPLE, PROGRAM
 from esmm_torchrec.serving.signature import MISSING_ROW, Input, Signature
+from esmm_torchrec.tasks import TaskChain
 
 _LICENCES = {
     "ali-ccp": "the terms of Ali-CCP on its Tianchi page, which permit research only; read them",
@@ -18,13 +20,21 @@ _LICENCES = {
 """By kind of source."""
 
 
-def model_card(run: RunFolder, step: int, signature: Signature) -> str:
+def model_card(
+    run: RunFolder,
+    step: int,
+    signature: Signature,
+    figures: CardFigures | str,
+    calibration: str | None,
+) -> str:
     """The card, as Markdown.
 
     Args:
         run: the run.
         step: of the checkpoint.
         signature: of the program.
+        figures: by value of a field, or why there are none.
+        calibration: its kind; None: there is none.
     """
     data = PreparedDataSet.open(run.preprocessing, data_files=False)
     licence = _LICENCES.get(str(data.source.get("kind")), "not known to this library")
@@ -48,6 +58,10 @@ def model_card(run: RunFolder, step: int, signature: Signature) -> str:
         "",
         *_metrics(run),
         "",
+        "## By value of a field",
+        "",
+        *_by_value(figures, data.schema.tasks),
+        "",
         "## Inputs of the program",
         "",
         f"`{PROGRAM}` takes these tensors in this order, for B impressions:",
@@ -66,7 +80,12 @@ def model_card(run: RunFolder, step: int, signature: Signature) -> str:
             f"`{one.column}` P({data.schema.tasks.describe(one)})"
             for one in data.schema.tasks.probabilities
         )
-        + ", without those that the method cannot give.",
+        + ", without those that the method cannot give. "
+        + (
+            "They are the model's own probabilities, not calibrated after training."
+            if calibration is None
+            else f"They are calibrated ({calibration}); the metrics of the whole test half are not."
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -93,6 +112,29 @@ def _metrics(run: RunFolder) -> list[str]:
         "|---|---|",
         *(f"| {name} | {value:.4f} |" for name, value in known),
     ]
+
+
+def _by_value(figures: CardFigures | str, tasks: TaskChain) -> list[str]:
+    if isinstance(figures, str):
+        return [figures]
+    names = [name for name, *_ in tasks.probabilities]
+    lines = [
+        f"Of {figures.impressions:,} impressions of the test half. `report` shows further fields.",
+    ]
+    for field, rows in figures.by_field.items():
+        shown = [key for name in names for key in (f"{name} auc", f"{name} pcoc") if key in rows[0]]
+        lines += [
+            "",
+            f"| {field} | impressions | {' | '.join(shown)} |",
+            "|---|---|" + "---|" * len(shown),
+            *(
+                f"| {str(row['value']).replace('|', chr(92) + '|')} | {row['impressions']:,} | "
+                + " | ".join("–" if row[key] is None else f"{row[key]:.4f}" for key in shown)
+                + " |"
+                for row in rows
+            ),
+        ]
+    return lines
 
 
 def _input_row(one: Input, data: PreparedDataSet, signature: Signature) -> str:

@@ -30,8 +30,8 @@ from esmm_torchrec.errors import RunError
 from esmm_torchrec.serving.signature import Signature
 from esmm_torchrec.tasks import TaskChain
 
-FORMAT_VERSION = 2
-"""Since 2 the inputs are one flat list and dense values are raw."""
+FORMAT_VERSION = 3
+"""Since 3 a package says whether its scores are calibrated."""
 
 DESCRIPTION = "package.json"
 PROGRAM = "model.pt2"
@@ -63,6 +63,8 @@ class Package:
     """What an aoti program was compiled for: "x86_64 AVX512", or the name of a GPU."""
     signature: Signature
     tasks: TaskChain
+    calibration: str | None
+    """Kind of the calibration inside the program, if there is one."""
     fingerprint: str
     """sha256 of package.json; as that holds every checksum, it identifies the whole package."""
 
@@ -151,12 +153,12 @@ class Package:
                 )
         try:
             if self.form == "aoti":
-                # Its __call__ reads descriptions of the inputs each time, which takes longer than
-                # the program.
-                from torch._inductor.package.package import load_package  # noqa: PLC0415
-
-                loaded = load_package(str(self.path / PROGRAM), num_runners=runners)
-                return loaded.loader.boxed_run  # pyright: ignore[reportAttributeAccessIssue]
+                # torch.inductor's load_package compiles a test of the processor each time, and what
+                # it returns reads descriptions of the inputs at each call.
+                loader = torch._C._aoti.AOTIModelPackageLoader(  # pyright: ignore
+                    str(self.path / PROGRAM), "model", False, runners, -1
+                )
+                return loader.boxed_run
             module = torch.export.load(self.path / PROGRAM).module().to(self.device)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).partition("\n")[0]
@@ -186,7 +188,7 @@ class Package:
                 )
 
 
-_PLAIN = ("form", "device", "method", "step", "torch", "machine")
+_PLAIN = ("form", "device", "method", "step", "torch", "machine", "calibration")
 
 
 def machine(device: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.serving.inputs import InputEncoder, Inputs, Request
 from esmm_torchrec.serving.package import PREPROCESSING, Package
 from esmm_torchrec.serving.scored_rows import ScoredRows, score_columns
@@ -32,12 +32,15 @@ class Predictor:
     Args:
         model: the folder of a run, or of an exported model.
         step: of the checkpoint of a run; None: that of the model.
+        calibrated: calibrate the scores of a run as 'calibrate' fitted it; an exported model was
+            exported so or not.
         device: where the model of a run is; that of an exported one is where it was exported for.
         runners: how many threads can run a compiled program at the same time.
 
     Raises:
         RunError: it is neither, or is broken, or was exported for another machine, or the run has
-            no such checkpoint.
+            no such checkpoint or no calibration of it.
+        OptionError: `calibrated` with an exported model that is not.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Predictor:
         model: Path | str,
         *,
         step: int | None = None,
+        calibrated: bool = False,
         device: torch.device | str = "cpu",
         runners: int = 4,
     ) -> None:
@@ -52,9 +56,15 @@ class Predictor:
         self.package: Package | None = None
         """The exported model; None for a run."""
         if Package.is_one(path):
-            self._open_package(Package.open(path), runners)
+            package = Package.open(path)
+            if calibrated and package.calibration is None:
+                raise OptionError(
+                    f"{path} is an exported model without a calibration; export it again with "
+                    "`calibrated`, or leave `calibrated` out"
+                )
+            self._open_package(package, runners)
         else:
-            self._open_run(path, step, torch.device(device))
+            self._open_run(path, step, torch.device(device), calibrated)
         self.encoder = InputEncoder(self._rows)
         """From raw values to the inputs of the program."""
         if self.package is not None:
@@ -68,13 +78,17 @@ class Predictor:
         self._run = package.load(runners=runners)
         self.outputs = package.signature.outputs
 
-    def _open_run(self, path: Path, step: int | None, device: torch.device) -> None:
+    def _open_run(
+        self, path: Path, step: int | None, device: torch.device, calibrated: bool
+    ) -> None:
         # TorchRec takes seconds to import.
         from esmm_torchrec.runs.run_folder import RunFolder  # noqa: PLC0415
         from esmm_torchrec.serving.trained_program import trained_program  # noqa: PLC0415
 
         run = RunFolder.open(path)
-        program, self.task, self.step = trained_program(run, step=step, device=device)
+        program, self.task, self.step = trained_program(
+            run, step=step, device=device, calibrated=calibrated
+        )
         self.device, self.tasks = device, run.schema.tasks
         self._rows = RowEncoder.load(run.preprocessing)
         self._run = lambda tensors: program(*tensors)
@@ -101,7 +115,8 @@ class Predictor:
         if isinstance(request, Mapping):
             return self.encoder.encode(request)
         names = dict.fromkeys(name for one in request for name in one)
-        return self.encoder.encode({name: [one.get(name) for one in request] for name in names})
+        columns = {name: [one.get(name) for one in request] for name in names}
+        return self.encoder.encode(columns, size=len(request))
 
     def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The scores of encoded impressions, float32 (B,) by column."""

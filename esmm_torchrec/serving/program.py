@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.models.embeddings import PooledFeatures
-from esmm_torchrec.models.scores import probabilities
-from esmm_torchrec.schema import IdFeature, Schema, missing_column
+from esmm_torchrec.models.scores import Score, read_scores
+from esmm_torchrec.schema import COLLECTIONS, IdFeature, Schema, missing_column
 from esmm_torchrec.serving.signature import DENSE, MISSING_ROW, Signature
 
 OUT_OF_RANGE = "an id is outside the rows of its table; give 0 for an unknown id"
@@ -43,6 +45,7 @@ class Program(nn.Module):
         schema: of its data.
         dense: by raw dense column, how its values become inputs of the model.
         normalise: divide the weights of a multi-valued feature by their sum in each bag.
+        calibration: applied to the scores; None: none is.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Program(nn.Module):
         dense: Mapping[str, DenseTransform],
         *,
         normalise: bool,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         for parent in list(model.modules()):
@@ -62,6 +66,7 @@ class Program(nn.Module):
         self._schema = schema
         self._transforms = dict(dense)
         self._normalise = normalise
+        self._calibration = calibration
         self._signature = Signature.of(schema, dense=tuple(dense))
 
     def outputs(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,9 +75,31 @@ class Program(nn.Module):
         given = dict(zip(names, inputs, strict=True))
         self._check(given)
         bags = _Bags({f.name: self._bag(f, given) for f in self._schema.id_features})
-        tasks = self._schema.tasks
-        known = probabilities(self.model(_Features(bags, self._dense(given))), tasks)
-        return {column: known[name] for name, column, *_ in tasks.probabilities if name in known}
+        known = self._scores(_Features(bags, self._dense(given)))
+        return {
+            column: known[name].probability
+            for name, column, *_ in self._schema.tasks.probabilities
+            if name in known
+        }
+
+    def scores(self, features: BatchFeatures) -> dict[str, Score]:
+        """The scores of a batch of a prepared data set, by the names of `read_scores`.
+
+        Args:
+            features: of B impressions, encoded; no feature is shared.
+        """
+        collections = (getattr(features, name) for name in COLLECTIONS)
+        bags = {
+            name: _Bag(own.values().long(), own.lengths().long(), own.weights_or_none())
+            for bags in collections
+            if bags is not None
+            for name, own in bags.to_dict().items()
+        }
+        return self._scores(_Features(_Bags(bags), features.dense_features))
+
+    def _scores(self, features: _Features) -> dict[str, Score]:
+        known = read_scores(self.model(features), self._schema.tasks)
+        return known if self._calibration is None else known | self._calibrated(known)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The values of `outputs`."""
@@ -91,6 +118,17 @@ class Program(nn.Module):
         ]
         with torch.inference_mode():
             return tuple(self.outputs(*nothing))
+
+    def _calibrated(self, scores: Mapping[str, Score]) -> dict[str, Score]:
+        """What `Calibration.apply` gives: a curve for each task, and products of what they give."""
+        assert self._calibration is not None
+        logits = {}
+        for task in self._schema.tasks:
+            curve = self._calibration.curves.get(task.rate)
+            if task.rate in scores and curve is not None:
+                calibrated = curve.logits(scores[task.rate].values.double(), torch)
+                logits[task.name] = calibrated.float()
+        return read_scores(logits, self._schema.tasks)
 
     def _check(self, given: Mapping[str, torch.Tensor]) -> None:
         """Stops before a wrong score or a read outside of a table."""

@@ -188,7 +188,7 @@ def score_split(
     columns = {
         name: column if rows is None else column[rows] for name, column in split.scalars.items()
     }
-    return _scored(scores, columns, split.schema.tasks)
+    return scored_impressions(scores, columns, split.schema.tasks)
 
 
 def streamed_reader(
@@ -248,7 +248,7 @@ def _score_own(
     }
     tasks = split.schema.tasks
     names = [*tasks.labels, WEIGHT, GROUP_ID, TRUE_CTR, TRUE_CVR]
-    return _scored(own, split.columns(names, *split.stretch(ranks.rank)), tasks)
+    return scored_impressions(own, split.columns(names, *split.stretch(ranks.rank)), tasks)
 
 
 def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
@@ -260,9 +260,10 @@ def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
     return None if parts is None else concatenated(parts)
 
 
-def _scored(
+def scored_impressions(
     scores: Scores, columns: Mapping[str, np.ndarray], tasks: TaskChain
 ) -> ScoredImpressions:
+    """Scores of N impressions with their columns of a split, by name."""
     return ScoredImpressions(
         labels={label: columns[label] for label in tasks.labels},
         scores=scores,

@@ -22,6 +22,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
 from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import SAMPLE_ID, IdFeature
@@ -170,6 +171,7 @@ def score(
     *,
     batch_size: int,
     rows: LaidOutRows | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes sample_id, pctr, pcvr and pctcvr of every impression; every rank calls it.
 
@@ -181,6 +183,7 @@ def score(
         batch_size: impressions per rank and step.
         rows: what the split was laid out from, for the columns to keep; None: none. Only rank 0
             needs it.
+        calibration: applied to the scores; None: none is.
 
     Raises:
         RunError: `out` exists.
@@ -210,6 +213,8 @@ def score(
         starts = range(0, split.impressions, reader.global_batch_size)
         for start, scores in zip(starts, steps, strict=True):
             assert scores is not None
+            if calibration is not None:
+                scores = calibration.apply(scores, tasks)  # noqa: PLW2901
             ids = sample_ids[start : start + reader.global_batch_size]
             beside, bad = kept.take(len(ids))
             table = score_table(scores, tasks, ids, bad)

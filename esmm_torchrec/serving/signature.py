@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from esmm_torchrec.errors import DataError
@@ -51,6 +52,11 @@ class Signature:
     """Columns of scores, each float32 (B,)."""
     dense: tuple[str, ...]
     """Raw dense columns, in the order of the columns of `dense`."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs."""
+        return tuple(one.name for one in self.inputs)
 
     @classmethod
     def of(

@@ -12,6 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.stream import StreamedSplit
 from esmm_torchrec.errors import RunError
+from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.serving.scorer import own_scores, streamed_reader
@@ -29,6 +30,7 @@ def score_streamed(
     ranks: Ranks,
     *,
     batch_size: int,
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes the scores of every impression to a folder or its URI, a file for each rank; every
     rank calls it. No rank holds more than a batch of scores and the ids of its rows.
@@ -39,6 +41,7 @@ def score_streamed(
         out: the folder to make.
         ranks: this process among the others.
         batch_size: impressions per rank and step.
+        calibration: applied to the scores; None: none is.
 
     Raises:
         RunError: `out` holds scores.
@@ -60,7 +63,8 @@ def score_streamed(
             ) as writer,
             progress_bar("Scoring", len(sample_ids), "rows", disable=not ranks.is_first) as bar,
         ):
-            for scores in own_scores(model, reader, ranks):
+            for own in own_scores(model, reader, ranks):
+                scores = own if calibration is None else calibration.apply(own, tasks)
                 size = len(next(iter(scores.values())).values)
                 writer.write_table(score_table(scores, tasks, sample_ids[done : done + size]))
                 done += size

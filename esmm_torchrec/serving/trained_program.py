@@ -36,6 +36,7 @@ def trained_program(
     step: int | None = None,
     device: torch.device | str = "cpu",
     tables: Path | None = None,
+    calibrated: bool = False,
 ) -> TrainedProgram:
     """Loads the model of a run in this process, unsharded.
 
@@ -45,12 +46,15 @@ def trained_program(
         device: where the model is.
         tables: a folder for files in which the tables are kept instead of in memory, one per table;
             they may go once the program is no longer used.
+        calibrated: whether the program calibrates its scores as 'calibrate' fitted it.
 
     Raises:
-        RunError: the run has no such checkpoint, or lacks the description of its data.
+        RunError: the run has no such checkpoint, has no calibration of it, or lacks the description
+            of its data.
     """
     check_preprocessing(run)
     step = chosen_step(run, step)
+    calibration = run.calibration(step) if calibrated else None
     checkpoint = find_checkpoint(run.checkpoints, step)
     assert checkpoint is not None
     task = build_train_task(
@@ -65,6 +69,7 @@ def trained_program(
         run.schema,
         described.statistics.dense,
         normalise=run.config["options"]["history_weights"] == "normalised",
+        calibration=calibration,
     )
     program.to(device)
     return TrainedProgram(program, task, step)

@@ -68,3 +68,10 @@ def columns(folder: Path) -> dict[str, list[Any]]:
     """The test rows as a request."""
     table = pq.read_table(folder / "test.parquet", columns=COLUMNS)
     return table.to_pydict()
+
+
+@pytest.fixture(scope="session")
+def compiled(folder: Path) -> Path:
+    """A compiled package of the run, with a model repository for Triton."""
+    main(["export", str(folder / "run"), str(folder / "compiled"), "--format", "triton"])
+    return folder / "compiled"

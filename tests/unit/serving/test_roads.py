@@ -16,12 +16,15 @@ import pyarrow as pa
 import pytest
 import torch
 from google.protobuf import text_format
+from sklearn.metrics import roc_auc_score
 from torch._inductor.package.package import load_package
 from tritonclient.grpc import model_config_pb2
 
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.encoding import RowEncoder
-from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.errors import DataError, OptionError, RunError
+from esmm_torchrec.metrics.calibration import IsotonicCurve
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.package import Package
 from esmm_torchrec.serving.predictor import Predictor
 from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES
@@ -62,6 +65,8 @@ def test_what_a_request_leaves_out_is_missing(predictor: Predictor) -> None:
         assert score.shape == (1,)
         assert score == nothing[name]
     assert predictor.predict({"user": []})["pctr"].shape == (0,)
+    assert predictor.predict([])["pctr"].shape == (0,)
+    assert predictor.predict([{}, {}])["pctr"].tolist() == [nothing["pctr"][0]] * 2
 
 
 def test_one_value_stands_for_all_impressions(predictor: Predictor) -> None:
@@ -268,12 +273,6 @@ assert not foreign, foreign
 """
 
 
-@pytest.fixture(scope="module")
-def compiled(folder: Path) -> Path:
-    main(["export", str(folder / "run"), str(folder / "compiled"), "--format", "triton"])
-    return folder / "compiled"
-
-
 def test_a_compiled_package_scores_the_same_without_torchrec(folder: Path, compiled: Path) -> None:
     files = [compiled, folder / "test.parquet", folder / "scores.parquet"]
     subprocess.run([sys.executable, "-c", COMPILED, *map(str, files)], check=True, timeout=250)
@@ -300,3 +299,62 @@ def test_triton_finds_the_program_as_its_config_says(folder: Path, compiled: Pat
     assert [one.name for one in config.output] == [f"OUTPUT__{n}" for n in range(len(scores))]
     for score, expected in zip(scores, predictor.predict(request).values(), strict=True):
         np.testing.assert_allclose(score.numpy(), expected, atol=5e-7)
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with a calibration, a package of it, and what `score --calibrated` writes."""
+    out = tmp_path_factory.mktemp("calibrated")
+    run = shutil.copytree(folder / "run", out / "run")
+    main(["calibrate", str(run), "--data", str(folder / "data"), "--kind", "isotonic"])
+    to = ["--out", str(out / "scores.parquet"), "--calibrated"]
+    main(["score", str(run), "--data", str(folder / "data"), *to])
+    main(["export", str(run), str(out / "package"), "--calibrated"])
+    return out
+
+
+def test_calibrated_scores_are_the_same_on_every_road(
+    folder: Path, calibrated: Path, columns: dict[str, list[Any]], expected: pd.DataFrame
+) -> None:
+    scores = pd.read_parquet(calibrated / "scores.parquet")
+    curves = RunFolder.open(calibrated / "run").calibration(Predictor(calibrated / "run").step)
+    click = curves.curves["ctr"]
+    assert isinstance(click, IsotonicCurve)
+    pctr = expected["pctr"].to_numpy(np.float64)
+    own = np.interp(np.log(pctr) - np.log1p(-pctr), click.scores, click.probabilities)
+    np.testing.assert_allclose(scores["pctr"], own, atol=1e-5)
+    np.testing.assert_allclose(scores["pctcvr"], scores["pctr"] * scores["pcvr"], rtol=1e-5)
+    assert np.abs(scores["pctr"] - expected["pctr"]).max() > 0.01
+
+    raw, files = str(folder / "test.parquet"), calibrated / "files"
+    for model in ("run", "package"):
+        out = files / f"{model}.parquet"
+        main(["score", str(calibrated / model), "--input", raw, "--out", str(out), "--calibrated"])
+        _assert_close(pd.read_parquet(out), scores)
+    _assert_close(Predictor(calibrated / "run", calibrated=True).predict(columns), scores)
+    package = Predictor(calibrated / "package")
+    assert package.package is not None
+    assert package.package.calibration == "isotonic"
+    _assert_close(package.predict(columns), scores)
+    assert "They are calibrated (isotonic)" in (calibrated / "package/MODEL_CARD.md").read_text()
+
+
+def _assert_close(scores: Any, expected: pd.DataFrame) -> None:
+    """An isotonic curve can be steep, and the logits under it differ in their last bits."""
+    for name in SCORES:
+        np.testing.assert_allclose(np.asarray(scores[name]), expected[name], rtol=0, atol=2e-5)
+
+
+def test_a_calibration_that_is_not_there_is_told(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"has no calibration\.json; run 'esmm-torchrec calibrate'"):
+        Predictor(folder / "run", calibrated=True)
+    with pytest.raises(OptionError, match="is an exported model without a calibration; export it"):
+        Predictor(folder / "package", calibrated=True)
+
+
+def test_the_card_shows_figures_by_value(folder: Path, expected: pd.DataFrame) -> None:
+    test = pd.read_parquet(folder / "test.parquet").join(expected["pctr"])
+    rome = test[test["shop"] == "Rome"]
+    figures = roc_auc_score(rome["click"], rome["pctr"]), rome["pctr"].sum() / rome["click"].sum()
+    row = f"| Rome | {len(rome)} | {figures[0]:.4f} | {figures[1]:.4f} |"
+    assert row in (folder / "package" / "MODEL_CARD.md").read_text()

@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +181,16 @@ def _link(link: Path, target: Path) -> None:
     new.replace(link)
 
 
-def test_no_request_is_lost_while_models_are_exchanged(folder: Path, tmp_path: Path) -> None:
+def test_no_request_is_lost_while_models_are_exchanged_or_the_server_stops(
+    folder: Path, tmp_path: Path
+) -> None:
     packages = [_another(folder / "package", tmp_path / f"{n}", n) for n in range(3)]
     _link(tmp_path / "model", packages[0])
     command = [sys.executable, "-m", "esmm_torchrec", "serve", str(tmp_path / "model")]
     server = subprocess.Popen(
-        [*command, "--port", "0", "--watch-seconds", "0.2"], stdout=subprocess.PIPE, text=True
+        [*command, "--port", "0", "--watch-seconds", "0.2", "--batch-window-ms", "200"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert server.stdout is not None
@@ -213,7 +219,12 @@ def test_no_request_is_lost_while_models_are_exchanged(folder: Path, tmp_path: P
         done.set()
         for asker in askers:
             asker.join()
-        server.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(4) as threads:
+            post = partial(httpx.post, f"{url}/score", json={"rows": [{"user": 3}]}, timeout=60)
+            last = [threads.submit(post) for _ in range(4)]
+            time.sleep(0.1)  # they wait for each other
+            server.send_signal(signal.SIGTERM)
+            statuses += [one.result().status_code for one in last]
         said, _ = server.communicate(timeout=150)
     finally:
         server.kill()

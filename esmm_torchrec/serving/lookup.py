@@ -1,0 +1,157 @@
+"""Rows of the raw ids of a request.
+
+A request is a few impressions, and every microsecond counts: an id is looked up in a dict, and many
+integers at once in the vocabulary's own array. What that cannot decide (a text where the ids are
+integers, a weight that is missing) is left to `data.sources.feature_columns`, which reads the
+columns of files, so that one value has one row on every road.
+
+Shapes: B impressions, L ids of a multi-valued feature in all of them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.data.hashing import HashedIds
+from esmm_torchrec.data.sources.raw_values import NULL_TEXTS
+from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.schema import UNKNOWN_ROW
+from esmm_torchrec.serving.signature import MISSING_ROW
+
+MAX_DICT_IDS = 1 << 22
+"""Ids of a table that are kept in a dict, too (about 100 bytes each), once there is a request.
+Those of a larger table are searched, and hashed texts are hashed by Arrow, which costs a request
+some 100 µs."""
+
+MAX_TEXTS = 4096
+"""Texts of an Arrow column that are looked up one by one; more of them are looked up together."""
+
+_NOT_THERE = -2
+
+
+class Bags(NamedTuple):
+    """One id feature of B impressions, as a signature has it."""
+
+    rows: np.ndarray
+    """Integers (B,) with MISSING_ROW for none; (L,) if there are lengths."""
+    lengths: np.ndarray | None = None
+    """Integers (B,)."""
+    weights: np.ndarray | None = None
+    """float32, beside the rows."""
+
+
+class Lookup:
+    """The rows of a table's raw ids; None means that the values must be read with care.
+
+    Args:
+        vocabulary: of the table.
+    """
+
+    def __init__(self, vocabulary: Vocabulary | HashedIds) -> None:
+        self.vocabulary = vocabulary
+        self._are_integers = vocabulary.kind == "integer"
+        is_list = isinstance(vocabulary, Vocabulary)
+        self._has_dict = is_list and vocabulary.num_embeddings <= MAX_DICT_IDS
+
+    @cached_property
+    def _rows(self) -> dict[Any, int]:
+        assert isinstance(self.vocabulary, Vocabulary)
+        ids = self.vocabulary.raw_ids.to_pylist()
+        rows: dict[Any, int] = dict(zip(ids, range(1, len(ids) + 1), strict=True))
+        if not self._are_integers:
+            rows |= dict.fromkeys(NULL_TEXTS, MISSING_ROW)
+        rows[None] = MISSING_ROW
+        return rows
+
+    def one(self, value: Any) -> int | None:
+        """The row of an id, MISSING_ROW for None."""
+        if not self._has_dict:
+            rows = self.many([value])
+            return None if rows is None else int(rows[0])
+        try:
+            row = self._rows.get(value, _NOT_THERE)
+        except TypeError:  # a value that cannot be a key
+            return None
+        if row == _NOT_THERE:
+            return UNKNOWN_ROW if self._is_id(value) else None
+        return row
+
+    def many(self, values: Any) -> np.ndarray | None:
+        """The rows of ids in a list, an array or an Arrow array; MISSING_ROW for None."""
+        if isinstance(values, pa.Array):
+            kind = values.type
+            if self._are_integers and pa.types.is_signed_integer(kind) and not values.null_count:
+                values = values.to_numpy()
+            elif not self._are_integers and pa.types.is_string(kind) and len(values) <= MAX_TEXTS:
+                values = values.to_pylist()
+        if isinstance(values, np.ndarray):
+            if self._are_integers and values.dtype.kind == "i" and values.ndim == 1:
+                return self.vocabulary.rows_of(values.astype(np.int64, copy=False))
+            if values.dtype.kind in "OU":
+                values = values.tolist()
+        if not isinstance(values, (list, tuple)):
+            return None
+        if self._are_integers:
+            try:
+                ids = np.frombuffer(array("q", values), np.int64)
+            except (TypeError, OverflowError):  # None, or no integers
+                pass
+            else:
+                return self.vocabulary.rows_of(ids)
+        return self._one_by_one(values) if self._has_dict else None
+
+    def _one_by_one(self, values: Sequence[Any]) -> np.ndarray | None:
+        try:
+            found = map(self._rows.get, values, repeat(_NOT_THERE))
+            rows = np.fromiter(found, np.int64, len(values))
+        except TypeError:
+            return None
+        unknown = np.flatnonzero(rows == _NOT_THERE).tolist()
+        if not all(self._is_id(values[place]) for place in unknown):
+            return None
+        rows[unknown] = UNKNOWN_ROW
+        return rows
+
+    def _is_id(self, value: Any) -> bool:
+        if not self._are_integers:
+            return type(value) is str
+        return type(value) is int and -(2**63) <= value < 2**63
+
+    def bags(self, values: Any) -> Bags | None:
+        """The rows of lists of ids; None also if an id is missing."""
+        if not _are_lists(values):
+            return None
+        rows = self.many(list(chain.from_iterable(values)))
+        if rows is None or rows.min(initial=UNKNOWN_ROW) < UNKNOWN_ROW:
+            return None
+        return Bags(rows, np.fromiter(map(len, values), np.int64, len(values)))
+
+
+def weights_of(values: Any) -> np.ndarray | None:
+    """float32 (B,) of weights in a list; None if they are not finite numbers."""
+    if not isinstance(values, (list, tuple)) or not {float, int}.issuperset(map(type, values)):
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            found = np.array(values, np.float64).astype(np.float32)
+    except OverflowError:
+        return None
+    return found if np.isfinite(found).all() else None
+
+
+def weights_of_bags(values: Any, lengths: np.ndarray) -> np.ndarray | None:
+    """float32 (L,) of lists of weights; None if they are not finite numbers, one for each id."""
+    if not _are_lists(values) or [len(bag) for bag in values] != lengths.tolist():
+        return None
+    return weights_of(list(chain.from_iterable(values)))
+
+
+def _are_lists(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and {list, tuple}.issuperset(map(type, values))
