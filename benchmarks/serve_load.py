@@ -89,14 +89,15 @@ async def load(
     await asyncio.sleep(options.seconds)
     measured, elapsed = list(seen), time.perf_counter() - start
     seen.clear()
-    reloads = []
+    reloads, model = [], measured[-1].model
     for number in range(options.reloads):
         new = link.with_name("new")
         new.symlink_to(targets[(number + 1) % 2])
         new.replace(link)
-        start, before = time.perf_counter(), seen[-1].model if seen else ""
-        while not seen or seen[-1].model in ("", before):
+        start = time.perf_counter()
+        while not seen or seen[-1].model in ("", model):
             await asyncio.sleep(0.01)
+        model = seen[-1].model
         reloads.append(time.perf_counter() - start)
     until.set()
     await asyncio.gather(*clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ def run(options: Options) -> None:
             watch_seconds=options.watch_seconds,
         ),
     )
+    # What is loaded stays: a full collection would look at all of it, while requests wait.
+    gc.collect()
+    gc.freeze()
     config = uvicorn.Config(
         app,
         log_level="warning",

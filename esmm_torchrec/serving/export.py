@@ -213,7 +213,8 @@ def _write_program(
             torch._inductor.aoti_compile_and_package(
                 exported,
                 package_path=str(path),
-                inductor_configs={"cpp.dynamic_threads": True},
+                # Regions of OpenMP cost more than they save: some would begin anew in each row.
+                inductor_configs={"cpp.threads": 1},
             )
             return
         with path.open("wb") as file:

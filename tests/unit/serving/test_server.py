@@ -34,6 +34,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.server import ARROW, ServedModel, ServerOptions, create_app
 from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES
 
@@ -140,6 +141,34 @@ def test_a_queue_that_is_full_is_told(folder: Path) -> None:
     assert answer.headers["retry-after"] == "1"
 
 
+def test_requests_of_one_batch_have_their_own_answers(folder: Path) -> None:
+    """All in one window; with a wrong one, and without."""
+    package = folder / "package"
+    predictor = Predictor(package)
+    good: list[list[dict[str, Any]]] = [
+        [{"user": 1}, {"user": 2, "tags": [1, 2]}],
+        [{}, {}],
+        [],
+        [{"shop": "Rome"}],
+    ]
+    options = ServerOptions(batch_window_seconds=0.4, watch_seconds=0)
+    with _served(package, options) as client, ThreadPoolExecutor(5) as threads:
+
+        def post(rows: list[dict[str, Any]]) -> httpx.Response:
+            return client.post("/score", json={"rows": rows})
+
+        for wrong in ([], [[{"user": "x"}]]):
+            answers = list(threads.map(post, [*good, *wrong]))
+            assert [one.status_code for one in answers] == [200] * 4 + [422] * len(wrong)
+            for rows, answer in zip(good, answers, strict=False):
+                scores = answer.json()["scores"]
+                for name, expected in predictor.predict(rows).items():
+                    np.testing.assert_allclose(scores[name], expected, rtol=0, atol=2e-7)
+        shown = client.get("/metrics").text
+    assert "esmm_batch_impressions_count 2.0" in shown
+    assert "esmm_impressions_total 10.0" in shown
+
+
 def test_requests_made_from_the_schema_have_the_answers_it_says(client: httpx.Client) -> None:
     described = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
     operations = [result.ok() for result in described.get_all_operations()]
@@ -219,12 +248,16 @@ def test_no_request_is_lost_while_models_are_exchanged_or_the_server_stops(
         done.set()
         for asker in askers:
             asker.join()
-        with ThreadPoolExecutor(4) as threads:
-            post = partial(httpx.post, f"{url}/score", json={"rows": [{"user": 3}]}, timeout=60)
-            last = [threads.submit(post) for _ in range(4)]
-            time.sleep(0.1)  # they wait for each other
-            server.send_signal(signal.SIGTERM)
-            statuses += [one.result().status_code for one in last]
+        with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(4) as threads:
+            post = partial(client.post, "/score", json={"rows": [{"user": 3}]})
+            all_wait = False
+            while not all_wait:
+                last = [threads.submit(post) for _ in range(4)]
+                while not (all_wait or all(one.done() for one in last)):
+                    all_wait = "esmm_requests_waiting 4.0" in client.get("/metrics").text
+                if all_wait:
+                    server.send_signal(signal.SIGTERM)
+                statuses += [one.result().status_code for one in last]
         said, _ = server.communicate(timeout=150)
     finally:
         server.kill()
