@@ -87,12 +87,34 @@ def alternate(contenders: Mapping[str, Callable[[], int]], *, turns: int) -> Tim
     return Timings(rates, cpu_seconds, (before, os.getloadavg()[0]))
 
 
+PEAK_SIZE = 2048
+"""Rows and columns of the product that `matrix_peak` times."""
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """GFLOP/s that the threads of this process reach in one large matrix product, the best of
+    three."""
+    left, right = (torch.rand(PEAK_SIZE, PEAK_SIZE).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - started)
+    return 2 * PEAK_SIZE**3 / min(seconds) / 1e9
+
+
 def environment() -> dict[str, Any]:
-    """What the figures were measured on and with."""
+    """What the figures were measured on and with. The peaks are those of this moment: other tenants
+    of a machine lower them as they do the other figures."""
+    capabilities = torch.cpu.get_capabilities()
+    wanted = ("avx512_f", "avx512_bf16", "amx_bf16", "bf16")
     return {
         "cpu": _cpu(),
+        "instructions": " ".join(name for name in wanted if capabilities.get(name)) or "no AVX-512",
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "float32_peak_gflops": round(matrix_peak(torch.float32)),
+        "bfloat16_peak_gflops": round(matrix_peak(torch.bfloat16)),
         "python": platform.python_version(),
     } | {name: version(name) for name in ("torch", "torchrec", "esmm_torchrec")}
 

@@ -62,9 +62,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
     contenders: dict[str, Callable[[], int]] = {}
     for dtype in dtypes:
         settings = TrainingSpeed(batch_size=options.batch_size)
-        trainer, training = library(
-            train, test, ranks, settings, dtype=dtype, sparse_optimizer="rowwise_adagrad"
-        )
+        trainer, training = library(train, test, ranks, settings, dtype=dtype)
         training.take(WARM_UP_STEPS)
 
         def evaluated(model: Any = trainer.model) -> int:

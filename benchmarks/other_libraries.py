@@ -146,7 +146,6 @@ def measure(options: Options, ranks: Ranks, folder: Path, python: Path) -> dict[
                 ranks,
                 TrainingSpeed(batch_size=options.batch_size),
                 dtype=dtype,
-                sparse_optimizer="rowwise_adagrad",
             )
             contenders[name] = lambda steps, own=own: own.take(steps) * options.batch_size
         for take in contenders.values():

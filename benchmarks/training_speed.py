@@ -4,10 +4,12 @@
 
 The library reads zstd Parquet from disk (laid out once for random access; the seconds that takes
 are shown apart), shuffles, makes batches, and trains through TorchRec's pipeline, its
-DistributedModelParallel and fbgemm's fused Adagrad. The plain loop has every batch ready in memory
-as one tensor of ids, one concatenated nn.Embedding with sparse gradients, torch's Adagrad for it
-and fused Adam for the towers. Same model, same start, same batches in the same order; one process.
-All contenders take turns. The test AUCs at the end show that they learned the same.
+DistributedModelParallel and fbgemm's fused row-wise Adagrad, the default. "train" has all
+callbacks of `esmm-torchrec train`, its metrics and logs among them; "step" has none. The plain loop
+has every batch ready in memory as one tensor of ids, one concatenated nn.Embedding with sparse
+gradients, torch's Adagrad for it and fused Adam for the towers. Same model, same start, same
+batches in the same order; one process. All contenders take turns. The test AUCs at the end show
+that they learned the same.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ configure_threads()  # before torch is imported
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from alternate import alternate, publish  # noqa: E402
+from alternate import alternate, matrix_peak, publish  # noqa: E402
 from impressions import write_impressions  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -38,14 +41,17 @@ from esmm_torchrec.data.mapped import MappedSplit  # noqa: E402
 from esmm_torchrec.data.prepared import PreparedDataSet  # noqa: E402
 from esmm_torchrec.data.reader import ImpressionReader  # noqa: E402
 from esmm_torchrec.metrics.ranking import auc  # noqa: E402
-from esmm_torchrec.metrics.windowed import metric_module  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
+from esmm_torchrec.runs.run_folder import RunFolder  # noqa: E402
 from esmm_torchrec.serving.scorer import score_split  # noqa: E402
 from esmm_torchrec.sharding.planner import SparseOptimizerOption, Workload  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
-from esmm_torchrec.training.evaluation import windowed_output  # noqa: E402
-from esmm_torchrec.training.fit import build_trainer, training_part  # noqa: E402
+from esmm_torchrec.training.callbacks import LogFigures, ProgressBar  # noqa: E402
+from esmm_torchrec.training.fit import build_loop, training_part  # noqa: E402
+from esmm_torchrec.training.loop import Callback  # noqa: E402
+from esmm_torchrec.training.nonfinite import WatchLoss  # noqa: E402
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402
+from esmm_torchrec.training.schedule import ScheduleLearningRates  # noqa: E402
 from esmm_torchrec.training.trainer import Trainer  # noqa: E402
 
 WARM_UP_STEPS = 5
@@ -59,10 +65,12 @@ class Options:
 
     turns: int = 5
     """Turns that every contender takes."""
-    steps: int = 18
-    """Steps in a turn."""
+    steps: int = 49
+    """Steps in a turn. The figures of a run are computed every 98 steps of 4096."""
     batch_size: int = 4096
     """Impressions in a step."""
+    dtypes: tuple[DtypeOption, ...] = ("float32", "bfloat16")
+    """What the towers compute in. bfloat16 is slow on a processor without its instructions."""
     threads: int = 0
     """Threads of torch; 0: as many as there are cores."""
     test_impressions: int = 200_000
@@ -149,10 +157,10 @@ def library(
     options: Options,
     *,
     dtype: DtypeOption,
-    sparse_optimizer: SparseOptimizerOption = "adagrad",
-    metrics: bool = False,
+    sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad",
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Contender]:
-    """The library, as `esmm-torchrec train` uses it; with the metrics it shows, or without."""
+    """The library, as `esmm-torchrec train` uses it; with the callbacks of a run, or without."""
     settings = TrainOptions(
         batch_size=options.batch_size,
         sparse_optimizer=sparse_optimizer,
@@ -161,24 +169,18 @@ def library(
         dtype=dtype,
         first_order=False,
         device="cpu",
+        shuffle_chunk=1,
     )
-    trainer = build_trainer(
+    loop = build_loop(
         train,
         settings,
         ranks,
         part=training_part(train, settings),
         workload=Workload(options.batch_size),
+        epochs=1000,  # a long run, whose figures are logged as seldom as they ever are
+        callbacks=callbacks,
     )
-    reader = ImpressionReader(train, batch_size=options.batch_size)
-
-    def steps() -> Iterator[None]:
-        window = metric_module(
-            batch_size=options.batch_size, world_size=1, rank=0, device=ranks.device
-        )
-        for output in trainer.steps(reader, reader.steps_left):
-            if metrics:
-                window.update(windowed_output(output))
-            yield
+    trainer = loop.trainer
 
     def score() -> tuple[np.ndarray, np.ndarray]:
         scored = score_split(
@@ -187,7 +189,38 @@ def library(
         assert scored is not None
         return scored.scores["ctr"].values, scored.scores["cvr"].values
 
-    return trainer, Contender(steps(), score)
+    return trainer, Contender(loop.steps(), score)
+
+
+def of_a_run(folder: Path) -> tuple[Callback, ...]:
+    """What takes part in the training of `esmm-torchrec train`, between checkpoints."""
+    folder.mkdir()
+    return (
+        ScheduleLearningRates("constant", warmup_steps=0),
+        WatchLoss(folder / "nonfinite", "stop"),
+        LogFigures(RunFolder(folder, {})),
+        ProgressBar(),
+    )
+
+
+def flops_per_impression(towers: list[list[nn.Linear]]) -> int:
+    """Of the matrix products of a training step: each layer once forward and twice backward."""
+    return sum(6 * layer.weight.numel() for layers in towers for layer in layers)
+
+
+def copy_of_towers(trainer: Trainer) -> list[list[nn.Linear]]:
+    """The layers of each tower, copied."""
+    state = trainer.model.state_dict()
+    towers: list[list[nn.Linear]] = []
+    for tower in ("click", "conversion"):
+        names = [name for name in state if f"towers.{tower}." in name and name.endswith("weight")]
+        towers.append([])
+        for name in names:
+            weight, bias = state[name], state[name.removesuffix("weight") + "bias"]
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            towers[-1].append(layer)
+    return towers
 
 
 def plain(
@@ -198,22 +231,12 @@ def plain(
     dtype: torch.dtype,
 ) -> Contender:
     """The plain loop, from the start of a trainer that has not trained yet."""
-    state = trainer.model.state_dict()
     tables = [
         value.local_shards()[0].tensor
-        for name, value in state.items()
+        for name, value in trainer.model.state_dict().items()
         if ".embedding_bags." in name
     ]
-    towers: list[list[nn.Linear]] = []
-    for tower in ("click", "conversion"):
-        names = [name for name in state if f"towers.{tower}." in name and name.endswith("weight")]
-        towers.append([])
-        for name in names:
-            weight, bias = state[name], state[name.removesuffix("weight") + "bias"]
-            layer = nn.Linear(weight.shape[1], weight.shape[0])
-            layer.load_state_dict({"weight": weight, "bias": bias})
-            towers[-1].append(layer)
-    loop = PlainLoop(torch.cat(tables), towers, dtype=dtype)
+    loop = PlainLoop(torch.cat(tables), copy_of_towers(trainer), dtype=dtype)
 
     def score() -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
@@ -254,19 +277,23 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
     test_ids = in_memory(iter(whole_test), dataset)[0][0]
 
     contenders: dict[str, Contender] = {}
-    trainer, contenders["library, float32"] = library(train, test, ranks, options, dtype="float32")
+    trainer, step = library(train, test, ranks, options, dtype="float32")
+    flops = flops_per_impression(copy_of_towers(trainer))
     contenders[PLAIN] = plain(trainer, batches, test_ids, dtype=torch.float32)
-    contenders["plain PyTorch, bfloat16"] = plain(trainer, batches, test_ids, dtype=torch.bfloat16)
-    contenders["library, bfloat16"] = library(train, test, ranks, options, dtype="bfloat16")[1]
-    contenders["  with row-wise Adagrad and metrics"] = library(
-        train,
-        test,
-        ranks,
-        options,
-        dtype="bfloat16",
-        sparse_optimizer="rowwise_adagrad",
-        metrics=True,
-    )[1]
+    if "bfloat16" in options.dtypes:
+        contenders["plain PyTorch, bfloat16"] = plain(
+            trainer, batches, test_ids, dtype=torch.bfloat16
+        )
+    for dtype in options.dtypes:
+        if dtype == "bfloat16":
+            _, step = library(train, test, ranks, options, dtype=dtype)
+        contenders[f"step, {dtype}"] = step
+        _, contenders[f"train, {dtype}"] = library(
+            train, test, ranks, options, dtype=dtype, callbacks=of_a_run(folder / dtype)
+        )
+        _, contenders[f"step, {dtype}, Adagrad"] = library(
+            train, test, ranks, options, dtype=dtype, sparse_optimizer="adagrad"
+        )
 
     for contender in contenders.values():
         contender.take(WARM_UP_STEPS)
@@ -288,6 +315,20 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         }
 
     print(timings.table(PLAIN, unit="impressions/s"))
+    shares: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        peak, name = matrix_peak(dtype), str(dtype).removeprefix("torch.")
+        for contender in contenders:
+            if name in contender:
+                shares[contender] = timings.rate(contender) * flops / 1e9 / peak
+    train_ratios = {
+        dtype: timings.ratios(f"train, {dtype}", f"step, {dtype}") for dtype in options.dtypes
+    }
+    for dtype, ratios in train_ratios.items():
+        print(f"train / step, {dtype}: {median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    print(f"\nthe towers take {flops / 1e6:.2f} MFLOP per impression; of the peak, steps reach")
+    for contender, share in shares.items():
+        print(f"{contender:37}{share:8.0%}")
     print(f"\ntest AUC after {steps} steps (clicks; conversions of clicked impressions)")
     for name, values in aucs.items():
         figures = "".join("     -  " if x is None else f"{x:8.4f}" for x in values.values())
@@ -298,7 +339,12 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         f"Parquet, laid out for random access in {laid_out:.1f} s (once, not part of the rates)"
     )
     print(f"load {timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after")
-    return timings.to_dict(PLAIN) | {"test_auc": aucs, "layout_seconds": laid_out}
+    return timings.to_dict(PLAIN) | {
+        "test_auc": aucs,
+        "train_to_step": train_ratios,
+        "share_of_peak": shares,
+        "layout_seconds": laid_out,
+    }
 
 
 def main(options: Options) -> None:

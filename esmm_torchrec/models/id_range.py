@@ -61,10 +61,15 @@ def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]
         tables[name].rows if name in tables else _UNCHECKED
         for name in features.keys()  # noqa: SIM118
     )
-    lengths = torch.tensor(features.length_per_key()).to(values.device, non_blocking=True)
-    rows_of_ids = _tensor(rows, values.device).repeat_interleave(
-        lengths, output_size=values.numel()
-    )
+    rows_of_ids = _tensor(rows, values.dtype, values.device)
+    lengths = features.length_per_key()
+    if len(set(lengths)) == 1:  # single-valued features: no table's rows need repeating
+        values, rows_of_ids = values.view(len(rows), -1), rows_of_ids.unsqueeze(1)
+    else:
+        rows_of_ids = rows_of_ids.repeat_interleave(
+            torch.tensor(lengths).to(values.device, non_blocking=True),
+            output_size=values.numel(),
+        )
     in_range = (values >= 0) & (values < rows_of_ids)
     if _UNCHECKED in rows:
         in_range |= rows_of_ids == _UNCHECKED
@@ -76,8 +81,9 @@ def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]
 
 
 @lru_cache(maxsize=256)
-def _tensor(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, device=device)
+def _tensor(rows: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # A table may have more rows than an int32 can count; its ids then cannot all be int32.
+    return torch.tensor(rows).clamp_(max=torch.iinfo(dtype).max).to(dtype).to(device)
 
 
 def _wrong_id(features: KeyedJaggedTensor, tables: Mapping[str, LookedUp]) -> OptionError:

@@ -6,7 +6,7 @@ The loop counts steps and time; everything else that happens while a model train
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -164,17 +164,22 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Trains from the current position to the end."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Generator[None, None, None]:
+        """As `run`, one step for each `next`; what is done between them counts as training time."""
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
-            self._train()
+            yield from self._train()
             for callback in self.callbacks:
                 callback.on_end(self)
         finally:
             for callback in self.callbacks:
                 callback.close()
 
-    def _train(self) -> None:
+    def _train(self) -> Generator[None, None, None]:
         self._started = time.perf_counter()
         while self.step < self.last_step:
             epoch = self.reader.epoch
@@ -187,6 +192,7 @@ class TrainingLoop:
                 if self._pausing or self._stopped:
                     outputs.close()
                     break
+                yield
             if self._pausing or self.reader.epoch != epoch:
                 self._pausing = False
                 with self.off_the_clock():

@@ -358,6 +358,8 @@ def _announce(
         print(f"placed as {options.plan} says{unused}")
     for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
         print(f"warning: {warning}")
+    if options.dtype == "bfloat16" and ranks.device.type == "cpu" and not _has_bfloat16():
+        print("warning: this processor has no bfloat16 instructions; float32 towers are faster")
     print(
         f"{options.method} on {ranks.world_size} {ranks.device.type} "
         f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
@@ -385,6 +387,12 @@ def _announce(
             "tables are not",
             flush=True,
         )
+
+
+def _has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def _keep_plan(plan: PlanFile, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Figures that follow a model while it trains: the mean loss, and TorchRec's metrics over a window.
 
 Updating TorchRec's metrics costs a large part of a training step. Here a step only keeps its
-outputs; the metrics see the whole window in one update, when figures are asked for.
+logits and labels; probabilities and metrics are computed of the whole window at once, when figures
+are asked for.
 """
 
 from __future__ import annotations
@@ -9,16 +10,24 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from esmm_torchrec.metrics.windowed import metric_module, windowed_figures
+from esmm_torchrec.metrics.windowed import metric_module, model_output, windowed_figures
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.models.scores import probabilities
+from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.tasks import TaskChain
-from esmm_torchrec.training.evaluation import known_tasks, windowed_output
+
+
+class _Step(NamedTuple):
+    """What the metrics need to know of the impressions of a step on this rank, each (B,)."""
+
+    logits: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
 
 
 class RunningFigures:
@@ -35,16 +44,16 @@ class RunningFigures:
         self._ranks = ranks
         self._chain = tasks
         self._rows = max(1, window_size // ranks.world_size)
-        self._window: deque[dict[str, torch.Tensor]] = deque()
+        self._window: deque[_Step] = deque()
         self._losses: list[torch.Tensor] = []
         self._earlier_losses: list[float] = []
-        self._known: frozenset[str] = frozenset()
 
     def add(self, output: TrainOutput) -> None:
         """Takes the outputs of a step of this rank."""
         self._losses.append(output.loss)
-        self._known = known_tasks(output.logits, self._chain)
-        self._window.append(windowed_output(output, self._chain))
+        # Labels may be views of the batch's memory, which a copy does not keep alive.
+        labels = {name: value.clone() for name, value in output.labels.items()}
+        self._window.append(_Step(dict(output.logits.items()), labels))
         self._trim()
 
     def compute(self) -> dict[str, float]:
@@ -67,9 +76,12 @@ class RunningFigures:
         """The part of this rank, on the CPU; to be called on every rank."""
         return {
             "losses": self._global_losses(),
-            "tasks": sorted(self._known),
             "window": [
-                {name: value.cpu() for name, value in step.items()} for step in self._window
+                {
+                    part: {name: value.cpu() for name, value in values.items()}
+                    for part, values in step._asdict().items()
+                }
+                for step in self._window
             ],
         }
 
@@ -77,23 +89,26 @@ class RunningFigures:
         """Continues from the states of all ranks of an earlier training, which may have been more
         or fewer."""
         self._earlier_losses = list(states[0]["losses"])
-        self._known = frozenset(states[0]["tasks"])
         rank, world_size = self._ranks.rank, self._ranks.world_size
         own, rows = states, slice(rank, None, world_size)
         if len(states) == world_size:  # to the last bit the sums of an uninterrupted training
             own, rows = states[rank : rank + 1], slice(None)
-        self._window = deque(
-            {
-                name: torch.cat([part[name] for part in parts])[rows].to(self._ranks.device)
-                for name in parts[0]
+
+        def joined(steps: Sequence[Mapping[str, Any]], part: str) -> dict[str, torch.Tensor]:
+            return {
+                name: torch.cat([step[part][name] for step in steps])[rows].to(self._ranks.device)
+                for name in steps[0][part]
             }
-            for parts in zip(*(state["window"] for state in own), strict=True)
+
+        self._window = deque(
+            _Step(joined(steps, "logits"), joined(steps, "labels"))
+            for steps in zip(*(state["window"] for state in own), strict=True)
         )
 
     def _trim(self) -> None:
-        rows = sum(len(step["weight"]) for step in self._window)
+        rows = sum(map(_rows, self._window))
         while rows > self._rows and len(self._window) > 1:
-            rows -= len(self._window.popleft()["weight"])
+            rows -= _rows(self._window.popleft())
 
     def _global_losses(self) -> list[float]:
         """The loss of each step since the last figures."""
@@ -105,8 +120,12 @@ class RunningFigures:
         return list(self._earlier_losses)
 
     def _metrics(self) -> dict[str, float]:
-        names = tuple(self._window[-1])
-        window = {name: torch.cat([step[name] for step in self._window]) for name in names}
+        logits, labels = (
+            {name: torch.cat([step[part][name] for step in self._window]) for name in values}
+            for part, values in enumerate(self._window[-1])
+        )
+        known = probabilities(Logits(logits), self._chain)
+        window = model_output(known, labels, labels.get("weight"), tasks=self._chain)
         # A skipped step has no figures to give.
         finite = torch.stack(list(window.values())).isfinite().all(dim=0)
         window = {name: torch.where(finite, value, 0.0) for name, value in window.items()}
@@ -120,4 +139,8 @@ class RunningFigures:
             window_size=size * self._ranks.world_size,
         )
         module.update(window)
-        return windowed_figures(module.compute(), self._known)
+        return windowed_figures(module.compute(), known)
+
+
+def _rows(step: _Step) -> int:
+    return len(next(iter(step.labels.values())))

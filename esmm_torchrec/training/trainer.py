@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from esmm_torchrec.batch import ImpressionBatch
@@ -31,6 +24,7 @@ from esmm_torchrec.sharding.planner import (
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.optimizers import build_optimizer, fuse_optimizer
 from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.table_kernels import UpdatesOnThreads, WeightsAsData, group_tables
 
 
 class Trainer:
@@ -93,8 +87,12 @@ class Trainer:
                 kernels=kernels,
                 device=ranks.device,
             )
+        update_threads = torch.get_num_threads() if ranks.device.type == "cpu" else 1
+        group_tables(task, update_threads, workload=workload)
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed, zero_row=UNKNOWN_ROW)
-        self._weights_as_data = _WeightsAsData(self.model)
+        self._weights_as_data = WeightsAsData(self.model)
+        if update_threads > 1:
+            UpdatesOnThreads(self.model, update_threads)
         self.optimizer = build_optimizer(
             self.model,
             optimizer,
@@ -144,60 +142,3 @@ class _FiniteStepsPipeline(TrainPipelineSparseDist[ImpressionBatch, TrainOutput]
     def _optimizer_step(self) -> None:
         if self._finite:
             super()._optimizer_step()
-
-
-class _WeightsAsData:
-    """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
-    unless configured otherwise, and it costs as much as the update of the tables.
-
-    TorchRec has no option for it, so the kernels are reached through a private attribute; `check`
-    reports it if that stops working.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._expected = False
-        self._fired = False
-        for collection in model.modules():
-            if not isinstance(collection, ShardedEmbeddingBagCollection):
-                continue
-            # TorchRec keeps the look-ups of a collection out of its tree of modules.
-            lookups = getattr(collection, "_lookups", ())
-            kernels = [
-                module
-                for lookup in lookups
-                for module in lookup.modules()
-                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
-            ]
-            for kernel in kernels:
-                kernel.register_forward_pre_hook(self._without_gradients, with_kwargs=True)
-            self._expected |= getattr(collection, "_is_weighted", True) and _has_fused(collection)
-
-    def check(self) -> None:
-        """Warns if a step did not go through the hook though it has weighted bags."""
-        if self._expected and not self._fired:
-            warnings.warn(
-                "this version of TorchRec differentiates the weights of bags, which makes training "
-                "slower; the results are the same",
-                stacklevel=2,
-            )
-        self._expected = False
-
-    def _without_gradients(
-        self,
-        kernel: SplitTableBatchedEmbeddingBagsCodegen,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        weights = keywords.get("per_sample_weights")
-        if weights is not None:
-            self._fired = True
-            num_features = len(kernel.feature_table_map)
-            flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
-            keywords = keywords | {"feature_requires_grad": flags}
-        return arguments, keywords
-
-
-def _has_fused(collection: ShardedEmbeddingBagCollection) -> bool:
-    """Whether this rank holds a part of a table that the fused kernel updates."""
-    parameters = collection.fused_optimizer.params.values()
-    return any(value.local_shards() for value in parameters if isinstance(value, ShardedTensor))

@@ -1,0 +1,183 @@
+"""What is changed about fbgemm's fused kernels, which update tables in the backward pass: what they
+differentiate, and on which threads of a CPU they run.
+
+TorchRec has no options for it, so the kernels are reached through a private attribute.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from esmm_torchrec.sharding.planner import Workload, embedding_bag_collections_of
+
+_GROUP = "_batch_key"
+"""The fused parameter by which TorchRec groups tables into kernels, and which it keeps from
+fbgemm."""
+
+
+def group_tables(module: nn.Module, num_groups: int, *, workload: Workload) -> None:
+    """Divides the tables of each collection into groups of about equal work, each of which becomes
+    a kernel of its own; to be called after `optimizers.fuse_optimizer` and before the module is
+    sharded. Neighbours stay together, so that features keep their order.
+
+    Args:
+        module: with collections that are not sharded yet.
+        num_groups: of each collection.
+        workload: what to expect of a batch.
+    """
+    if num_groups == 1:
+        return
+    for collection in embedding_bag_collections_of(module).values():
+        configs = collection.embedding_bag_configs()
+        work = [_touched_rows(config, workload) for config in configs]
+        total, before = sum(work), 0.0
+        for config, own in zip(configs, work, strict=True):
+            weight = collection.embedding_bags.get_parameter(f"{config.name}.weight")
+            group = int(num_groups * (before + own / 2) / total)
+            for arguments in getattr(weight, "_optimizer_kwargs", ()):
+                arguments[_GROUP] = str(group)
+            before += own
+
+
+def _touched_rows(config: EmbeddingBagConfig, workload: Workload) -> float:
+    """Distinct rows of a table that a batch updates, if its ids were drawn evenly."""
+    ids = sum(
+        workload.bags_per_rank.get(name, workload.rows_per_rank)
+        * workload.mean_ids_per_bag.get(name, 1.0)
+        for name in config.feature_names
+    )
+    return -config.num_embeddings * math.expm1(-ids / config.num_embeddings) or 1.0
+
+
+class UpdatesOnThreads:
+    """Runs the backward passes of the fused kernels of a CPU side by side, each on a thread of its
+    own. fbgemm updates tables on one thread, and so does autograd, which runs the backward passes
+    of a device one after the other. They touch different tables, so the result is the same to the
+    last bit.
+
+    The update starts as soon as the gradient of a kernel's output is known, and has ended when
+    `backward` returns.
+
+    Args:
+        model: sharded.
+        num_threads: threads of this process.
+    """
+
+    def __init__(self, model: nn.Module, num_threads: int) -> None:
+        started = threading.Barrier(num_threads)
+        self._pool = ThreadPoolExecutor(
+            num_threads,
+            thread_name_prefix="update",
+            initializer=_work_alone,
+            initargs=(started,),
+        )
+        for _ in range(num_threads):
+            self._pool.submit(int)
+        self._pool.submit(int).result()
+        torch.set_num_threads(num_threads)  # which the threads have changed for those to come
+        self._updates: list[Future[None]] = []
+        for collection in model.modules():
+            if isinstance(collection, ShardedEmbeddingBagCollection):
+                for kernel in _fused_kernels(collection):
+                    kernel.register_forward_hook(self._cut)
+
+    def _cut(self, _kernel: nn.Module, _inputs: Any, pooled: torch.Tensor) -> torch.Tensor:
+        """Gives the output without its history, which the update goes on with."""
+        if not pooled.requires_grad:
+            return pooled
+        output = pooled.detach().requires_grad_()
+
+        def update(output: torch.Tensor) -> None:
+            if not self._updates:
+                # A private name, which DistributedDataParallel uses as well.
+                Variable._execution_engine.queue_callback(self._wait)
+            gradient, output.grad = output.grad, None
+            self._updates.append(self._pool.submit(torch.autograd.backward, pooled, gradient))
+
+        output.register_post_accumulate_grad_hook(update)
+        return output
+
+    def _wait(self) -> None:
+        updates, self._updates = self._updates, []
+        for update in updates:
+            update.result()
+
+
+def _work_alone(started: threading.Barrier) -> None:
+    """Sets up a thread. OpenMP teams of several threads at once take the cores from each other."""
+    torch.set_num_threads(1)
+    started.wait()
+
+
+class WeightsAsData:
+    """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
+    unless configured otherwise, and it costs as much as the update of the tables.
+
+    TorchRec has no option for it, so the kernels are reached through a private attribute; `check`
+    reports it if that stops working.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._expected = False
+        self._fired = False
+        for collection in model.modules():
+            if not isinstance(collection, ShardedEmbeddingBagCollection):
+                continue
+            for kernel in _fused_kernels(collection):
+                kernel.register_forward_pre_hook(self._without_gradients, with_kwargs=True)
+            self._expected |= getattr(collection, "_is_weighted", True) and _has_fused(collection)
+
+    def check(self) -> None:
+        """Warns if a step did not go through the hook though it has weighted bags."""
+        if self._expected and not self._fired:
+            warnings.warn(
+                "this version of TorchRec differentiates the weights of bags, which makes training "
+                "slower; the results are the same",
+                stacklevel=2,
+            )
+        self._expected = False
+
+    def _without_gradients(
+        self,
+        kernel: SplitTableBatchedEmbeddingBagsCodegen,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        weights = keywords.get("per_sample_weights")
+        if weights is not None:
+            self._fired = True
+            num_features = len(kernel.feature_table_map)
+            flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
+            keywords = keywords | {"feature_requires_grad": flags}
+        return arguments, keywords
+
+
+def _has_fused(collection: ShardedEmbeddingBagCollection) -> bool:
+    """Whether this rank holds a part of a table that the fused kernel updates."""
+    parameters = collection.fused_optimizer.params.values()
+    return any(value.local_shards() for value in parameters if isinstance(value, ShardedTensor))
+
+
+def _fused_kernels(
+    collection: ShardedEmbeddingBagCollection,
+) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    # TorchRec keeps the look-ups of a collection out of its tree of modules.
+    for lookup in getattr(collection, "_lookups", ()):
+        for module in lookup.modules():
+            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                yield module
