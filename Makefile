@@ -106,6 +106,7 @@ after-small: install
 bench: install
 	mkdir -p bench
 	$(BIN)/python benchmarks/training_speed.py --out bench/training_speed.json
+	$(BIN)/python benchmarks/step_parts.py --out bench/step_parts.json
 	$(BIN)/python benchmarks/reading.py --turns 5 --out bench/reading.json
 	$(BIN)/python benchmarks/evaluation.py --out bench/evaluation.json
 	$(BIN)/python benchmarks/two_ranks.py --turns 5 --out bench/two_ranks.json
