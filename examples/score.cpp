@@ -10,8 +10,9 @@ int main(int, char** arguments) {
   torch::inductor::AOTIModelPackageLoader model(arguments[1]);
   std::ifstream file(arguments[2], std::ios::binary);
   std::vector<char> bytes(std::istreambuf_iterator<char>(file), {});
+  const auto content = torch::jit::pickle_load(bytes);
   std::vector<at::Tensor> inputs;  // in the order of package.json
-  for (const auto& input : torch::jit::pickle_load(bytes).toListRef()) {
+  for (const auto& input : content.toListRef()) {
     inputs.push_back(input.toTensor());  // or, say, at::tensor({3, 4}, at::kLong)
   }
   for (const auto& scores : model.run(inputs)) {  // pctr, pcvr, pctcvr

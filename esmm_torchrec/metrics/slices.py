@@ -73,7 +73,7 @@ def figures_by_value(
 
     Returns:
         for each value "value", "impressions" and, by `TaskProbability.name`, "ctr auc", "ctr ne",
-        "ctr pcoc" and so on, None where the labels do not allow one.
+        "ctr pcoc" and so on, None if the labels do not allow one.
     """
     counts = np.bincount(codes, minlength=len(names))
     largest = np.argsort(-counts, kind="stable")[:most]

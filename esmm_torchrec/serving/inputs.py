@@ -278,7 +278,7 @@ class InputEncoder:
         return f"there are {shown}" + (", …" if len(self.raw_columns) > 8 else "")
 
     def _bags(self, column: _Column, columns: dict[str, Any], single: set[str], size: int) -> Bags:
-        """Of `size` impressions, or of one that stands for all of them."""
+        """Of `size` impressions, or of one whose values all of them have."""
         if column.feature.name == CONSTANT:
             return Bags(column.lookup.vocabulary.encode(np.zeros(1, np.int64)))
         given = {raw: columns.get(raw) for raw in (column.raw, column.weights) if raw is not None}

@@ -6,11 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.metrics.calibration import Calibration, CalibrationKind, fit_calibration
+from esmm_torchrec.metrics.calibration import (
+    Calibration,
+    CalibrationKind,
+    IsotonicCurve,
+    PlattCurve,
+    fit_calibration,
+)
 from esmm_torchrec.metrics.probability import Prediction
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.report import measure
@@ -109,3 +116,22 @@ def test_one_class_is_refused() -> None:
     none = dict(scored.labels) | {"conversion": np.zeros(ROWS, np.int8)}
     with pytest.raises(DataError, match="conversion has one class only in the"):
         fit_calibration(ScoredImpressions(none, scored.scores), "isotonic")
+
+
+@pytest.mark.parametrize("curve", [PlattCurve(0.7, -0.2), IsotonicCurve((0.5,), (0.25,))])
+def test_a_curve_of_tensors_is_that_of_arrays(curve: PlattCurve | IsotonicCurve) -> None:
+    scores = np.random.default_rng(0).normal(size=1000)
+    tensors = curve.logits(torch.from_numpy(scores), torch)
+    np.testing.assert_allclose(tensors.numpy(), curve.logits(scores), rtol=1e-14)
+
+
+def test_an_isotonic_curve_is_numpys_interpolation() -> None:
+    random = np.random.default_rng(0)
+    knots, heights = np.sort(random.normal(size=50)), np.sort(random.uniform(0.01, 0.99, 50))
+    curve = IsotonicCurve(tuple(knots.tolist()), tuple(heights.tolist()))
+    scores = np.concatenate([random.normal(size=1000), knots, [-9.0, 9.0]])
+    p = np.interp(scores, knots, heights)
+    expected = np.log(p) - np.log1p(-p)
+    np.testing.assert_allclose(curve.logits(scores), expected, rtol=1e-10, atol=1e-12)
+    tensors = curve.logits(torch.from_numpy(scores), torch)
+    np.testing.assert_allclose(tensors.numpy(), expected, rtol=1e-10, atol=1e-12)
