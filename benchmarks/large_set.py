@@ -206,8 +206,8 @@ def measure(options: Options, rows: int, step: Callable[..., dict[str, Any]]) ->
     for name, action in (
         ("generate", generated),
         ("prepare", prepare),
-        ("read", read),
         ("train", train),
+        ("read", read),
     ):
         figures = step(f"{rows}/{name}", action)
         per_million = figures["cpu_seconds"] / rows * 1e6
