@@ -97,7 +97,7 @@ class UpdatesOnThreads:
                     kernel.register_forward_hook(self._cut)
 
     def _cut(self, _kernel: nn.Module, _inputs: Any, pooled: torch.Tensor) -> torch.Tensor:
-        """Gives the output without its history, which the update goes on with."""
+        """Gives the output without its autograd history, which the update keeps."""
         if not pooled.requires_grad:
             return pooled
         output = pooled.detach().requires_grad_()
