@@ -11,6 +11,11 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, Split, SplitName
 from esmm_torchrec.schema import IdFeature
 
+MIN_ROWS_FOR_RANKS = 500_000
+"""Training rows from which two ranks are suggested. They start some seconds later than one process
+(benchmarks/ranks_by_rows.py) and train 1.3 times as fast (benchmarks/two_ranks.py), so that fewer
+rows are trained on before the difference is made up."""
+
 
 def report(
     data_set: PreparedDataSet, *, unclicked_conversions: str, continues: bool = False
@@ -92,7 +97,9 @@ def report(
     if examples:
         sections.append(["skipped, the first of them:", *(f"  {text}" for text in examples)])
     out, run = quote(str(data_set.root)), quote(str(Path("runs", Path(data_set.root.path).name)))
-    command = f"torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out {run}"
+    many = data_set.splits["train"].impressions >= MIN_ROWS_FOR_RANKS
+    launcher = "torchrun --nproc-per-node 2 -m esmm_torchrec" if many else "esmm-torchrec"
+    command = f"{launcher} train --data {out} --out {run}"
     never = [name for name, count in data_set.splits["train"].happened.items() if not count]
     if never:
         sections.append([f"warning: train has no {' and no '.join(never)} to learn from"])

@@ -44,7 +44,7 @@ def test_the_report_holds_the_counts(raw: Path, tmp_path: Path, capsys):
         "109_14 1 0 109_14 (list, weighted)",
         "205 0.0% 0.0% 33.3% 33.3%",
         f"prepared data set: {out}",
-        f"next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data {out} --out runs/out",
+        f"next: esmm-torchrec train --data {out} --out runs/out",
     ):
         assert line in lines
     named = [line for line in lines if "line 5: 4 columns instead of 6" in line]

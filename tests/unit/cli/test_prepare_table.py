@@ -84,8 +84,7 @@ def test_it_prints_what_the_data_set_holds(
         rf"^price +log +{of_price.mean:.6g} +{of_price.std:.6g} +0.0% +0.0%$", printed, re.MULTILINE
     )
     assert printed.endswith(
-        "prepared data set: out\n"
-        "next: torchrun --nproc-per-node 2 -m esmm_torchrec train --data out --out runs/out\n"
+        "prepared data set: out\nnext: esmm-torchrec train --data out --out runs/out\n"
     )
     assert "skipped" not in printed
 
