@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from nbclient import NotebookClient
 from torch.distributed.run import get_args_parser
 
@@ -204,11 +205,12 @@ def test_readme_programs_run() -> None:
 
 def test_serving_program_runs(work: Path) -> None:
     (work / "RUN").rename(work / "run")
-    (program,) = _programs("docs/serving.md")
     names: dict[str, Any] = {"new_rows": pd.read_parquet("new_rows.parquet")}
-    exec(program, names)
+    for program in _programs("docs/serving.md"):
+        exec(program, names)
     assert len(names["scores"]) == 7
     assert names["many"]["pcvr"].shape == (3,)
+    assert all(len(tensor) for tensor in torch.load("inputs.pt"))
 
 
 def test_split_program_runs(work: Path) -> None:
