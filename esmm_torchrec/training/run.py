@@ -7,6 +7,7 @@ import platform
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -49,6 +50,8 @@ from esmm_torchrec.training.reading import open_splits, read_mode
 from esmm_torchrec.training.schedule import ScheduleLearningRates
 from esmm_torchrec.training.validation import HeldOut, Validate, hold_out
 from esmm_torchrec.training.warm_start import source_checkpoint, with_table_rows
+
+SIGNAL_ARRIVES_WITHIN_SECONDS = 0.5
 
 _IDENTITY = ("rows", "table_rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
 """Options that make a run what it is, beside those of the model: what is trained, on which rows, in
@@ -255,7 +258,13 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
     alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
     earlier = signal.signal(signal.SIGTERM, terminate) if alone else None
     try:
-        yield
+        try:
+            yield
+        except RuntimeError:
+            # A signal to all ranks may end another one, and with it a collective, before it is
+            # handled here.
+            time.sleep(SIGNAL_ARRIVES_WITHIN_SECONDS)
+            raise
     except KeyboardInterrupt as interrupt:
         same = "rerun the same command" if resume == "auto" else "give `resume` auto"
         last = find_checkpoint(out / "checkpoints")

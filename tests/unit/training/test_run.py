@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import threading
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,7 @@ from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training import run as run_module
 from esmm_torchrec.training.callbacks import _short
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import train
+from esmm_torchrec.training.run import _interrupts_in_words, train
 from esmm_torchrec.training.trainer import Trainer
 from tests.plain_esmm import read_frame
 from tests.prepared_data import write_data_set
@@ -393,3 +395,18 @@ def test_the_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     for line in (line for history in histories for line in history):
         del line["samples_per_second"]
     assert histories[0] == histories[1]
+
+
+def test_an_interrupt_that_comes_behind_a_lost_rank_is_an_interrupt(tmp_path: Path) -> None:
+    """A signal to all ranks may end another one first, and with it what this one waits for."""
+    lost = RuntimeError("Connection closed by peer")
+
+    def interrupted_soon() -> None:
+        with _interrupts_in_words(tmp_path, "auto"):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            raise lost
+
+    with pytest.raises(Interrupted, match="rerun the same command to start again"):
+        interrupted_soon()
+    with pytest.raises(RuntimeError, match="by peer"), _interrupts_in_words(tmp_path, "auto"):
+        raise lost
