@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError
@@ -28,9 +25,9 @@ from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.fit import fit, training_part
 from esmm_torchrec.training.options import TrainOptions
+from tests.pages import follow
 from tests.ranks import run_on_ranks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "delayed_feedback.md").read_text()
 PAIRS: dict[str, tuple[Rows, Objective]] = {
     "dfm": (ObservedRows(), DelayedFeedbackObjective()),
     "fnw": (FakeNegativeRows(), FakeNegativeObjective()),
@@ -65,15 +62,7 @@ def _trained(data: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("delayed")
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL).replace("\\\n", " ")
-    commands = re.findall(r"^    esmm-torchrec (.*)$", text, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["prepare", "train"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(program, {})
-        for command in commands:
-            main(shlex.split(command))
+    follow("delayed_feedback.md", folder, ["prepare", "train"])
     return folder
 
 

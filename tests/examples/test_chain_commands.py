@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +11,16 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from esmm_torchrec import Predictor
-from esmm_torchrec.cli.main import main
+from tests.pages import follow
 
-PAGE = (Path(__file__).parents[2] / "docs" / "chains.md").read_text()
 STEPS = ("click", "cart", "order")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chains")
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL).replace("\\\n", " ")
-    commands = re.findall(r"^    esmm-torchrec (.*)$", text, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == [
-        "prepare", "train", "evaluate", "score", "export", "compare", "prepare", "train",
-    ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(program, {})
-        for command in commands:
-            main(shlex.split(command))
+    commands = ["prepare", "train", "evaluate", "score", "export", "compare", "prepare", "train"]
+    follow("chains.md", folder, commands)
     return folder
 
 

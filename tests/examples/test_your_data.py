@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from esmm_torchrec.cli.main import main
-
-PAGE = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text()
+from tests.pages import follow
 
 
 def test_its_file_becomes_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    exec(program, {})
-    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL).replace("\\\n", " ")
-    commands = re.findall(r"^    esmm-torchrec (.*)$", text, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["prepare", "train", "score"]
-    for command in commands:
-        main(shlex.split(command))
+    follow("your_data.md", tmp_path, ["prepare", "train", "score"])
 
     description = json.loads(Path("prepared/dataset.json").read_text())
     log = pd.read_csv("log.tsv", sep="\t")
