@@ -36,7 +36,7 @@ class Options:
     step: int | None = None
     """Of the checkpoint; if not given, the best one that validation chose, else the last."""
     calibrated: bool = False
-    """Calibrate the probabilities as 'calibrate' fitted it."""
+    """Build the calibration fitted by 'calibrate' into the program."""
 
 
 def run(options: Options) -> None:

@@ -13,8 +13,8 @@ from esmm_torchrec.schema import IdFeature
 
 MIN_ROWS_FOR_RANKS = 500_000
 """Training rows from which two ranks are suggested. They start some seconds later than one process
-(benchmarks/ranks_by_rows.py) and train 1.3 times as fast (benchmarks/two_ranks.py), so that fewer
-rows are trained on before the difference is made up."""
+(benchmarks/ranks_by_rows.py) and train 1.3 times as fast (benchmarks/two_ranks.py), so that with
+fewer rows the slower start is not recovered."""
 
 
 def report(
@@ -102,7 +102,7 @@ def report(
     command = f"{launcher} train --data {out} --out {run}"
     never = [name for name, count in data_set.splits["train"].happened.items() if not count]
     if never:
-        sections.append([f"warning: train has no {' and no '.join(never)} to learn from"])
+        sections.append([f"warning: the training half has no {' or '.join(never)} to learn from"])
         command += " --method ctr"
     forms = data_set.source.get("text_forms", [])
     sections.append(

@@ -53,7 +53,7 @@ def run(options: Options) -> None:
         raise RunError(f"{out} exists already; remove it or choose another `out`")
     data = folder.config["history"][-1]["data"]["path"] if options.data is None else options.data
     dataset = PreparedDataSet.open(data)
-    folder.check_data(data)
+    folder.check_data(data, dataset.description())
     weights = folder.config["options"]["history_weights"]
     split = MappedSplit.open(dataset, "test", history_weights=weights)
     names = options.by or usual_fields(dataset, MAX_FIELDS)

@@ -17,6 +17,7 @@ from esmm_torchrec.data.sources.raw_tables import BadRows, files_of
 from esmm_torchrec.data.storage import is_uri, staged
 from esmm_torchrec.data.stream import StreamedSplit, stream_in_order
 from esmm_torchrec.errors import OptionError
+from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, identity
@@ -68,14 +69,19 @@ class Options:
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
-    """Write the probabilities as 'calibrate' has calibrated them. An exported model has been
-    exported so or otherwise."""
+    """Write the probabilities as 'calibrate' has calibrated them. For an exported model
+    this is fixed at export."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):
             raise OptionError("give either `data` or `input`, what is to be scored")
         if self.data is not None and (self.keep or self.max_bad_rows):
             raise OptionError("`keep` and `max_bad_rows` need `input`")
+        if self.data is not None and is_uri(self.out) and not is_folder(Path(self.out)):
+            raise OptionError(
+                f"`out` {self.out} is the URI of a file, and scores of `data` in a store are a "
+                "folder; leave its ending out"
+            )
 
     @property
     def in_parts(self) -> bool:
@@ -180,7 +186,7 @@ def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
     ranks.from_first(lambda: check_preprocessing(folder))
     calibration = folder.calibration(step) if options.calibrated else None
     jobs, score_folder = ranks.from_first(
-        lambda: _jobs(options, out, lambda: _made_by(options, identity(folder, step)))
+        lambda: _jobs(options, out, lambda: _made_by(options, identity(folder, step), calibration))
     )
     written, bad_rows, models = Written(), BadRows(options.max_bad_rows), []
     for rows, scores in jobs:
@@ -253,10 +259,12 @@ def _jobs(
     return [([str(path)], scores) for path, scores in folder.open(list(map(Path, inputs)))], folder
 
 
-def _made_by(options: Options, model: str) -> dict[str, Any]:
+def _made_by(
+    options: Options, model: str, calibration: Calibration | None = None
+) -> dict[str, Any]:
     return {
         "model": model,
-        "calibrated": options.calibrated,
+        "calibrated": options.calibrated if calibration is None else calibration.to_dict(),
         "keep": list(options.keep),
         "max_bad_rows": options.max_bad_rows,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class Options:
     port: int = 8000
     """Port; 0: any that is free."""
     threads: int = 1
-    """Threads of the program."""
+    """Threads of a matrix product; the loops of a compiled program have one."""
     batch_window_ms: float = 1.0
     """How long a request waits for others to be scored with."""
     max_rows: int = 4096
@@ -59,6 +58,7 @@ def run(options: Options) -> None:
             ServedModel,
             ServerOptions,
             create_app,
+            keep_out_of_collections,
         )
     except ModuleNotFoundError as error:
         raise OptionError(
@@ -79,9 +79,7 @@ def run(options: Options) -> None:
             watch_seconds=options.watch_seconds,
         ),
     )
-    # What is loaded stays: a full collection would look at all of it, while requests wait.
-    gc.collect()
-    gc.freeze()
+    keep_out_of_collections()
     config = uvicorn.Config(
         app,
         log_level="warning",

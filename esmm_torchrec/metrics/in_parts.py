@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from esmm_torchrec.metrics.probability import Prediction, ProbabilityFit, fit
 from esmm_torchrec.metrics.ranking import ordered_bits
+from esmm_torchrec.metrics.report import Part, one_class_reason
 from esmm_torchrec.metrics.scored import ScoredImpressions, Scores
 
 SAMPLES = 1024
@@ -45,36 +46,37 @@ def measure_in_parts(own: ScoredImpressions) -> dict[str, dict[str, Any]]:
     values |= {f"{task.name}s": int(own.happened(task.name).sum()) for task in own.tasks}
     if own.weight is not None:
         values["sum_of_weights"] = float(own.weight.sum(dtype=np.float64))
-    values = _summed(values)
-    reasons: dict[str, str] = {}
+    part = Part()
+    part.values |= _summed(values)
     for name, _, task, given in own.tasks.probabilities:
         rows = slice(None) if given is None else own.happened(given.name)
         label = own.happened(task.name)[rows]
         weights = None if own.weight is None else own.weight[rows]
+        mass = np.ones(len(label)) if weights is None else weights.astype(np.float64)
+        counts = _gathered((len(label), label.sum(), mass[label].sum(), mass[~label].sum()))
+        size, happened, positive, negative = np.sum(counts, axis=0).tolist()
+        one_class = one_class_reason(
+            task, given, size=int(size), happened=int(happened), weighs=positive * negative > 0
+        )
         prediction = own.scores.get(name)
         sums = area = None
-        reason = f"the model gives no {name} score"
+        flaw = f"the model gives no {name} score"
         if prediction is not None:
             sums = _fit(prediction[rows], label, weights)
-            reason = f"a {name} score is not finite"
+            flaw = "" if sums is not None else f"a {name} score is not finite"
             if sums is not None:
                 area = auc_in_parts(prediction[rows].values, label, weights)
-                reason = f"{task.name} is the same for all impressions"
-        mass = np.ones(len(label)) if weights is None else weights.astype(np.float64)
-        total, happened = np.sum(_gathered((mass.sum(), mass[label].sum())), axis=0).tolist()
-        figures = {
-            "auc": area,
-            "log_loss": sums and sums.log_loss,
-            "ne": sums and sums.normalised_entropy,
-            "calibration": sums and sums.calibration,
-            "pcoc": sums and sums.calibration,
-            "base_rate": happened / total if total else None,
-        }
-        for figure, value in figures.items():
-            values[f"{name}_{figure}"] = value
-            if value is None:
-                reasons[f"{name}_{figure}"] = reason
-    return {"test": values | {"reasons": reasons}}
+        for figure, value in (
+            ("auc", area),
+            ("log_loss", sums and sums.log_loss),
+            ("ne", sums and sums.normalised_entropy),
+            ("calibration", sums and sums.calibration),
+            ("pcoc", sums and sums.calibration),
+        ):
+            part.put(f"{name}_{figure}", value, flaw or one_class)
+        total = positive + negative
+        part.put(f"{name}_base_rate", positive / total if total else None, one_class)
+    return {"test": part.finished()}
 
 
 def auc_in_parts(

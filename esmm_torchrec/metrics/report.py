@@ -106,7 +106,7 @@ def measure(scored: ScoredImpressions) -> dict[str, dict[str, Any]]:
     return report
 
 
-class _Part:
+class Part:
     """Values under construction; each None comes with its reason."""
 
     def __init__(self) -> None:
@@ -124,6 +124,26 @@ class _Part:
         return {**self.values, "reasons": self.reasons}
 
 
+def one_class_reason(
+    task: Task, given: Task | None, *, size: int, happened: int, weighs: bool
+) -> str:
+    """Why labels allow no comparison; empty if they do.
+
+    Args:
+        task: whose labels they are.
+        given: the task that the impressions have; None: they are all impressions.
+        size: impressions.
+        happened: those with the label.
+        weighs: whether both classes have a weight.
+    """
+    within = "" if given is None else f" with {given.name} = 1"
+    if size == 0:
+        return f"there is no impression{within}"
+    if happened in (0, size):
+        return f"{task.name} is {int(happened > 0)} for all {size} impressions{within}"
+    return "" if weighs else f"all impressions{within} of one class of {task.name} have weight 0"
+
+
 class _Space:
     """Labels, weights and groups of the impressions that the figures of a task are over."""
 
@@ -136,17 +156,11 @@ class _Space:
         """Why labels allow no comparison; empty if they do."""
 
     def _reason(self, task: Task, given: Task | None) -> str:
-        within = "" if given is None else f" with {given.name} = 1"
-        if self.label.size == 0:
-            return f"there is no impression{within}"
-        for value in (0, 1):
-            if (self.label == value).all():
-                return f"{task.name} is {value} for all {self.label.size} impressions{within}"
-        if self.weights is not None and not (
+        weighs = self.weights is None or bool(
             self.weights[self.label].any() and self.weights[~self.label].any()
-        ):
-            return f"all impressions{within} of one class of {task.name} have weight 0"
-        return ""
+        )
+        happened = int(self.label.sum())
+        return one_class_reason(task, given, size=self.label.size, happened=happened, weighs=weighs)
 
     def of(self, prediction: Prediction | None) -> Prediction | None:
         """The scores of these impressions."""
@@ -154,7 +168,7 @@ class _Space:
 
 
 def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
-    part = _Part()
+    part = Part()
     part.values["impressions"] = scored.size
     for task in scored.tasks:
         part.values[f"{task.name}s"] = int(scored.happened(task.name).sum())
@@ -186,7 +200,7 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
     return part.finished()
 
 
-def _put_mean(part: _Part, name: str, scored: ScoredImpressions) -> None:
+def _put_mean(part: Part, name: str, scored: ScoredImpressions) -> None:
     """The mean prediction over all impressions."""
     prediction = scored.scores.get(name)
     flaw = _flaw(name, prediction)
@@ -196,7 +210,7 @@ def _put_mean(part: _Part, name: str, scored: ScoredImpressions) -> None:
     part.put(f"{name}_mean_entire_space", mean, flaw or "there is no impression")
 
 
-def _put_effective_sample_size(part: _Part, scored: ScoredImpressions) -> None:
+def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:
     """How many clicks remain if they are weighted by 1 / pCTR."""
     first = scored.tasks[0]
     prediction = scored.scores.get(first.rate)
@@ -233,7 +247,7 @@ def relative_improvements(
     return found
 
 
-def _put_task(part: _Part, name: str, prediction: Prediction | None, space: _Space) -> None:
+def _put_task(part: Part, name: str, prediction: Prediction | None, space: _Space) -> None:
     _put_auc(part, f"{name}_auc", name, prediction, space)
     _put_torchrec_auc(part, name, prediction, space)
     flaw = _flaw(name, prediction)
@@ -260,7 +274,7 @@ def _put_task(part: _Part, name: str, prediction: Prediction | None, space: _Spa
 
 
 def _put_auc(
-    part: _Part, key: str, score_name: str, prediction: Prediction | None, space: _Space
+    part: Part, key: str, score_name: str, prediction: Prediction | None, space: _Space
 ) -> None:
     flaw = _flaw(score_name, prediction)
     value = None
@@ -269,7 +283,7 @@ def _put_auc(
     part.put(key, value, flaw or space.reason)
 
 
-def _put_torchrec_auc(part: _Part, name: str, prediction: Prediction | None, space: _Space) -> None:
+def _put_torchrec_auc(part: Part, name: str, prediction: Prediction | None, space: _Space) -> None:
     if space.label.size > WINDOW_SIZE:
         return
     reason = _flaw(name, prediction) or space.reason
@@ -297,7 +311,7 @@ def _flaw(name: str, prediction: Prediction | None) -> str:
 
 
 def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
-    part = _Part()
+    part = Part()
     assert scored.true_ctr is not None
     assert scored.true_cvr is not None
     true_ctr, true_cvr, weights = scored.true_ctr, scored.true_cvr, scored.weight

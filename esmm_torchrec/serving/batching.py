@@ -23,7 +23,7 @@ from esmm_torchrec.serving.inputs import Inputs, Request
 from esmm_torchrec.serving.predictor import Predictor
 
 MAX_TOGETHER = 256
-"""Requests that are answered at the same time, at most."""
+"""Requests that are scored together, at most."""
 
 
 class Overloaded(EsmmTorchrecError):
@@ -117,8 +117,7 @@ class Batcher:
                 await asyncio.sleep(self._window_seconds)
             self._came.clear()
             while self._waiting:
-                number = min(len(self._waiting), MAX_TOGETHER)
-                taken = [self._waiting.popleft() for _ in range(number)]
+                taken = self._next()
                 outcomes = await loop.run_in_executor(self._worker, self._score, taken)
                 for waiting, outcome in zip(taken, outcomes, strict=True):
                     if waiting.answer.done():  # nobody waits for it any more
@@ -127,6 +126,19 @@ class Batcher:
                         waiting.answer.set_exception(outcome)
                     else:
                         waiting.answer.set_result(outcome)
+
+    def _next(self) -> list[_Waiting]:
+        """The first requests that wait, of about as many impressions as a batch may have."""
+        taken: list[_Waiting] = []
+        rows = 0
+        while self._waiting and len(taken) < MAX_TOGETHER:
+            rows += _size(self._waiting[0].request)
+            if taken and rows > self._max_rows:
+                break
+            waiting = self._waiting.popleft()
+            if not waiting.answer.done():
+                taken.append(waiting)
+        return taken
 
     def _score(self, taken: list[_Waiting]) -> list[Answer | BaseException]:
         """In the worker: the answer to each request, or its error."""
@@ -185,3 +197,11 @@ class Batcher:
             except DataError as error:
                 outcomes.append(error)
         return parts, outcomes
+
+
+def _size(request: Request | Sequence[Request]) -> int:
+    """Impressions of a request, at most."""
+    if not isinstance(request, Mapping):
+        return len(request)
+    several = (len(values) for values in request.values() if isinstance(values, list))
+    return max(several, default=1)

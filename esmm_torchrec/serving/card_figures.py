@@ -47,11 +47,11 @@ def card_figures(run: RunFolder, program: Program) -> CardFigures | str:
     path = run.config["history"][-1]["data"]["path"]
     try:
         dataset = PreparedDataSet.open(path)
-        run.check_data(path)
+        run.check_data(path, dataset.description())
         weights = run.config["options"]["history_weights"]
         split = MappedSplit.open(dataset, "test", history_weights=weights)
     except (EsmmTorchrecError, OSError) as error:
-        return f"None: {error}."
+        return f"Not available: {error}."
     size = min(MAX_IMPRESSIONS, split.impressions)
     rows = np.arange(size) * split.impressions // size
     scored = _scored(program, split, rows)

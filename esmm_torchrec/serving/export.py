@@ -213,7 +213,7 @@ def _write_program(
             torch._inductor.aoti_compile_and_package(
                 exported,
                 package_path=str(path),
-                # Regions of OpenMP cost more than they save: some would begin anew in each row.
+                # OpenMP regions cost more than they save; some would be entered once per row.
                 inductor_configs={"cpp.threads": 1},
             )
             return

@@ -209,6 +209,24 @@ class InputEncoder:
             arrays[DENSE] = self._dense(columns, single, size)
         return Inputs(arrays, size)
 
+    def columns_of(self, rows: Sequence[Request]) -> dict[str, list[Any]]:
+        """Requests of one impression each, as one request."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        for name, values in list(columns.items()):
+            if name not in self._lists:
+                continue
+            if all(value is None for value in values):
+                del columns[name]  # missing everywhere
+            elif not self._nested.issuperset(map(type, values)):
+                # Beside another, a value without a list would be read as one of its list.
+                columns[name] = [self._as_list(value) for value in values]
+        return columns
+
+    def _as_list(self, value: Any) -> Any:
+        """A value of a list column that is not a list is a list of one."""
+        return [value] if np.isscalar(value) and type(value) not in self._nested else value
+
     def encode_rows(self, read: RowsToEncode) -> tuple[Inputs, dict[str, Counts]]:
         """The tensors of raw rows that were read, and what the good ones among them hold, by id
         feature. The inputs of bad rows are arbitrary, but can be scored."""
@@ -239,10 +257,10 @@ class InputEncoder:
             raise DataError(f"there is no feature {name!r}; {self._closest(str(name))}")
         columns, single, size = dict(request), set(), None
         for name, given in request.items():
-            if type(given) in _SINGLE:
+            if type(given) in _SINGLE and name not in self._lists:
                 single.add(name)
                 continue
-            values = given
+            values = self._as_list(given) if name in self._lists else given
             if isinstance(given, pd.Series):
                 values = pa.Array.from_pandas(given)
             elif isinstance(given, pa.ChunkedArray):
@@ -395,6 +413,8 @@ def _bags_of(column: _Column, features: Features) -> Bags:
 def _quick_bags(column: _Column, values: Any, weights: Any = None) -> Bags | None:
     """None if the values need to be read with care."""
     if not column.feature.multi_valued:
+        if column.weights is None:
+            return None  # its ids were looked up before
         rows = column.lookup.many(values)
         of_ids = weights_of(weights)
         if rows is None or of_ids is None or (rows == MISSING_ROW).any():

@@ -35,6 +35,8 @@ MAX_TEXTS = 4096
 
 _NOT_THERE = -2
 
+_IDS = frozenset({int, str, type(None)})
+
 
 class Bags(NamedTuple):
     """One id feature of B impressions, as a signature has it."""
@@ -75,10 +77,9 @@ class Lookup:
         if not self._has_dict:
             rows = self.many([value])
             return None if rows is None else int(rows[0])
-        try:
-            row = self._rows.get(value, _NOT_THERE)
-        except TypeError:  # a value that cannot be a key
+        if type(value) not in _IDS:  # a float may equal an id that it is not
             return None
+        row = self._rows.get(value, _NOT_THERE)
         if row == _NOT_THERE:
             return UNKNOWN_ROW if self._is_id(value) else None
         return row
@@ -108,11 +109,10 @@ class Lookup:
         return self._one_by_one(values) if self._has_dict else None
 
     def _one_by_one(self, values: Sequence[Any]) -> np.ndarray | None:
-        try:
-            found = map(self._rows.get, values, repeat(_NOT_THERE))
-            rows = np.fromiter(found, np.int64, len(values))
-        except TypeError:
+        if not _IDS.issuperset(map(type, values)):
             return None
+        found = map(self._rows.get, values, repeat(_NOT_THERE))
+        rows = np.fromiter(found, np.int64, len(values))
         unknown = np.flatnonzero(rows == _NOT_THERE).tolist()
         if not all(self._is_id(values[place]) for place in unknown):
             return None

@@ -84,7 +84,8 @@ def model_card(
         + (
             "They are the model's own probabilities, not calibrated after training."
             if calibration is None
-            else f"They are calibrated ({calibration}); the metrics of the whole test half are not."
+            else f"They are calibrated ({calibration}); the metrics of the whole test half are of "
+            "the uncalibrated scores."
         ),
         "",
     ]

@@ -202,9 +202,8 @@ def _check(path: Path, checksum: str) -> None:
     try:
         found = Location.of(path).sha256()
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be read ({os.strerror(error.errno or 0)}); export again"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno else error
+        raise RunError(f"{path} cannot be read ({reason}); export again") from None
     if found != checksum:
         raise RunError(
             f"{path} was changed after it was exported (its checksum differs); restore it from a "

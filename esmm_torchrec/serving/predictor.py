@@ -114,9 +114,7 @@ class Predictor:
         """The inputs of the program for a request; see `predict`."""
         if isinstance(request, Mapping):
             return self.encoder.encode(request)
-        names = dict.fromkeys(name for one in request for name in one)
-        columns = {name: [one.get(name) for one in request] for name in names}
-        return self.encoder.encode(columns, size=len(request))
+        return self.encoder.encode(self.encoder.columns_of(request), size=len(request))
 
     def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The scores of encoded impressions, float32 (B,) by column."""

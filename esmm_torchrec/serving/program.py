@@ -124,8 +124,8 @@ class Program(nn.Module):
         assert self._calibration is not None
         logits = {}
         for task in self._schema.tasks:
-            curve = self._calibration.curves.get(task.rate)
-            if task.rate in scores and curve is not None:
+            if task.rate in scores:
+                curve = self._calibration.curves[task.rate]
                 calibrated = curve.logits(scores[task.rate].values.double(), torch)
                 logits[task.name] = calibrated.float()
         return read_scores(logits, self._schema.tasks)

@@ -29,8 +29,8 @@ from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.tasks import TaskChain
 
 MAX_GATHERED = 1 << 26
-"""Impressions of a streamed split that rank 0 measures, of which it holds 28 bytes each; of larger
-ones, all ranks together measure what `metrics.in_parts` can."""
+"""Impressions of a streamed split that rank 0 measures, 28 bytes each and several copies of
+them while they arrive; of larger ones, all ranks together measure what `metrics.in_parts` can."""
 
 BATCH_SIZE = 8192
 """Impressions per rank and step that are scored at a time, unless the caller chooses another."""
@@ -253,6 +253,8 @@ def _score_own(
 
 def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
     """On rank 0, the impressions of all ranks in stored order."""
+    if ranks.world_size == 1:
+        return own
     parts: list[ScoredImpressions] | None = None
     if ranks.is_first:
         parts = [own] * ranks.world_size

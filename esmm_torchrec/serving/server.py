@@ -11,6 +11,7 @@ Another model is loaded beside the one that serves; a request is scored by one o
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -102,7 +103,16 @@ class ServedModel:
         if self.is_current():
             return False
         self.predictor = self._load()
+        keep_out_of_collections()
         return True
+
+
+def keep_out_of_collections() -> None:
+    """Frees what is no longer used, and keeps what is loaded out of full collections, which would
+    stall requests."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class _ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):

@@ -74,7 +74,7 @@ def shard(
     state = parallel.state_dict()
     with torch.no_grad():
         for key, source in sources.items():
-            for local, (row, column) in _local_shards(state[key]):
+            for local, (row, column) in local_shards(state[key]):
                 rows, columns = local.shape
                 if isinstance(source, torch.Tensor):
                     local.copy_(source[row : row + rows, column : column + columns])
@@ -90,15 +90,15 @@ def shard(
     return parallel
 
 
-def _local_shards(value: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
-    """This rank's parts of a table, each with its first row and column."""
+def local_shards(value: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+    """This rank's parts of a weight or of an optimiser's state, each with its first index in every
+    dimension."""
     if isinstance(value, ShardedTensor):
         for part in value.local_shards():
-            row, column = part.metadata.shard_offsets
-            yield part.tensor, (row, column)
+            yield part.tensor, tuple(part.metadata.shard_offsets)
     else:
         assert not isinstance(value, DTensor), "TorchRec shards over a one-dimensional group"
-        yield value, (0, 0)
+        yield value, (0,) * value.dim()
 
 
 def _draw(

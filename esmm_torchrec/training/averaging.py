@@ -1,23 +1,23 @@
 """The average of the weights of the latest steps, in place of those of the last step.
 
-At a constant learning rate the weights carry the noise of the latest batches. With few rows that
-noise is large, and an average of the weights is better than those of any step (Polyak and Juditsky,
-"Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30, 1992); here it
-is an exponential one, as in torch.optim.swa_utils. It takes a copy of the model, and a pass over
-it every few steps, so it is for models of few rows.
+At a constant learning rate the weights carry the noise of the latest batches, and the fewer rows
+there are, the larger that noise is. An average of the weights carries less of it (Polyak and
+Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30, 1992);
+here it is an exponential one, as in torch.optim.swa_utils. It takes a copy of the model, and a
+pass over it every few steps, so it is for models of few rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.sharding.apply import local_shards
 from esmm_torchrec.training.loop import Callback, TrainingLoop
-from esmm_torchrec.training.nonfinite import local_tensors
 
 DECAY = 0.999
 """Weight of the average against those of a step, once there are enough steps."""
@@ -33,38 +33,49 @@ class AverageWeights(Callback):
     """
 
     def __init__(self) -> None:
-        self._weights: list[torch.Tensor] = []
-        self._average: list[torch.Tensor] = []
-        self._step = 0
-        self._saved: Mapping[str, Any] | None = None
+        self._parts: list[_Part] = []
+        self._began = self._step = 0
+        self._saved: Sequence[Mapping[str, Any]] | None = None
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Starts with the weights of the model, or continues from a checkpoint on as many ranks. On
-        another number of ranks the average begins anew with the weights of the checkpoint."""
-        self._weights = [
-            part.detach()
-            for value in loop.trainer.model.state_dict().values()
-            for part in local_tensors(value)
+        """Starts with the weights of the model, or continues from a checkpoint, of any number of
+        ranks and any placement."""
+        self._parts = [
+            _Part(key, place, part.detach(), part.detach().clone())
+            for key, value in loop.trainer.model.state_dict().items()
+            for part, place in local_shards(value)
         ]
-        self._average = [weight.clone() for weight in self._weights]
-        self._step = loop.step
-        if self._saved is not None:
-            for average, saved in zip(self._average, self._saved["average"], strict=True):
-                average.copy_(saved)
-            self._step = self._saved["step"]
+        self._began = self._step = loop.step
+        if self._saved is None:
+            return
+        self._began, self._step = (self._saved[0][name] for name in ("began", "step"))
+        for part in self._parts:
+            for state in self._saved:
+                for place, saved in state["average"].get(part.key, ()):
+                    _copy_overlap(part.average, part.place, saved, place)
+        self._saved = None
+        if loop.step == loop.last_step:
+            self._finish(loop.step)
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
         """Adds the weights of some steps; after the last one the model has the average."""
-        is_last = loop.step == loop.last_step
-        if loop.step % STEPS_BETWEEN == 0 or is_last:
-            # Early on the average forgets faster, so that it does not keep the first weights.
-            decay = min(DECAY, (1 + loop.step) / (10 + loop.step)) ** (loop.step - self._step)
-            for average, weight in zip(self._average, self._weights, strict=True):
-                average.lerp_(weight, 1 - decay)
-            self._step = loop.step
-        if is_last:
-            for average, weight in zip(self._average, self._weights, strict=True):
-                weight.copy_(average)
+        if loop.step == loop.last_step:
+            self._finish(loop.step)
+        elif loop.step % STEPS_BETWEEN == 0:
+            self._add(loop.step)
+
+    def _add(self, step: int) -> None:
+        # Early on the average forgets faster, so that it does not keep the first weights.
+        steps = step - self._began
+        decay = min(DECAY, (1 + steps) / (10 + steps)) ** (step - self._step)
+        for part in self._parts:
+            part.average.lerp_(part.weight, 1 - decay)
+        self._step = step
+
+    def _finish(self, step: int) -> None:
+        self._add(step)
+        for part in self._parts:
+            part.weight.copy_(part.average)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -76,16 +87,46 @@ class AverageWeights(Callback):
             self._exchange()
 
     def rank_state(self) -> dict[str, Any]:
-        """The average of this rank's part of the weights."""
-        return {"average": self._average, "step": self._step}
+        """The average of this rank's parts of the weights, each with its place."""
+        average: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
+        for part in self._parts:
+            average.setdefault(part.key, []).append((part.place, part.average))
+        return {"average": average, "began": self._began, "step": self._step}
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps the average of this rank, if there were as many ranks."""
-        ranks = torch.distributed.get_world_size()
-        self._saved = states[torch.distributed.get_rank()] if len(states) == ranks else None
+        """Keeps what all ranks saved until the parts of this one are known."""
+        self._saved = states
 
     def _exchange(self) -> None:
-        for average, weight in zip(self._average, self._weights, strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
+        for part in self._parts:
+            kept = part.weight.clone()
+            part.weight.copy_(part.average)
+            part.average.copy_(kept)
+
+
+class _Part(NamedTuple):
+    """A part of a weight that this rank holds."""
+
+    key: str
+    """Of the weight in the model's state."""
+    place: tuple[int, ...]
+    """Its first index in every dimension."""
+    weight: torch.Tensor
+    average: torch.Tensor
+
+
+def _copy_overlap(
+    to: torch.Tensor, place: Sequence[int], saved: torch.Tensor, saved_place: Sequence[int]
+) -> None:
+    """Copies what two parts of one weight have in common."""
+    own: list[slice] = []
+    other: list[slice] = []
+    for size, first, saved_size, saved_first in zip(
+        to.shape, place, saved.shape, saved_place, strict=True
+    ):
+        start, stop = max(first, saved_first), min(first + size, saved_first + saved_size)
+        if start >= stop:
+            return
+        own.append(slice(start - first, stop - first))
+        other.append(slice(start - saved_first, stop - saved_first))
+    to[tuple(own)] = saved[tuple(other)]

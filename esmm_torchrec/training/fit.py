@@ -76,7 +76,7 @@ def training_part(
         pctr: float64 (N,), one of each clicked row chosen from, for methods that need it.
 
     Raises:
-        DataError: what is left has no click or no conversion.
+        DataError: what is left has none of the labels that the method learns.
     """
     if isinstance(split, StreamedSplit):
         return _streamed_part(split)
@@ -153,10 +153,10 @@ def part_of(
     positives = {name: float((values == 1) @ each) for name, values in given.items()}
     positives |= {task.label: float(happened[task.name] @ each) for task in tasks}
     needed = [task for task in tasks if learned is None or task.label in learned]
-    if not any(positives[task.label] for task in needed):
+    if needed and not any(positives[task.label] for task in needed):
         raise DataError(
             f"{name} is left with {num_rows:,} impressions and no "
-            f"{' and no '.join(task.name for task in needed)} to train on; give it more data or a "
+            f"{' or '.join(task.name for task in needed)} to train on; give it more data or a "
             "larger fraction"
         )
     return TrainingPart(

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.sharding.apply import local_shards
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import NonfiniteOption
 
@@ -105,7 +105,7 @@ def check_weights(loop: TrainingLoop) -> None:
     """
     finite = torch.ones((), device=loop.ranks.device)
     for value in loop.trainer.model.state_dict().values():
-        for part in local_tensors(value):
+        for part, _ in local_shards(value):
             # The sum needs no copy of a table, unlike isfinite() of its elements.
             finite *= part.detach().sum().isfinite()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
@@ -114,10 +114,3 @@ def check_weights(loop: TrainingLoop) -> None:
             f"the weights are not finite after step {loop.step}, which is not saved; lower "
             "`dense_lr` or `sparse_lr`"
         )
-
-
-def local_tensors(value: torch.Tensor) -> list[torch.Tensor]:
-    """The parts of a weight that this rank holds."""
-    if isinstance(value, ShardedTensor):
-        return [shard.tensor for shard in value.local_shards()]
-    return [value]

@@ -7,7 +7,7 @@ state reads the same whatever the kernel, so that a checkpoint outlives a change
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
 
 from esmm_torchrec.errors import PlanError
+from esmm_torchrec.sharding.apply import local_shards
 from esmm_torchrec.sharding.planner import SparseOptimizerOption, embedding_bag_collections_of
 
 EPSILON = 1e-8
@@ -99,8 +100,8 @@ class ModelOptimizer(CombinedOptimizer):
         optimisers must have their state, see `init_state`."""
         for key, named in self.state_dict()["state"].items():
             for name, value in named.items():
-                others = _local_tensors(state_dict["state"][key][name])
-                for own, other in zip(_local_tensors(value), others, strict=True):
+                others = local_shards(state_dict["state"][key][name])
+                for (own, _), (other, _) in zip(local_shards(value), others, strict=True):
                     own.detach().copy_(other)
 
     def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
@@ -173,13 +174,6 @@ def _cut_like(weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         first += size
     assert first == flat.numel()
     return ShardedTensor._init_from_local_shards_and_global_metadata(shards, weight.metadata())
-
-
-def _local_tensors(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    if isinstance(value, ShardedTensor):
-        yield from (shard.tensor for shard in value.local_shards())
-    else:
-        yield value
 
 
 def fuse_optimizer(

@@ -187,10 +187,13 @@ def _train(
         if not run.preprocessing.exists():
             copy_preprocessing(dataset.root, run.preprocessing)
         _announce(dataset, loop, options, passes=passes, held_out=held_out)
-        for task in dataset.schema.tasks:
-            if not part.base_rates.positives[task.label]:
+        tasks = dataset.schema.tasks
+        learned = {head.label for head in options.parts.objective.heads(tasks)}
+        for task in tasks:
+            if task.label in learned and not part.base_rates.positives[task.label]:
                 print(
-                    f"warning: there is no {task.name} to train on, so p({task.name}) means little",
+                    f"warning: there is no {task.name} to train on, so predictions of it are not "
+                    "meaningful",
                     flush=True,
                 )
         if part.selection is not None:
@@ -238,7 +241,8 @@ def _train(
             scored.tasks,
             held_out=held_out_figures,
         )
-        plot_calibration(scored, run.path / "plots" / "calibration.png")
+        if together is None:  # rank 0 has all impressions
+            plot_calibration(scored, run.path / "plots" / "calibration.png")
         return metrics
 
     return ranks.from_first(report)

@@ -139,7 +139,7 @@ def _panel(title: str, **labels: str) -> tuple[Figure, Axes]:
 
 
 def _learning(run: RunFolder, scored: ScoredImpressions) -> list[Figure]:
-    """Loss, AUC and NE of history.jsonl, and what a validation measured of the two latter."""
+    """Loss, AUC and NE of history.jsonl, and what a validation measured of the latter two."""
     lines = []
     if run.history.exists():
         lines = [json.loads(line) for line in run.history.read_text().splitlines()]
@@ -170,7 +170,7 @@ def _roc(scored: ScoredImpressions) -> list[Figure]:
     figures = []
     for title, prediction, label, weights in _spaces(scored):
         value = auc(prediction.values, label, weights)
-        shown = "none: the labels are of one class" if value is None else f"{value:.4f}"
+        shown = "undefined: only one class" if value is None else f"{value:.4f}"
         figure, axes = _panel(
             f"{title}\nAUC {shown}", xlabel="false positive rate", ylabel="true positive rate"
         )

@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def _touched_rows(config: EmbeddingBagConfig, workload: Workload) -> float:
 
 
 class UpdatesOnThreads:
-    """Runs the backward passes of the fused kernels of a CPU side by side, each on a thread of its
+    """Runs the backward passes of the fused kernels on a CPU side by side, each on a thread of its
     own. fbgemm updates tables on one thread, and so does autograd, which runs the backward passes
     of a device one after the other. They touch different tables, so the result is the same to the
     last bit.
@@ -100,6 +100,8 @@ class UpdatesOnThreads:
         """Gives the output without its autograd history, which the update keeps."""
         if not pooled.requires_grad:
             return pooled
+        if self._updates:  # a backward pass failed, and nothing waited for what it had begun
+            self._wait()
         output = pooled.detach().requires_grad_()
 
         def update(output: torch.Tensor) -> None:
@@ -114,12 +116,14 @@ class UpdatesOnThreads:
 
     def _wait(self) -> None:
         updates, self._updates = self._updates, []
+        wait(updates)
         for update in updates:
             update.result()
 
 
 def _work_alone(started: threading.Barrier) -> None:
-    """Sets up a thread. OpenMP teams of several threads at once take the cores from each other."""
+    """Sets up a thread. Several OpenMP teams would compete for the cores."""
+    torch.get_num_threads()  # torch sets up a thread when it is first used, which undoes the next
     torch.set_num_threads(1)
     started.wait()
 

@@ -237,6 +237,8 @@ def _files_in_store(uri: str) -> list[Location]:
     in the order of their names."""
     given = Location.of(uri)
     parts = given.path.split("/")
+    if "**" in parts:
+        raise DataError(f"{given} has **, which addresses do not take; name each folder by *")
     fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     if fixed == len(parts) and given.size() is not None:
         if not given.path.lower().endswith(_PARQUET_SUFFIXES):
@@ -248,6 +250,8 @@ def _files_in_store(uri: str) -> list[Location]:
     found = []
     for file in Location(given.filesystem, base, scheme + base).files_below():
         own = file.path.split("/")
+        if any(name.startswith(".") for name in own[fixed:]):
+            continue
         # The file itself, or a file in a folder, as on a disk.
         matches = len(parts) <= len(own) <= len(parts) + 1 and all(
             fnmatch.fnmatchcase(name, part) for name, part in zip(own, parts, strict=False)

@@ -167,6 +167,10 @@ def test_help_names_every_option_and_says_what_it_is_for(
             "give either --data or --input, what is to be scored",
         ),
         (
+            ["score", "run", "--data", "data", "--out", "s3://scores/day.parquet"],
+            "--out s3://scores/day.parquet is the URI of a file, and scores of --data in a store",
+        ),
+        (
             TRAIN,
             "nowhere is not a prepared data set (dataset.json is missing); create one with "
             "'esmm-torchrec prepare'",

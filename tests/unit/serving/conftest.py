@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import uvicorn
 
 from esmm_torchrec.cli.main import main
+from esmm_torchrec.serving.server import ServedModel, ServerOptions, create_app
 
 ROWS = 120
 COLUMNS = ["user", "shop", "tags", "history", "history_weight", "age", "price"]
@@ -75,3 +82,20 @@ def compiled(folder: Path) -> Path:
     """A compiled package of the run, with a model repository for Triton."""
     main(["export", str(folder / "run"), str(folder / "compiled"), "--format", "triton"])
     return folder / "compiled"
+
+
+@contextmanager
+def serve(package: Path, options: ServerOptions) -> Iterator[httpx.Client]:
+    """A client of a server in a thread of this process."""
+    config = uvicorn.Config(create_app(ServedModel(package), options), log_level="error")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -27,7 +27,8 @@ from esmm_torchrec.metrics.calibration import PlattCurve
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.package import Package
 from esmm_torchrec.serving.predictor import Predictor
-from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES
+from esmm_torchrec.serving.server import ServerOptions
+from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES, serve
 
 
 @pytest.fixture(scope="module", params=["run", "package"])
@@ -77,6 +78,20 @@ def test_one_value_stands_for_all_impressions(predictor: Predictor) -> None:
         np.testing.assert_allclose(together["pcvr"][row], alone["pcvr"][0], atol=2e-7)
 
 
+@pytest.mark.parametrize("tags", [3, np.int64(3), [3]])
+def test_rows_keep_their_own_lists(predictor: Predictor, tags: Any) -> None:
+    """Beside others, a value without a list is not taken for one of a common list."""
+    alone = [predictor.predict({"user": 1, "tags": tags}), predictor.predict({"user": 2})]
+    alone.append(predictor.predict({"user": 2, "tags": [5, 3]}))
+    rows = [{"user": 1, "tags": tags}, {"user": 2}, {"user": 2, "tags": [5, 3]}]
+    for some in ([0, 1], [0, 1, 2], [2, 0], [0, 0, 0]):
+        together = predictor.predict([rows[row] for row in some])
+        for name in SCORES:
+            separate = np.concatenate([alone[row][name] for row in some])
+            np.testing.assert_allclose(together[name], separate, rtol=0, atol=2e-7)
+    assert alone[0]["pctr"] != predictor.predict({"user": 1})["pctr"]
+
+
 @pytest.mark.parametrize(
     "value", [7, 7.0, "7", " 7 ", np.int64(7), np.array([7]), pa.array([7.0]), pd.Series([7])]
 )
@@ -98,6 +113,8 @@ def test_one_missing_id_is_one_missing_id(predictor: Predictor, value: Any) -> N
         ({"user": [1, 2], "shop": ["Oslo"] * 3}, "'user' has 2 values and 'shop' has 3; "),
         ({"user": "x"}, "column 'user': 'x' is not an integer"),
         ({"user": 7.5}, "column 'user': 7.5 is not an integer"),
+        ({"shop": 7.0}, "column 'shop' holds double but the ids are text"),
+        ({"shop": True}, "column 'shop' holds bool but the ids are text"),
         ({"user": [1, 2**70]}, "column 'user': its values are not of one type"),
         ({"user": [1, "x"]}, "column 'user': its values are not of one type"),
         ({"user": {"id": 1}}, "column 'user' holds struct"),
@@ -337,6 +354,37 @@ def test_calibrated_scores_are_the_same_on_every_road(
     assert package.package.calibration == "platt"
     _assert_same(package.predict(columns), scores)
     assert "They are calibrated (platt)" in (calibrated / "package/MODEL_CARD.md").read_text()
+    with serve(calibrated / "package", ServerOptions(watch_seconds=0)) as client:
+        ages = [None if age is None or np.isnan(age) else age for age in columns["age"]]
+        answer = client.post("/score", json={"columns": columns | {"age": ages}})
+        _assert_same(answer.json()["scores"], scores)
+
+
+def test_isotonic_scores_are_the_same_compiled(
+    folder: Path, tmp_path: Path, columns: dict[str, list[Any]]
+) -> None:
+    run = str(shutil.copytree(folder / "run", tmp_path / "run"))
+    main(["calibrate", run, "--data", str(folder / "data"), "--kind", "isotonic"])
+    scores = Predictor(run, calibrated=True).predict(columns)
+    for form in ("export", "aoti"):
+        package = tmp_path / form
+        main(["export", run, str(package), "--calibrated", "--format", form])
+        for name, values in Predictor(package).predict(columns).items():
+            np.testing.assert_allclose(values, scores[name], rtol=0, atol=5e-7)
+
+
+def test_scores_of_another_calibration_are_not_mixed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(shutil.copytree(folder / "run", tmp_path / "run"))
+    out, raw = str(tmp_path / "scores"), str(folder / "test.parquet")
+    score = ["score", run, "--input", raw, "--out", out, "--calibrated"]
+    main(["calibrate", run, "--data", str(folder / "data"), "--kind", "platt"])
+    main(score)
+    main(["calibrate", run, "--data", str(folder / "data"), "--kind", "isotonic"])
+    with pytest.raises(SystemExit):
+        main(score)
+    assert "holds scores of another model or of other options" in capsys.readouterr().err
 
 
 def test_a_calibration_that_is_not_there_is_told(folder: Path) -> None:

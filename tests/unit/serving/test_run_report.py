@@ -116,7 +116,7 @@ def test_one_class_a_validation_and_a_resumed_run(tmp_path: Path) -> None:
     assert _row(page, "By shop", "Rome")["cvr auc"] == "–"
     assert _row(page, "By shop", "Rome")["ctr auc"] != "–"
     roc = next(svg for alt, svg in page.pictures.items() if alt.startswith("ROC: conversion if"))
-    assert "AUC none: the labels are of one class" in roc
+    assert "AUC undefined: only one class" in roc
     curve = page.pictures["Learning curves: AUC just before a step"]
     assert f"{CLICK}, held out" in curve
     lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]

@@ -7,14 +7,12 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import (
     content_type_conformance,
@@ -35,31 +32,14 @@ from schemathesis.checks import (
 )
 
 from esmm_torchrec.serving.predictor import Predictor
-from esmm_torchrec.serving.server import ARROW, ServedModel, ServerOptions, create_app
-from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES
-
-
-@contextmanager
-def _served(package: Path, options: ServerOptions) -> Iterator[httpx.Client]:
-    """A client of a server in a thread of this process."""
-    config = uvicorn.Config(create_app(ServedModel(package), options), log_level="error")
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            with httpx.Client(base_url=url, timeout=60) as client:
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join()
+from esmm_torchrec.serving.server import ARROW, ServerOptions
+from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES, serve
 
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
     options = ServerOptions(max_rows=200, max_body_bytes=100_000, watch_seconds=0)
-    with _served(folder / "package", options) as client:
+    with serve(folder / "package", options) as client:
         yield client
 
 
@@ -135,7 +115,7 @@ def test_health_model_and_metrics(client: httpx.Client, folder: Path) -> None:
 
 def test_a_queue_that_is_full_is_told(folder: Path) -> None:
     options = ServerOptions(max_waiting=0, watch_seconds=0)
-    with _served(folder / "package", options) as client:
+    with serve(folder / "package", options) as client:
         answer = client.post("/score", json={"rows": [{}]})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
@@ -152,7 +132,7 @@ def test_requests_of_one_batch_have_their_own_answers(folder: Path) -> None:
         [{"shop": "Rome"}],
     ]
     options = ServerOptions(batch_window_seconds=0.4, watch_seconds=0)
-    with _served(package, options) as client, ThreadPoolExecutor(5) as threads:
+    with serve(package, options) as client, ThreadPoolExecutor(5) as threads:
 
         def post(rows: list[dict[str, Any]]) -> httpx.Response:
             return client.post("/score", json={"rows": rows})
@@ -167,6 +147,27 @@ def test_requests_of_one_batch_have_their_own_answers(folder: Path) -> None:
         shown = client.get("/metrics").text
     assert "esmm_batch_impressions_count 2.0" in shown
     assert "esmm_impressions_total 10.0" in shown
+
+
+def test_batches_have_at_most_the_rows_of_a_request(folder: Path) -> None:
+    """Requests of one window, of 2 impressions each, where a batch has up to 3."""
+    package = folder / "package"
+    rows = [{"user": 1, "tags": 3}, {"user": 2, "tags": 5}]
+    options = ServerOptions(batch_window_seconds=0.4, max_rows=3, watch_seconds=0)
+    with serve(package, options) as client, ThreadPoolExecutor(5) as threads:
+
+        def post(request: list[dict[str, Any]]) -> Any:
+            return client.post("/score", json={"rows": request}).json()["scores"]["pctr"]
+
+        expected = Predictor(package).predict(rows)["pctr"]
+        for answer in threads.map(post, [rows] * 5):
+            np.testing.assert_allclose(answer, expected, rtol=0, atol=2e-7)
+        shown = client.get("/metrics").text
+        assert "esmm_batch_impressions_count 5.0" in shown
+        # Those of one impression go together.
+        for answer, value in zip(threads.map(post, [[row] for row in rows]), expected, strict=True):
+            np.testing.assert_allclose(answer, [value], rtol=0, atol=2e-7)
+        assert "esmm_batch_impressions_count 6.0" in client.get("/metrics").text
 
 
 def test_requests_made_from_the_schema_have_the_answers_it_says(client: httpx.Client) -> None:

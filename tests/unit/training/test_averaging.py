@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,16 @@ import pytest
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.esmm import TrainOutput
+from esmm_torchrec.sharding.apply import local_shards
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.averaging import DECAY, STEPS_BETWEEN, AverageWeights
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.loop import Callback, TrainingLoop
-from esmm_torchrec.training.nonfinite import local_tensors
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.prepared_data import write_data_set
+from tests.ranks import run_on_ranks
 
 OPTIONS = TrainOptions(
     batch_size=20, embedding_dim=4, tower=(8,), epochs=3, sparse_lr=0.5, dense_lr=0.1, device="cpu"
@@ -31,7 +33,7 @@ STEPS = 18
 
 def _weights(loop: TrainingLoop) -> np.ndarray:
     values = loop.trainer.model.state_dict().values()
-    parts = [part for value in values for part in local_tensors(value)]
+    parts = [part for value in values for part, _ in local_shards(value)]
     return np.concatenate([part.detach().numpy().ravel().astype(np.float64) for part in parts])
 
 
@@ -106,6 +108,39 @@ def test_a_resumed_run_ends_with_the_same_average(tmp_path: Path) -> None:
         whole = train(tmp_path / "data", tmp_path / "run", options, ranks)
         resumed = replace(options, resume="7")
         assert train(tmp_path / "data", tmp_path / "run", resumed, ranks)["test"] == whole["test"]
+
+
+def _resumed(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
+    with process_group("cpu") as ranks:
+        return train(data, out, options, ranks)["test"]
+
+
+def test_an_average_goes_to_other_ranks_and_placements(tmp_path: Path) -> None:
+    """Two ranks with whole tables, then one rank, then two with halves of tables: each table keeps
+    its own average."""
+    write_data_set(tmp_path / "data", train=120, test=40)
+    options = replace(OPTIONS, average_weights="on", sharding="table_wise", checkpoint_every=7)
+    whole, *_ = run_on_ranks(2, _resumed, tmp_path / "data", tmp_path / "run", options)
+    for ranks, sharding in ((1, "table_wise"), (2, "row_wise")):
+        resumed = replace(options, sharding=sharding, resume="7")
+        test, *_ = run_on_ranks(ranks, _resumed, tmp_path / "data", tmp_path / "run", resumed)
+        for name in ("ctr_log_loss", "cvr_log_loss", "ctcvr_log_loss"):
+            assert test[name] == pytest.approx(whole[name], rel=1e-4), (ranks, sharding, name)
+
+
+def test_a_run_without_a_step_left_has_the_average(tmp_path: Path) -> None:
+    write_data_set(tmp_path / "data", train=120, test=40)
+    options = replace(OPTIONS, average_weights="on", checkpoint_every=6)
+    _resumed(tmp_path / "data", tmp_path / "run", options)
+    ended = replace(options, epochs=1, resume="6")
+    test = _resumed(tmp_path / "data", tmp_path / "run", ended)
+    expected = _resumed(tmp_path / "data", tmp_path / "short", replace(options, epochs=1))
+    raw = replace(options, epochs=1, average_weights="off")
+    assert test["ctr_log_loss"] != pytest.approx(
+        _resumed(tmp_path / "data", tmp_path / "raw", raw)["ctr_log_loss"], rel=1e-3
+    )
+    # The shorter run adds its last step, which is not a multiple of STEPS_BETWEEN, to the average.
+    assert test["ctr_log_loss"] == pytest.approx(expected["ctr_log_loss"], rel=2e-2)
 
 
 def test_early_stopping_does_not_average() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training import table_kernels, trainer
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.table_kernels import group_tables
@@ -45,16 +47,16 @@ def _train(data: Path, num_threads: int) -> tuple[int, dict[str, torch.Tensor]]:
         )
         loop.run()
         assert torch.get_num_threads() == num_threads
-        trainer = loop.trainer
+        trained = loop.trainer
         kernels = {
             id(module)
-            for collection in trainer.model.modules()
+            for collection in trained.model.modules()
             for lookup in getattr(collection, "_lookups", ())
             for module in lookup.modules()
             if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
         }
-        state: dict[str, Any] = dict(trainer.model.state_dict())
-        for key, named in trainer.optimizer.state_dict()["state"].items():
+        state: dict[str, Any] = dict(trained.model.state_dict())
+        for key, named in trained.optimizer.state_dict()["state"].items():
             state |= {f"{key}.{name}": value for name, value in named.items()}
         values = {
             key: (
@@ -62,7 +64,7 @@ def _train(data: Path, num_threads: int) -> tuple[int, dict[str, torch.Tensor]]:
             ).clone()
             for key, value in state.items()
         }
-        del loop, trainer, state
+        del loop, trained, state
         return len(kernels), values
 
 
@@ -70,13 +72,60 @@ def _train(data: Path, num_threads: int) -> tuple[int, dict[str, torch.Tensor]]:
 def test_updates_on_threads_change_nothing(tmp_path: Path) -> None:
     data = tmp_path / "prepared"
     write_data_set(data, train=115, test=20)
-    kernels, expected = _train(data, 1)
+    kernels, one_thread = _train(data, 1)
     more_kernels, state = _train(data, 2)
     assert kernels == 4  # one for each collection, of which two have one table only
     assert more_kernels == 6
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(state[key], value, rtol=0, atol=1e-6, msg=key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "UpdatesOnThreads", lambda *_: None)
+        _, one_after_the_other = _train(data, 2)
+    for expected, tolerance in ((one_after_the_other, 0.0), (one_thread, 1e-6)):
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=0, atol=tolerance, msg=key)
+
+
+@pytest.mark.usefixtures("threads")
+def test_updates_run_on_threads_of_their_own_without_openmp_teams() -> None:
+    torch.set_num_threads(2)
+    updates = table_kernels.UpdatesOnThreads(torch.nn.Module(), 2)
+
+    def seen() -> tuple[str, int]:
+        torch.ones(1 << 20).add_(1)  # a loop that torch would divide among threads
+        return threading.current_thread().name, torch.get_num_threads()
+
+    name, num_threads = updates._pool.submit(seen).result()
+    assert name.startswith("update")
+    assert num_threads == 1
+    assert torch.get_num_threads() == 2
+
+    table = torch.zeros(3, requires_grad=True)
+    ran_on = []
+    pooled = table * 1
+    pooled.register_hook(lambda _: ran_on.append(threading.current_thread().name))
+    output = updates._cut(torch.nn.Module(), (), pooled)
+    output.sum().backward()
+    assert table.grad is not None
+    assert table.grad.tolist() == [1, 1, 1]
+    assert ran_on[0].startswith("update")
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_failed_update_ends_the_backward_pass_and_not_the_next_one() -> None:
+    updates = table_kernels.UpdatesOnThreads(torch.nn.Module(), 2)
+    table = torch.zeros(3, requires_grad=True)
+
+    def fail(_: torch.Tensor) -> None:
+        raise ValueError("this one fails")
+
+    pooled = table * 1
+    pooled.register_hook(fail)
+    output = updates._cut(torch.nn.Module(), (), pooled)
+    with pytest.raises(ValueError, match="this one fails"):
+        output.sum().backward()
+    updates._cut(torch.nn.Module(), (), table * 2).sum().backward()
+    assert table.grad is not None
+    assert table.grad.tolist() == [2, 2, 2]
 
 
 def test_groups_are_neighbours_of_equal_work() -> None:
