@@ -168,7 +168,8 @@ def test_help_names_every_option_and_says_what_it_is_for(
         ),
         (
             ["score", "run", "--data", "data", "--out", "s3://scores/day.parquet"],
-            "--out s3://scores/day.parquet is the URI of a file, and scores of --data in a store",
+            "--out s3://scores/day.parquet is the URI of a file, and scores of --data in a store "
+            "are a folder; leave its ending out",
         ),
         (
             TRAIN,
