@@ -167,6 +167,17 @@ class DenseTransform:
             result = (result - self.mean) / self.std
         return xp.where(xp.isnan(values), self.missing, result)
 
+    def inverse(self, inputs: np.ndarray) -> np.ndarray:
+        """Raw values, float64 (n,), of inputs that came from `apply`; those of clipped values are
+        the ends that they were clipped to."""
+        if self.knots:
+            return np.interp(inputs, self.heights, self.knots)
+        raw = inputs * self.std + self.mean
+        if self.scale is not None:
+            raw = np.sign(raw) * np.expm1(np.abs(raw)) * self.scale
+        low = -math.inf if self.low is None else self.low
+        return np.clip(raw, low, math.inf if self.high is None else self.high)
+
     @property
     def reach(self) -> float:
         """Absolute values up to this one have a result that a float32 can hold."""

@@ -38,10 +38,10 @@ class FieldValues(NamedTuple):
     codes: np.ndarray
     """int (N,), places in `names`."""
     names: list[str]
-    """Raw ids, "unknown" (rare, or not seen in training) and "missing"; or the ranges of a dense
-    feature, which is standardised."""
+    """Raw ids, "unknown" (rare, or not seen in training) and "missing"; or ranges of raw values of
+    a dense feature, and "missing" if training rows lacked values."""
     are_ranges: bool = False
-    """Whether the names are ranges, in ascending order."""
+    """Whether the names are ranges, in ascending order, "missing" last."""
 
 
 def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldValues:
@@ -57,7 +57,7 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
     """
     schema = split.schema
     if field in schema.dense_features:
-        return _dense(split.dense[:, schema.dense_features.index(field)])
+        return _dense(dataset, split, field)
     single = {f.name: f for f in schema.id_features if not f.multi_valued}
     if field not in single:
         several = any(feature.name == field for feature in schema.id_features)
@@ -87,8 +87,22 @@ def _rows(store: MappedBags, field: str) -> np.ndarray:
     return rows
 
 
-def _dense(values: np.ndarray) -> FieldValues:
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, DENSE_PARTS + 1)))
-    codes = np.searchsorted(edges[1:-1], values, side="right")
-    ends = pairwise(edges) if len(edges) > 1 else [(edges[0], edges[0])]
-    return FieldValues(codes, [f"{low:.3g} to {high:.3g}" for low, high in ends], True)
+def _dense(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldValues:
+    names = split.schema.dense_features
+    inputs = split.dense[:, names.index(field)].astype(np.float64)
+    transform = dataset.statistics.dense.get(field)  # None: of an indicator
+    missing = np.zeros(len(inputs), np.bool_)
+    if transform is not None and transform.has_indicator:
+        missing = split.dense[:, names.index(missing_column(field))] > 0
+    given = inputs[~missing]
+    if len(given) == 0:
+        return FieldValues(np.zeros(len(inputs), np.int64), ["missing"], True)
+    edges = np.unique(np.quantile(given, np.linspace(0, 1, DENSE_PARTS + 1)))
+    codes = np.searchsorted(edges[1:-1], inputs, side="right")
+    raw = edges if transform is None else transform.inverse(edges)
+    ends = list(pairwise(raw)) if len(raw) > 1 else [(raw[0], raw[0])]
+    shown = [f"{low:.3g} to {high:.3g}" for low, high in ends]
+    if missing.any():
+        codes = np.where(missing, len(shown), codes)
+        shown.append("missing")
+    return FieldValues(codes, shown, True)

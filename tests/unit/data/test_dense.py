@@ -138,6 +138,18 @@ def test_a_missing_value_is_the_training_mean(method: DenseMethod):
     assert not fit(LOGNORMAL, method).has_indicator
 
 
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("method", ["auto", "standard", "log", "quantile", "as-is"])
+def test_the_inverse_gives_raw_values_back(name: str, method: DenseMethod):
+    values = COLUMNS[name]
+    transform = fit(values, method)
+    raw = transform.inverse(transform.apply(values))
+    low = -np.inf if transform.low is None else transform.low
+    clipped = np.clip(values, low, np.inf if transform.high is None else transform.high)
+    spread = clipped.std() if np.abs(clipped).max() < 1e150 else 1e300
+    np.testing.assert_allclose(raw, clipped, rtol=1e-6, atol=1e-9 * spread)
+
+
 def test_a_column_without_any_value_is_zero():
     transform = fit(np.full(10, np.nan))
     assert transform.has_indicator
