@@ -120,12 +120,6 @@ class Tables:
         self._pooled.backward(self._gradient)
 
 
-def work_alone() -> None:
-    """Sets up a thread for one OpenMP thread."""
-    torch.get_num_threads()  # torch sets up a thread when it is first used, which undoes the next
-    torch.set_num_threads(1)
-
-
 def main(options: Options) -> None:
     torch.set_num_threads(usable_cores())
     rows = [max(10, LARGEST_TABLE >> i) + 1 for i in range(NUM_FEATURES)]
@@ -139,9 +133,7 @@ def main(options: Options) -> None:
         ),
         "towers, compiled": (int, partial(towers, compiled, features)),
     }
-    pool = ThreadPoolExecutor(2, initializer=work_alone)
-    list(pool.map(time.sleep, [0.1, 0.1]))
-    torch.set_num_threads(usable_cores())  # which the threads have changed
+    pool = ThreadPoolExecutor(2)
     for name, optimizer in OPTIMIZERS.items():
         one = Tables(rows, options.batch_size, optimizer)
         two = [Tables(half, options.batch_size, optimizer) for half in (rows[:6], rows[6:])]

@@ -7,7 +7,6 @@ TorchRec has no options for it, so the kernels are reached through a private att
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -79,17 +78,7 @@ class UpdatesOnThreads:
     """
 
     def __init__(self, model: nn.Module, num_threads: int) -> None:
-        started = threading.Barrier(num_threads)
-        self._pool = ThreadPoolExecutor(
-            num_threads,
-            thread_name_prefix="update",
-            initializer=_work_alone,
-            initargs=(started,),
-        )
-        for _ in range(num_threads):
-            self._pool.submit(int)
-        self._pool.submit(int).result()
-        torch.set_num_threads(num_threads)  # which the threads have changed for those to come
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="update")
         self._updates: list[Future[None]] = []
         for collection in model.modules():
             if isinstance(collection, ShardedEmbeddingBagCollection):
@@ -119,13 +108,6 @@ class UpdatesOnThreads:
         wait(updates)
         for update in updates:
             update.result()
-
-
-def _work_alone(started: threading.Barrier) -> None:
-    """Sets up a thread. Several OpenMP teams would compete for the cores."""
-    torch.get_num_threads()  # torch sets up a thread when it is first used, which undoes the next
-    torch.set_num_threads(1)
-    started.wait()
 
 
 class WeightsAsData:
