@@ -169,8 +169,8 @@ def table(results: dict[str, Any]) -> str:
         mean = " / ".join(f"{value:+.3f}" for value in np.mean(differences, axis=0))
         missed = int((np.array(differences) < -MARGIN).sum())
         lines.append(
-            f"\nMean difference to the better reference {mean}; {missed} of "
-            f"{3 * len(differences)} figures are more than {MARGIN} below it."
+            f"\nMean difference to the better reference {mean}. Figures more than {MARGIN} below "
+            f"it: {missed} of {3 * len(differences)}."
         )
     lines += [""] if apart(results) else []
     lines += [

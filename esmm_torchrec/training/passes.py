@@ -3,8 +3,7 @@
 Few rows need several passes and many rows need one: in a second pass the embeddings of a large
 model overfit. In between, the number is searched: the model is trained on a part of the rows until
 it stops improving on the others, and then trained anew on all rows for the number of passes that
-was best, so that no row is lost for validation. Both trainings average their
-weights.
+was best, so that no row is lost for validation. Both trainings average their weights.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def append_table(
         if root.local is not None:
             replace_file(root.local / DESCRIPTION, together)
         elif PreparedDataSet.open(root).fingerprint != whole.fingerprint:
-            raise DataError(f"another process has appended to {root} meanwhile; append again")
+            raise DataError(f"another process has appended to {root} in the meantime; append again")
         else:
             (root / DESCRIPTION).write_bytes(together)
     return added

@@ -122,9 +122,8 @@ class DelimitedText:
 
     @property
     def _encoding_name(self) -> str:
-        return self.encoding.upper().removesuffix(
-            "-SIG"
-        )  # what Python calls a mark that may be there
+        # Python calls UTF-8 with an optional byte order mark utf-8-sig.
+        return self.encoding.upper().removesuffix("-SIG")
 
     def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Fields, list[Misfit]]]:
         """The records after the header, in order, in blocks of bounded size.
