@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from esmm_torchrec.cli.main import main
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.sharding.host import usable_cores
 
 COMMAND = ["prepare", "table"]
 LABELS = ["--click", "visit", "--conversion", "sale"]
@@ -145,3 +147,19 @@ def test_it_does_not_load_torch_to_prepare(folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_it_ends_cleanly_on_a_busy_machine(folder: Path) -> None:
+    """More processes than processors. A Python object that one of Arrow's threads lets go of while
+    the interpreter ends has aborted one process in 200."""
+
+    def prepare(number: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "esmm_torchrec", *COMMAND, f"data-{number}", *TOWN]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(2 * usable_cores()) as pool:
+        for done in pool.map(prepare, range(600)):
+            assert done.returncode == 0, done.stderr
+            assert "terminate" not in done.stderr
