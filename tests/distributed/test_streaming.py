@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from esmm_torchrec.cli import evaluate
 from esmm_torchrec.data import split_writer
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.stream import StreamedSplit
+from esmm_torchrec.data.stream import StreamedSplit, stream_in_order
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure
@@ -189,6 +190,30 @@ def test_each_rank_writes_the_scores_of_its_stretch(data: Path, whole: Path) -> 
     assert tables[0]["sample_id"].tolist() == list(range(1, ROWS["test"] + 1))
     for name, column in tables[0].items():
         np.testing.assert_allclose(tables[1][name], column, atol=1e-5)
+
+
+def _in_parts(data: Path, out: Path) -> dict[str, Any]:
+    """A run, and `evaluate` as on data in a store, where rank 0 cannot hold the scores."""
+    scorer.MAX_GATHERED, evaluate.open_in_order = 10, stream_in_order
+    with process_group("cpu") as ranks:
+        metrics = train(data, out, OPTIONS, ranks)
+        chosen = evaluate.Options(run=out, data=str(data), batch_size=64, json=out / "again.json")
+        evaluate._evaluate(chosen, ranks)
+    return metrics
+
+
+def test_a_run_measures_what_no_rank_can_hold(data: Path, whole: Path) -> None:
+    out = data.parent / "in-parts"
+    expected = json.loads((whole / "metrics.json").read_text())["test"]
+    measured = run_on_ranks(2, _in_parts, data, out)
+    assert measured[0] == json.loads((out / "metrics.json").read_text())
+    again = json.loads((out / "again.json").read_text())["test"]
+    for found in (measured[0]["test"], again):
+        assert found["reasons"] == {}
+        assert found.keys() <= expected.keys()
+        for name in found.keys() - {"reasons"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert not (out / "plots" / "calibration.png").exists()
 
 
 @pytest.mark.parametrize(

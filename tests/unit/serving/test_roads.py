@@ -343,6 +343,13 @@ def test_calibrated_scores_are_the_same_on_every_road(
     np.testing.assert_allclose(scores["pctcvr"], scores["pctr"] * scores["pcvr"], rtol=1e-5)
     assert np.abs(scores["pctr"] - expected["pctr"]).max() > 0.01
 
+    parts = calibrated / "parts"
+    main(
+        ["score", str(calibrated / "run"), "--data", str(folder / "data"), "--out", str(parts)]
+        + ["--calibrated"]
+    )
+    _assert_same(pd.concat(map(pd.read_parquet, sorted(parts.glob("*.parquet")))), scores)
+
     raw, files = str(folder / "test.parquet"), calibrated / "files"
     for model in ("run", "package"):
         out = files / f"{model}.parquet"
