@@ -344,10 +344,8 @@ def test_calibrated_scores_are_the_same_on_every_road(
     assert np.abs(scores["pctr"] - expected["pctr"]).max() > 0.01
 
     parts = calibrated / "parts"
-    main(
-        ["score", str(calibrated / "run"), "--data", str(folder / "data"), "--out", str(parts)]
-        + ["--calibrated"]
-    )
+    score = ["score", str(calibrated / "run"), "--data", str(folder / "data"), "--calibrated"]
+    main([*score, "--out", str(parts)])
     _assert_same(pd.concat(map(pd.read_parquet, sorted(parts.glob("*.parquet")))), scores)
 
     raw, files = str(folder / "test.parquet"), calibrated / "files"
