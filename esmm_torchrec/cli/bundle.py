@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Options:
-    """Write this package as a zip file for spark-submit --py-files, and beside it esmm_spark.py,
+    """Write this package as a zip file for spark-submit --py-files, and next to it esmm_spark.py,
     the program to submit."""
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
