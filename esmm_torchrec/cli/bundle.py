@@ -36,7 +36,7 @@ class Options:
 def run(options: Options) -> None:
     """Writes both files."""
     if options.out.suffix != ".zip":
-        raise OptionError(f"{options.out} must end in .zip, or Python does not import from it")
+        raise OptionError(f"{options.out} must end in .zip; otherwise Python cannot import from it")
     package = Path(esmm_torchrec.__file__).parent
     with zipfile.ZipFile(options.out, "w", zipfile.ZIP_DEFLATED) as bundle:
         for file in sorted(package.rglob("*")):

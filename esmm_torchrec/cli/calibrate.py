@@ -86,7 +86,7 @@ def _calibrate(options: Options, ranks: Ranks) -> None:
             pairs = [(before[f"{name}_{key}"], after.get(f"{name}_{key}")) for key in _FIGURES]
             rows.append([name, *("–" if v is None else f"{v:.4f}" for pair in pairs for v in pair)])
     print("\n".join(aligned(rows)))
-    print("calibrated: each half of the users by what the other half fits")
+    print("calibrated: each half of the users, by curves fitted on the other half")
     print(described(folder, step))
     print(f"{options.kind} calibration: {folder.path / CALIBRATION}")
 

@@ -124,6 +124,6 @@ def _read(path: Path, options: Options) -> dict[str, Any]:
         return json.loads(path.read_text())[options.split]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
-            f"{path} does not hold figures of the {options.split} half; give the metrics.json of a "
-            "run, or what 'evaluate --json' wrote"
+            f"{path} has no figures for the {options.split} half; give the metrics.json of a "
+            "run, or a file written by 'evaluate --json'"
         ) from None

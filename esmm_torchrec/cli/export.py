@@ -54,4 +54,4 @@ def run(options: Options) -> None:
         )
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(described(folder, package.step))
-    print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md says what is in it)")
+    print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md describes it)")

@@ -53,4 +53,4 @@ def run(options: Options) -> None:
     policy = added.source["unclicked_conversions"]
     print(report(added, unclicked_conversions=policy, continues=True))
     together = PreparedDataSet.open(options.data).splits["train"].impressions
-    print(f"{options.data} holds {together:,} training impressions of all days")
+    print(f"{options.data} has {together:,} training impressions over all days")

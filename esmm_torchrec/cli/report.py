@@ -51,7 +51,7 @@ def run(options: Options) -> None:
     folder = RunFolder.open(options.run)
     out = folder.path / "report.html" if options.out is None else options.out
     if options.out is not None and out.exists():
-        raise RunError(f"{out} exists already; remove it or choose another `out`")
+        raise RunError(f"{out} already exists; remove it or choose another `out`")
     data = folder.config["history"][-1]["data"]["path"] if options.data is None else options.data
     dataset = PreparedDataSet.open(data)
     folder.check_data(data, dataset.description())

@@ -77,13 +77,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):
-            raise OptionError("give either `data` or `input`, what is to be scored")
+            raise OptionError("give what to score, as either `data` or `input`")
         if self.data is not None and (self.keep or self.max_bad_rows):
             raise OptionError("`keep` and `max_bad_rows` need `input`")
         if self.data is not None and is_uri(self.out) and not is_folder(Path(self.out)):
             raise OptionError(
-                f"`out` {self.out} is the URI of a file, and scores of `data` in a store are a "
-                "folder; leave its ending out"
+                f"`out` {self.out} is the URI of a file, but scores of `data` in a store are "
+                "written to a folder; leave its ending out"
             )
 
     @property
@@ -255,8 +255,8 @@ def _jobs(
     for place in (options.out, *inputs):
         if is_uri(place):
             raise OptionError(
-                f"{place} is a URI, and files of a folder are scored one by one on a disk; let "
-                "`out` end in .parquet"
+                f"{place} is a URI, but with a folder as `out`, files are scored one by one on "
+                "a disk; give an `out` that ends in .parquet"
             )
     folder = ScoreFolder(out, made_by())
     return [([str(path)], scores) for path, scores in folder.open(list(map(Path, inputs)))], folder

@@ -176,20 +176,21 @@ class TrainOptions:
             raise OptionError(f"`weight_decay` {self.weight_decay} is negative; give 0 or more")
         if not 0 <= self.validation_share < 1:
             raise OptionError(
-                f"`validation_share` {self.validation_share} is not a share; give a number from 0 "
-                "and below 1"
+                f"`validation_share` {self.validation_share} is not a share; give a number of at "
+                "least 0 and below 1"
             )
         if self.warmup_steps < 0:
             raise OptionError(f"`warmup_steps` {self.warmup_steps} is negative; give 0 or more")
         if self.lr_schedule != "constant" and self.epochs == "auto":
             raise OptionError(
-                f"`lr_schedule` {self.lr_schedule} ends with the last step, which `epochs` auto "
-                "does not know; give `epochs` a number"
+                f"`lr_schedule` {self.lr_schedule} depends on the last step, which `epochs` auto "
+                "does not know; set `epochs` to a number"
             )
         if self.average_weights == "on" and self.epochs == "auto" and self.validation_share:
             raise OptionError(
-                "`average_weights` on does not go with early stopping, whose best checkpoint has "
-                "the weights of a step; give `epochs` a number, or leave out `validation_share`"
+                "`average_weights` on cannot be combined with early stopping, whose best "
+                "checkpoint has the weights of a step; set `epochs` to a number, or leave out "
+                "`validation_share`"
             )
         if self.checkpoint_every < 0:
             raise OptionError(

@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     """Compares on the ranks torchrun started, or on one."""
     if options.data is not None and (options.world != DEFAULT_WORLD or options.regime is not None):
         raise OptionError(
-            "--world and --regime describe generated worlds and --data is not one; leave one out"
+            "--world and --regime describe generated worlds, but --data is not one; leave one out"
         )
     if options.regime is not None and options.world != DEFAULT_WORLD:
         raise OptionError("--regime sets what --world sets; give one of the two")

@@ -105,7 +105,7 @@ def run(options: Options) -> None:
     for count in counts:
         scenario.hardware.local_world_size(count)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise OptionError(f"--out {options.out} exists already; remove it or choose another")
+        raise OptionError(f"--out {options.out} already exists; remove it or choose another")
     strategies: list[Strategy] = [name for name in STRATEGIES if name in options.strategies]
     found: list[Estimate] = []
     with progress_bar("planning", total=len(counts) * len(strategies), unit="plans") as bar:
