@@ -191,7 +191,7 @@ def test_the_checkpoint_is_told_and_whether_the_training_ended(
     shutil.rmtree(run / "checkpoints" / f"step-{LAST_STEP:08d}")
     main(["score", str(folder / "run"), *data, "--out", str(tmp_path / "whole.parquet")])
     assert f"model: {folder / 'run'}, step {LAST_STEP}\n" in capsys.readouterr().out
-    unfinished = f"model: {run}, step 12, of a training that is not finished\n"
+    unfinished = f"model: {run}, step 12, from an unfinished training\n"
     main(["score", str(run), *data, "--out", str(tmp_path / "part.parquet")])
     assert unfinished in capsys.readouterr().out
     main(["evaluate", str(run), *data, "--json", str(tmp_path / "part.json")])

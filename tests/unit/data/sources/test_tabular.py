@@ -741,8 +741,8 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
             "there is no feature; name at least one column with `ids` or `dense`",
         ),
         ({"conversion": "clicked"}, "'clicked' is both `click` and `conversion`"),
-        ({"dense": ["bought"]}, "'bought' is `conversion` and a feature"),
-        ({"true_ctr": "price"}, "'price' is `true_ctr` and a feature"),
+        ({"dense": ["bought"]}, "'bought' is both `conversion` and a feature"),
+        ({"true_ctr": "price"}, "'price' is both `true_ctr` and a feature"),
         ({"ids": ["user", "user"]}, "`ids` or `texts` names the column 'user' twice"),
         ({"weights": {"age": "price"}}, "`weights` names 'age', which is not an `ids` column"),
         (
@@ -755,7 +755,7 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
         ),
         (
             {"shared_tables": {"city": ["user"]}},
-            "`shared_tables` has 'city', the name of an `ids` column",
+            "`shared_tables` has 'city', which is the name of an `ids` column",
         ),
         ({"min_count": 0}, "`min_count` must be 1 or more, not 0"),
         ({"dense": {"price": "logg"}}, "the method 'logg' of the dense column 'price' is not one"),
