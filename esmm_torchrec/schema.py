@@ -145,7 +145,7 @@ class Schema:
                 )
         for table in self.tables:
             if table.num_embeddings < 1:
-                raise DataError(f"table {table.name!r} has no row; it needs at least row 0")
+                raise DataError(f"table {table.name!r} has no rows; it needs at least row 0")
             if table.name not in used:
                 raise DataError(f"table {table.name!r} is used by no feature; remove it")
 

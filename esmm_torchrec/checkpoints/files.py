@@ -51,7 +51,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     found = checkpoint_folders(folder)
     if step is not None and step not in found:
         there = ", ".join(map(str, found)) or "none"
-        raise RunError(f"{folder} has no checkpoint of step {step}; there is: {there}")
+        raise RunError(f"{folder} has no checkpoint of step {step}; it has: {there}")
     if not found:
         return None
     return found[max(found) if step is None else step]

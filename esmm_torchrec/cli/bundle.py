@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Options:
-    """Write this package as a zip file for spark-submit --py-files, and beside it esmm_spark.py,
+    """Write this package as a zip file for spark-submit --py-files, and next to it esmm_spark.py,
     the program to submit."""
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
@@ -36,7 +36,7 @@ class Options:
 def run(options: Options) -> None:
     """Writes both files."""
     if options.out.suffix != ".zip":
-        raise OptionError(f"{options.out} must end in .zip, or Python does not import from it")
+        raise OptionError(f"{options.out} must end in .zip; otherwise Python cannot import from it")
     package = Path(esmm_torchrec.__file__).parent
     with zipfile.ZipFile(options.out, "w", zipfile.ZIP_DEFLATED) as bundle:
         for file in sorted(package.rglob("*")):

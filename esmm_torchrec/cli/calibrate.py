@@ -31,8 +31,8 @@ _FIGURES = ("calibration", "ece", "ne")
 class Options:
     """Fit a calibration of a model's probabilities on the test half of a prepared data set.
 
-    It is written to RUN/calibration.json, and 'evaluate --calibrated' applies it. Calibrate on data
-    that the model was not trained on, and measure on others.
+    The calibration is written to RUN/calibration.json, and 'evaluate --calibrated' applies it.
+    Calibrate on data that the model was not trained on, and measure on other data.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
@@ -41,13 +41,13 @@ class Options:
     """The prepared data set whose test half is used; its vocabularies must be those of the
     training."""
     kind: CalibrationKind = "isotonic"
-    """isotonic needs many labels, platt (two numbers for each task) few."""
+    """isotonic needs many labels; platt (two numbers for each task) needs few."""
     batch_size: int = 8192
     """Impressions per rank and step."""
     sharding: ShardingOption = "auto"
-    """How tables are placed on the ranks at hand."""
+    """How tables are placed on the available ranks."""
     step: int | None = None
-    """Of the checkpoint; the last one if not given."""
+    """Step of the checkpoint to use; by default, the last one."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
 
@@ -86,7 +86,7 @@ def _calibrate(options: Options, ranks: Ranks) -> None:
             pairs = [(before[f"{name}_{key}"], after.get(f"{name}_{key}")) for key in _FIGURES]
             rows.append([name, *("–" if v is None else f"{v:.4f}" for pair in pairs for v in pair)])
     print("\n".join(aligned(rows)))
-    print("calibrated: each half of the users by what the other half fits")
+    print("calibrated: each half of the users, by curves fitted on the other half")
     print(described(folder, step))
     print(f"{options.kind} calibration: {folder.path / CALIBRATION}")
 

@@ -34,25 +34,27 @@ class Options:
     data: str
     """The prepared data set, a folder or its URI, with the vocabularies of the training."""
     split: Literal["train", "test"] = "test"
-    """What to measure on."""
+    """Split to measure on."""
     batch_size: int = 8192
     """Impressions per rank and step."""
     sharding: ShardingOption = "auto"
-    """How tables are placed on the ranks at hand."""
+    """How tables are placed on the available ranks."""
     step: int | None = None
-    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
+    """Step of the checkpoint to use; by default, the best one that validation chose, else the
+    last."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
-    """Measure the probabilities as 'calibrate' has calibrated them."""
+    """Measure the probabilities as calibrated by 'calibrate'."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
-    """Also calibration for each value of these fields: single-valued id features, or dense ones in
-    tenths. The table shows the values that deviate most, --json all of them."""
+    """Also show calibration for each value of these fields: single-valued id features, or dense
+    ones in tenths. The table shows the values that deviate most; --json writes all of them."""
     against: Path | None = None
-    """metrics.json of another run, or what --json wrote, for the same impressions: RelaImpr of each
-    AUC over that one."""
+    """metrics.json of another run, or a file written by --json, for the same impressions; adds the
+    RelaImpr of each AUC over that file's."""
     json: Path | None = None
-    """Write the figures to this file, too: those of the labels below the name of the split."""
+    """Also write the figures to this file; those based on labels are under the name of the
+    split."""
 
 
 def run(options: Options) -> None:
@@ -122,6 +124,6 @@ def _read(path: Path, options: Options) -> dict[str, Any]:
         return json.loads(path.read_text())[options.split]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
-            f"{path} does not hold figures of the {options.split} half; give the metrics.json of a "
-            "run, or what 'evaluate --json' wrote"
+            f"{path} has no figures for the {options.split} half; give the metrics.json of a "
+            "run, or a file written by 'evaluate --json'"
         ) from None

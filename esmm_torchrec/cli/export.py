@@ -19,14 +19,14 @@ from esmm_torchrec.serving.package import DESCRIPTION
 class Options:
     """Write a model as a package that scores raw rows without TorchRec.
 
-    OUT gets the program model.pt2, package.json on what it takes and gives, preprocessing/ with
-    the vocabularies, an example and a model card.
+    OUT gets the program model.pt2; package.json, which describes its inputs and outputs;
+    preprocessing/ with the vocabularies; an example; and a model card.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
-    """The folder to make, or its URI."""
+    """The folder to create, or its URI."""
     format: ExportForm = "export"
     """export: a program for torch.export.load, on any machine. aoti: compiled by AOTInductor for
     machines like this one, which needs a C++ compiler. triton: the same, and a model repository
@@ -34,7 +34,8 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the program runs."""
     step: int | None = None
-    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
+    """Step of the checkpoint to use; by default, the best one that validation chose, else the
+    last."""
     calibrated: bool = False
     """Build the calibration fitted by 'calibrate' into the program."""
 
@@ -53,4 +54,4 @@ def run(options: Options) -> None:
         )
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(described(folder, package.step))
-    print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md says what is in it)")
+    print(f"exported: {options.out} ({size / 1e6:,.1f} MB; MODEL_CARD.md describes it)")

@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "cli.export",
         "write a trained model as a package that needs no TorchRec",
     ),
-    "report": ("cli.report", "write one page on a run: data, curves, calibration, importance"),
+    "report": ("cli.report", "write one page about a run: data, curves, calibration, importance"),
     "serve": ("cli.serve", "serve an exported model over HTTP"),
     "plan": (
         "planning.commands.plan",

@@ -17,23 +17,23 @@ class Options:
     """Turn the raw Ali-CCP files into a prepared data set."""
 
     raw: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RAW")]]
-    """Folder that holds sample_skeleton_{train,test}.csv and common_features_{train,test}.csv, or
+    """Folder with sample_skeleton_{train,test}.csv and common_features_{train,test}.csv, or
     sample_{train,test}.tar.gz. Its truth.parquet is joined if present."""
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Folder to make."""
+    """Folder to create."""
 
     min_count: int = 10
-    """In how many training impressions an id must occur to have an embedding row of its own; rarer
+    """Number of training impressions in which an id must occur to get its own embedding row; rarer
     ids share one. An id of a common row counts once for each impression that shares the row."""
 
     max_bad_rows: int = 0
-    """Broken rows to skip, over all files, before giving up. They are counted and the first ones
-    named."""
+    """Broken rows to skip, over all files, before giving up. Skipped rows are counted, and the
+    first ones are named."""
 
     unclicked_purchases: Literal["drop", "keep", "error"] = "drop"
-    """Impressions with purchase 1 and click 0, a fault of the logging: drop them, keep them as
-    neither clicked nor converted, or stop. They are counted."""
+    """Impressions with purchase 1 and click 0, an error in the log: drop them, keep them as neither
+    clicked nor converted, or stop. They are counted."""
 
 
 def run(options: Options) -> None:

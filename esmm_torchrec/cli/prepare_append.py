@@ -15,11 +15,12 @@ from esmm_torchrec.data.sources.spark_tasks import session
 
 @dataclass(frozen=True)
 class Options:
-    """Add impressions, such as those of a new day, to a data set that prepare table made.
+    """Add impressions, such as those of a new day, to a data set written by prepare table.
 
-    They are read as the first ones were, with the same options. Ids that have a row keep it; ids
-    that have now occurred --min-count times get the next rows. What is added is also a data set of
-    its own, DATA/days/DAY, which a model of yesterday continues on with train --from.
+    They are read in the same way as the first ones, with the same options. Ids that have a row keep
+    it; ids that have now occurred --min-count times get the next rows. The added impressions also
+    form a separate data set, DATA/days/DAY, on which yesterday's model can continue with train
+    --from.
     """
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
@@ -29,11 +30,11 @@ class Options:
     """Files of the impressions, as for prepare table."""
 
     test: tuple[str, ...] = ()
-    """Files of impressions that take the place of the test half; without them it stays."""
+    """Files of impressions that replace the test half; without them, it is unchanged."""
 
     day: str | None = None
-    """Name of what is added, such as 2026-11-02; a name that is there already is refused, so that a
-    day is not added twice. Without this option days are numbered."""
+    """Name of the added impressions, such as 2026-11-02. A name that already exists is refused, so
+    that no day is added twice. Without this option, days are numbered."""
 
     engine: Literal["local", "spark"] = "local"
     """spark: tasks of Spark, as for prepare table."""
@@ -52,4 +53,4 @@ def run(options: Options) -> None:
     policy = added.source["unclicked_conversions"]
     print(report(added, unclicked_conversions=policy, continues=True))
     together = PreparedDataSet.open(options.data).splits["train"].impressions
-    print(f"{options.data} holds {together:,} training impressions of all days")
+    print(f"{options.data} has {together:,} training impressions over all days")

@@ -20,13 +20,13 @@ from esmm_torchrec.errors import OptionError
 class Options:
     """Turn any text, Parquet or Arrow files of impressions into a prepared data set.
 
-    An option that takes several values takes them one after the other: --id user item. Text files
-    (CSV, TSV and the like) have a header. Empty text, NaN and NULL are missing values. An id column
-    is integers or text: in a text file it is integers if all its training values are.
+    Separate several values of an option by spaces: --id user item. Text files (CSV, TSV and the
+    like) have a header. Empty text, NaN and NULL are missing values. An id column contains integers
+    or text: in a text file, integers if all its training values are integers.
     """
 
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
-    """Folder to make, or its URI (s3://bucket/folder)."""
+    """Folder to create, or its URI (s3://bucket/folder)."""
 
     train: tuple[str, ...]
     """Files of the training impressions, folders of them, or quoted patterns ("logs/*.tsv.gz"):
@@ -38,30 +38,33 @@ class Options:
 
     conversion: str | None = None
     """Column, in the same form, that says whether it was clicked and converted; it may be empty
-    without a click. Without this option the data set holds clicks alone, for --method ctr."""
+    without a click. Without this option the data set has only clicks, for --method ctr."""
 
     actions: tuple[str, ...] = ()
     """Instead of --click and --conversion, a longer chain: COL or NAME=COL for each action in the
     order in which they happen, such as click cart order. Columns are as --click; an action may be
-    empty without the one before it. order:click instead of order says that an order needs a click
-    only. Names are lower-case letters, digits and underscores."""
+    empty without the one before it. order:click instead of order means that an order needs only a
+    click. Names are lower-case letters, digits and underscores."""
 
     test: tuple[str, ...] = ()
     """Files of the test impressions, as --train."""
 
     split: str | None = None
-    """Instead of --test, what becomes training among the rows of --train: time:COL:0.8, the
-    earliest; group:COL:0.8, whole groups (users); share:0.8, rows at random. The rest is test."""
+    """Instead of --test: the part of the rows of --train to train on. time:COL:0.8 takes the
+    earliest rows, group:COL:0.8 whole groups (users), share:0.8 random rows. The rest is the test
+    half."""
 
     id: tuple[str, ...] = ()
     """Columns of integers, text or booleans, or of lists of them; each is a feature with an
-    embedding table. A missing value is an empty bag, one that training does not have is row 0."""
+    embedding table. A missing value is an empty bag; a value that does not occur in training is row
+    0."""
 
     dense: tuple[str, ...] = ()
     """Columns of numbers, COL or COL:METHOD; each is a feature. METHOD auto, the default, clips
     outliers, takes the signed logarithm if the training values are skewed, and standardises;
-    standard only standardises; the others are log, quantile (ranks) and as-is. A missing value is
-    the training mean; a feature COL__missing says so. A column may be --id, too."""
+    standard only standardises; the others are log, quantile (ranks) and as-is. A missing value
+    becomes the training mean, and a feature COL__missing marks it. A column may also be given to
+    --id."""
 
     text: tuple[str, ...] = ()
     """Columns of text; each is a feature of its words, in lower case."""
@@ -78,19 +81,19 @@ class Options:
 
     hash: tuple[str, ...] = ()
     """COL=N: an id of column COL has row 1 + hash mod N of its table, without a vocabulary: for ids
-    that never end, or too many to count. No id is unknown, and some share a row."""
+    of unbounded number, or too many to count. No id is unknown, and some share a row."""
 
     list_separator: str | None = None
-    """Separates the values of lists in text, such as | in 1|5|9. An id column that holds
-    it anywhere in training is a list."""
+    """Separates the values of lists in text, such as | in 1|5|9. An id column that contains it
+    anywhere in training is a list."""
 
     sample_id: str | None = None
     """Column of int64; without it rows are numbered from 0 in each split, or in --train if --split
     divides it."""
 
     group_id: str | None = None
-    """Column of integers or text (hashed) by which gauc groups, a user or a session. A row without
-    one is a group of its own."""
+    """Column of integers or text (hashed) by which gauc groups impressions, such as a user or a
+    session. A row without a value forms its own group."""
 
     timestamp: str | None = None
     """Column of times: ISO 8601 text and typed times are stored as seconds since 1970 (UTC),
@@ -101,7 +104,7 @@ class Options:
     parts for delayed feedback need it."""
 
     weight: str | None = None
-    """Column of what an impression counts for in training and in metrics, 0 or more."""
+    """Column of the weight of each impression in training and in metrics, 0 or more."""
 
     true_ctr: str | None = None
     """Column of the true probability of a click, if it is known."""
@@ -110,30 +113,32 @@ class Options:
     """Column of the true probability of a conversion after a click, if it is known."""
 
     key: str | None = None
-    """Column of the user: impressions are stored by a 64-bit hash of it, as --read stream needs
-    them. Without it they keep the order of the files."""
+    """Column of the user: impressions are stored in the order of a 64-bit hash of it, which --read
+    stream needs. Without it, they keep the order of the files."""
 
     separator: str | None = None
-    """Between the fields of a text file, \\t for a tab; by default detected in the header, among
-    comma, tab, semicolon and |."""
+    """Separator between the fields of a text file, \\t for a tab; by default, it is detected in the
+    header, among comma, tab, semicolon and |."""
 
     encoding: str | None = None
-    """Of text files, such as cp1252; by default UTF-8, or UTF-16 with a byte order mark."""
+    """Encoding of text files, such as cp1252; by default, UTF-8, or UTF-16 with a byte order
+    mark."""
 
     quote: str = '"'
-    """Character around fields of text files that hold separators or line ends, or none."""
+    """Character around fields of text files that contain separators or line ends; none: fields are
+    not quoted."""
 
     min_count: int = 2
-    """In how many training impressions an id must occur to have an embedding row; rarer ids share
-    row 0, which ids that training does not have get, too. With 1 that row is not trained."""
+    """Number of training impressions in which an id must occur to get its own embedding row. Rarer
+    ids share row 0 with ids that do not occur in training. With 1, row 0 is not trained."""
 
     unclicked_conversions: Literal["error", "drop", "keep"] = "error"
-    """Impressions with an action and not the one before it, such as a conversion without a click:
+    """Impressions with an action but not the one before it, such as a conversion without a click:
     stop, drop them, or keep them without that action. Their number is reported."""
 
     max_bad_rows: int = 0
-    """Broken rows to skip, over all files, before giving up. What is skipped is reported: by its
-    line in a text file, by its number from 0 in others."""
+    """Broken rows to skip, over all files, before giving up. Skipped rows are reported, by line in
+    text files and by number from 0 in others."""
 
     engine: Literal["local", "spark"] = "local"
     """spark: tasks of Spark, on all cores of this machine or, under spark-submit, on a cluster; for

@@ -27,20 +27,21 @@ MAX_FIELDS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write one self-contained HTML page on a run."""
+    """Write one self-contained HTML page about a run."""
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     out: Path | None = None
-    """The page; report.html in the run folder if not given."""
+    """File of the page; by default, report.html in the run folder."""
     data: Path | None = None
-    """The prepared data set; where the run found it if not given."""
+    """The prepared data set; by default, the one at the path that the run was given."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
-    """Fields to show figures by value of; the first 8 that can be if not given."""
+    """Fields by whose values figures are shown; by default, the first 8 suitable ones."""
     sample: int = 20_000
-    """Test impressions for the importance of features."""
+    """Number of test impressions for the importance of features."""
     step: int | None = None
-    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
+    """Step of the checkpoint to use; by default, the best one that validation chose, else the
+    last."""
 
 
 def run(options: Options) -> None:
@@ -50,7 +51,7 @@ def run(options: Options) -> None:
     folder = RunFolder.open(options.run)
     out = folder.path / "report.html" if options.out is None else options.out
     if options.out is not None and out.exists():
-        raise RunError(f"{out} exists already; remove it or choose another `out`")
+        raise RunError(f"{out} already exists; remove it or choose another `out`")
     data = folder.config["history"][-1]["data"]["path"] if options.data is None else options.data
     dataset = PreparedDataSet.open(data)
     folder.check_data(data, dataset.description())

@@ -40,47 +40,50 @@ from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_gr
 class Options:
     """Write the sample_id, pctr, pcvr and pctcvr of every impression, in order.
 
-    With a folder as --out, each file of --input is scored to a file of its own, and an interrupted
-    command resumes where it stopped. A data set with a folder as --out, which may be a URI, is read
-    in stretches, and each rank writes the scores of its own; scores.json lists them in order.
+    With a folder as --out, each file of --input is scored to its own output file, and an
+    interrupted command resumes from where it stopped. If --data is scored to a folder, which may be
+    a URI, each rank reads one contiguous part of the data set and writes a file of scores;
+    scores.json lists these files in order.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder, or an exported model."""
     out: str
-    """The file to make, which ends in .parquet, .csv or .arrow, or a folder; or its URI."""
+    """The file to write, which ends in .parquet, .csv or .arrow, or a folder; or its URI."""
     data: str | None = None
     """A prepared data set whose vocabularies are those of the training; a folder or its URI."""
     input: tuple[str, ...] = ()
-    """Instead: Parquet, Arrow or text files with raw ids, columns named as in the data that was
-    prepared; also folders and patterns of files, and URIs of Parquet files. No labels needed."""
+    """Instead of --data: Parquet, Arrow or text files with raw ids, with the column names of the
+    data that was prepared; also folders and patterns of files, and URIs of Parquet files. Labels
+    are not needed."""
     keep: tuple[str, ...] = ()
     """Columns of --input to write beside the scores."""
     max_bad_rows: int = 0
-    """Rows of --input that may be impossible to score; their scores are null."""
+    """Number of rows of --input that may be impossible to score; their scores are null."""
     split: Literal["train", "test"] = "test"
-    """What of --data to score."""
+    """Split of --data to score."""
     batch_size: int = 8192
     """Impressions per rank and step."""
     sharding: ShardingOption = "auto"
-    """How tables are placed on the ranks at hand."""
+    """How tables are placed on the available ranks."""
     step: int | None = None
-    """Of the checkpoint; if not given, the best one that validation chose, else the last."""
+    """Step of the checkpoint to use; by default, the best one that validation chose, else the
+    last."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
-    """Write the probabilities as 'calibrate' has calibrated them. For an exported model
-    this is fixed at export."""
+    """Write the probabilities as calibrated by 'calibrate'. For an exported model, this is fixed at
+    export."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.input):
-            raise OptionError("give either `data` or `input`, what is to be scored")
+            raise OptionError("give what to score, as either `data` or `input`")
         if self.data is not None and (self.keep or self.max_bad_rows):
             raise OptionError("`keep` and `max_bad_rows` need `input`")
         if self.data is not None and is_uri(self.out) and not is_folder(Path(self.out)):
             raise OptionError(
-                f"`out` {self.out} is the URI of a file, and scores of `data` in a store are a "
-                "folder; leave its ending out"
+                f"`out` {self.out} is the URI of a file, but scores of `data` in a store are "
+                "written to a folder; leave its ending out"
             )
 
     @property
@@ -252,8 +255,8 @@ def _jobs(
     for place in (options.out, *inputs):
         if is_uri(place):
             raise OptionError(
-                f"{place} is a URI, and files of a folder are scored one by one on a disk; let "
-                "`out` end in .parquet"
+                f"{place} is a URI, but with a folder as `out`, files are scored one by one on "
+                "a disk; give an `out` that ends in .parquet"
             )
     folder = ScoreFolder(out, made_by())
     return [([str(path)], scores) for path, scores in folder.open(list(map(Path, inputs)))], folder

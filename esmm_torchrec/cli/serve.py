@@ -18,30 +18,30 @@ class Options:
     """Serve an exported model over HTTP, until SIGTERM or Ctrl-C.
 
     POST /score takes {"rows": [{...}]}, {"columns": {...}} or an Arrow stream of raw values, and
-    /docs describes it. Another model in the same place is loaded by itself, or on SIGHUP. One
-    process uses few cores; start several behind a load balancer for more.
+    /docs describes it. Another model in the same place is loaded automatically, or at once on
+    SIGHUP. One process uses few cores; start several behind a load balancer for more.
     """
 
     model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="MODEL")]]
     """The exported model, or a link to it."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0: all of this machine."""
+    """Address to listen on; 0.0.0.0: all addresses of this machine."""
     port: int = 8000
-    """Port; 0: any that is free."""
+    """Port; 0: any free port."""
     threads: int = 1
-    """Threads of a matrix product; the loops of a compiled program have one."""
+    """Threads of a matrix product; the loops of a compiled program use one."""
     batch_window_ms: float = 1.0
-    """How long a request waits for others to be scored with."""
+    """Milliseconds that a request waits for others to be scored with it."""
     max_rows: int = 4096
-    """Impressions of a request, and of a batch."""
+    """Maximum number of impressions per request and per batch."""
     max_body_mb: float = 16.0
-    """Megabytes of the body of a request."""
+    """Maximum size of the body of a request, in megabytes."""
     max_waiting: int = 1024
-    """Requests that may wait; further ones are answered 503."""
+    """Maximum number of waiting requests; further ones get status 503."""
     watch_seconds: float = 5.0
-    """How often MODEL is looked at for another model; 0: never."""
+    """Seconds between checks of MODEL for another model; 0: never."""
     graceful_seconds: int = 30
-    """How long requests may take that are under way when the server is stopped."""
+    """Seconds that requests in progress may take to finish when the server stops."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_rows", "max_body_mb", "max_waiting"):

@@ -61,7 +61,7 @@ def _mean_and_rate(probability: TaskProbability, test: Mapping[str, Any], tasks:
         return ""
     return (
         f"{tasks.describe(probability)}: {mean:.4g} predicted over all impressions, {rate:.4g} "
-        f"observed where there is a {probability.given.name}"
+        f"observed after a {probability.given.name}"
     )
 
 

@@ -23,7 +23,7 @@ class Options(MethodOptions, TrainOptions):
     data: str
     """The prepared data set: a folder, or a URI such as s3://bucket/prepared."""
     out: Path
-    """The run folder to make or to resume."""
+    """The run folder to create or to resume."""
     start_from: Annotated[Path | None, tyro.conf.arg(name="from", metavar="RUN")] = None
     """A run whose weights and optimiser state a new run starts with; its vocabularies must be the
     beginning of those of the data."""

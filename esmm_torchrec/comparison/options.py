@@ -133,43 +133,45 @@ class ComparisonOptions:
     """
 
     methods: tuple[str, ...] = ("paper",)
-    """What is compared, by the names of 'train --method' and of groups of them. paper: the paper's
-    seven, UNBIAS with weights, and shared-bottom; after: what came after, beside base, esmm and
-    shared-bottom; all: all."""
+    """Methods to compare: names of 'train --method', or groups of them. paper: the paper's seven,
+    UNBIAS with weights, and shared-bottom; after: the methods that came after, with base, esmm and
+    shared-bottom; all: all methods."""
     architecture: str | None = None
     """The architecture of every method, by the names of 'train --architecture', instead of its
     own."""
     seeds: int = 5
-    """Runs of each method. With generated data each has a world of its own (data, split and
-    initial weights); with --data, initial weights and order of its own."""
+    """Runs of each method. With generated data, each has its own world (data, split and initial
+    weights); with --data, each has its own initial weights and order."""
     fractions: tuple[float, ...] = (1.0,)
     """Parts of the training users to train on; each part lies within the larger ones."""
     trials: int = len(SETTINGS)
-    """Settings tried for each method in tuning, the same number for all: on a part of the data
-    first, then the best two on more."""
+    """Number of settings tried for each method in tuning, the same for all methods: all of them on
+    a part of the data, then the best two on more."""
     epochs: int = 3
-    """Tuning chooses among 1 to this many passes of a method over its own training rows."""
+    """Maximum number of passes of a method over its own training rows; tuning chooses from 1 to
+    this number."""
     processes: int | Literal["auto"] = "auto"
     """Processes that share the trainings; auto: one for each core, or one under torchrun or if
     there is a GPU. Figures do not depend on it."""
     held_out_by: HeldOutBy = "auto"
     """What stays together when training users of a prepared data set are held out or a fraction of
     them is drawn: impressions of a group_id, of a shared row, or each impression by itself; auto:
-    of a shared row if there are any. The group_id decides metrics alone otherwise."""
+    of a shared row if there are any. Otherwise, group_id affects only metrics."""
     validation_share: float = 0.3
     """Part of the training users to tune on; chosen methods are retrained on all."""
     test_impressions: int = 1_500_000
-    """Test impressions scored, at most about; users are drawn from the test half by hash."""
+    """Approximate maximum number of test impressions to score; their users are drawn from the test
+    half by hash."""
     embedding_dim: int = 8
     """Columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of each tower."""
     batch_size: int | Literal["auto"] = "auto"
-    """Impressions of a step, over all ranks, of a pass over the whole training half; auto: the
-    largest power of two with which it takes at least 200 steps. Every pass, of any method and
-    fraction, takes as many updates as that one: fewer rows make smaller batches."""
+    """Impressions per step over all ranks in a pass over the whole training half; auto: the largest
+    power of two with which this pass takes at least 200 steps. Every pass, of any method and
+    fraction, takes the same number of updates, so fewer rows mean smaller batches."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
-    """Optimiser of the embedding tables (the paper: adam); towers have Adam as in the paper."""
+    """Optimiser of the embedding tables (the paper: adam); towers use Adam, as in the paper."""
     sharding: ShardingOption = "auto"
     """How tables are placed on ranks."""
     device: DeviceOption = "auto"

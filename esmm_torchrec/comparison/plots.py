@@ -63,7 +63,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         plots["differences.png"] = (
             _from_base(results),
             "Paired difference of each method from BASE, and its 95 % interval by itself; filled "
-            "if it stands after Holm’s correction.",
+            "if it is significant after Holm’s correction.",
         )
     if len(results["protocol"]["fractions"]) > 1:
         plots["volume.png"] = (

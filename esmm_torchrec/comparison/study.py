@@ -106,8 +106,8 @@ def compare(
     options = study.options
     if ranks.is_first and study.store.left_aside:
         print(
-            f"{study.store.left_aside} trainings of other code or libraries are left aside; "
-            "they are not compared with"
+            f"{study.store.left_aside} trainings from other versions of the code or libraries "
+            "are ignored"
         )
     others = _processes(options, ranks) - 1
     with (

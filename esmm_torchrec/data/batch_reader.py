@@ -85,7 +85,7 @@ class BatchReader(ABC):
                 f"{batch_size}; choose 1 to {batch_size * world_size}"
             )
         if num_rows == 0:
-            raise OptionError("there is no impression to read; select at least one")
+            raise OptionError("there are no impressions to read; select at least one")
         self._exchange = exchange
         self._epoch = 0
         self._row = 0

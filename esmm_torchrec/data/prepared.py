@@ -123,7 +123,7 @@ class PreparedDataSet(Description):
             reason = str(error).replace("`", "'")
             raise DataError(f"{root / DESCRIPTION} is broken ({reason}); {PREPARE_AGAIN}") from None
         raise DataError(
-            f"{root} is a prepared data set of format version {version}, and this library reads "
+            f"{root} is a prepared data set of format version {version}, but this library reads "
             f"versions {' and '.join(map(str, READABLE_VERSIONS))}; {PREPARE_AGAIN}"
         )
 
@@ -136,7 +136,7 @@ class PreparedDataSet(Description):
         """
         if self.root.local is None:
             raise DataError(
-                f"{self.root} is not on this machine, and what was asked for needs a mapped copy; "
+                f"{self.root} is not on this machine, but this operation needs a mapped copy; "
                 "stream it (`read` stream), or copy it to a disk and give the path of the copy"
             )
         return self.root.local
@@ -244,7 +244,7 @@ class PreparedDataSet(Description):
                 rows = _row_groups(file, parquet, expected)
                 if rows != part.row_groups:
                     raise DataError(
-                        f"{file} has {sum(rows)} rows in {len(rows)} row groups where "
+                        f"{file} has {sum(rows)} rows in {len(rows)} row groups, but "
                         f"{DESCRIPTION} says {part.rows} in {len(part.row_groups)}; {PREPARE_AGAIN}"
                     )
                 for group in range(len(rows)):

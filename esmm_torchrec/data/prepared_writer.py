@@ -79,7 +79,7 @@ class PreparedWriter:
             streamed; None: in the order in which they are written. Not with shared features.
 
     Raises:
-        DataError: `path` exists already; a table written is not as declared; in the end a split
+        DataError: `path` already exists; a table written is not as declared; in the end a split
             is empty, or training has no row of the first task. The sentence names the split.
     """
 
@@ -301,17 +301,17 @@ class PreparedWriter:
     def _check_split(self, name: SplitName) -> None:
         split, highest = self._split(name), self.split_writer(name).counts.shared_row_use.highest
         if split.impressions == 0:
-            raise DataError(f"the {name} split has no impression; check its input files")
+            raise DataError(f"the {name} split has no impressions; check its input files")
         if highest >= split.shared_rows:
             raise DataError(
-                f"{name}: an impression points to shared row {highest} and there are "
+                f"{name}: an impression points to shared row {highest}, but there are "
                 f"{split.shared_rows}"
             )
         first = self._tasks[0].name
         if name == "train" and not split.happened[first]:
             raise DataError(
-                f"the train split holds {split.impressions} impressions and no {first}, "
-                f"nothing to learn from; check the {first} column or take more data"
+                f"the train split has {split.impressions} impressions but no {first} to learn "
+                f"from; check the {first} column or use more data"
             )
 
     def _statistics(self) -> Statistics:
@@ -364,4 +364,4 @@ def refuse_existing(root: Location) -> None:
     """Raises DataError if something is where a data set is to be made."""
     there = root.local.exists() if root.local else (root / DESCRIPTION).size() is not None
     if there:
-        raise DataError(f"{root} exists already; remove it or choose another folder")
+        raise DataError(f"{root} already exists; remove it or choose another folder")

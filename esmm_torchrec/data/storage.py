@@ -241,7 +241,7 @@ def staged(out: str, *, last: str | None = None) -> Iterator[Path]:
         return
     target = Location.of(out)
     if target.size() is not None or target.files_below():
-        raise DataError(f"{target} exists already; remove it or choose another `out`")
+        raise DataError(f"{target} already exists; remove it or choose another `out`")
     with TemporaryDirectory() as folder:
         made = Path(folder) / target.path.rpartition("/")[2]
         yield made

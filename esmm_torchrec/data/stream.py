@@ -161,8 +161,8 @@ class StreamReader(BatchReader):
         lanes = split.lanes
         if lanes % world_size:
             raise OptionError(
-                f"{world_size} ranks do not divide {lanes} lanes; start a number of ranks that "
-                "does, or a new run with another number of lanes"
+                f"{lanes} lanes cannot be divided among {world_size} ranks; start a number of "
+                "ranks that divides them, or a new run with another number of lanes"
             )
         if rows_per_step % lanes:
             raise OptionError(

@@ -311,7 +311,7 @@ def check_number_of_ids(number: int, min_count: int) -> None:
     """Raises DataError if a table has no room for so many ids."""
     if number > MAX_IDS:
         raise DataError(
-            f"{number} ids occur {min_count} times or more and a table holds {MAX_IDS}; "
+            f"{number} ids occur {min_count} times or more, but a table holds at most {MAX_IDS}; "
             "give a higher minimum count"
         )
 
@@ -358,8 +358,8 @@ class IdCounter:
             return
         if self._type is not None and self._type != ids.type:
             raise DataError(
-                f"{_kind(ids.type)} ids occur beside {_kind(self._type)} ids of the same table; "
-                "use the same type for both"
+                f"{_kind(ids.type)} ids occur together with {_kind(self._type)} ids of the same "
+                "table; use the same type for both"
             )
         self._type = ids.type
         if pa.types.is_int64(ids.type) and not self._pending and self._merged is None:

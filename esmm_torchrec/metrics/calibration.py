@@ -153,7 +153,7 @@ def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibra
         label = scored.happened(task.name)[rows]
         if label.all() or not label.any():
             raise DataError(
-                f"{task.name} has one class only in the {label.size:,} impressions to calibrate "
+                f"{task.name} has only one class in the {label.size:,} impressions to calibrate "
                 "on; give more of them"
             )
         values = prediction[rows].values.astype(np.float64)

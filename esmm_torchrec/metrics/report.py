@@ -138,7 +138,7 @@ def one_class_reason(
     """
     within = "" if given is None else f" with {given.name} = 1"
     if size == 0:
-        return f"there is no impression{within}"
+        return f"there are no impressions{within}"
     if happened in (0, size):
         return f"{task.name} is {int(happened > 0)} for all {size} impressions{within}"
     return "" if weighs else f"all impressions{within} of one class of {task.name} have weight 0"
@@ -196,7 +196,7 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
         if score.form == "log_probability":
             above = (score.values > 0).astype(np.float64)
             share = np.average(above, weights=scored.weight) if above.size else None
-            part.put(f"{name}_share_above_one", share, "there is no impression")
+            part.put(f"{name}_share_above_one", share, "there are no impressions")
     return part.finished()
 
 
@@ -207,7 +207,7 @@ def _put_mean(part: Part, name: str, scored: ScoredImpressions) -> None:
     mean = None
     if prediction is not None and not flaw and scored.size:
         mean = float(np.average(prediction.probability.astype(np.float64), weights=scored.weight))
-    part.put(f"{name}_mean_entire_space", mean, flaw or "there is no impression")
+    part.put(f"{name}_mean_entire_space", mean, flaw or "there are no impressions")
 
 
 def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:
@@ -317,7 +317,7 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
     true_ctr, true_cvr, weights = scored.true_ctr, scored.true_cvr, scored.weight
     true_ctcvr = true_ctr.astype(np.float64) * true_cvr
     clicked = scored.happened("click")
-    none = "there is no impression"
+    none = "there are no impressions"
     nowhere = none if clicked.size == 0 else "a true probability is 0 or 1 for every impression"
 
     cvr = scored.scores.get("cvr")

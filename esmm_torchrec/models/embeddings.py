@@ -264,8 +264,8 @@ def _checked_dense(dense: torch.Tensor | None, num_features: int) -> torch.Tenso
     given = 0 if dense is None else dense.shape[1]
     if given != num_features:
         raise OptionError(
-            f"dense_features has {given} columns and the model was built with dense_in_features "
-            f"{num_features}; give the model what it was built for"
+            f"dense_features has {given} columns, but the model was built with dense_in_features "
+            f"{num_features}; give it that many columns"
         )
     return torch.empty(0) if dense is None else dense
 

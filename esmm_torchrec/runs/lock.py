@@ -50,8 +50,8 @@ class RunLock:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(descriptor)
                 raise RunError(
-                    f"{self._path.parent} is in use by another training ({holder}); wait for its "
-                    "end, or choose another `out`"
+                    f"{self._path.parent} is in use by another training ({holder}); wait for it "
+                    "to end, or choose another `out`"
                 ) from None
             if self._is_current(descriptor):
                 os.ftruncate(descriptor, 0)

@@ -43,7 +43,7 @@ def restore(
     """
     checkpoint = model_checkpoint(run.checkpoints, step)
     if checkpoint is None:
-        raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
+        raise RunError(f"{run.path} has no checkpoint yet; wait for its training to end")
     task = build_train_task(run.schema, run.model_options)
     plan = make_plan(
         task,

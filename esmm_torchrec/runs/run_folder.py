@@ -79,7 +79,7 @@ class RunFolder:
                 raise ValueError("its content does not match its checksum")
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f"{path} is not a run folder, it has no {_CONFIG}; give the `out` of a training run"
+                f"{path} is not a run folder: it has no {_CONFIG}; give the `out` of a training run"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, DataError) as error:
             raise RunError(f"{path / _CONFIG} is broken ({error}); train again") from None
@@ -229,7 +229,7 @@ class RunFolder:
         if other["vocabularies"] != own["vocabularies"]:
             return "gives ids other rows of their tables than"
         if other["dense"] != own["dense"]:
-            return "standardised its dense features otherwise than"
+            return "standardised its dense features differently from"
         return None
 
     @property
@@ -389,8 +389,7 @@ class RunFolder:
             return int(json.loads(line)["step"])
         except (ValueError, TypeError, KeyError):
             raise RunError(
-                f"{self.history} has a line that is not one of figures ({line[:60].strip()}); "
-                "remove it"
+                f"{self.history} has a line without figures ({line[:60].strip()}); remove it"
             ) from None
 
     @staticmethod

@@ -22,7 +22,7 @@ def chosen_step(run: RunFolder, step: int | None = None) -> int:
     """
     checkpoint = model_checkpoint(run.checkpoints, step)
     if checkpoint is None:
-        raise RunError(f"{run.path} has no checkpoint yet; let its training come to an end")
+        raise RunError(f"{run.path} has no checkpoint yet; wait for its training to end")
     return step_of(checkpoint)
 
 
@@ -42,4 +42,4 @@ def is_finished(run: RunFolder) -> bool:
 def described(run: RunFolder, step: int) -> str:
     """A line for a person."""
     line = f"model: {run.path}, step {step}"
-    return line if is_finished(run) else f"{line}, of a training that is not finished"
+    return line if is_finished(run) else f"{line}, from an unfinished training"

@@ -80,7 +80,7 @@ def export(
     """
     out = Path(out)
     if out.exists():
-        raise RunError(f"{out} exists already; remove it or choose another folder")
+        raise RunError(f"{out} already exists; remove it or choose another folder")
     if device == "cuda" and not torch.cuda.is_available():
         raise OptionError("`device` is cuda and there is no GPU")
     run = run if isinstance(run, RunFolder) else RunFolder.open(Path(run))

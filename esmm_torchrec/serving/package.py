@@ -88,7 +88,7 @@ class Package:
             content = (path / DESCRIPTION).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f"{path} is not an exported model, it has no {DESCRIPTION}; give the OUT of "
+                f"{path} is not an exported model: it has no {DESCRIPTION}; give the OUT of "
                 "'esmm-torchrec export'"
             ) from None
         try:
@@ -96,7 +96,7 @@ class Package:
             version = values["format_version"]
             if version != FORMAT_VERSION:
                 raise RunError(
-                    f"{path} is an exported model of format version {version}, and this library "
+                    f"{path} is an exported model of format version {version}, but this library "
                     f"reads version {FORMAT_VERSION}; export it again"
                 )
             package = cls(
@@ -143,12 +143,12 @@ class Package:
             here = machine(self.device)
             if self.torch != torch.__version__:
                 raise RunError(
-                    f"{self.path} was compiled with torch {self.torch} and this is torch "
+                    f"{self.path} was compiled with torch {self.torch}, but this is torch "
                     f"{torch.__version__}; export it again with this one"
                 )
             if self.machine != here:
                 raise RunError(
-                    f"{self.path} was compiled for {self.machine} and this machine has {here}; "
+                    f"{self.path} was compiled for {self.machine}, but this machine has {here}; "
                     "export it again on such a machine, or with `format` export"
                 )
         try:
@@ -183,7 +183,7 @@ class Package:
             if not np.allclose(found[name], scores, rtol=0, atol=EXAMPLE_TOLERANCE):
                 difference = float(np.abs(found[name] - scores).max())
                 raise RunError(
-                    f"{self.path} scores its example otherwise than when it was exported ({name} "
+                    f"{self.path} scores its example differently from when it was exported ({name} "
                     f"differs by {difference:.2g}); export it again on this machine"
                 )
 

@@ -146,7 +146,7 @@ class Predictor:
             for block in self.score_blocks(rows, batch_size=batch_size)
         ]
         if not parts:
-            raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no row")
+            raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no rows")
         scored = pa.concat_tables(parts).to_pandas()
         if isinstance(rows, pd.DataFrame):
             scored.index = rows.index

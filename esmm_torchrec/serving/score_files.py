@@ -56,8 +56,8 @@ def is_folder(out: Path) -> bool:
         return False
     if out.suffix and not out.is_dir():
         raise OptionError(
-            f"`out` {out} is of unknown kind; end its name in one of {', '.join(SUFFIXES)}, or "
-            "give a folder, whose name has no dot"
+            f"`out` {out} has an unknown file type; its name must end in one of "
+            f"{', '.join(SUFFIXES)}, or give a folder, whose name has no dot"
         )
     return True
 
@@ -65,7 +65,7 @@ def is_folder(out: Path) -> bool:
 def refuse_existing(out: Path) -> None:
     """Raises RunError where `out` is; makes the folder that it is to be in."""
     if out.exists():
-        raise RunError(f"{out} exists already; remove it or choose another `out`")
+        raise RunError(f"{out} already exists; remove it or choose another `out`")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -96,7 +96,8 @@ def _open(path: Path, suffix: str, schema: pa.Schema) -> Writer:
     for field in schema:
         if pa.types.is_nested(field.type):
             raise OptionError(
-                f"`keep` {field.name} has lists, which a CSV file cannot; let `out` end in .parquet"
+                f"`keep` {field.name} contains lists, which CSV cannot hold; give an `out` "
+                "that ends in .parquet"
             )
     return pyarrow.csv.CSVWriter(str(path), schema)
 
@@ -135,7 +136,7 @@ class ScoreFolder:
         if not manifest.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise RunError(
-                    f"{self.path} is there and not a folder of scores; choose another `out`"
+                    f"{self.path} exists and is not a folder of scores; choose another `out`"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self._write({})
@@ -193,7 +194,7 @@ def write_scores(blocks: Iterator[ScoredRows], out: Path, tasks: TaskChain) -> W
     refuse_existing(out)
     first = next(blocks, None)
     if first is None:
-        raise DataError("the input has no row")
+        raise DataError("the input has no rows")
     written = Written()
     schema = pa.unify_schemas([score_schema(tasks), first.read.kept.schema])
     with score_writer(out, schema) as writer, progress_bar("Scoring", None, "rows") as bar:

@@ -105,7 +105,7 @@ def unknown_warnings(
         share, usual = of_feature.unknown / of_feature.ids, expected[name]
         if share > factor * usual and share > usual + 0.05:
             sentences.append(
-                f"{share:.1%} of the ids of {name!r} are unknown to the model, and {usual:.1%} in "
+                f"{share:.1%} of the ids of {name!r} are unknown to the model, but {usual:.1%} in "
                 "the test half of its training data; check that the column holds the same ids"
             )
     return sentences

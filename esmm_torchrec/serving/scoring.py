@@ -115,7 +115,7 @@ def encode_rows(
     try:
         first = next(encoded_blocks, None)
         if first is None:
-            raise DataError(f"{_named(rows)} has no row")
+            raise DataError(f"{_named(rows)} has no rows")
         MappedSplit.write(
             folder,
             schema=run.schema,

@@ -281,7 +281,7 @@ class _Exchange:
                 is_other = await asyncio.to_thread(self._model.reload)
             except (EsmmTorchrecError, OSError) as error:
                 self._metrics.reloads.labels("failed").inc()
-                log.error("the model before goes on: %s", error)
+                log.error("the current model continues to serve: %s", error)
                 return
         if is_other:
             self._metrics.reloads.labels("loaded").inc()

@@ -149,7 +149,7 @@ class PlanFile:
                 raise PlanError(
                     f"{self.source}: table {name!r} has too few rows ({table.num_embeddings}) for "
                     f"{table.sharding_type}: rank {empty[0]} gets none, and with such a rank "
-                    "fbgemm's kernels for a CPU fail now and then; place it table_wise"
+                    "fbgemm's kernels for a CPU sometimes fail; place it table_wise"
                 )
 
     def _check_tables(self, configs: Iterable[EmbeddingBagConfig]) -> None:

@@ -27,8 +27,8 @@ def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
     )
     return [
         f"table {name!r} is cut into columns ({table.sharding_type}) and rowwise_adagrad keeps one "
-        "momentum per row and shard, so it trains otherwise than uncut; that is by design, and "
-        "adagrad or table_wise avoid it"
+        "momentum per row and shard, so it trains differently from an uncut table; this is by "
+        "design, and adagrad or table_wise avoid it"
         for name, table in plan.tables.items()
         if table.sharding_type in cut and len({shard.offset[1] for shard in table.shards}) > 1
     ]

@@ -63,8 +63,8 @@ def choose_kernel(
     if sharding == "data_parallel":
         if optimizer == "rowwise_adagrad":
             raise PlanError(
-                "`sharding` data_parallel does not exist with `sparse_optimizer` rowwise_adagrad, "
-                "which TorchRec has in fused form only; use adagrad or another sharding"
+                "`sharding` data_parallel cannot be used with `sparse_optimizer` rowwise_adagrad, "
+                "which TorchRec provides only in fused form; use adagrad or another sharding"
             )
         return "dense"
     return "dense" if optimizer == "adam" and device.type == "cpu" else "fused"

@@ -114,14 +114,15 @@ def choose_device(option: DeviceOption, local_rank: int, local_world_size: int =
     if option == "cpu" or (option == "auto" and gpus < local_world_size):
         if option == "auto" and gpus and local_rank == 0:
             print(
-                f"{local_world_size} ranks on this machine and GPUs for {gpus}: all on the CPU",
+                f"this machine has {local_world_size} ranks but GPUs for only {gpus}; "
+                "all ranks use the CPU",
                 file=sys.stderr,
                 flush=True,
             )
         return torch.device("cpu")
     if local_rank >= gpus:
         raise OptionError(
-            f"`device` {option} needs a GPU for each rank of this machine and finds {gpus}; "
+            f"`device` {option} needs a GPU for each rank of this machine but finds {gpus}; "
             "start fewer ranks or use `device` cpu"
         )
     return torch.device("cuda", local_rank)

@@ -215,7 +215,7 @@ def _plan(
         except PlannerError as error:
             last = " ".join(str(error).partition("Last planner error:")[2].split())
             raise NoPlanError(
-                "TorchRec's planner finds no place for every table, though all of them together "
+                "TorchRec's planner cannot place every table, although all of them together "
                 f"are small enough ({last[:200]})",
                 list(options),
             ) from None

@@ -79,7 +79,7 @@ class WatchLoss(Callback):
                 self._skipped += 1
                 if loop.ranks.is_first:
                     print(
-                        f"warning: step {first + offset} is skipped, its loss is not finite",
+                        f"warning: step {first + offset} is skipped because its loss is not finite",
                         flush=True,
                     )
 

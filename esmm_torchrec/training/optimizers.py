@@ -195,13 +195,13 @@ def fuse_optimizer(
             dense = kernels[config.name] == EmbeddingComputeKernel.DENSE.value
             if dense and optimizer == "rowwise_adagrad":
                 raise PlanError(
-                    f"table {config.name!r} has the dense kernel in the plan, where "
-                    "`sparse_optimizer` rowwise_adagrad does not exist; use adagrad"
+                    f"table {config.name!r} has the dense kernel in the plan, which "
+                    "does not support `sparse_optimizer` rowwise_adagrad; use adagrad"
                 )
             if not dense and optimizer == "adam" and device.type == "cpu":
                 raise PlanError(
                     f"table {config.name!r} has the kernel {kernels[config.name]!r} in the plan, "
-                    "where adam does not exist on a CPU; use the dense kernel"
+                    "which does not support adam on a CPU; use the dense kernel"
                 )
             if not dense:
                 parameter = collection.embedding_bags.get_parameter(f"{config.name}.weight")

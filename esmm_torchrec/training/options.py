@@ -58,13 +58,13 @@ class TrainOptions:
     interaction: Interaction | None = None
     """What features become before the towers see them; None: as the method has it."""
     epochs: int | Literal["auto"] = "auto"
-    """Passes over the training half. auto: with a validation share, passes until the held-out part
-    stops improving, and the best checkpoint is the model; else one pass over many rows, and over
-    fewer the number that is best when a fifth of them is held out."""
+    """Passes over the training half. auto: with a validation share, training continues until the
+    held-out part stops improving, and the best checkpoint is the model. Without one, a run takes
+    one pass over many rows; on fewer rows, it holds out a fifth of them to find the best number."""
     max_steps: int | None = None
-    """Stop after this many steps, whatever the epochs."""
+    """Stop after this many steps, regardless of the epochs."""
     batch_size: int | Literal["auto"] = "auto"
-    """Impressions of a step over all ranks; auto chooses it by the number of impressions that the
+    """Impressions per step over all ranks; auto chooses it by the number of impressions that the
     method trains on."""
     validation_share: float = 0.0
     """Share of the training half to hold out and to measure on after each pass."""
@@ -76,36 +76,37 @@ class TrainOptions:
     tower: tuple[int, ...] = (360, 200, 80)
     """Widths of the hidden layers of each tower."""
     first_order: bool = True
-    """Add a first-order term to each logit: a weight for each id and each dense feature. Rare ids
-    and small data gain by it; without, the model is that of the paper."""
+    """Add a first-order term to each logit: a weight for each id and each dense feature. It helps
+    with rare ids and small data sets; without it, the model is that of the paper."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
-    """Optimiser of the embedding tables; fused into the backward pass where TorchRec can."""
+    """Optimiser of the embedding tables; fused into the backward pass if TorchRec supports it."""
     sparse_lr: float = 0.05
     """Learning rate of the embedding tables."""
     dense_lr: float = 0.001
     """Learning rate of the towers (Adam)."""
     weight_decay: float = 0.0
-    """L2 penalty of the towers: this times each weight is added to its gradient. Tables have
-    none."""
+    """L2 penalty of the towers: this value times each weight is added to the weight's gradient.
+    Tables have no weight decay."""
     lr_schedule: ScheduleOption = "constant"
     """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly."""
     average_weights: AverageOption = "auto"
     """Whether the model has an exponential average of the weights of its steps instead of those of
-    the last one. Few rows gain by it; it takes a copy of the model. auto: on if the number of
-    passes is searched."""
+    the last step. It helps with few rows and needs memory for a copy of the model. auto: on if the
+    number of passes is searched."""
     clip_gradients: float | None = None
-    """Largest norm of the gradient of all towers together. Tables are not clipped: a fused
+    """Maximum norm of the gradient of all towers together. Tables are not clipped: a fused
     optimiser applies their gradients before they can be."""
     dtype: DtypeOption = "float32"
-    """What the hidden layers of the towers compute in; logits and loss stay float32."""
+    """Data type in which the hidden layers of the towers compute; logits and loss stay float32."""
     init_scale: float = 1.0
-    """Factor of the range that embeddings are drawn from, which is ±1/√rows of a table at 1."""
+    """Factor of the range from which embeddings are drawn; at 1, the range is ±1/√rows of the
+    table."""
     history_weights: HistoryWeights = "normalised"
     """Weights of multi-valued features: summing to 1 in each bag, or as stored."""
     shared_features: SharedFeatures = "once"
-    """Pool features that impressions share once per distinct row of a batch, or write them out for
+    """Pool features that impressions share once per distinct row of a batch, or expand them for
     every impression; the results are the same."""
     shuffle_chunk: int = 8
     """Up to this many consecutive impressions of one user stay together when rows are shuffled, so
@@ -113,36 +114,37 @@ class TrainOptions:
     sharding: ShardingOption = "auto"
     """How tables are placed on ranks; auto leaves it to TorchRec's planner."""
     plan: Path | None = None
-    """A sharding plan to use instead, as 'esmm-torchrec plan' or an earlier run wrote it."""
+    """A sharding plan to use instead, written by 'esmm-torchrec plan' or an earlier run."""
     seed: int = 0
-    """Of the initial weights and of the order of impressions."""
+    """Seed of the initial weights and of the order of impressions."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
     on_nonfinite: NonfiniteOption = "stop"
     """If the loss of a step is not finite: stop the run and save the batch for replay, or skip the
     step, which costs a synchronisation of the ranks in every step."""
     read: ReadOption = "auto"
-    """mapped: from an uncompressed copy of the data set, at random. stream: from the Parquet files
-    of a disk or a store, in windows that are shuffled. auto: mapped if the data set is on a disk
-    and its files have less than 40 GiB."""
+    """mapped: at random from an uncompressed copy of the data set. stream: in shuffled windows from
+    the Parquet files on a disk or in a store. auto: mapped if the data set is on a disk and its
+    files have less than 40 GiB."""
     lanes: int = 8
-    """If streamed: how many stretches of the data each step takes rows of. The number of ranks
-    divides it, and it stays that of the run."""
+    """If streamed: number of lanes, the parts of the data from which each step takes rows. It must
+    be a multiple of the number of ranks and cannot change within a run."""
     window: int = 32_768
-    """If streamed: rows of a lane that are shuffled together and held at a time."""
+    """If streamed: rows of a lane that are held at a time and shuffled together."""
     window_cache: Path | None = None
-    """If streamed: where windows are laid out; by default the folder for temporary files."""
+    """If streamed: folder for the files of windows; by default, the system's folder for temporary
+    files."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int | None = None
     """Keep this many of the latest checkpoints; None: all."""
     table_rows: Mapping[str, int] = field(default_factory=dict)
-    """Rows of tables, NAME=N, that have more than the data need: room for the ids of later days, so
-    that plans and checkpoints keep their shape. A run that starts from another one has at least its
-    rows."""
+    """Number of rows, NAME=N, of tables with more rows than the data need. This reserves rows for
+    the ids of later days, so that plans and checkpoints keep their shape. A run that starts from
+    another run has at least as many rows."""
     start_from: Path | None = None
-    """A run whose weights and optimiser state a new run starts with; its vocabularies must be the
-    beginning of those of the data."""
+    """Run whose weights and optimiser state the new run starts with. The vocabularies of the data
+    must begin with those of that run."""
     resume: str = "auto"
     """auto: resume the run in the folder if it is the same run; never: accept an empty folder only;
     a number: resume from the checkpoint of that step."""
@@ -174,20 +176,21 @@ class TrainOptions:
             raise OptionError(f"`weight_decay` {self.weight_decay} is negative; give 0 or more")
         if not 0 <= self.validation_share < 1:
             raise OptionError(
-                f"`validation_share` {self.validation_share} is not a share; give a number from 0 "
-                "and below 1"
+                f"`validation_share` {self.validation_share} is not a share; give a number of at "
+                "least 0 and below 1"
             )
         if self.warmup_steps < 0:
             raise OptionError(f"`warmup_steps` {self.warmup_steps} is negative; give 0 or more")
         if self.lr_schedule != "constant" and self.epochs == "auto":
             raise OptionError(
-                f"`lr_schedule` {self.lr_schedule} ends with the last step, which `epochs` auto "
-                "does not know; give `epochs` a number"
+                f"`lr_schedule` {self.lr_schedule} depends on the last step, which `epochs` auto "
+                "does not know; set `epochs` to a number"
             )
         if self.average_weights == "on" and self.epochs == "auto" and self.validation_share:
             raise OptionError(
-                "`average_weights` on does not go with early stopping, whose best checkpoint has "
-                "the weights of a step; give `epochs` a number, or leave out `validation_share`"
+                "`average_weights` on cannot be combined with early stopping, whose best "
+                "checkpoint has the weights of a step; set `epochs` to a number, or leave out "
+                "`validation_share`"
             )
         if self.checkpoint_every < 0:
             raise OptionError(

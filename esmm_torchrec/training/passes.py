@@ -92,8 +92,8 @@ def choose_passes(
         return Passes(1, f"one pass, as the number cannot be searched ({error})")
     if ranks.is_first:
         say(
-            f"searching the number of passes on {part.num_rows:,} rows, "
-            f"{len(held_out.rows):,} held out"
+            f"searching for the number of passes on {part.num_rows:,} rows, "
+            f"with {len(held_out.rows):,} held out"
         )
     batch_size = options.batch_size
     if batch_size == "auto":

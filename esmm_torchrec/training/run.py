@@ -198,7 +198,7 @@ def _train(
                 )
         if part.selection is not None:
             notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
-            print(f"{options.method} trains on {part.num_rows:,} rows of them{notes}", flush=True)
+            print(f"{options.method} trains on {part.num_rows:,} of these rows{notes}", flush=True)
         if checkpoint is not None:
             print(f"resuming from step {loop.step} ({checkpoint})", flush=True)
         elif source is not None:
@@ -277,7 +277,7 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
             if last
             else (
                 f"interrupted before a checkpoint was written to {out}; {same} to start again, and "
-                "`checkpoint_every` to save on the way"
+                "set `checkpoint_every` to save checkpoints on the way"
             )
         )
         raise Interrupted(sentence, terminated=terminated) from interrupt
@@ -346,7 +346,7 @@ def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Val
     checkpoints.load(path, model=trainer.model, optimizer=trainer.optimizer)
     if loop.ranks.is_first:
         print(
-            f"the model is that of step {best['step']:,} (pass {best['epoch']:g}), the best on the "
+            f"the model is from step {best['step']:,} (pass {best['epoch']:g}), the best on the "
             "held-out part",
             flush=True,
         )
@@ -368,7 +368,7 @@ def _announce(
         unused = ""
         if options.sharding != "auto":
             unused = f"; the sharding {options.sharding} is not used beside it"
-        print(f"placed as {options.plan} says{unused}")
+        print(f"placed according to {options.plan}{unused}")
     for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
         print(f"warning: {warning}")
     if options.dtype == "bfloat16" and ranks.device.type == "cpu" and not _has_bfloat16():
@@ -418,7 +418,7 @@ def _keep_plan(plan: PlanFile, path: Path) -> None:
         earlier = plan
     if earlier != plan:
         differences = indent(compare_plans(earlier, plan), "  ")
-        print(f"placed otherwise than before:\n{differences}", flush=True)
+        print(f"placed differently from before:\n{differences}", flush=True)
     write_plan(plan, path)
 
 

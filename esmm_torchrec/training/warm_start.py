@@ -85,7 +85,7 @@ def _check_features(run: RunFolder, dataset: PreparedDataSet) -> None:
     run.check_preprocessing()
     earlier = PreparedDataSet.open(run.preprocessing, data_files=False)
     if earlier.statistics.dense != dataset.statistics.dense:
-        raise _other_data(run, dataset, "standardised its dense features otherwise than")
+        raise _other_data(run, dataset, "standardised its dense features differently from")
     for table in run.schema.tables:
         hashed = [of.statistics.tables[table.name].hash_rows for of in (earlier, dataset)]
         if hashed[0] != hashed[1]:

@@ -191,7 +191,7 @@ def test_data_of_the_same_form_and_other_meaning_is_refused(
     description["statistics"]["dense"]["price"]["mean"] += 1
     (other / "dataset.json").write_text(json.dumps(description))
     RunFolder.open(run).check_data(data)
-    with pytest.raises(RunError, match="standardised its dense features otherwise than"):
+    with pytest.raises(RunError, match="standardised its dense features differently from"):
         RunFolder.open(run).check_data(other)
 
 
@@ -287,7 +287,7 @@ def test_scores_are_never_written_over(run: Path, data: Path, scores: pd.DataFra
     failed = torchrun(2, "-m", "esmm_torchrec", "score", run, "--data", data, "--out", out)
     assert failed.returncode == 1
     assert failed.stderr.count("esmm-torchrec: ") == 1
-    assert f"{out} exists already; remove it or choose another --out" in failed.stderr
+    assert f"{out} already exists; remove it or choose another --out" in failed.stderr
     assert "exitcode: 2" in failed.stderr
     assert out.read_bytes() == before
 

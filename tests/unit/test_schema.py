@@ -45,7 +45,7 @@ def test_json_and_back() -> None:
             "feature 'a__weight' occurs twice",
         ),
         ((ITEM,), (IdFeature("item", "shop"),), (), "'item' names the unknown table 'shop'"),
-        ((Table("item", 0),), (PLAIN,), (), "table 'item' has no row; it needs at least row 0"),
+        ((Table("item", 0),), (PLAIN,), (), "table 'item' has no rows; it needs at least row 0"),
         ((ITEM, Table("shop", 4)), (PLAIN,), (), "table 'shop' is used by no feature; remove it"),
         *(
             ((ITEM,), (PLAIN,), (name,), f"no feature may be called '{name}'; rename the column")

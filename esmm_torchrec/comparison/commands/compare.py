@@ -20,7 +20,7 @@ from esmm_torchrec.sharding.process_group import process_group
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ComparisonOptions):
-    """Compare conversion methods: tune each by the same rule, retrain it, score the test half once.
+    """Compare conversion methods: tune each in the same way, retrain it, score the test half once.
 
     Without --data, each seed is a generated world with known probabilities. The folder gets
     results.json, report.html, table.csv, table.md and plots. Rerun the command to resume a
@@ -32,10 +32,10 @@ class Options(ComparisonOptions):
     data: Path | None = None
     """A prepared data set for all seeds, instead of generated worlds."""
     settings_of: Path | None = None
-    """Folder of another comparison whose choices are used, instead of tuning."""
+    """Folder of another comparison whose choices are used instead of tuning."""
     keep_best: Path | None = None
-    """Run folder to leave the best method in (with --data): the best on the held-out users, trained
-    with what was chosen for it."""
+    """Run folder for the best method (with --data): the best on the held-out users, trained with
+    the settings chosen for it."""
     regime: Regime | None = None
     """Rates and size of the generated worlds by name, instead of --world. paper: CTR .039, CVR .02;
     public: CVR .0055, as in the paper's Public data set; dense: CTR .09, CVR .18."""
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     """Compares on the ranks torchrun started, or on one."""
     if options.data is not None and (options.world != DEFAULT_WORLD or options.regime is not None):
         raise OptionError(
-            "--world and --regime describe generated worlds and --data is not one; leave one out"
+            "--world and --regime describe generated worlds, but --data is not one; leave one out"
         )
     if options.regime is not None and options.world != DEFAULT_WORLD:
         raise OptionError("--regime sets what --world sets; give one of the two")

@@ -22,7 +22,7 @@ class Options:
     """
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Folder to make."""
+    """Folder to create."""
 
     impressions: int = World.impressions
     """Impressions of both halves together; the earlier half trains, the later one tests."""
@@ -43,13 +43,13 @@ class Options:
     """Share of impressions whose item is drawn evenly from all items: mostly a rare one."""
 
     position_effect: float = World.position_effect
-    """Fall of the click logit with each position, which conversions do not feel."""
+    """Decrease of the click logit with each position; conversions are not affected."""
 
     confounding: float = World.confounding
     """Weight, in both logits, of a standard normal factor per impression that is not logged."""
 
     noise: float = World.noise
-    """Standard deviation of the noise that each logit has of its own, not logged either."""
+    """Standard deviation of the independent noise of each logit, which is not logged either."""
 
     history_scale: float = World.history_scale
     """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values per field."""

@@ -99,7 +99,7 @@ def generate(
     """
     out = Path(out)
     if out.exists():
-        raise DataError(f"{out} is there already; remove it or choose another folder")
+        raise DataError(f"{out} already exists; remove it or choose another folder")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

@@ -59,11 +59,11 @@ class World:
     rare_share: float = 0.1
     """Share of impressions whose item is drawn evenly from all items: mostly a rare one."""
     position_effect: float = 0.5
-    """Fall of the click logit with each position (field 301); conversions do not feel it."""
+    """Decrease of the click logit with each position (field 301); conversions are not affected."""
     confounding: float = 0.0
     """Weight, in both logits, of a standard normal factor per impression that is not logged."""
     noise: float = 0.25
-    """Standard deviation of the noise that each logit has of its own, not logged either."""
+    """Standard deviation of the independent noise of each logit, which is not logged either."""
     history_scale: float = 0.07
     """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values per field."""
 

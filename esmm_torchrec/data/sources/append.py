@@ -104,7 +104,7 @@ def append_table(
         made = _Made.of(whole)
         day = day or f"{len(whole.days) + 1:04d}"
         if day in whole.days:
-            raise DataError(f"{root} has the day {day} already; append each day once")
+            raise DataError(f"{root} already has the day {day}; append each day once")
         left = root / DAYS / day / DESCRIPTION
         if root.local is None and left.size() is not None:  # of one that was killed
             left.delete()
@@ -193,7 +193,7 @@ class _Made:
         source = data_set.source
         if source.get("kind") != "table":
             raise DataError(
-                f"{data_set.root} was not made by 'prepare table', and nothing else can be "
+                f"{data_set.root} was not made by 'prepare table', and no other data set can be "
                 "appended to; prepare all its days together"
             )
         try:

@@ -298,6 +298,6 @@ class DelimitedText:
             place = line + int(np.searchsorted(ends, opening))
             raise DataError(
                 f"{self.path}, line {place}: the quote {self._quote} is not closed at the end of "
-                "its field, or is inside of one; close it or double it, or read the file "
+                "its field, or is inside a field; close it or double it, or read the file "
                 "without quoting with `quote` none"
             )

@@ -143,7 +143,7 @@ def read_tokens(column: pa.Array | pa.ChunkedArray, name: str) -> pa.ListArray:
     if pa.types.is_null(array.type):
         array = array.cast(pa.string())
     if not is_text(array.type):
-        raise DataError(f"column {name!r} holds {array.type} where text belongs; convert it")
+        raise DataError(f"column {name!r} holds {array.type} instead of text; convert it")
     words = pc.split_pattern_regex(pc.utf8_lower(array), r"[^\p{L}\p{M}\p{N}]+")
     lengths = _lengths(words)
     parents = np.repeat(np.arange(len(words)), lengths)
@@ -160,7 +160,7 @@ def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray
             return integers_in(array, name)
         except DataError:
             raise DataError(
-                f"column {name!r} holds {array.type}, and ids are integers or text; convert it"
+                f"column {name!r} holds {array.type}, but ids must be integers or text; convert it"
             ) from None
     if is_text(array.type):
         return array, np.zeros(len(array), np.bool_)
@@ -197,7 +197,7 @@ def _form(
     if not pa.types.is_null(array.type) and is_list(array.type) != multi_valued:
         form = "lists" if multi_valued else "single values"
         raise DataError(
-            f"column {name!r} holds {array.type} where {form} belong; give it the form it had "
+            f"column {name!r} holds {array.type} instead of {form}; give it the form it had "
             "when the data was prepared"
         )
     return array

@@ -238,7 +238,7 @@ def _files_in_store(uri: str) -> list[Location]:
     given = Location.of(uri)
     parts = given.path.split("/")
     if "**" in parts:
-        raise DataError(f"{given} has **, which addresses do not take; name each folder by *")
+        raise DataError(f"{given} has **, which URIs do not support; use one * per folder")
     fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     if fixed == len(parts) and given.size() is not None:
         if not given.path.lower().endswith(_PARQUET_SUFFIXES):
@@ -259,7 +259,7 @@ def _files_in_store(uri: str) -> list[Location]:
         if matches and own[-1].lower().endswith(_PARQUET_SUFFIXES):
             found.append(file)
     if not found:
-        raise DataError(f"no Parquet file is at {given}; check the address")
+        raise DataError(f"there is no Parquet file at {given}; check the URI")
     return found
 
 
@@ -268,7 +268,7 @@ def _open_file(path: Path, text_format: TextFormat) -> RawTable:
     if not name.endswith(tuple(_suffixes())):
         kinds = ", ".join(_TEXT_SUFFIXES + _PARQUET_SUFFIXES + _ARROW_SUFFIXES)
         raise DataError(
-            f"{path} is of unknown kind; its name must end in one of {kinds}, text may be "
+            f"{path} has an unknown file type; its name must end in one of {kinds}; text may be "
             f"compressed ({', '.join(_COMPRESSIONS)})"
         )
     if not path.exists():
@@ -422,7 +422,7 @@ class _ParquetFile(_TypedFile):
             groups = range(file.num_row_groups) if groups is None else groups
             expected = sum(file.metadata.row_group(group).num_rows for group in groups)
         if rows != expected:
-            raise DataError(f"{self.name} holds {rows} rows where its footer says {expected}")
+            raise DataError(f"{self.name} has {rows} rows, but its footer says {expected}")
 
 
 class _ArrowFile(_TypedFile):

@@ -64,7 +64,7 @@ def read_times(
         )
     if not is_text(kind):
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            raise DataError(f"column {name!r} holds {kind} where times belong; convert it")
+            raise DataError(f"column {name!r} holds {kind} instead of times; convert it")
         values, fault = read_integers(array, name)
         missing = array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
         return _result(

@@ -117,7 +117,7 @@ def floats(column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
     elif pa.types.is_boolean(kind):
         array = array.cast(pa.uint8())
     elif not (is_number(kind) or pa.types.is_null(kind)):
-        raise DataError(f"column {name!r} holds {kind} where numbers belong; convert it")
+        raise DataError(f"column {name!r} holds {kind} instead of numbers; convert it")
     return array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
@@ -155,7 +155,7 @@ def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
         not_one = pc.invert(is_integer).fill_null(False).to_numpy(zero_copy_only=False)
         return integers, failed | not_one
     if not (is_number(array.type) or pa.types.is_null(array.type)):
-        raise DataError(f"column {name!r} holds {array.type} where integers belong; convert it")
+        raise DataError(f"column {name!r} holds {array.type} instead of integers; convert it")
     if not pa.types.is_floating(array.type):
         return cast_what_can_be(array, pa.int64())
     floats = array.to_numpy(zero_copy_only=False)

@@ -126,7 +126,7 @@ class RowSplit:
         times, counts = times[order], counted.counts[order]
         if len(times) < 2:
             raise DataError(
-                f"column {self.column!r} holds {len(times)} different times, and `split` needs at "
+                f"column {self.column!r} holds {len(times)} different times, but `split` needs at "
                 "least two; name another column"
             )
         reached = np.cumsum(counts) >= self.share * counts.sum()

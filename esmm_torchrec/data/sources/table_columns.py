@@ -89,18 +89,19 @@ class TableColumns:
                 raise OptionError(f"{column!r} is both {options}; name two columns")
         if self.tasks != DEFAULT_TASKS and (self.true_ctr, self.true_cvr) != (None, None):
             raise OptionError(
-                "`true_ctr` and `true_cvr` are those of `click` and `conversion`; leave them out "
-                "beside `actions`"
+                "`true_ctr` and `true_cvr` belong to `click` and `conversion`; leave them out "
+                "with `actions`"
             )
         if self.conversion_time is not None and self.timestamp is None:
             raise OptionError("`conversion_time` needs `timestamp`, the time of the impression")
         if self.conversion_time is not None and not self.covers_the_chain:
-            raise OptionError("`conversion_time` needs `conversion`, whether there was one")
+            raise OptionError("`conversion_time` needs `conversion`, the column of conversions")
         features = [column for _, column in self.features]
         for role, column in self.roles:
             if column in features and role in self._outcome_roles:
                 raise OptionError(
-                    f"{column!r} is {role} and a feature, too; a feature must not know the outcome"
+                    f"{column!r} is both {role} and a feature; a feature must not reveal the "
+                    "outcome"
                 )
         for option, named in (
             ("`ids` or `texts`", [*self.ids, *self.texts]),
@@ -135,8 +136,8 @@ class TableColumns:
         for name in columns:
             if name in self.shared_tables and name not in tables:
                 raise OptionError(
-                    f"`shared_tables` has {name!r}, the name of an `ids` column outside of it; "
-                    "choose another name"
+                    f"`shared_tables` has {name!r}, which is the name of an `ids` column outside "
+                    "it; choose another name"
                 )
 
     @property
@@ -263,7 +264,7 @@ class IdForm(NamedTuple):
         try:
             found = id_kind(kind)
         except TypeError:
-            raise DataError(f"{where}, and ids are integers or text; convert it") from None
+            raise DataError(f"{where}, but ids must be integers or text; convert it") from None
         unsure = pa.types.is_null(kind) or (list_separator is not None and is_text(kind))
         return cls(None if unsure else is_list(kind), found, where)
 

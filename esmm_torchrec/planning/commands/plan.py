@@ -38,21 +38,21 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Options:
-    """Estimate how embedding tables could be placed on machines that need not be there.
+    """Estimate how embedding tables could be placed on machines that you do not need to have.
 
-    Writes OUT/report.html (start there), plans.json, plots/*.png, and for every strategy and
-    number of GPUs that fits plan-STRATEGY-GPUS.json, which 'train --plan' loads.
+    Writes OUT/report.html (start there), plans.json, plots/*.png, and, for every strategy and
+    number of GPUs that fits, plan-STRATEGY-GPUS.json, which 'train --plan' loads.
     """
 
     out: Path
-    """Folder to make."""
+    """Folder to create."""
     tables: Path | None = None
     """YAML list of tables: name, num_embeddings, embedding_dim, and optionally features, pooling,
     pooling_factor, weighted, data_type, shared_by, count."""
     data: Path | None = None
     """A prepared data set, instead of --tables."""
     gpus: tuple[int, ...] = (8,)
-    """Numbers of GPUs to try; of processes, on a CPU."""
+    """Numbers of GPUs to try; on a CPU, numbers of processes."""
     gpu: str | None = None
     """a100-40, a100-80, h100, h200, b200 or cpu."""
     hardware: Path | None = None
@@ -60,25 +60,28 @@ class Options:
     strategies: tuple[Strategy, ...] = STRATEGIES
     """Sharding types to try for all tables; auto: TorchRec's planner chooses for each table."""
     batch_size: int | None = None
-    """Impressions per GPU and step; else the one in the list of tables, else 4096."""
+    """Impressions per GPU and step; by default, the number in the list of tables, else 4096."""
     kernels: tuple[Kernel, ...] = ("fused",)
     """Kernels to choose from. fused_uvm keeps rows in host memory, fused_uvm_caching some of them
     also on the GPU; dense leaves the update to torch's optimisers."""
     cache_load_factor: float | None = None
-    """Share of a table's rows that fused_uvm_caching keeps on the GPU; else TorchRec's 0.2."""
+    """Share of a table's rows that fused_uvm_caching keeps on the GPU; by default, TorchRec's
+    0.2."""
     constraint: tuple[str, ...] = ()
-    """PATTERN=WORDS for tables by name, before the strategy and --kernels: sharding types, kernels
-    and cache=SHARE, with commas. Example: 'user*=row_wise,fused_uvm_caching,cache=0.1'."""
+    """PATTERN=WORDS, for tables selected by name; takes precedence over the strategy and --kernels.
+    WORDS are sharding types, kernels and cache=SHARE, separated by commas. Example:
+    'user*=row_wise,fused_uvm_caching,cache=0.1'."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the tables, for the memory of its state."""
     column_width: int = DEFAULT_COLUMN_WIDTH
     """Narrowest strip that column_wise and grid_shard may cut."""
     reserve: float = STORAGE_MARGIN
-    """Share of memory to leave to what is not counted."""
+    """Share of memory to reserve for what is not counted."""
     tower: tuple[int, ...] = (360, 200, 80)
-    """Widths of the hidden layers of each of the two towers, estimated beside the tables."""
+    """Widths of the hidden layers of each of the two towers, estimated in addition to the
+    tables."""
     tower_dtype: TowerDtype = "float32"
-    """What the towers compute in."""
+    """Data type in which the towers compute."""
     method: str = "esmm"
     """With --data: the method to train, as in train; some have two sets of tables."""
     embedding_dim: int = 16
@@ -102,7 +105,7 @@ def run(options: Options) -> None:
     for count in counts:
         scenario.hardware.local_world_size(count)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise OptionError(f"--out {options.out} exists already; remove it or choose another")
+        raise OptionError(f"--out {options.out} already exists; remove it or choose another")
     strategies: list[Strategy] = [name for name in STRATEGIES if name in options.strategies]
     found: list[Estimate] = []
     with progress_bar("planning", total=len(counts) * len(strategies), unit="plans") as bar:

@@ -136,7 +136,7 @@ def test_a_field_that_is_not_there_is_named(
     said = _refused(["evaluate", *given, "--by", "colour"], capsys)
     assert said.startswith("--by colour is not a feature of the data set; choose from user, shop")
     said = _refused(["evaluate", *given, "--against", str(folder / "no.json")], capsys)
-    assert "does not hold figures of the test half" in said
+    assert "has no figures for the test half" in said
 
 
 def test_a_model_is_calibrated_on_the_test_half(
@@ -191,7 +191,7 @@ def test_the_checkpoint_is_told_and_whether_the_training_ended(
     shutil.rmtree(run / "checkpoints" / f"step-{LAST_STEP:08d}")
     main(["score", str(folder / "run"), *data, "--out", str(tmp_path / "whole.parquet")])
     assert f"model: {folder / 'run'}, step {LAST_STEP}\n" in capsys.readouterr().out
-    unfinished = f"model: {run}, step 12, of a training that is not finished\n"
+    unfinished = f"model: {run}, step 12, from an unfinished training\n"
     main(["score", str(run), *data, "--out", str(tmp_path / "part.parquet")])
     assert unfinished in capsys.readouterr().out
     main(["evaluate", str(run), *data, "--json", str(tmp_path / "part.json")])
@@ -208,7 +208,7 @@ def test_a_folder_that_is_there_is_left_alone(
     out = ["--out", str(tmp_path / "x.parquet")]
     raw = ["--input", str(folder / "new.parquet")]
     assert _refused(["score", str(folder / "run"), *raw, *out], capsys) == (
-        f"{own} exists already; remove it or choose another --out"
+        f"{own} already exists; remove it or choose another --out"
     )
     assert (own / "deeper").is_dir()
     main(["score", str(folder / "run"), "--data", str(folder / "data"), *out])
@@ -300,7 +300,7 @@ def test_what_is_there_is_never_written_over(
     out = folder / "scores.parquet"
     before = out.read_bytes()
     again = ["score", str(folder / "run"), "--data", str(folder / "data"), "--out", str(out)]
-    assert _refused(again, capsys) == f"{out} exists already; remove it or choose another --out"
+    assert _refused(again, capsys) == f"{out} already exists; remove it or choose another --out"
     assert out.read_bytes() == before
 
 
@@ -339,7 +339,7 @@ def test_rows_that_cannot_be_scored_are_named(
             "{tmp}",
             "{folder}/data",
             [],
-            "{tmp} is not a run folder, it has no config.json; give the",
+            "{tmp} is not a run folder: it has no config.json; give the",
         ),
         (
             "{folder}/run",
@@ -358,7 +358,7 @@ def test_rows_that_cannot_be_scored_are_named(
             "{folder}/run",
             "{folder}/data",
             ["--step", "5"],
-            "{folder}/run/checkpoints has no checkpoint of step 5; there is: 3, 6, 9, 12, 14",
+            "{folder}/run/checkpoints has no checkpoint of step 5; it has: 3, 6, 9, 12, 14",
         ),
     ],
 )
@@ -398,7 +398,7 @@ def test_a_run_without_a_checkpoint_says_so(
     raw = ["score", str(tmp_path), "--input", str(folder / "new.parquet"), "--out", out]
     for command in (["evaluate", str(tmp_path), "--data", str(folder / "data")], raw):
         assert _refused(command, capsys) == (
-            f"{tmp_path} has no checkpoint yet; let its training come to an end"
+            f"{tmp_path} has no checkpoint yet; wait for its training to end"
         )
     (tmp_path / "checkpoints").symlink_to(folder / "run" / "checkpoints")
     shutil.rmtree(tmp_path / "preprocessing")
@@ -431,7 +431,10 @@ def test_the_name_says_what_is_written(
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--out", "x.json"], "--out x.json is of unknown kind; end its name in one of .parquet, "),
+        (
+            ["--out", "x.json"],
+            "--out x.json has an unknown file type; its name must end in one of .parquet, ",
+        ),
         (["--out", "x.csv", "--keep", "pctr"], "new.parquet has no column 'pctr'"),
         (["--out", "x", "--data", "data"], "give either --data or --input"),
     ],
@@ -497,10 +500,12 @@ def test_rows_and_scores_may_be_in_a_store(
             scored = pd.read_parquet(file)
         np.testing.assert_allclose(scored[SCORES[1:]], scores[SCORES[1:]], atol=1e-6)
         capsys.readouterr()
-        assert "s3://bucket/scores.parquet exists already" in _refused(
+        assert "s3://bucket/scores.parquet already exists" in _refused(
             [*given, "--out", out], capsys
         )
-        assert "let --out end in .parquet" in _refused([*given, "--out", "folder"], capsys)
+        assert "give an --out that ends in .parquet" in _refused(
+            [*given, "--out", "folder"], capsys
+        )
 
 
 def test_several_inputs_go_to_one_file_in_order(

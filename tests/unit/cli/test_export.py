@@ -187,7 +187,7 @@ def test_what_cannot_be_exported_is_told(
 
     there = tmp_path / "there"
     there.mkdir()
-    assert refused(run, there) == f"{there} exists already; remove it or choose another folder"
+    assert refused(run, there) == f"{there} already exists; remove it or choose another folder"
     assert refused(tmp_path, tmp_path / "x").startswith(f"{tmp_path} is not a run folder")
     assert "no checkpoint of step 7" in refused(run, tmp_path / "x", "--step", "7")
     bare = tmp_path / "bare"

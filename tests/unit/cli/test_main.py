@@ -164,12 +164,12 @@ def test_help_names_every_option_and_says_what_it_is_for(
         ),
         (
             ["score", "run", "--out", "x"],
-            "give either --data or --input, what is to be scored",
+            "give what to score, as either --data or --input",
         ),
         (
             ["score", "run", "--data", "data", "--out", "s3://scores/day.parquet"],
-            "--out s3://scores/day.parquet is the URI of a file, and scores of --data in a store "
-            "are a folder; leave its ending out",
+            "--out s3://scores/day.parquet is the URI of a file, but scores of --data in a store "
+            "are written to a folder; leave its ending out",
         ),
         (
             TRAIN,

@@ -92,7 +92,9 @@ def test_nothing_to_learn_is_one_sentence(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stop:
         _prepare(_log(0, clicks=0), _log(1))
     assert stop.value.code == 2
-    assert "the train split holds 300 impressions and no click" in capsys.readouterr().err
+    assert (
+        "the train split has 300 impressions but no click to learn from" in capsys.readouterr().err
+    )
     _prepare(_log(0, conversions=0), _log(1))
     with pytest.raises(SystemExit) as stop:
         main(["train", "--data", "data", "--out", "run", "--method", "base", *SMALL])

@@ -139,7 +139,7 @@ def test_another_run_in_the_folder_is_refused(
         f"{holds} already and --resume is never; {choose}"
     )
     assert _refused(capsys, data, run, "--resume", "7") == (
-        f"{run / 'checkpoints'} has no checkpoint of step 7; there is: 4, 8, {STEPS}"
+        f"{run / 'checkpoints'} has no checkpoint of step 7; it has: 4, 8, {STEPS}"
     )
     other = tmp_path / "other"
     write_data_set(other, train=50, test=20, seed=1)
@@ -147,7 +147,7 @@ def test_another_run_in_the_folder_is_refused(
     description["statistics"]["dense"]["price"]["mean"] += 1
     (other / "dataset.json").write_text(json.dumps(description))
     assert _refused(capsys, other, run) == (
-        f"{other} standardised its dense features otherwise than the data of {run}; give data "
+        f"{other} standardised its dense features differently from the data of {run}; give data "
         f"prepared with the same vocabularies, or start another run with --from {run}"
     )
     assert not (other / ".mapped").exists()  # a refusal costs no work
@@ -165,14 +165,14 @@ def test_another_run_in_the_folder_is_refused(
         ),
         (
             ["--sharding", "data_parallel"],
-            "--sharding data_parallel does not exist with --sparse-optimizer rowwise_adagrad, "
-            "which TorchRec has in fused form only; use adagrad or another sharding",
+            "--sharding data_parallel cannot be used with --sparse-optimizer rowwise_adagrad, "
+            "which TorchRec provides only in fused form; use adagrad or another sharding",
         ),
         (["--resume", "4"], "{out} does not hold a run to resume; leave out --resume 4"),
         (["--plan", "{out}.json"], "cannot read or write {out}.json: no such file or directory"),
         pytest.param(
             ["--device", "cuda"],
-            "--device cuda needs a GPU for each rank of this machine and finds 0; start fewer "
+            "--device cuda needs a GPU for each rank of this machine but finds 0; start fewer "
             "ranks or use --device cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),

@@ -116,7 +116,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     for name in ("tune-base-1.json", "seed-0-base-2.json"):
         (other_code / name).write_text("{}")
     resumed, said = _finished(out)
-    assert "2 trainings of other code or libraries are left aside" in said
+    assert "2 trainings from other versions of the code or libraries are ignored" in said
     first = json.loads((uninterrupted / "results.json").read_text())
     assert _without_times(resumed) == _without_times(first)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())

@@ -202,7 +202,7 @@ def test_what_a_killed_process_leaves_does_not_open_and_is_replaced(tmp_path: Pa
 def test_a_folder_that_exists_is_refused_and_kept(tmp_path: Path):
     (tmp_path / "ds").mkdir()
     (tmp_path / "ds" / "mine").write_text("x")
-    with pytest.raises(DataError, match="ds exists already; remove it or choose another"):
+    with pytest.raises(DataError, match="ds already exists; remove it or choose another"):
         write(tmp_path / "ds")
     assert (tmp_path / "ds" / "mine").read_text() == "x"
 
@@ -287,9 +287,9 @@ def test_a_split_without_what_training_needs_is_refused(tmp_path: Path):
         prepare(impressions(), None)
     with pytest.raises(DataError, match="the train split has no impression"):
         prepare(None, impressions())
-    with pytest.raises(DataError, match="the train split holds 4 impressions and no click"):
+    with pytest.raises(DataError, match="the train split has 4 impressions but no click"):
         prepare(impressions(click=none, conversion=none), impressions())
-    with pytest.raises(DataError, match="points to shared row 3 and there are 3"):
+    with pytest.raises(DataError, match="points to shared row 3, but there are 3"):
         prepare(impressions(shared_row=ints([0, 0, 3, 0])), impressions())
     assert list(tmp_path.iterdir()) == []
     prepare(impressions(), impressions(click=none, conversion=none))
@@ -315,7 +315,7 @@ def test_a_folder_that_is_no_data_set_does_not_open(tmp_path: Path):
     [
         (
             lambda d: d.update(format_version=9),
-            "format version 9, and this library reads versions 2 and 3",
+            "format version 9, but this library reads versions 2 and 3",
         ),
         (lambda d: d.pop("format_version"), r"dataset\.json is broken"),
         (lambda d: d["splits"].pop("test"), r"dataset\.json is broken"),
@@ -344,7 +344,7 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change, sent
         (lambda d: d["columns"].append("timestamp"), "lacks the column 'timestamp'"),
         (
             lambda d: d["splits"]["test"]["impression_parts"][0].update(row_groups=[2, 2]),
-            "has 4 rows in 1 row groups where dataset.json says 4 in 2",
+            "has 4 rows in 1 row groups, but dataset.json says 4 in 2",
         ),
     ],
 )
@@ -404,7 +404,7 @@ def test_what_an_earlier_version_wrote_says_so(tmp_path: Path):
     old = {"format_version": 1, "columns": {"group_id": True}, "statistics": {"dense": {}}}
     (path / "dataset.json").write_text(json.dumps(old))
     with pytest.raises(
-        DataError, match="of format version 1, and this library reads versions 2 and 3;"
+        DataError, match="of format version 1, but this library reads versions 2 and 3;"
     ):
         PreparedDataSet.open(path)
 

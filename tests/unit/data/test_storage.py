@@ -113,7 +113,7 @@ def test_a_data_set_in_a_store_is_that_on_the_disk(store: Store, tmp_path: Path)
         assert "impressions-00000" not in remote.splits[split].impression_files[0]
     for table in local.schema.tables:
         assert remote.vocabulary(table.name).raw_ids == local.vocabulary(table.name).raw_ids
-    with pytest.raises(DataError, match=r"^s3://bucket/deep/prepared exists already"):
+    with pytest.raises(DataError, match=r"^s3://bucket/deep/prepared already exists"):
         write_data_set(uri)
     with pytest.raises(DataError, match="is not on this machine"):
         _ = remote.path
@@ -189,7 +189,7 @@ def test_raw_rows_may_be_in_a_store(store: Store, tmp_path: Path):
     assert whole.statistics == expected.statistics
     assert whole.splits["train"].happened == expected.splits["train"].happened
     whole.verify()
-    with pytest.raises(DataError, match="has the day late already"):
+    with pytest.raises(DataError, match="already has the day late"):
         append_table(remote, train=more, day="late")
 
     for missing in ("none", "log/day=2025-*", "log/day=2026-11-01/_SUCCESS"):
@@ -213,7 +213,7 @@ def test_what_is_staged_comes_to_the_store_when_it_is_whole(store: Store, tmp_pa
     assert puts[-1] == "/bucket/package/b.json"
     assert sorted(puts)[:2] == ["/bucket/package/a", "/bucket/package/b.json"]
     assert (Location.of(store.uri("bucket/package")) / "deep/c").read_bytes() == b"deep/c"
-    with pytest.raises(DataError, match="package exists already"):
+    with pytest.raises(DataError, match="package already exists"):
         staged(store.uri("bucket/package")).__enter__()
     one = staged(store.uri("bucket/one.parquet"))
     one.__enter__().write_text("half")

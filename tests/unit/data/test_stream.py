@@ -186,7 +186,7 @@ def test_the_position_counts_rows_and_passes(split: StreamedSplit) -> None:
 
 
 def test_lanes_that_do_not_fit_are_refused(split: StreamedSplit) -> None:
-    with pytest.raises(OptionError, match="3 ranks do not divide 4 lanes"):
+    with pytest.raises(OptionError, match="4 lanes cannot be divided among 3 ranks"):
         StreamReader(split, rows_per_step=STEP, world_size=3)
     with pytest.raises(OptionError, match="a `batch_size` of 50 is not a multiple of 4 lanes"):
         StreamReader(split, rows_per_step=50)

@@ -108,7 +108,9 @@ def test_ids_of_the_wrong_kind_are_refused():
         integers.encode(pa.array(["1"]))
     counter = IdCounter()
     counter.add(np.array([1]))
-    with pytest.raises(DataError, match="text ids occur beside integer ids of the same table"):
+    with pytest.raises(
+        DataError, match="text ids occur together with integer ids of the same table"
+    ):
         counter.add(pa.array(["1"]))
     with pytest.raises(DataError, match="integers or strings, not double"):
         counter.add(np.array([1.5]))
@@ -164,7 +166,7 @@ def test_texts_of_one_vocabulary_may_exceed_the_offsets_of_a_string_array():
 def test_more_ids_than_a_table_has_rows_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vocabulary_module, "MAX_IDS", 3)
     assert Vocabulary.from_counts(np.arange(4), np.array([2, 2, 2, 1]), 2).num_embeddings == 4
-    with pytest.raises(DataError, match="4 ids occur 1 times or more and a table holds 3"):
+    with pytest.raises(DataError, match="4 ids occur 1 times or more, but a table holds at most 3"):
         Vocabulary.from_counts(np.arange(4), np.array([2, 2, 2, 1]), 1)
 
 

@@ -291,7 +291,7 @@ def test_one_class_gives_none_and_a_reason(scored: ScoredImpressions) -> None:
     assert test["clicks"] == test["conversions"] == 0
     assert test["ctr_auc"] is None
     assert test["reasons"]["ctr_auc"] == "click is 0 for all 20000 impressions"
-    assert test["reasons"]["cvr_auc"] == "there is no impression with click = 1"
+    assert test["reasons"]["cvr_auc"] == "there are no impressions with click = 1"
     assert no_click["truth"]["cvr_pcoc_clicked"] is None
     assert no_click["truth"]["cvr_pcoc_unclicked"] is not None
     assert no_click["truth"]["oracle"]["cvr_auc"] is None

@@ -114,7 +114,7 @@ def test_a_conversion_network_alone_is_calibrated_alone() -> None:
 def test_one_class_is_refused() -> None:
     scored = _scored(0)
     none = dict(scored.labels) | {"conversion": np.zeros(ROWS, np.int8)}
-    with pytest.raises(DataError, match="conversion has one class only in the"):
+    with pytest.raises(DataError, match="conversion has only one class in the"):
         fit_calibration(ScoredImpressions(none, scored.scores), "isotonic")
 
 

@@ -275,7 +275,7 @@ def test_tables_too_large_together_are_named_with_the_machines_that_hold_them() 
     # Ten tables of 38.4 GiB, one on each of eight GPUs with 68 GiB and two left over.
     case = scenario(*(table(f"t{n}", 80_000_000, 128) for n in range(10)))
     result = estimate(case, "table_wise", 8)
-    assert "TorchRec's planner finds no place for every table" in str(result.reason)
+    assert "TorchRec's planner cannot place every table" in str(result.reason)
     assert "16 GPUs" in result.remedies
     # `train` has float32 tables only.
     assert not any("float16" in remedy for remedy in result.remedies)

@@ -33,7 +33,7 @@ def test_a_second_process_is_told_who_holds_it_until_that_one_dies(tmp_path: Pat
             assert holder.stdout.readline() == "held\n"
             sentence = (
                 rf"{re.escape(str(tmp_path))} is in use by another training \(process "
-                rf"{holder.pid} on .+\); wait for its end, or choose another `out`"
+                rf"{holder.pid} on .+\); wait for it to end, or choose another `out`"
             )
             for attempt in (RunLock(tmp_path).check, RunLock(tmp_path).acquire):
                 with pytest.raises(RunError) as refusal:

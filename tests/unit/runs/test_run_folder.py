@@ -108,7 +108,7 @@ def test_a_step_to_go_on_from_must_be_there(run: RunFolder, tmp_path: Path) -> N
         (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
     (run.checkpoints / "step-00000030.partial").mkdir()
     assert RunFolder.find(run.path, _config(), resume="20") is not None
-    with _refused(f"{run.checkpoints} has no checkpoint of step 30; there is: 10, 20"):
+    with _refused(f"{run.checkpoints} has no checkpoint of step 30; it has: 10, 20"):
         RunFolder.find(run.path, _config(), resume="30")
     with _refused(f"{tmp_path / 'new'} does not hold a run to resume; leave out `resume` 20"):
         RunFolder.find(tmp_path / "new", _config(), resume="20")
@@ -209,7 +209,7 @@ def test_the_config_of_another_version_is_said_to_be_one(run: RunFolder) -> None
 
 def test_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
     with _refused(
-        f"{tmp_path} is not a run folder, it has no config.json; give the `out` of a training run"
+        f"{tmp_path} is not a run folder: it has no config.json; give the `out` of a training run"
     ):
         RunFolder.open(tmp_path)
 
@@ -240,7 +240,7 @@ def _write_description(folder: Path, **changed: Any) -> None:
         ),
         (
             {"dense": {"price": {"mean": 2.5, "std": 4.0}}},
-            "standardised its dense features otherwise than",
+            "standardised its dense features differently from",
         ),
     ],
 )
@@ -356,7 +356,7 @@ def test_history_forgets_what_is_done_again(run: RunFolder) -> None:
 
 def test_a_broken_line_of_the_history_is_named(run: RunFolder) -> None:
     run.history.write_text('{"step": 5}\n{"stop": 10}\n')
-    with pytest.raises(RunError, match=r"history\.jsonl has a line that is not one of figures"):
+    with pytest.raises(RunError, match=r"history\.jsonl has a line without figures"):
         run.drop_history(20)
 
 
@@ -367,5 +367,5 @@ def test_checkpoints_are_found_by_step_and_whole_ones_alone(tmp_path: Path) -> N
     assert list(checkpoint_folders(tmp_path)) == [20, 100]
     assert find_checkpoint(tmp_path) == tmp_path / "step-00000100"
     assert find_checkpoint(tmp_path, 20) == tmp_path / "step-00000020"
-    with _refused(f"{tmp_path} has no checkpoint of step 300; there is: 20, 100"):
+    with _refused(f"{tmp_path} has no checkpoint of step 300; it has: 20, 100"):
         find_checkpoint(tmp_path, 300)

@@ -229,11 +229,14 @@ def _other_machine(package: Path) -> None:
     ("spoil", "sentence"),
     [
         (_spoil_checksum, "dataset.json was changed after it was exported"),
-        (_spoil_version, "is an exported model of format version 1, and this library reads"),
+        (_spoil_version, "is an exported model of format version 1, but this library reads"),
         (_spoil_json, "package.json is broken ('format_version'); export again"),
         (_lose_program, "model.pt2 cannot be read (No such file or directory); export again"),
-        (_other_example, "scores its example otherwise than when it was exported (pctr differs by"),
-        (_other_machine, "was compiled for x86_64 AVX1024 and this machine has "),
+        (
+            _other_example,
+            "scores its example differently from when it was exported (pctr differs by",
+        ),
+        (_other_machine, "was compiled for x86_64 AVX1024, but this machine has "),
     ],
 )
 def test_a_damaged_package_is_refused(

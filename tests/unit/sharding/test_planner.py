@@ -207,5 +207,5 @@ def test_the_kernel_is_fused_wherever_torchrec_has_it(
 
 
 def test_rowwise_adagrad_has_no_data_parallel() -> None:
-    with pytest.raises(PlanError, match="`sharding` data_parallel does not exist with `sparse_"):
+    with pytest.raises(PlanError, match="`sharding` data_parallel cannot be used with `sparse_"):
         choose_kernel("rowwise_adagrad", sharding="data_parallel", device=CPU)

@@ -50,7 +50,7 @@ def test_auto_takes_gpus_where_every_rank_has_one(
     if device == "cuda":
         assert [one.index for one in chosen] == list(range(ranks))
     said = capsys.readouterr().err.splitlines()
-    expected = ["2 ranks on this machine and GPUs for 1: all on the CPU"]
+    expected = ["this machine has 2 ranks but GPUs for only 1; all ranks use the CPU"]
     assert said == (expected if (option, gpus) == ("auto", 1) else [])
 
 

@@ -176,4 +176,4 @@ def test_what_does_not_fit_is_named() -> None:
     assert (together.tables, together.alone) == (("a", "b", "c"), False)
     # 3 of 128 kB and 2 places of 200.
     divided = reason(200_000, a=1000, b=1000, c=1000)
-    assert "TorchRec's planner finds no place for every table" in str(divided)
+    assert "TorchRec's planner cannot place every table" in str(divided)

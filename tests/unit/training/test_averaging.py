@@ -144,5 +144,7 @@ def test_a_run_without_a_step_left_has_the_average(tmp_path: Path) -> None:
 
 
 def test_early_stopping_does_not_average() -> None:
-    with pytest.raises(OptionError, match="`average_weights` on does not go with early stopping"):
+    with pytest.raises(
+        OptionError, match="`average_weights` on cannot be combined with early stopping"
+    ):
         TrainOptions(average_weights="on", validation_share=0.2)

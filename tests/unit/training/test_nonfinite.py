@@ -94,7 +94,7 @@ def test_a_skipped_step_changes_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = _run(data, tmp_path, replace(OPTIONS, on_nonfinite="skip"))
-    assert capsys.readouterr().out.count("is skipped, its loss is not finite") == 1
+    assert capsys.readouterr().out.count("is skipped because its loss is not finite") == 1
     assert all(value.isfinite().all() for value in weights.values())
     assert not list(tmp_path.iterdir())
 

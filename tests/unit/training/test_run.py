@@ -217,7 +217,7 @@ def test_resuming_from_an_earlier_step_drops_the_later_ones(
     plan.write_text(plan.read_text().replace('"table_wise"', '"row_wise"'))
     options = replace(OPTIONS, resume="15", checkpoint_every=20, sharding="row_wise")
     assert _train(str(data), str(again), options)["test"] == metrics["test"]
-    said = capsys.readouterr().out.partition("placed otherwise than before:\n")[2]
+    said = capsys.readouterr().out.partition("placed differently from before:\n")[2]
     tables = json.loads(plan.read_text())["tables"]
     for line, name in zip(said.splitlines()[: len(tables)], tables, strict=True):
         assert line == f"  table {name!r}: row_wise -> table_wise"
@@ -313,7 +313,7 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
         _train(data, tmp_path / "new", OPTIONS)
     assert str(interrupt.value) == (
         f"interrupted before a checkpoint was written to {tmp_path / 'new'}; rerun the same "
-        "command to start again, and `checkpoint_every` to save on the way"
+        "command to start again, and set `checkpoint_every` to save checkpoints on the way"
     )
 
 
@@ -341,7 +341,7 @@ def test_a_plan_is_said_to_decide_alone(
 ) -> None:
     plan = trained[0] / "plan.json"
     _train(data, tmp_path, replace(OPTIONS, max_steps=1, plan=plan, sharding="row_wise"))
-    said = f"placed as {plan} says; the sharding row_wise is not used beside it\n"
+    said = f"placed according to {plan}; the sharding row_wise is not used beside it\n"
     assert said in capsys.readouterr().out
     options = json.loads((tmp_path / "config.json").read_text())["options"]
     assert (options["sharding"], options["plan"]) == (None, str(plan))

@@ -127,7 +127,7 @@ def test_the_gradient_of_the_towers_is_clipped(split: MappedSplit) -> None:
 
 
 def test_a_falling_rate_needs_a_number_of_passes() -> None:
-    with pytest.raises(OptionError, match="`lr_schedule` cosine ends with the last step"):
+    with pytest.raises(OptionError, match="`lr_schedule` cosine depends on the last step"):
         TrainOptions(lr_schedule="cosine")
 
 

@@ -53,4 +53,4 @@ def test_a_folder_that_is_there_is_refused(
     with pytest.raises(SystemExit) as stop:
         main(["generate", str(tmp_path), "--impressions", "1000"])
     assert stop.value.code == 2
-    assert "is there already; remove it or choose another folder" in capsys.readouterr().err
+    assert "already exists; remove it or choose another folder" in capsys.readouterr().err

@@ -343,7 +343,7 @@ class TestSameBytes:
 class TestFolder:
     def test_what_is_there_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "world").mkdir()
-        with pytest.raises(DataError, match="world is there already; remove it"):
+        with pytest.raises(DataError, match="world already exists; remove it"):
             generate(SMALL, tmp_path / "world")
         assert not list((tmp_path / "world").iterdir())
 

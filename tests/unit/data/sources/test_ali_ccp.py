@@ -617,7 +617,7 @@ def test_a_stop_midway_leaves_nothing_and_a_rerun_ends_the_same(tmp_path: Path):
 
 def test_nothing_to_learn_from_is_refused(tmp_path: Path):
     write_small(tmp_path / "raw", train=[TRAIN[0]])
-    with pytest.raises(DataError, match="1 impressions and no click"):
+    with pytest.raises(DataError, match="1 impressions but no click"):
         small(tmp_path)
     assert not list(tmp_path.glob("out*"))
 

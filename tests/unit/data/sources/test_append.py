@@ -183,7 +183,7 @@ def test_what_cannot_be_appended_is_said(
     append_table(days, train=_day(1), day="monday")
     before = (days / "dataset.json").read_bytes()
     assert refusal(str(days), "--train", day, "--day", "monday") == (
-        f"{days} has the day monday already; append each day once"
+        f"{days} already has the day monday; append each day once"
     )
     assert "--day 'a/b' is not a name" in refusal(str(days), "--train", day, "--day", "a/b")
     assert re.search(

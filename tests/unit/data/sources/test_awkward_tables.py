@@ -123,7 +123,7 @@ def test_a_split_that_is_none_is_refused(split: str | None, sentence: str, tmp_p
 
 
 def test_rows_of_one_time_cannot_be_divided_by_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'when' holds 1 different times, and `split` needs"):
+    with pytest.raises(DataError, match="'when' holds 1 different times, but `split` needs"):
         prepare(tmp_path / "out", log().assign(when=5), split="time:when:0.5")
 
 

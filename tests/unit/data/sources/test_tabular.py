@@ -616,7 +616,7 @@ def _frame_with(**columns: Any) -> pd.DataFrame:
         (
             _frame_with(user=pd.Timestamp("2026-01-01")),
             {},
-            "in column 'user', and ids are integers or text; convert it",
+            "in column 'user', but ids must be integers or text; convert it",
         ),
         (
             _frame_with(user=[1, "a"] * 150),
@@ -636,7 +636,7 @@ def _frame_with(**columns: Any) -> pd.DataFrame:
         (
             _frame_with(clicked=0, bought=0),
             {},
-            "the train split holds 300 impressions and no click",
+            "the train split has 300 impressions but no click",
         ),
         (_frame_with()[:0], {}, "the train split has no impression"),
         (
@@ -663,7 +663,7 @@ def test_a_table_that_cannot_be_prepared_is_refused_in_a_sentence(
     [
         ("a.csv", None, "does not exist; check the path"),
         ("a.parquet", None, "does not exist; check the path"),
-        ("a.xlsx", b"x", "is of unknown kind; its name must end in one of .csv, "),
+        ("a.xlsx", b"x", "has an unknown file type; its name must end in one of .csv, "),
         ("a.csv", b"", "is empty; give a file with a header and rows"),
         ("a.csv", b"\n\n", "has no header"),
         ("a.csv", b"clicked,bought\n1,\xff\n", ", line 2: the text is not UTF-8"),
@@ -710,7 +710,7 @@ def test_a_parquet_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("keep")
-    with pytest.raises(DataError, match="exists already; remove it or choose another folder"):
+    with pytest.raises(DataError, match="already exists; remove it or choose another folder"):
         prepare(tmp_path / "out", impressions(), impressions())
     assert (tmp_path / "out/mine").read_text() == "keep"
 
@@ -741,8 +741,8 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
             "there is no feature; name at least one column with `ids` or `dense`",
         ),
         ({"conversion": "clicked"}, "'clicked' is both `click` and `conversion`"),
-        ({"dense": ["bought"]}, "'bought' is `conversion` and a feature"),
-        ({"true_ctr": "price"}, "'price' is `true_ctr` and a feature"),
+        ({"dense": ["bought"]}, "'bought' is both `conversion` and a feature"),
+        ({"true_ctr": "price"}, "'price' is both `true_ctr` and a feature"),
         ({"ids": ["user", "user"]}, "`ids` or `texts` names the column 'user' twice"),
         ({"weights": {"age": "price"}}, "`weights` names 'age', which is not an `ids` column"),
         (
@@ -755,7 +755,7 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
         ),
         (
             {"shared_tables": {"city": ["user"]}},
-            "`shared_tables` has 'city', the name of an `ids` column",
+            "`shared_tables` has 'city', which is the name of an `ids` column",
         ),
         ({"min_count": 0}, "`min_count` must be 1 or more, not 0"),
         ({"dense": {"price": "logg"}}, "the method 'logg' of the dense column 'price' is not one"),

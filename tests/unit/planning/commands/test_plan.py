@@ -199,4 +199,4 @@ def test_a_folder_that_is_there_is_refused(
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--tables", str(tables), "--gpu", "h100", "--out", str(tmp_path)])
     assert stop.value.code == 2
-    assert "exists already; remove it or choose another" in capsys.readouterr().err
+    assert "already exists; remove it or choose another" in capsys.readouterr().err
