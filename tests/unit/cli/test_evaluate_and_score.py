@@ -436,7 +436,7 @@ def test_the_name_says_what_is_written(
             "--out x.json has an unknown file type; its name must end in one of .parquet, ",
         ),
         (["--out", "x.csv", "--keep", "pctr"], "new.parquet has no column 'pctr'"),
-        (["--out", "x", "--data", "data"], "give either --data or --input"),
+        (["--out", "x", "--data", "data"], "give what to score, as either --data or --input"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused(

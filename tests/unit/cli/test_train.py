@@ -199,7 +199,7 @@ def _change(path: Path, **values: Any) -> None:
 def _of_a_later_version(path: Path) -> str:
     _change(path, format_version=FORMAT_VERSION + 1)
     return (
-        f"{path} is a prepared data set of format version {FORMAT_VERSION + 1}, and this library "
+        f"{path} is a prepared data set of format version {FORMAT_VERSION + 1}, but this library "
         f"reads versions 2 and {FORMAT_VERSION}; "
         "prepare the data set again"
     )
