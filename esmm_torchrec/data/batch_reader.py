@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import Schema
 
 READ_AHEAD = 3
@@ -137,7 +137,16 @@ class BatchReader(ABC):
         return {"epoch": self._epoch, "row": self._row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position of `state_dict`."""
+        """Goes to a position of `state_dict`.
+
+        Raises:
+            DataError: there are not so many rows.
+        """
+        if state["row"] and self._steps_from(state["row"]) <= 0:
+            raise DataError(
+                f"the position to resume from, row {state['row']:,} of a pass, is beyond the "
+                f"{self.num_rows:,} rows of this one; train again"
+            )
         self._epoch, self._row = state["epoch"], state["row"]
 
     def __iter__(self) -> Iterator[ImpressionBatch]:

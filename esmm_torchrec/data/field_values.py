@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +64,8 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
         raise OptionError(
             f"`by` {field} {problem}; choose from {', '.join((*single, *schema.dense_features))}"
         )
+    if single[field].table not in dataset.vocabulary_tables:
+        raise OptionError(f"`by` {field} has hashed ids, which have no names; choose another field")
     stores = (store for stores in split.bags.values() for store in stores)
     store = next(store for store in stores if field in store.features)
     rows, codes = np.unique(_rows(store, field), return_inverse=True)
@@ -73,7 +74,13 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
     raw_ids = dataset.vocabulary(single[field].table).raw_ids
     known = iter(raw_ids.take(rows[rows > UNKNOWN_ROW] - 1).to_pylist())
     other = {-1: "missing", UNKNOWN_ROW: "unknown"}
-    return FieldValues(codes, [other.get(row) or str(next(known)) for row in rows.tolist()])
+    names = [other.get(row) or _shown(next(known)) for row in rows.tolist()]
+    return FieldValues(codes, names)
+
+
+def _shown(raw_id: int | str) -> str:
+    """An id that is called as what is not one is quoted."""
+    return repr(raw_id) if raw_id in ("missing", "unknown") else str(raw_id)
 
 
 def _rows(store: MappedBags, field: str) -> np.ndarray:
@@ -94,15 +101,42 @@ def _dense(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldVal
     missing = np.zeros(len(inputs), np.bool_)
     if transform is not None and transform.has_indicator:
         missing = split.dense[:, names.index(missing_column(field))] > 0
-    given = inputs[~missing]
-    if len(given) == 0:
-        return FieldValues(np.zeros(len(inputs), np.int64), ["missing"], True)
-    edges = np.unique(np.quantile(given, np.linspace(0, 1, DENSE_PARTS + 1)))
-    codes = np.searchsorted(edges[1:-1], inputs, side="right")
-    raw = edges if transform is None else transform.inverse(edges)
-    ends = list(pairwise(raw)) if len(raw) > 1 else [(raw[0], raw[0])]
-    shown = [f"{low:.3g} to {high:.3g}" for low, high in ends]
+    raw = inputs
+    if transform is not None:
+        raw = transform.inverse(inputs)
+        # The inputs are of 32 bits.
+        raw[np.abs(raw) < 1e-6 * (transform.scale or transform.std)] = 0
+    codes, shown = _in_ranges(raw[~missing])
     if missing.any():
-        codes = np.where(missing, len(shown), codes)
-        shown.append("missing")
+        filled = np.full(len(inputs), len(shown))
+        filled[~missing] = codes
+        codes, shown = filled, [*shown, "missing"]
     return FieldValues(codes, shown, True)
+
+
+def _in_ranges(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """The range of each value, and the ranges in ascending order: of about equally many values, but
+    a value that would fill a range is one by itself."""
+    distinct, counts = np.unique(values, return_counts=True)
+    # The range of a distinct value is that of its middle row, in order of value.
+    middle = np.cumsum(counts) - counts / 2
+    of_distinct = np.floor(middle * DENSE_PARTS / max(1, len(values)))
+    alone = counts * DENSE_PARTS >= len(values)
+    begins = np.ones(len(distinct), np.bool_)
+    begins[1:] = (of_distinct[1:] != of_distinct[:-1]) | alone[1:] | alone[:-1]
+    starts = np.flatnonzero(begins)
+    ends = np.r_[starts[1:], len(distinct)] - 1
+    place = np.cumsum(begins) - 1
+    lows, highs = distinct[starts], distinct[ends[: len(starts)]]
+    digits = next(n for n in range(3, 18) if n == 17 or _differ(lows, highs, n))
+    shown = [
+        f"{low:.{digits}g}" if low == high else f"{low:.{digits}g} to {high:.{digits}g}"
+        for low, high in zip(lows, highs, strict=True)
+    ]
+    return place[np.searchsorted(distinct, values)], shown
+
+
+def _differ(lows: np.ndarray, highs: np.ndarray, digits: int) -> bool:
+    """Whether as many digits tell the ranges apart."""
+    edges = np.unique(np.concatenate([lows, highs]))
+    return len({f"{edge:.{digits}g}" for edge in edges.tolist()}) == len(edges)

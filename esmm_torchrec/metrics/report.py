@@ -144,6 +144,9 @@ def one_class_reason(
     return "" if weighs else f"all impressions{within} of one class of {task.name} have weight 0"
 
 
+_NOTHING_WEIGHS = "there are no impressions of a weight above 0"
+
+
 class _Space:
     """Labels, weights and groups of the impressions that the figures of a task are over."""
 
@@ -194,9 +197,8 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
         _put_auc(part, "ctcvr_auc_common_ctr", name, product, space)
     for name, score in scored.scores.items():
         if score.form == "log_probability":
-            above = (score.values > 0).astype(np.float64)
-            share = np.average(above, weights=scored.weight) if above.size else None
-            part.put(f"{name}_share_above_one", share, "there are no impressions")
+            share = _mean((score.values > 0).astype(np.float64), scored)
+            part.put(f"{name}_share_above_one", share, _NOTHING_WEIGHS)
     return part.finished()
 
 
@@ -205,9 +207,15 @@ def _put_mean(part: Part, name: str, scored: ScoredImpressions) -> None:
     prediction = scored.scores.get(name)
     flaw = _flaw(name, prediction)
     mean = None
-    if prediction is not None and not flaw and scored.size:
-        mean = float(np.average(prediction.probability.astype(np.float64), weights=scored.weight))
-    part.put(f"{name}_mean_entire_space", mean, flaw or "there are no impressions")
+    if prediction is not None and not flaw:
+        mean = _mean(prediction.probability.astype(np.float64), scored)
+    part.put(f"{name}_mean_entire_space", mean, flaw or _NOTHING_WEIGHS)
+
+
+def _mean(values: np.ndarray, scored: ScoredImpressions) -> float | None:
+    """None if no impression has a weight above 0."""
+    weighs = scored.size and (scored.weight is None or scored.weight.any())
+    return float(np.average(values, weights=scored.weight)) if weighs else None
 
 
 def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:

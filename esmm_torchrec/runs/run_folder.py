@@ -174,7 +174,7 @@ class RunFolder:
             identity: of another run, or a part of it.
         """
         for key, here in json.loads(json.dumps(identity)).items():
-            there = self.config["identity"].get(key)
+            there = self.config["identity"].get(key, self.config["options"].get(key))
             if there != here:
                 return "{} {} and this one has {}".format(*_differing_option(key, there, here))
         return None
@@ -182,6 +182,10 @@ class RunFolder:
     def was_trained_on(self, fingerprint: str) -> bool:
         """Whether a data set is the one that the run was started or last resumed with."""
         return self.config["history"][-1]["data"]["fingerprint"] == fingerprint
+
+    def has_other_data(self, fingerprint: str) -> bool:
+        """Whether the run was trained on other data than these, before or at last."""
+        return any(entry["data"]["fingerprint"] != fingerprint for entry in self.config["history"])
 
     def data_of(self, step: int) -> str:
         """The fingerprint of the data set that a step was trained on.

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from esmm_torchrec.errors import DataError, EsmmTorchrecError
 from esmm_torchrec.serving.inputs import Inputs, Request
@@ -25,13 +26,11 @@ from esmm_torchrec.serving.predictor import Predictor
 MAX_TOGETHER = 256
 """Requests that are scored together, at most."""
 
+_COLUMNS = (list, pa.Array, pa.ChunkedArray)
+
 
 class Overloaded(EsmmTorchrecError):
     """More requests wait than may."""
-
-
-class TooManyRows(DataError):
-    """A request has more impressions than a batch may have."""
 
 
 class Answer(NamedTuple):
@@ -186,12 +185,7 @@ class Batcher:
         outcomes: list[int | DataError] = []
         for request in requests:
             try:
-                inputs = predictor.encode(request)
-                if inputs.size > self._max_rows:
-                    raise TooManyRows(
-                        f"the request has {inputs.size} impressions and may have "
-                        f"{self._max_rows}; divide it"
-                    )
+                inputs = predictor.encode(request, max_size=self._max_rows)
                 parts.append(inputs)
                 outcomes.append(inputs.size)
             except DataError as error:
@@ -203,5 +197,6 @@ def _size(request: Request | Sequence[Request]) -> int:
     """Impressions of a request, at most."""
     if not isinstance(request, Mapping):
         return len(request)
-    several = (len(values) for values in request.values() if isinstance(values, list))
+    columns = (values for values in request.values() if isinstance(values, _COLUMNS))
+    several = map(len, columns)
     return max(several, default=1)

@@ -21,7 +21,6 @@ from esmm_torchrec.data.dense import TOO_FAR
 from esmm_torchrec.data.encoding import TOO_LONG, RowEncoder, RowsToEncode
 from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, Features
-from esmm_torchrec.data.sources.raw_ids import is_list
 from esmm_torchrec.data.sources.raw_values import Fault
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import UNKNOWN_ROW, IdFeature
@@ -32,8 +31,15 @@ from esmm_torchrec.serving.signature import DENSE, IMPRESSIONS, MISSING_ROW, Sig
 _NUMBERS = frozenset({float, int, bool, type(None)})
 _SINGLE = _NUMBERS | {str}
 
+MAX_COPIED_IDS = 1 << 24
+"""Ids that the list of one impression may become if all impressions of a request share it."""
+
 Request = Mapping[str, Any]
 """Values by raw column; see `InputEncoder`."""
+
+
+class TooManyRows(DataError):
+    """A request has more impressions than it may have."""
 
 
 class Inputs(NamedTuple):
@@ -179,19 +185,25 @@ class InputEncoder:
             self._features.kinds[column.feature.name] if column.is_plain else "text", is_list
         )
 
-    def encode(self, request: Request, *, size: int = 1) -> Inputs:
+    def encode(self, request: Request, *, size: int = 1, max_size: int | None = None) -> Inputs:
         """The tensors of a request.
 
         Args:
             request: raw values by raw column.
             size: impressions, if no column has several values.
+            max_size: impressions that a request may have; None: any number.
 
         Raises:
+            TooManyRows: there are more than `max_size` impressions.
             DataError: a name is not a raw column, columns differ in length, or a value cannot be
                 used; names the column, and the row if there are several.
         """
         found, columns, single = self._aligned(request)
         size = size if found is None else found
+        if max_size is not None and size > max_size:
+            raise TooManyRows(
+                f"the request has {size} impressions and may have {max_size}; divide it"
+            )
         arrays: dict[str, np.ndarray] = {}
         for column, numbers in zip(
             self._columns, np.empty((len(self._columns), size), np.int64), strict=True
@@ -280,13 +292,14 @@ class InputEncoder:
 
     def _is_single(self, name: str, values: Any) -> bool:
         if isinstance(values, pa.Array):
-            return name in self._lists and not is_list(values.type)
+            return False
         if not isinstance(values, (list, tuple, np.ndarray)):
             return True
         # A bag, unless it holds bags or texts with several ids.
         if name not in self._lists or (len(values) and type(values[0]) in self._nested):
             return False
-        return self._nested.isdisjoint(map(type, values))
+        kinds = {str if issubclass(kind, str) else kind for kind in map(type, values)}
+        return self._nested.isdisjoint(kinds)
 
     def _closest(self, name: str) -> str:
         close = difflib.get_close_matches(name, self.raw_columns, n=1, cutoff=0.5)
@@ -372,12 +385,20 @@ def _put(
         feature: which one.
         bags: of one impression or of B.
         numbers: int64 (B,), for the rows of a single-valued feature, or the lengths.
+
+    Raises:
+        DataError: the copies have too many ids.
     """
     size, name = len(numbers), feature.name
     rows, weights = bags.rows, bags.weights
     numbers[:] = rows if bags.lengths is None else bags.lengths
     # Arrow's memory is read-only, which torch does not know, and so it is copied.
     copies = 1 if len(rows if bags.lengths is None else bags.lengths) == size else size
+    if copies > 1 and len(rows) * copies > MAX_COPIED_IDS:
+        raise DataError(
+            f"feature {name!r}: {len(rows)} ids for each of {size} impressions are more than "
+            f"{MAX_COPIED_IDS}; divide the request"
+        )
     if bags.lengths is not None:
         rows = rows.astype(np.int64)
         arrays[f"{name}.values"] = rows if copies == 1 else np.tile(rows, copies)

@@ -110,11 +110,20 @@ class Predictor:
         """
         return self.run_program(self.encode(request))
 
-    def encode(self, request: Request | Sequence[Request]) -> Inputs:
-        """The inputs of the program for a request; see `predict`."""
+    def encode(
+        self, request: Request | Sequence[Request], *, max_size: int | None = None
+    ) -> Inputs:
+        """The inputs of the program for a request; see `predict`.
+
+        Raises:
+            TooManyRows: there are more than `max_size` impressions.
+            DataError: as `predict`.
+        """
         if isinstance(request, Mapping):
-            return self.encoder.encode(request)
-        return self.encoder.encode(self.encoder.columns_of(request), size=len(request))
+            return self.encoder.encode(request, max_size=max_size)
+        size = len(request)
+        columns = self.encoder.columns_of(request) if max_size is None or size <= max_size else {}
+        return self.encoder.encode(columns, size=size, max_size=max_size)
 
     def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The scores of encoded impressions, float32 (B,) by column."""

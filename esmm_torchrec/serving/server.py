@@ -35,8 +35,9 @@ from prometheus_client import (
 )
 
 from esmm_torchrec.data.storage import Location
-from esmm_torchrec.errors import DataError, EsmmTorchrecError
-from esmm_torchrec.serving.batching import Batcher, Overloaded, TooManyRows
+from esmm_torchrec.errors import DataError
+from esmm_torchrec.serving.batching import Batcher, Overloaded
+from esmm_torchrec.serving.inputs import TooManyRows
 from esmm_torchrec.serving.package import DESCRIPTION
 from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.request_schema import request_schema, response_schema
@@ -279,7 +280,7 @@ class _Exchange:
         async with self._lock:
             try:
                 is_other = await asyncio.to_thread(self._model.reload)
-            except (EsmmTorchrecError, OSError) as error:
+            except Exception as error:  # whatever it is, the next attempt may succeed
                 self._metrics.reloads.labels("failed").inc()
                 log.error("the current model continues to serve: %s", error)
                 return

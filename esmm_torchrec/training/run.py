@@ -27,7 +27,7 @@ from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.stream import Split
-from esmm_torchrec.errors import Interrupted, PlanError
+from esmm_torchrec.errors import Interrupted, PlanError, RunError
 from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.runs.lock import RunLock
@@ -35,9 +35,10 @@ from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.scorer import is_in_parts, score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
-from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
+from esmm_torchrec.sharding.plan_text import compare_plans
 from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.training.announcement import announce
 from esmm_torchrec.training.averaging import AverageWeights
 from esmm_torchrec.training.callbacks import LogFigures, ProgressBar, SaveCheckpoints
 from esmm_torchrec.training.fit import build_loop, out_of_fold_pctr, training_part
@@ -48,7 +49,7 @@ from esmm_torchrec.training.passes import PATIENCE, Passes, choose_passes
 from esmm_torchrec.training.plots import plot_calibration, plot_history
 from esmm_torchrec.training.reading import open_splits, read_mode
 from esmm_torchrec.training.schedule import ScheduleLearningRates
-from esmm_torchrec.training.validation import HeldOut, Validate, hold_out
+from esmm_torchrec.training.validation import Validate, hold_out
 from esmm_torchrec.training.warm_start import source_checkpoint, with_table_rows
 
 SIGNAL_ARRIVES_WITHIN_SECONDS = 0.5
@@ -103,8 +104,8 @@ def _train(
     if options.start_from is not None:
         earlier_run = options.start_from
         source = ranks.from_first(lambda: source_checkpoint(earlier_run, dataset, options))
-    continues = found is not None and not found.was_trained_on(dataset.fingerprint)
-    if continues:
+    continues = found is not None and found.has_other_data(dataset.fingerprint)
+    if found is not None and not found.was_trained_on(dataset.fingerprint):
         found = None  # what it knows of its rows is of other rows
     splits = open_splits(dataset, options, ranks)
     # `build_loop` knows the batch size.
@@ -186,7 +187,7 @@ def _train(
     if ranks.is_first:
         if not run.preprocessing.exists():
             copy_preprocessing(dataset.root, run.preprocessing)
-        _announce(dataset, loop, options, passes=passes, held_out=held_out)
+        announce(dataset, loop, options, passes=passes, held_out=held_out)
         tasks = dataset.schema.tasks
         learned = {head.label for head in options.parts.objective.heads(tasks)}
         for task in tasks:
@@ -318,7 +319,8 @@ def _passes(
     continues: bool,
 ) -> Passes:
     """The number of passes; a search that the run has done is not done again."""
-    if run is not None and options.epochs == "auto" and not options.validation_share:
+    searches = options.epochs == "auto" and not options.validation_share and not continues
+    if run is not None and searches:
         kept = ranks.from_first(run.read_passes)
         if kept is not None:
             return Passes(**kept)
@@ -352,62 +354,6 @@ def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Val
         )
 
 
-def _announce(
-    dataset: PreparedDataSet,
-    loop: TrainingLoop,
-    options: TrainOptions,
-    *,
-    passes: Passes,
-    held_out: HeldOut | None,
-) -> None:
-    """What is about to be trained, and where."""
-    trainer, ranks, reader = loop.trainer, loop.ranks, loop.reader
-    counts, test = dataset.splits["train"], dataset.splits["test"]
-    print(format_plan(trainer.plan))
-    if options.plan is not None:
-        unused = ""
-        if options.sharding != "auto":
-            unused = f"; the sharding {options.sharding} is not used beside it"
-        print(f"placed according to {options.plan}{unused}")
-    for warning in plan_warnings(trainer.plan, optimizer=options.sparse_optimizer):
-        print(f"warning: {warning}")
-    if options.dtype == "bfloat16" and ranks.device.type == "cpu" and not _has_bfloat16():
-        print("warning: this processor has no bfloat16 instructions; float32 towers are faster")
-    print(
-        f"{options.method} on {ranks.world_size} {ranks.device.type} "
-        f"{'rank' if ranks.world_size == 1 else 'ranks'}: "
-        f"{counts.impressions:,} impressions, "
-        f"{', '.join(f'{number:,} {name}s' for name, number in counts.happened.items())} "
-        f"to train on, {test.impressions:,} to test on; "
-        f"{options.sparse_optimizer} for tables, adam for towers"
-    )
-    size = f"{reader.global_batch_size:,} impressions per step"
-    print(
-        f"{size}, {reader.steps_per_epoch:,} steps per pass"
-        + (" (chosen automatically)" if options.batch_size == "auto" else ""),
-        flush=True,
-    )
-    if held_out is not None:
-        print(
-            f"{len(held_out.rows):,} impressions are held out ({options.validation})",
-            flush=True,
-        )
-    if passes.reason:
-        print(f"{passes.reason} (chosen automatically)", flush=True)
-    if options.clip_gradients is not None:
-        print(
-            f"gradients of the towers are clipped at norm {options.clip_gradients:g}; those of "
-            "tables are not",
-            flush=True,
-        )
-
-
-def _has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
 def _keep_plan(plan: PlanFile, path: Path) -> None:
     """Writes the plan to the run folder, and says where it differs from the one that was there."""
     try:
@@ -431,6 +377,9 @@ def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> di
     streamed = read_mode(dataset, options) == "stream"
     identity = model | {name: values[name] for name in _IDENTITY}
     identity |= {name: values[name] if streamed else None for name in ("lanes", "window")}
+    identity["validation_share"] = options.validation_share  # else rows once trained on validate
+    if options.validation_share:
+        identity["validation"] = options.validation
     entry = {
         "step": 0,
         "options": {name: value for name, value in values.items() if name not in identity},
@@ -489,9 +438,22 @@ def _resume(
     for callback in loop.callbacks:
         if isinstance(callback, Validate):
             callback.stop_if_done(loop)
+            if options.epochs == "auto" and callback.best is not None:
+                _check_best(callback.best["step"], loop.step, checkpoints)
     if wanted is not None or loop.step < loop.last_step:
         ranks.from_first(lambda: run.resume_from(loop.step, config))
     return checkpoint
+
+
+def _check_best(best: int, step: int, checkpoints: CheckpointManager) -> None:
+    """Raises RunError if the checkpoint that was the best one at a step is gone."""
+    try:
+        checkpoints.find(best)
+    except RunError:
+        raise RunError(
+            f"the run cannot be resumed from step {step}, as the checkpoint of step {best}, the "
+            "best until then, has been removed; resume from a later step or train again"
+        ) from None
 
 
 def _peak_memory() -> int:

@@ -8,6 +8,7 @@ on the day alone, and another one is trained on everything, from the same folder
 from __future__ import annotations
 
 import fcntl
+import itertools
 import re
 import shutil
 from collections import Counter
@@ -102,7 +103,8 @@ def append_table(
     with _locked(root):
         whole = PreparedDataSet.open(root)
         made = _Made.of(whole)
-        day = day or f"{len(whole.days) + 1:04d}"
+        numbers = (f"{number:04d}" for number in itertools.count(len(whole.days) + 1))
+        day = day or next(name for name in numbers if name not in whole.days)
         if day in whole.days:
             raise DataError(f"{root} already has the day {day}; append each day once")
         left = root / DAYS / day / DESCRIPTION

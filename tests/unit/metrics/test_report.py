@@ -383,6 +383,13 @@ def test_a_label_that_is_no_label_is_named(scored: ScoredImpressions) -> None:
         with_labels(scored, click=np.full(20_000, 2, np.int8))
 
 
+def test_impressions_without_any_weight_have_no_figures(scored: ScoredImpressions) -> None:
+    figures = measure(dataclasses.replace(scored, weight=np.zeros(20_000, np.float32)))["test"]
+    for name in ("ctr_auc", "cvr_auc", "cvr_mean_entire_space"):
+        assert figures[name] is None
+        assert "weight" in figures["reasons"][name]
+
+
 def test_weights_count_like_repeated_impressions(scored: ScoredImpressions) -> None:
     """Every figure of whole weights is that of each impression written down so many times."""
     some = taken(scored, slice(3000))

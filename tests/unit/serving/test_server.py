@@ -31,8 +31,9 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from esmm_torchrec.serving.batching import _size
 from esmm_torchrec.serving.predictor import Predictor
-from esmm_torchrec.serving.server import ARROW, ServerOptions
+from esmm_torchrec.serving.server import ARROW, ServedModel, ServerOptions
 from tests.unit.serving.conftest import COLUMNS, ROWS, SCORES, serve
 
 
@@ -168,6 +169,41 @@ def test_batches_have_at_most_the_rows_of_a_request(folder: Path) -> None:
         for answer, value in zip(threads.map(post, [[row] for row in rows]), expected, strict=True):
             np.testing.assert_allclose(answer, [value], rtol=0, atol=2e-7)
         assert "esmm_batch_impressions_count 6.0" in client.get("/metrics").text
+
+
+def test_an_arrow_column_counts_as_its_rows() -> None:
+    assert _size({"user": pa.array([1, 2, 3]), "shop": "Rome"}) == 3
+    assert _size({"user": pa.chunked_array([[1], [2]])}) == 2
+    assert _size([{}, {}]) == 2
+    assert _size({"shop": "Rome"}) == 1
+
+
+def test_a_model_that_cannot_be_loaded_once_is_loaded_later(
+    folder: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the error is, the server keeps looking."""
+    link = tmp_path / "current"
+    link.symlink_to(folder / "package")
+    with serve(link, ServerOptions(watch_seconds=0.05)) as client:
+        before = client.get("/model").json()["model"]
+        tries = []
+        load = ServedModel._load
+
+        def fail_once(model: ServedModel) -> Predictor:
+            tries.append(model)
+            if len(tries) == 1:
+                raise MemoryError("no room")
+            return load(model)
+
+        monkeypatch.setattr(ServedModel, "_load", fail_once)
+        link.unlink()
+        link.symlink_to(compiled)
+        deadline = time.monotonic() + 60
+        while client.get("/model").json()["model"] == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert len(tries) >= 2
+        assert 'esmm_reloads_total{outcome="failed"} 1.0' in client.get("/metrics").text
 
 
 def test_requests_made_from_the_schema_have_the_answers_it_says(client: httpx.Client) -> None:

@@ -82,3 +82,17 @@ def test_a_search_that_cannot_be_made_takes_one_pass(
     write_data_set(tmp_path / "data", train=60, test=50, users=1)
     _train(tmp_path / "data", tmp_path / "run", replace(OPTIONS, batch_size=20))
     assert "one pass, as the number cannot be searched" in capsys.readouterr().out
+
+
+def test_a_run_that_continued_on_other_data_stays_so(data: Path, tmp_path: Path) -> None:
+    """The same command again does not take the passes that were searched on the first data."""
+    other, out = tmp_path / "other", tmp_path / "run"
+    write_data_set(other, train=200, test=100, users=80, seed=1)
+    options = replace(OPTIONS, sparse_lr=0.02, dense_lr=0.002)
+    assert _train(data, out, options)["validation"]["epoch"] > 1
+    continued = _train(other, out, options)
+    again = _train(other, out, options)
+    assert again["test"] == continued["test"]
+    assert "validation" not in again
+    last = json.loads((out / "config.json").read_text())["history"][-1]["options"]
+    assert (last["epochs"], last["average_weights"]) == (1, "off")

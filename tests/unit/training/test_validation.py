@@ -18,7 +18,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.subsets import only_ids_of
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step
@@ -181,3 +181,33 @@ def test_a_run_killed_before_a_measurement_makes_up_for_it(data: Path, tmp_path:
     assert find_best(tmp_path / "run" / "checkpoints") is None, "the last checkpoint is the model"
     resumed = _train(data, tmp_path / "run", replace(options, resume=str(steps)))
     assert resumed["validation"] == metrics["validation"]
+
+
+def test_rows_once_trained_on_are_not_held_out(data: Path, tmp_path: Path) -> None:
+    """Neither in a finished run nor within a pass, where the position would be beyond the end."""
+    options = replace(OPTIONS, epochs=2, validation_share=0.0)
+    for max_steps in (None, 11):
+        out = tmp_path / f"run-{max_steps}"
+        _train(data, out, replace(options, max_steps=max_steps))
+        for share in (0.25, 0.5):
+            with pytest.raises(RunError, match="with `validation_share` 0"):
+                _train(data, out, replace(options, validation_share=share))
+    run = RunFolder.open(out)
+    del run.config["identity"]["validation_share"]  # as earlier versions wrote it
+    assert run.difference({"validation_share": 0.25}) is not None
+    assert run.difference({"validation_share": 0.0}) is None
+
+
+def test_a_step_whose_best_checkpoint_is_gone_is_refused_before_training(
+    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    out, metrics = trained
+    again = tmp_path / "run"
+    shutil.copytree(out, again)
+    best, folders = metrics["validation"]["step"], checkpoint_folders(again / "checkpoints")
+    later = max(folders)
+    assert best < later
+    shutil.rmtree(folders[best])
+    (again / "metrics.json").unlink()
+    with pytest.raises(RunError, match=f"from step {later}, as the checkpoint of step {best}"):
+        _train(data, again, replace(OPTIONS, epochs="auto", resume=str(later)))

@@ -233,3 +233,10 @@ def test_a_day_is_stored_by_the_key_of_the_data_set(tmp_path: Path):
     groups = _rows(added)["group_id"].to_numpy()
     assert 1 + np.count_nonzero(np.diff(groups)) == len(set(groups))
     assert _rows(added, "test")["sample_id"] == _rows(first, "test")["sample_id"]
+
+
+def test_a_day_without_a_name_gets_a_number_that_is_free(days: Path) -> None:
+    append_table(days, train=_day(1), day="0002")
+    append_table(days, train=_day(2))
+    append_table(days, train=_day(3))
+    assert PreparedDataSet.open(days).days == ("0002", "0003", "0004")
