@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -15,6 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 # Ranks fork from one process that has imported the library: importing takes longer than most of
 # what ranks do here.
 multiprocessing.set_forkserver_preload(["torchrec", "esmm_torchrec.training.run"])
+
+_HANDLED_BY_TORCH = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -34,7 +37,12 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) 
         max_restarts=0,
         monitor_interval=0.1,
     )
-    results = elastic_launch(config, entrypoint=_enter)(function, arguments)
+    handlers = {number: signal.getsignal(number) for number in _HANDLED_BY_TORCH}
+    try:
+        results = elastic_launch(config, entrypoint=_enter)(function, arguments)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return [results[rank] for rank in range(num_ranks)]
 
 

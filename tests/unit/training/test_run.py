@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esmm_torchrec.checkpoints.files import checkpoint_folders
@@ -410,3 +411,19 @@ def test_an_interrupt_that_comes_behind_a_lost_rank_is_an_interrupt(tmp_path: Pa
         interrupted_soon()
     with pytest.raises(RuntimeError, match="by peer"), _interrupts_in_words(tmp_path, "auto"):
         raise lost
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("capable", [False, True])
+def test_slow_bfloat16_is_told(
+    dtype: str,
+    capable: bool,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    _train(data, tmp_path / "run", replace(OPTIONS, dtype=dtype, max_steps=1))
+    warned = "this processor has no bfloat16 instructions" in capsys.readouterr().out
+    assert warned == (dtype == "bfloat16" and not capable)
