@@ -164,7 +164,7 @@ def week(options: Options, folder: Path) -> list[dict[str, Any]]:
 
 
 def line(evening: dict[str, Any]) -> str:
-    """One row of the table of docs/daily.md."""
+    """Figures for the table of docs/daily.md."""
     cells = [str(evening["day"])]
     cells += [f"{evening['seconds'][name]:.1f}" for name in ("daily", "scratch")]
     names = ("daily", "scratch", "first")
