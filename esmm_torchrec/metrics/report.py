@@ -114,6 +114,7 @@ class Part:
         self.reasons: dict[str, str] = {}
 
     def put(self, key: str, value: float | None, reason: str) -> None:
+        """Adds a value. The reason is kept if it is None; a value that is not finite becomes None."""
         if value is not None and not math.isfinite(value):
             value, reason = None, "the figure is not finite"
         self.values[key] = value
@@ -121,6 +122,7 @@ class Part:
             self.reasons[key] = reason
 
     def finished(self) -> dict[str, Any]:
+        """The values by key, and "reasons"."""
         return {**self.values, "reasons": self.reasons}
 
 
