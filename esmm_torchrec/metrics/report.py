@@ -114,7 +114,7 @@ class Part:
         self.reasons: dict[str, str] = {}
 
     def put(self, key: str, value: float | None, reason: str) -> None:
-        """Adds a value. The reason is kept if it is None; a value that is not finite becomes None."""
+        """Adds a value, and the reason if it is None. One that is not finite becomes None."""
         if value is not None and not math.isfinite(value):
             value, reason = None, "the figure is not finite"
         self.values[key] = value
