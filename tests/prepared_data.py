@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.schema import IdFeature
@@ -69,6 +71,11 @@ def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
 def _scalar(rng: np.random.Generator, rows: int, size: int, missing: float) -> pa.Array:
     ids = rng.integers(0, rows + 1, size).astype(np.int32)
     return pa.array(ids, mask=rng.random(size) < missing)
+
+
+def prepare_log(path: Path, log: pd.DataFrame, **options: Any) -> None:
+    """Prepares a log with the columns "click" and "buy", which is both halves."""
+    prepare_table(path, train=log, test=log, click="click", conversion="buy", **options)
 
 
 def write_data_set(

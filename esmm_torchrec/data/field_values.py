@@ -104,8 +104,8 @@ def _dense(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldVal
     raw = inputs
     if transform is not None:
         raw = transform.inverse(inputs)
-        # The inputs are of 32 bits.
-        raw[np.abs(raw) < 1e-6 * (transform.scale or transform.std)] = 0
+        # Where the mean was subtracted, 32 bits do not tell smaller values from 0.
+        raw[np.abs(raw) < 1e-6 * abs(transform.mean) * (transform.scale or 1)] = 0
     codes, shown = _in_ranges(raw[~missing])
     if missing.any():
         filled = np.full(len(inputs), len(shown))

@@ -185,12 +185,14 @@ class InputEncoder:
             self._features.kinds[column.feature.name] if column.is_plain else "text", is_list
         )
 
-    def encode(self, request: Request, *, size: int = 1, max_size: int | None = None) -> Inputs:
+    def encode(
+        self, request: Request | Sequence[Request], *, max_size: int | None = None
+    ) -> Inputs:
         """The tensors of a request.
 
         Args:
-            request: raw values by raw column.
-            size: impressions, if no column has several values.
+            request: raw values by raw column, or a list of such for impressions one after the
+                other.
             max_size: impressions that a request may have; None: any number.
 
         Raises:
@@ -198,12 +200,14 @@ class InputEncoder:
             DataError: a name is not a raw column, columns differ in length, or a value cannot be
                 used; names the column, and the row if there are several.
         """
+        size = 1
+        if not isinstance(request, Mapping):
+            size = len(request)
+            _check_size(size, max_size)
+            request = self._columns_of(request)
         found, columns, single = self._aligned(request)
         size = size if found is None else found
-        if max_size is not None and size > max_size:
-            raise TooManyRows(
-                f"the request has {size} impressions and may have {max_size}; divide it"
-            )
+        _check_size(size, max_size)
         arrays: dict[str, np.ndarray] = {}
         for column, numbers in zip(
             self._columns, np.empty((len(self._columns), size), np.int64), strict=True
@@ -221,7 +225,7 @@ class InputEncoder:
             arrays[DENSE] = self._dense(columns, single, size)
         return Inputs(arrays, size)
 
-    def columns_of(self, rows: Sequence[Request]) -> dict[str, list[Any]]:
+    def _columns_of(self, rows: Sequence[Request]) -> dict[str, list[Any]]:
         """Requests of one impression each, as one request."""
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
@@ -373,6 +377,11 @@ class InputEncoder:
         features, faults = only.read(pa.table({raw: _arrow(values, raw)}))
         _raise_first(faults)
         return features.dense[name]
+
+
+def _check_size(size: int, max_size: int | None) -> None:
+    if max_size is not None and size > max_size:
+        raise TooManyRows(f"the request has {size} impressions and may have {max_size}; divide it")
 
 
 def _put(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +119,7 @@ class Predictor:
             TooManyRows: there are more than `max_size` impressions.
             DataError: as `predict`.
         """
-        if isinstance(request, Mapping):
-            return self.encoder.encode(request, max_size=max_size)
-        size = len(request)
-        columns = self.encoder.columns_of(request) if max_size is None or size <= max_size else {}
-        return self.encoder.encode(columns, size=size, max_size=max_size)
+        return self.encoder.encode(request, max_size=max_size)
 
     def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The scores of encoded impressions, float32 (B,) by column."""

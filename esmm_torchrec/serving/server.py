@@ -35,7 +35,7 @@ from prometheus_client import (
 )
 
 from esmm_torchrec.data.storage import Location
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, EsmmTorchrecError
 from esmm_torchrec.serving.batching import Batcher, Overloaded
 from esmm_torchrec.serving.inputs import TooManyRows
 from esmm_torchrec.serving.package import DESCRIPTION
@@ -281,8 +281,9 @@ class _Exchange:
             try:
                 is_other = await asyncio.to_thread(self._model.reload)
             except Exception as error:  # whatever it is, the next attempt may succeed
+                expected = isinstance(error, (EsmmTorchrecError, OSError))
                 self._metrics.reloads.labels("failed").inc()
-                log.error("the current model continues to serve: %s", error)
+                log.error("the current model continues to serve: %s", error, exc_info=not expected)
                 return
         if is_other:
             self._metrics.reloads.labels("loaded").inc()

@@ -209,12 +209,15 @@ def _suffixes() -> list[str]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, those in the folder, or those that match the pattern."""
+    """The file, those in the folder, or those that match the pattern. Hidden files are left out:
+    programs write to such names what is not complete yet."""
     if path.is_dir():
         files = sorted(
             file
             for file in path.iterdir()
-            if file.is_file() and file.name.lower().endswith(tuple(_suffixes()))
+            if file.is_file()
+            and not file.name.startswith(".")
+            and file.name.lower().endswith(tuple(_suffixes()))
         )
         if not files:
             raise DataError(

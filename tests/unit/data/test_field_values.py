@@ -9,8 +9,8 @@ import pytest
 from esmm_torchrec.data.field_values import FieldValues, field_values
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
+from tests.prepared_data import prepare_log
 
 ROWS = 1000
 
@@ -27,6 +27,7 @@ def log() -> pd.DataFrame:
             "days": rng.integers(0, 40, ROWS),
             "gaps": np.where(rng.random(ROWS) < 0.2, np.nan, rng.lognormal(3, 2, ROWS)),
             "never": np.full(ROWS, np.nan),
+            "tiny": rng.integers(0, 5, ROWS) * 1e-9,
             "id": rng.choice(["missing", "Rome", ""], ROWS),
             "hashed": rng.integers(0, 99, ROWS),
             "click": rng.integers(0, 2, ROWS),
@@ -38,16 +39,9 @@ def log() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def data(log: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> PreparedDataSet:
     path = tmp_path_factory.mktemp("values") / "prepared"
-    prepare_table(
-        path,
-        train=log,
-        test=log,
-        click="click",
-        conversion="buy",
-        ids=["id", "hashed"],
-        dense=["flag", "mostly", "price", "days", "gaps", "never"],
-        hashed={"hashed": 16},
-    )
+    dense = dict.fromkeys(["flag", "mostly", "price", "days", "gaps", "never"], "auto")
+    dense["tiny"] = "as-is"
+    prepare_log(path, log, ids=["id", "hashed"], dense=dense, hashed={"hashed": 16})
     return PreparedDataSet.open(path)
 
 
@@ -55,7 +49,7 @@ def _values(data: PreparedDataSet, field: str) -> FieldValues:
     return field_values(data, MappedSplit.open(data, "test"), field)
 
 
-@pytest.mark.parametrize("field", ["flag", "mostly", "price", "days", "gaps"])
+@pytest.mark.parametrize("field", ["flag", "mostly", "price", "days", "gaps", "tiny"])
 def test_ranges_hold_the_values_that_they_say(
     data: PreparedDataSet, log: pd.DataFrame, field: str
 ) -> None:
@@ -68,9 +62,9 @@ def test_ranges_hold_the_values_that_they_say(
             assert np.isnan(own).all()
             continue
         low, _, high = name.partition(" to ")
-        assert own.min() == pytest.approx(float(low), rel=6e-3, abs=1e-6)
-        assert own.max() == pytest.approx(float(high or low), rel=6e-3, abs=1e-6)
-        assert field in ("flag", "mostly") or len(own) < ROWS / 5
+        assert own.min() == pytest.approx(float(low), rel=6e-3, abs=1e-12)
+        assert own.max() == pytest.approx(float(high or low), rel=6e-3, abs=1e-12)
+        assert field in ("flag", "mostly", "tiny") or len(own) < ROWS / 5
     lows = [float(name.split()[0]) for name in found.names if name != "missing"]
     assert lows == sorted(lows)
     assert len(lows) > 1

@@ -310,3 +310,13 @@ def test_a_step_that_ranks_do_not_divide_has_the_same_rows(
 def test_what_cannot_be_read_is_named(split: MappedSplit, arguments, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         ImpressionReader(split, **arguments)
+
+
+def test_a_position_beyond_the_rows_is_refused(split: MappedSplit) -> None:
+    """Such a reader would make no batch, and its loop would wait for one for ever."""
+    reader = ImpressionReader(split, batch_size=20)
+    for row in (317, 340):
+        with pytest.raises(DataError, match=f"row {row} of a pass, is beyond the 317 rows"):
+            reader.load_state_dict({"epoch": 1, "row": row})
+    reader.load_state_dict({"epoch": 1, "row": 300})
+    assert reader.steps_left == 1

@@ -155,6 +155,9 @@ def test_raw_rows_may_be_in_a_store(store: Store, tmp_path: Path):
                 with Location.of(file).open_output() as output:
                     pq.write_table(table, output)
     (Location.of(store.uri("bucket")) / "log/day=2026-11-01/_SUCCESS").write_bytes(b"")
+    for root in (str(tmp_path), store.uri("bucket")):
+        being_written = "log/day=2026-11-01/.part-2.parquet"
+        (Location.of(root) / being_written).write_bytes(b"not whole")
     columns = {"click": "click", "conversion": "buy", "ids": ["item"]}
     here = prepare_table(
         tmp_path / "here",
@@ -192,6 +195,8 @@ def test_raw_rows_may_be_in_a_store(store: Store, tmp_path: Path):
     with pytest.raises(DataError, match="already has the day late"):
         append_table(remote, train=more, day="late")
 
+    with pytest.raises(DataError, match=r"has \*\*, which URIs do not support; use one \* per"):
+        prepare_table(tmp_path / "no", train=store.uri("bucket/**/*"), split="share:0.5", **columns)
     for missing in ("none", "log/day=2025-*", "log/day=2026-11-01/_SUCCESS"):
         with pytest.raises(
             DataError, match=f"s3://bucket/{missing.replace('*', '.')} is not|no Parquet"

@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.serving.inputs import InputEncoder, TooManyRows
+from tests.prepared_data import prepare_log
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> InputEncoder:
         }
     )
     path = tmp_path_factory.mktemp("inputs") / "prepared"
-    prepare_table(
-        path,
-        train=log,
-        test=log,
-        click="click",
-        conversion="buy",
-        ids=["user", "nums", "tags"],
-        list_separator="|",
-    )
+    prepare_log(path, log, ids=["user", "nums", "tags"], list_separator="|")
     return InputEncoder.load(path)
 
 
