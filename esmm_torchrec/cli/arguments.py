@@ -138,7 +138,7 @@ def _unknown(tokens: str, similar: str | None) -> str:
     names = [word for word in words if word.startswith("-")]
     if not names:
         return f"unexpected argument {words[0]}"
-    hint = f", perhaps {similar} is meant" if similar else ""
+    hint = f" (did you mean {similar}?)" if similar else ""
     return f"there is no option {names[0]}{hint}"
 
 

@@ -120,7 +120,7 @@ def test_help_names_every_option_and_says_what_it_is_for(
         (["evaluate", "--data", "x"], "RUN must be given; see 'esmm-torchrec evaluate --help'"),
         (
             [*TRAIN, "--batch-siz", "3"],
-            "there is no option --batch-siz, perhaps --batch-size is meant; see 'esmm-torchrec "
+            "there is no option --batch-siz (did you mean --batch-size?); see 'esmm-torchrec "
             "train --help'",
         ),
         (
