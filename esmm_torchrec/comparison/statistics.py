@@ -11,13 +11,13 @@ Shapes: n test impressions, U their users, R resamplings.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.stats import t as student_t
 from statsmodels.stats.multitest import multipletests
 
@@ -27,10 +27,10 @@ CONFIDENCE = 0.95
 
 Name = TypeVar("Name")
 
-_TOGETHER = 16
-"""Resamplings worked on at once: a row's weights in them are one piece of memory."""
+_TOGETHER = 128
+"""Resamplings worked on at once."""
 
-_ROWS_PER_BLOCK = 4096
+_GROUPS_PER_BLOCK = 128
 
 
 class Summary(NamedTuple):
@@ -100,7 +100,10 @@ class UserBootstrap:
         rng = np.random.default_rng([seed, len(distinct)])
         size = len(distinct)
         even = np.full(size, 1 / size)
-        self._times = rng.multinomial(size, even, size=resamplings).astype(np.float32)
+        # A user is drawn about once; 256 times does not happen.
+        self._times = np.empty((size, resamplings), np.uint8)
+        for number in range(resamplings):
+            self._times[:, number] = rng.multinomial(size, even)
 
     def auc(
         self,
@@ -131,7 +134,7 @@ class UserBootstrap:
         impressions."""
         edges = equal_mass_edges(strata_score, num_strata)
         stratum = np.searchsorted(edges, strata_score, side="right")
-        total, covered = np.zeros(len(self._times)), np.zeros(len(self._times))
+        total, covered = np.zeros((2, self._times.shape[1]))
         for number in np.unique(stratum):
             rows = np.flatnonzero(stratum == number)
             values, mass = self._auc(scores[rows], target[rows], self._user[rows])
@@ -143,9 +146,14 @@ class UserBootstrap:
 
     def mean(self, values: NDArray[np.floating]) -> list[float | None]:
         """Mean of `values`, (n,), in each resampling."""
-        sums = np.bincount(self._user, weights=values)
-        counts = np.bincount(self._user)
-        return _known((self._times @ sums) / (self._times @ counts))
+        sums = np.stack([np.bincount(self._user, weights=values), np.bincount(self._user)])
+        found, size = np.concatenate([sums @ times for times in self._chunks(np.float64)], axis=1)
+        return _known(found / size)
+
+    def _chunks(self, dtype: type[np.floating]) -> Iterator[NDArray[np.floating]]:
+        """How often each user is drawn, (U, up to `_TOGETHER`), of the resamplings in turn."""
+        for first in range(0, self._times.shape[1], _TOGETHER):
+            yield self._times[:, first : first + _TOGETHER].astype(dtype)
 
     def _auc(
         self,
@@ -153,47 +161,49 @@ class UserBootstrap:
         target: NDArray[np.integer] | NDArray[np.floating],
         users: NDArray[np.integer],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """AUC of each resampling, (R,), NaN if it has one class; and its impressions, (R,)."""
+        """AUC of each resampling, (R,), NaN if it has one class; and its impressions, (R,).
+
+        Impressions are put into groups, lowest scores first: those that tie, or neighbours of one
+        class, which need no order among themselves. A matrix, groups by users, holds the positive
+        mass, another one the negative mass. Their products with how often the users were drawn are
+        the masses of the groups in the resamplings.
+        """
         order = np.argsort(scores, kind="stable")
-        ordered, user = scores[order], users[order]
-        positive_share = target[order].astype(np.float64)[:, None]
+        ordered, share = scores[order], target[order].astype(np.float64)
         starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        # Neighbours of one class need no order among themselves: of labels, few groups are left.
-        share = np.add.reduceat(positive_share[:, 0], starts) / np.diff(starts, append=len(ordered))
-        pure = np.select([share == 0, share == 1], [-1, 1], 0)
+        tied = np.add.reduceat(share, starts) / np.diff(starts, append=len(ordered))
+        pure = np.select([tied == 0, tied == 1], [-1, 1], 0)
         starts = starts[np.r_[True, (pure[1:] != pure[:-1]) | (pure[1:] == 0)]]
-        # Blocks that stay in the cache, of whole ties.
-        wanted = np.arange(0, len(ordered), _ROWS_PER_BLOCK)
-        edges = [
-            *np.unique(starts[np.searchsorted(starts, wanted, side="right") - 1]),
-            len(ordered),
-        ]
+        group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ordered)))
+        place, shape = (group, users[order]), (len(starts), len(self._times))
+        masses = [csr_array((mass, place), shape) for mass in (share, 1 - share)]
+        for mass in masses:
+            mass.eliminate_zeros()
         blocks = [
-            (slice(start, stop), starts[(starts >= start) & (starts < stop)] - start)
-            for start, stop in pairwise(edges)
+            [mass[first : first + _GROUPS_PER_BLOCK].astype(np.float32) for mass in masses]
+            for first in range(0, len(starts), _GROUPS_PER_BLOCK)
         ]
-        values, mass = np.empty(len(self._times)), np.empty(len(self._times))
-        for first in range(0, len(self._times), _TOGETHER):
-            part = slice(first, first + _TOGETHER)
-            times = np.ascontiguousarray(self._times[part].T, np.float64)
-            positives, negatives, ordered_pairs = np.zeros((3, times.shape[1]))
-            for rows, ties in blocks:
-                weight = times[user[rows]]
-                positive = weight * positive_share[rows]
-                negative = weight - positive
-                if len(ties) < len(weight):
-                    positive = np.add.reduceat(positive, ties, axis=0)
-                    negative = np.add.reduceat(negative, ties, axis=0)
-                below = np.cumsum(negative, axis=0)
-                ordered_pairs += np.einsum("ij,ij->j", positive, below - negative / 2 + negatives)
-                positives += positive.sum(axis=0)
-                negatives += below[-1]
-            pairs = positives * negatives
-            values[part] = np.divide(
-                ordered_pairs, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0
+        # A group is above those before it, and above one half of itself.
+        above = np.tri(_GROUPS_PER_BLOCK, dtype=np.float32) - np.eye(
+            _GROUPS_PER_BLOCK, dtype=np.float32
+        ) / np.float32(2)
+        values, sizes = [], []
+        for times in self._chunks(np.float32):
+            positives, negatives, pairs = np.zeros((3, times.shape[1]))
+            for block in blocks:
+                positive, negative = (mass @ times for mass in block)
+                within = above[: len(negative), : len(negative)] @ negative
+                positive_sum = positive.sum(axis=0, dtype=np.float64)
+                pairs += positive_sum * negatives
+                pairs += np.einsum("ij,ij->j", positive, within, dtype=np.float64)
+                positives += positive_sum
+                negatives += negative.sum(axis=0, dtype=np.float64)
+            possible = positives * negatives
+            values.append(
+                np.divide(pairs, possible, out=np.full(len(pairs), np.nan), where=possible > 0)
             )
-            mass[part] = positives + negatives
-        return values, mass
+            sizes.append(positives + negatives)
+        return np.concatenate(values), np.concatenate(sizes)
 
 
 def _known(values: NDArray[np.float64]) -> list[float | None]:

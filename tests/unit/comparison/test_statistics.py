@@ -59,10 +59,10 @@ def test_a_resampled_auc_is_that_of_repeated_users() -> None:
     for kept in (None, rows):
         found = bootstrap.auc(scores, labels, kept)
         mask = np.ones(200, bool) if kept is None else kept
-        for times, value in zip(bootstrap._times, found, strict=True):
+        for times, value in zip(bootstrap._times.T, found, strict=True):
             repeated = np.repeat(np.flatnonzero(mask), times[users[mask]].astype(int))
             assert value == pytest.approx(auc(scores[repeated], labels[repeated]))
-    assert all(times.sum() == 12 for times in bootstrap._times)
+    assert all(times.sum() == 12 for times in bootstrap._times.T)
 
 
 def test_resampled_figures_of_the_truth_are_those_of_repeated_users() -> None:
@@ -75,7 +75,7 @@ def test_resampled_figures_of_the_truth_are_those_of_repeated_users() -> None:
     whole = bootstrap.auc(scores, truth)
     strata = bootstrap.auc_within_strata(scores, truth, pctr, num_strata=3)
     mean = bootstrap.mean(truth)
-    for place, times in enumerate(bootstrap._times):
+    for place, times in enumerate(bootstrap._times.T):
         rows = np.repeat(np.arange(300), times[users].astype(int))
         assert whole[place] == pytest.approx(soft_auc(scores[rows], truth[rows]))
         assert mean[place] == pytest.approx(truth[rows].mean(dtype=np.float64))
