@@ -6,11 +6,13 @@ may take another row without a word. This library's reader never gives such ids;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -61,23 +63,29 @@ def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]
         tables[name].rows if name in tables else _UNCHECKED
         for name in features.keys()  # noqa: SIM118
     )
-    rows_of_ids = _tensor(rows, values.dtype, values.device)
     lengths = features.length_per_key()
-    if len(set(lengths)) == 1:  # single-valued features: no table's rows need repeating
-        values, rows_of_ids = values.view(len(rows), -1), rows_of_ids.unsqueeze(1)
-    else:
-        rows_of_ids = rows_of_ids.repeat_interleave(
-            torch.tensor(lengths).to(values.device, non_blocking=True),
-            output_size=values.numel(),
-        )
-    in_range = (values >= 0) & (values < rows_of_ids)
-    if _UNCHECKED in rows:
-        in_range |= rows_of_ids == _UNCHECKED
-    in_range = in_range.all()
-    if values.device.type == "cuda":
-        torch._assert_async(in_range, "an id is not a row of its table")  # pyright: ignore[reportPrivateImportUsage]
-    elif not in_range:
-        raise _wrong_id(features, tables)
+    if values.device.type == "cpu":
+        if not _in_range(values.numpy(), lengths, rows):
+            raise _wrong_id(features, tables)
+        return
+    rows_of_ids = _tensor(rows, values.dtype, values.device).repeat_interleave(
+        torch.tensor(lengths).to(values.device, non_blocking=True), output_size=values.numel()
+    )
+    in_range = (values >= 0) & (values < rows_of_ids) | (rows_of_ids == _UNCHECKED)
+    torch._assert_async(in_range.all(), "an id is not a row of its table")  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _in_range(
+    ids: NDArray[np.integer], lengths: Sequence[int], rows_of_keys: tuple[int, ...]
+) -> bool:
+    """Whether the ids of each key, one after the other, are below its number of rows and not
+    negative: read as unsigned, negative ids are larger than any number of rows."""
+    ids_of_keys = np.array(lengths)
+    some = ids_of_keys > 0
+    starts = (ids_of_keys.cumsum() - ids_of_keys)[some]
+    largest = np.maximum.reduceat(ids.view(f"u{ids.itemsize}"), starts)
+    rows = np.array(rows_of_keys)[some]
+    return bool(((largest < rows.astype(np.uint64)) | (rows == _UNCHECKED)).all())
 
 
 @lru_cache(maxsize=256)
