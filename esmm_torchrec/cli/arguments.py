@@ -1,7 +1,8 @@
 """Arguments of the command line → a command's options, and what is wrong with them → one sentence.
 
-tyro does the reading. It tells a person what is wrong in a box of several lines and a program not
-at all, so its box is read here. A box of an unknown shape stays what it is, on one line.
+tyro does the reading. It tells a person what is wrong in a box of several lines, and a program only
+through a private module that may change in any release. So its box is read here; a box of an
+unknown shape stays what it is, on one line.
 """
 
 from __future__ import annotations
