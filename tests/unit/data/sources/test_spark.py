@@ -260,11 +260,17 @@ def _kill_an_executor(driver: int, out: Path, struck: list[int]) -> None:
         time.sleep(0.01)
 
 
-def test_a_bundle_is_all_that_spark_submit_needs(logs: Path, tmp_path: Path) -> None:
-    import pyspark  # noqa: PLC0415  # pyright: ignore
-
+@pytest.mark.parametrize("packages", ["ours", "oldest"])
+def test_a_bundle_is_all_that_spark_submit_needs(logs: Path, tmp_path: Path, packages: str) -> None:
+    python = sys.executable if packages == "ours" else os.environ.get("OLDEST_PYTHON")
+    if python is None:
+        pytest.skip(
+            "OLDEST_PYTHON names no Python with the oldest packages; `make test-spark` does"
+        )
+    python = os.path.abspath(python)  # not resolved: a link is what tells an environment
     main(["bundle", str(tmp_path / "esmm_torchrec.zip")])
-    home = Path(pyspark.__file__).parent
+    found = "import pyspark; print(pyspark.__path__[0])"
+    home = Path(subprocess.check_output([python, "-c", found], text=True).strip())
     command = [
         *(str(home / "bin" / "spark-submit"), "--master", "local[2]"),
         *("--py-files", str(tmp_path / "esmm_torchrec.zip"), str(tmp_path / "esmm_spark.py")),
@@ -277,7 +283,7 @@ def test_a_bundle_is_all_that_spark_submit_needs(logs: Path, tmp_path: Path) -> 
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable},
+        env=os.environ | {"SPARK_HOME": str(home), "PYSPARK_PYTHON": python},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
