@@ -1,4 +1,4 @@
-"""Seconds and memory of the exact AUCs over a test half as large as Ali-CCP's.
+"""Seconds and memory of the exact AUCs over a test split as large as Ali-CCP's.
 
     python benchmarks/auc.py [--impressions 43000000] [--report] [--out auc.json]
 

@@ -3,7 +3,7 @@
     python benchmarks/delayed_feedback.py --seeds 5 --out delayed_feedback.json
 
 For each seed a world is drawn whose conversions come late (`comparison.worlds.delays`). Every
-method is trained once through the training half in time order, and measured on the test half with
+method is trained once through the training split in time order, and measured on the test split with
 the conversions that there will ever be. Intervals are 95 % t-intervals over the worlds.
 """
 
@@ -49,7 +49,7 @@ from esmm_torchrec.training.options import TrainOptions
 MIN_COUNT = 5
 BATCH_SIZE = 128
 FIGURES = {"cvr_auc": "CVR AUC", "cvr_log_loss": "log loss", "cvr_pcoc": "PCOC"}
-"""On the clicks of the test half, by the names of metrics.json."""
+"""On the clicks of the test split, by the names of metrics.json."""
 REFERENCE = "wait a day"
 
 

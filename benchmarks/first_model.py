@@ -2,7 +2,7 @@
 
 python benchmarks/first_model.py --logs FOLDER --out bench/first-model
 
-For each set, the AUC on the test half of clicks (all rows), conversions (clicked rows) and clicks
+For each set, the AUC on the test split of clicks (all rows), conversions (clicked rows) and clicks
 with a conversion (all rows), as a mean over seeds. `first_model_sets` generates sets,
 `first_model_logs` reads real ones, `first_model_references` fits the models of scikit-learn.
 Writes results.json and table.md.

@@ -30,7 +30,7 @@ from benchmarks.first_model_sets import CLICK, CONVERSION, LogSet
 
 
 def reference_aucs(kind: str, log: LogSet, seed: int) -> dict[str, float]:
-    """CTR, CVR and CTCVR AUC on the test half.
+    """CTR, CVR and CTCVR AUC on the test split.
 
     Args:
         kind: "logistic regression" or "gradient boosting".

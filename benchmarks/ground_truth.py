@@ -1,7 +1,7 @@
 """ESMM on generated worlds: beside a plain-PyTorch ESMM, a network of clicks alone, and the oracle.
 
 For each seed a world of its own is generated, prepared and split by time. Three models of the same
-shape are trained for one epoch on its training half: ESMM by this library, ESMM in plain PyTorch
+shape are trained for one epoch on its training split: ESMM by this library, ESMM in plain PyTorch
 (below; it shares no code with the library and reads the Parquet files itself), and BASE, the
 conversion tower with its embeddings on clicked impressions alone.
 
@@ -152,7 +152,7 @@ def read_split(folder: Path, split: str) -> tuple[pa.Table, dict[str, Feature], 
 
 
 def plain_run(folder: Path, options: Options, seed: int) -> dict[str, float]:
-    """Trains the plain model for an epoch and measures it on the test half with scikit-learn."""
+    """Trains the plain model for an epoch and measures it on the test split with scikit-learn."""
     torch.manual_seed(seed)
     description = json.loads((folder / "dataset.json").read_text())
     sizes = {table["name"]: table["num_embeddings"] for table in description["schema"]["tables"]}

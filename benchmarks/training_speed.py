@@ -142,7 +142,7 @@ class Contender:
     steps: Iterator[Any]
     """Trains one step for each `next`, as many as there are batches in an epoch."""
     score: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Click and conversion scores of the test half, after training."""
+    """Click and conversion scores of the test split, after training."""
 
     def take(self, num_steps: int) -> int:
         for _ in range(num_steps):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import NoneType
 from typing import TypeVar, get_args
@@ -88,16 +90,67 @@ def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     """
     if hasattr(options, "for_arguments"):
         options = options.for_arguments(arguments)  # pyright: ignore[reportAttributeAccessIssue]
-    complaint = io.StringIO()
+    help_text, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
             return tyro.cli(options, prog=prog, args=list(arguments), registry=_REGISTRY)
     except SystemExit as stop:
         if stop.code in (0, None):
+            print(wrapped(help_text.getvalue(), shutil.get_terminal_size().columns), end="")
             raise
         if isinstance(stop.__context__, OptionError):
             raise stop.__context__ from None
         raise OptionError(f"{_sentence(complaint.getvalue())}; see '{prog} --help'") from None
+
+
+def wrapped(help_text: str, width: int) -> str:
+    """A help text of tyro's, which keeps the line breaks of a docstring, with paragraphs and the
+    texts of options wrapped anew."""
+    lines: list[str] = []
+    for block in _blocks(help_text.splitlines()):
+        first, *others = block
+        column = _indent(others[0]) if others else _indent(first)
+        name, text = first, ""
+        if first[max(0, column - 2) : column].isspace() or not column:  # the text begins beside it
+            name, text = first[:column], first[column:]
+        if name.strip() and not text:
+            lines.append(name.rstrip())
+            name = " " * column
+        paragraph = " ".join([text, *(line.strip() for line in others)])
+        lines += textwrap.wrap(
+            paragraph.strip(),
+            width,
+            initial_indent=name,
+            subsequent_indent=" " * column,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        if not paragraph.strip() and not name.strip():
+            lines.append("")
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
+    """Each blank line, title or rule by itself; each paragraph, and each option with its text."""
+    block: list[str] = []
+    for line in lines:
+        goes_on = (
+            line.strip()
+            and block
+            and block[0].strip()
+            and (_indent(line) >= 8 or _indent(line) == _indent(block[0]) == 0)
+            and not block[0].startswith("usage:")
+        )
+        if block and not goes_on:
+            yield block
+            block = []
+        block.append(line)
+    if block:
+        yield block
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _sentence(box: str) -> str:

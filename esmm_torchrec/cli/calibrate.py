@@ -29,16 +29,17 @@ _FIGURES = ("calibration", "ece", "ne")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Fit a calibration of a model's probabilities on the test half of a prepared data set.
+    """Fit a calibration of a model's probabilities on the test split of a prepared data set.
 
-    The calibration is written to RUN/calibration.json, and 'evaluate --calibrated' applies it.
-    Calibrate on data that the model was not trained on, and measure on other data.
+    The calibration is written to RUN/calibration.json; 'evaluate', 'score' and 'export' apply it
+    with --calibrated. Calibrate on data that the model was not trained on, and measure on other
+    data.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run folder."""
     data: Path
-    """The prepared data set whose test half is used; its vocabularies must be those of the
+    """The prepared data set whose test split is used; its vocabularies must be those of the
     training."""
     kind: CalibrationKind = "isotonic"
     """isotonic needs many labels; platt (two numbers for each task) needs few."""
@@ -47,7 +48,8 @@ class Options:
     sharding: ShardingOption = "auto"
     """How tables are placed on the available ranks."""
     step: int | None = None
-    """Step of the checkpoint to use; by default, the last one."""
+    """Step of the checkpoint to use; by default, the best one that validation chose, else the last
+    one."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
 
@@ -80,7 +82,7 @@ def _calibrate(options: Options, ranks: Ranks) -> None:
         calibration.to_dict()
         | {"step": step, "data": str(options.data.resolve()), "impressions": scored.size},
     )
-    rows = [["test half", "PCOC", "calibrated", "ECE", "calibrated", "NE", "calibrated"]]
+    rows = [["test split", "PCOC", "calibrated", "ECE", "calibrated", "NE", "calibrated"]]
     for name, *_ in scored.tasks.probabilities:
         if name in scored.scores:
             pairs = [(before[f"{name}_{key}"], after.get(f"{name}_{key}")) for key in _FIGURES]

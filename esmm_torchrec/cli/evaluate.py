@@ -94,7 +94,7 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
         return
     if other is not None:
         metrics["test"] |= relative_improvements(metrics["test"], other)
-    print(format_metrics(metrics, scored.tasks).replace("test half", f"{options.split} half", 1))
+    print(format_metrics(metrics, scored.tasks).replace("test split", f"{options.split} split", 1))
     print(described(folder, step))
     slices = {}
     for field, values in fields.items():
@@ -124,6 +124,6 @@ def _read(path: Path, options: Options) -> dict[str, Any]:
         return json.loads(path.read_text())[options.split]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
-            f"{path} has no figures for the {options.split} half; give the metrics.json of a "
+            f"{path} has no figures for the {options.split} split; give the metrics.json of a "
             "run, or a file written by 'evaluate --json'"
         ) from None

@@ -30,7 +30,7 @@ class Options:
     """Files of the impressions, as for prepare table."""
 
     test: tuple[str, ...] = ()
-    """Files of impressions that replace the test half; without them, it is unchanged."""
+    """Files of impressions that replace the test split; without them, it is unchanged."""
 
     day: str | None = None
     """Name of the added impressions, such as 2026-11-02. A name that already exists is refused, so

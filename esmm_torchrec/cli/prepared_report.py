@@ -102,7 +102,7 @@ def report(
     command = f"{launcher} train --data {out} --out {run}"
     never = [name for name, count in data_set.splits["train"].happened.items() if not count]
     if never:
-        sections.append([f"warning: the training half has no {' or '.join(never)} to learn from"])
+        sections.append([f"warning: the training split has no {' or '.join(never)} to learn from"])
         command += " --method ctr"
     forms = data_set.source.get("text_forms", [])
     sections.append(

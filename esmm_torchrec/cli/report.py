@@ -45,7 +45,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Scores the test half and writes the page."""
+    """Scores the test split and writes the page."""
     from esmm_torchrec.training.run_report import run_report  # noqa: PLC0415
 
     folder = RunFolder.open(options.run)

@@ -47,7 +47,7 @@ class Options:
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder, or an exported model."""
+    """The run folder, or a package that 'export' wrote."""
     out: str
     """The file to write, which ends in .parquet, .csv or .arrow, or a folder; or its URI."""
     data: str | None = None
@@ -57,7 +57,7 @@ class Options:
     data that was prepared; also folders and patterns of files, and URIs of Parquet files. Labels
     are not needed."""
     keep: tuple[str, ...] = ()
-    """Columns of --input to write beside the scores."""
+    """Columns of --input to write in addition to the scores."""
     max_bad_rows: int = 0
     """Number of rows of --input that may be impossible to score; their scores are null."""
     split: Literal["train", "test"] = "test"

@@ -23,7 +23,7 @@ class Options:
     """
 
     model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="MODEL")]]
-    """The exported model, or a link to it."""
+    """The package that 'export' wrote, or a symbolic link to it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all addresses of this machine."""
     port: int = 8000

@@ -29,7 +29,7 @@ def format_metrics(metrics: Mapping[str, Any], tasks: TaskChain = DEFAULT_TASKS)
         for title, values in optional.items()
         if any(value is not None for value in values)
     }
-    heading = ["test half", "AUC", "NE", "calibration", *optional]
+    heading = ["test split", "AUC", "NE", "calibration", *optional]
     rows: list[list[Any]] = [heading]
     for place, probability in enumerate(tasks.probabilities):
         name = probability.name

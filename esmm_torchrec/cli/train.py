@@ -18,7 +18,7 @@ from esmm_torchrec.training.run import train
 
 @dataclass(frozen=True, kw_only=True)
 class Options(MethodOptions, TrainOptions):
-    """Train a conversion model on a prepared data set and measure it on the test half."""
+    """Train a conversion model on a prepared data set and measure it on the test split."""
 
     data: str
     """The prepared data set: a folder, or a URI such as s3://bucket/prepared."""

@@ -90,7 +90,7 @@ class Source:
         self.identity = identity
         """What trainings on it are remembered by."""
         self.impressions = impressions
-        """Of the training half."""
+        """Of the training split."""
         self.drawn = drawn
         """A file that exists once it can be opened; None: it always can."""
         self.draw = draw
@@ -103,7 +103,7 @@ class Source:
         """The data set.
 
         Raises:
-            DataError: it cannot be read, or its test half has nothing to measure.
+            DataError: it cannot be read, or its test split has nothing to measure.
         """
         data = self._open_data()
         first, *_, last = data.test.schema.tasks
@@ -143,7 +143,7 @@ def prepared_source(path: Path, *, held_out_by: HeldOutBy, test_impressions: int
 
 
 def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
-    """The training half with the users that are held out and drawn together.
+    """The training split with the users that are held out and drawn together.
 
     group_id itself is for metrics alone: "auto" is the shared row, or each impression by itself if
     no feature is shared.

@@ -68,7 +68,7 @@ def _words(value: Any) -> list[str]:
 
 
 def best_method(chosen: Mapping[str, Chosen]) -> str:
-    """The method with the best score on the held-out users; the test half decides nothing.
+    """The method with the best score on the held-out users; the test split decides nothing.
 
     Args:
         chosen: method → what tuning chose for it.

@@ -156,7 +156,8 @@ class ComparisonOptions:
     held_out_by: HeldOutBy = "auto"
     """What stays together when training users of a prepared data set are held out or a fraction of
     them is drawn: impressions of a group_id, of a shared row, or each impression by itself; auto:
-    of a shared row if there are any. Otherwise, group_id affects only metrics."""
+    of a shared row if there are any, else each impression by itself. Except with group, group_id
+    affects only metrics."""
     validation_share: float = 0.3
     """Part of the training users to tune on; chosen methods are retrained on all."""
     test_impressions: int = 1_500_000
@@ -167,9 +168,9 @@ class ComparisonOptions:
     tower: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of each tower."""
     batch_size: int | Literal["auto"] = "auto"
-    """Impressions per step over all ranks in a pass over the whole training half; auto: the largest
-    power of two with which this pass takes at least 200 steps. Every pass, of any method and
-    fraction, takes the same number of updates, so fewer rows mean smaller batches."""
+    """Impressions per step over all ranks in a pass over the whole training split; auto: the
+    largest power of two with which this pass takes at least 200 steps. Every pass, of any method
+    and fraction, takes the same number of updates, so fewer rows mean smaller batches."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables (the paper: adam); towers use Adam, as in the paper."""
     sharding: ShardingOption = "auto"
@@ -233,7 +234,7 @@ class ComparisonOptions:
         """These with the batch size that "auto" means.
 
         Args:
-            impressions: of the training half.
+            impressions: of the training split.
         """
         if self.batch_size != "auto":
             return self

@@ -3,7 +3,7 @@
 Runs of two methods with the same seed share data and initial weights, so they are compared in
 pairs with Student's t on the differences. The comparisons made on one figure form one family, and
 Holm's step-down correction bounds the chance of any false finding within it. If all seeds share one
-data set, they say nothing about other data; the users of the test half are resampled instead.
+data set, they say nothing about other data; the users of the test split are resampled instead.
 
 Shapes: n test impressions, U their users, R resamplings.
 """

@@ -4,7 +4,7 @@ trials/<code>/<name>-<hash>.json    a finished training: its figures, by all tha
 trials/<code>/<name>-<hash>.npz     scores that other trainings need
 
 <code> is a hash of the sources that decide figures and of the versions of the libraries beneath
-them. What other code remembered is left aside, and said so: a table of both would compare the code.
+them. Results of other code are ignored, with a notice: mixing them would compare code, not methods.
 """
 
 from __future__ import annotations

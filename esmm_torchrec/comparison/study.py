@@ -4,7 +4,7 @@
                  trials, on a small part of the others first, the best of them on a larger one;
                  trial and number of passes are chosen once
     comparison   every method is retrained with what was chosen, on all training users or a part
-                 of them, for every seed; the test half is scored by chosen models alone
+                 of them, for every seed; the test split is scored by chosen models alone
 
 One click network, tuned and trained by itself, supplies pCTR to every method, as in the paper.
 Every training is a job that leaves a file (`jobs`, `store`, `work`): processes share them, and a
@@ -89,7 +89,7 @@ def compare(
         settings: the content of another comparison's results.json, whose choices are used; None:
             methods are tuned.
         keep_best: run folder to leave the best method in, trained with what was chosen for it; it
-            needs `data`. The best is chosen on the held-out users, not on the test half.
+            needs `data`. The best is chosen on the held-out users, not on the test split.
 
     Returns:
         the content of results.json.

@@ -52,7 +52,7 @@ def largest_fraction(results: Results) -> str:
 
 
 def knows_truth(results: Results) -> bool:
-    """Whether the true probabilities of the test half are known."""
+    """Whether the true probabilities of the test split are known."""
     return _is_known(results, "cvr_auc_entire_space")
 
 

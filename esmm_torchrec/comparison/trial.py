@@ -90,7 +90,7 @@ class Stage:
 
     @classmethod
     def test(cls, data: ComparisonData, fraction: float) -> Stage:
-        """The comparison itself: a part of the training users, or all, and the test half."""
+        """The comparison itself: a part of the training users, or all, and the test split."""
         train, test, rows = data.train, data.test, None
         if fraction < 1:
             rows = rows_between(train, 0.0, fraction, purpose="volume")

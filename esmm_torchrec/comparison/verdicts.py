@@ -60,7 +60,7 @@ def regime(results: Results) -> str:
         where = (
             f"{Path(source['data']).name} with {protocol['seeds']} seeds, CTR "
             f"{counts['clicks'] / counts['impressions']:.2g}, CVR of clicks "
-            f"{counts['conversions'] / counts['clicks']:.2g} in the test half; "
+            f"{counts['conversions'] / counts['clicks']:.2g} in the test split; "
         )
     return (
         f"{where}{rows:,.0f} training impressions, tested on {counts['impressions']:,.0f} "

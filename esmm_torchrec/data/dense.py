@@ -214,7 +214,7 @@ class DenseFitter:
 
     def __init__(self, columns: int, of_rows: int | None = None) -> None:
         self._threshold = np.uint64(2**64 - 1)
-        # Generous, because many of the rows may be bad, or in the test half. Keeping too many does
+        # Generous, because many of the rows may be bad, or in the test split. Keeping too many does
         # not change the sample of all.
         while of_rows is not None and of_rows > 64 * MIN_SAMPLE_ROWS:
             self._threshold >>= np.uint64(1)

@@ -1,7 +1,7 @@
 """Ids that are not rows of their table are refused before they reach a kernel.
 
 fbgemm replaces such an id by 0, with one line on stderr, and trains row 0. A table sharded by rows
-may take another row without a word. This library's reader never gives such ids; others may.
+may silently use another row. This library's reader never gives such ids; others may.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ config.json        what makes the run what it is ("identity"), its latest option
                    for the start and each time it was resumed, the step, the options that may
                    differ, the data and the placement
 history.jsonl      one line now and then while training
-metrics.json       what the trained model measures on the test half
+metrics.json       what the trained model measures on the test split
 preprocessing/     the data set's description and vocabularies, to score new rows
 passes.json        what a search for the number of passes found, if there was one
 pctr.npz           the pCTR by which a method chose its clicked rows, if it needs one

@@ -1,4 +1,4 @@
-"""Figures of a model by value of a field, for its model card: a part of the test half is scored by
+"""Figures of a model by value of a field, for its model card: a part of the test split is scored by
 the program itself, whose tables may be in files."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_VALUES = 8
 
 
 class CardFigures(NamedTuple):
-    """Of the test half of a run's data."""
+    """Of the test split of a run's data."""
 
     impressions: int
     """That were scored."""

@@ -54,7 +54,7 @@ def model_card(
         f"Source: {data.source.get('kind')}. Fingerprint: {data.fingerprint}. Licence of the data: "
         f"{licence}.",
         "",
-        "## Metrics on the test half",
+        "## Metrics on the test split",
         "",
         *_metrics(run),
         "",
@@ -84,7 +84,7 @@ def model_card(
         + (
             "They are the model's own probabilities, not calibrated after training."
             if calibration is None
-            else f"They are calibrated ({calibration}); the metrics of the whole test half are of "
+            else f"They are calibrated ({calibration}); the metrics of the whole test split are of "
             "the uncalibrated scores."
         ),
         "",
@@ -120,7 +120,7 @@ def _by_value(figures: CardFigures | str, tasks: TaskChain) -> list[str]:
         return [figures]
     names = [name for name, *_ in tasks.probabilities]
     lines = [
-        f"Of {figures.impressions:,} impressions of the test half. `report` shows further fields.",
+        f"Of {figures.impressions:,} impressions of the test split. `report` shows further fields.",
     ]
     for field, rows in figures.by_field.items():
         shown = [key for name in names for key in (f"{name} auc", f"{name} pcoc") if key in rows[0]]

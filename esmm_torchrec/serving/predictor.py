@@ -32,15 +32,15 @@ class Predictor:
     Args:
         model: the folder of a run, or of an exported model.
         step: of the checkpoint of a run; None: that of the model.
-        calibrated: calibrate the scores of a run as 'calibrate' fitted it; an exported model was
-            exported so or not.
+        calibrated: apply the calibration that 'calibrate' fitted to a run. For a package, this was
+            decided at export.
         device: where the model of a run is; that of an exported one is where it was exported for.
         runners: how many threads can run a compiled program at the same time.
 
     Raises:
         RunError: it is neither, or is broken, or was exported for another machine, or the run has
             no such checkpoint or no calibration of it.
-        OptionError: `calibrated` with an exported model that is not.
+        OptionError: `calibrated` with a package that is not.
     """
 
     def __init__(

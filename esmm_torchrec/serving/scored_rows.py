@@ -90,12 +90,12 @@ def score_schema(tasks: TaskChain) -> pa.Schema:
 def unknown_warnings(
     counts: Mapping[str, Counts], expected: Mapping[str, float], *, factor: float = 2.0
 ) -> list[str]:
-    """A sentence on each feature with far more unknown ids than the test half of the training data
+    """A sentence on each feature with far more unknown ids than the test split of the training data
     had: over `factor` times the share, and over 5 percentage points more.
 
     Args:
         counts: by id feature, of the rows scored.
-        expected: by id feature, the share of unknown ids in the test half.
+        expected: by id feature, the share of unknown ids in the test split.
         factor: see above.
     """
     sentences = []
@@ -106,7 +106,7 @@ def unknown_warnings(
         if share > factor * usual and share > usual + 0.05:
             sentences.append(
                 f"{share:.1%} of the ids of {name!r} are unknown to the model, but {usual:.1%} in "
-                "the test half of its training data; check that the column holds the same ids"
+                "the test split of its training data; check that the column holds the same ids"
             )
     return sentences
 

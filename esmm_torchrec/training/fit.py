@@ -70,7 +70,7 @@ def training_part(
     """The impressions that the method of the options trains on.
 
     Args:
-        split: the training half.
+        split: the training split.
         options: method, rate and seed.
         within: int (M,), the rows to choose from, ascending; None: all.
         pctr: float64 (N,), one of each clicked row chosen from, for methods that need it.
@@ -126,7 +126,7 @@ def part_of(
     multiply those of the method.
 
     Args:
-        split: the training half.
+        split: the training split.
         chosen: as `Rows.select` gives it for the rows of `within`.
         name: of the method, for the sentence of an error.
         within: as in `training_part`.
@@ -222,7 +222,7 @@ def build_loop(
     """The training of a method, before its first step.
 
     Args:
-        split: the training half.
+        split: the training split.
         options: of the training.
         ranks: this process among the others.
         part: what to train on.
@@ -302,7 +302,7 @@ def fit(
     """Trains without a run folder; to be called on every rank.
 
     Args:
-        split: the training half.
+        split: the training split.
         options: of the training.
         ranks: this process among the others.
         part: what to train on.
@@ -339,7 +339,7 @@ def out_of_fold_pctr(
     Ids that a network saw nothing of either are the unknown id for it.
 
     Args:
-        split: the training half.
+        split: the training split.
         options: of the training; the method is that of a click network whatever they say.
         ranks: this process among the others.
         workload: what the planner should expect.

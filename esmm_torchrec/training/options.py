@@ -47,8 +47,11 @@ class TrainOptions:
     """
 
     method: str = "esmm"
-    """What is trained: ESMM, another conversion method of its paper, or the click network alone;
-    docs/methods.md describes each. A method is a preset of the three parts that follow."""
+    """What is trained: a method of the ESMM paper (esmm, base, aman, oversampling, unbias,
+    unbias-weighted, division, esmm-ns), shared-bottom, one that came after the paper (mtl-ips,
+    mtl-dr, mrdr, escm2-ips, escm2-dr, dcmt, nise, ddpo, mmoe, ple, aitm), or ctr, the click network
+    alone; docs/methods.md describes each. A method is a preset of rows, architecture and
+    objective."""
     rows: Rows | None = None
     """Which impressions are trained on; None: as the method has it."""
     architecture: Architecture | None = None
@@ -58,7 +61,7 @@ class TrainOptions:
     interaction: Interaction | None = None
     """What features become before the towers see them; None: as the method has it."""
     epochs: int | Literal["auto"] = "auto"
-    """Passes over the training half. auto: with a validation share, training continues until the
+    """Passes over the training split. auto: with a validation share, training continues until the
     held-out part stops improving, and the best checkpoint is the model. Without one, a run takes
     one pass over many rows; on fewer rows, it holds out a fifth of them to find the best number."""
     max_steps: int | None = None
@@ -67,7 +70,7 @@ class TrainOptions:
     """Impressions per step over all ranks; auto chooses it by the number of impressions that the
     method trains on."""
     validation_share: float = 0.0
-    """Share of the training half to hold out and to measure on after each pass."""
+    """Share of the training split to hold out and to measure on after each pass."""
     validation: ValidationOption = "hash"
     """What is held out: users by a hash, with all of their impressions, or the latest impressions
     by timestamp."""
@@ -137,7 +140,8 @@ class TrainOptions:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int | None = None
-    """Keep this many of the latest checkpoints; None: all."""
+    """Keep this many of the latest checkpoints, and the best one if one is marked; by default,
+    all."""
     table_rows: Mapping[str, int] = field(default_factory=dict)
     """Number of rows, NAME=N, of tables with more rows than the data need. This reserves rows for
     the ids of later days, so that plans and checkpoints keep their shape. A run that starts from

@@ -1,4 +1,4 @@
-"""How many passes over the training half a run takes, if `epochs` is "auto".
+"""How many passes over the training split a run takes, if `epochs` is "auto".
 
 Few rows need several passes and many rows need one: in a second pass the embeddings of a large
 model overfit. In between, the number is searched: the model is trained on a part of the rows until
@@ -65,7 +65,7 @@ def choose_passes(
     """The number of passes of a run; to be called on every rank.
 
     Args:
-        split: the training half.
+        split: the training split.
         options: of the run.
         ranks: this process among the others.
         num_rows: rows that the method trains on.

@@ -51,7 +51,7 @@ def read_mode(dataset: PreparedDataSet, options: TrainOptions) -> Literal["mappe
 def open_splits(
     dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks
 ) -> dict[SplitName, Split]:
-    """The splits of a data set as a run reads them. The test half is measured in stored order, so
+    """The splits of a data set as a run reads them. The test split is measured in stored order, so
     its lanes are stretches of it, one for each rank.
 
     Raises:
@@ -87,10 +87,10 @@ def training_reader(
     rows_per_step: int,
     selection: Selection | None = None,
 ) -> BatchReader:
-    """What reads the training half.
+    """What reads the training split.
 
     Args:
-        split: the training half.
+        split: the training split.
         options: of the run.
         ranks: this process among the others.
         rows_per_step: over all ranks.

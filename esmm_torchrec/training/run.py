@@ -60,7 +60,7 @@ which order. The others may change when it is resumed."""
 
 
 def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
-    """Trains on a prepared data set and measures the result on its test half.
+    """Trains on a prepared data set and measures the result on its test split.
 
     Every rank calls it; rank 0 writes `out` and prints. A run that is in `out` already is resumed,
     as `options.resume` says.

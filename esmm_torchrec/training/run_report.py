@@ -48,7 +48,7 @@ def run_report(
     Args:
         run: the run.
         dataset: its data.
-        scored: the test half.
+        scored: the test split.
         step: of the checkpoint that scored it.
         fields: by name, the values that figures are shown for.
         importances: of the features.

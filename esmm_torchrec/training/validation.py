@@ -1,4 +1,4 @@
-"""Held-out impressions of the training half, and what a model reaches on them while it trains."""
+"""Held-out impressions of the training split, and what a model reaches on them while it trains."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class HeldOut:
 
 
 def hold_out(split: MappedSplit, *, share: float, by: ValidationOption) -> HeldOut:
-    """Divides the training half.
+    """Divides the training split.
 
     Args:
-        split: the training half.
+        split: the training split.
         share: of the rows to hold out, in (0, 1); met on average (hash), or exceeded by the rows
             of one timestamp (time).
         by: how rows are chosen.
@@ -95,7 +95,7 @@ class Validate(Callback):
     An id that the rows to train on do not have is the unknown id of its table, as in test data.
 
     Args:
-        split: the training half.
+        split: the training split.
         held_out: rows to train on, and rows to measure on.
         patience: passes after the best one until training stops; None: it does not stop early.
         shared_features: how a batch carries shared features.

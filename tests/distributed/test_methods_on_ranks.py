@@ -501,7 +501,7 @@ def test_the_test_half_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
         for name, test in (("plain", frames[1]), ("other-test", frames[2]))
     )
     assert plain.schema == other.schema
-    # Shares belong to each split; whatever encodes values is of the training half.
+    # Shares belong to each split; whatever encodes values is of the training split.
     of_train, of_other = (
         replace(
             dataset.statistics,
@@ -526,4 +526,4 @@ def test_the_test_half_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
         assert one.name == other_one.name
         assert one.read_bytes() == other_one.read_bytes()
     metrics = [(run / "metrics.json").read_text() for run in runs]
-    assert metrics[0] != metrics[1], "the test half is another"
+    assert metrics[0] != metrics[1], "the test split is another"

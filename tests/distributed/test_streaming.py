@@ -103,7 +103,7 @@ def _train(data: str | Path, out: Path, options: TrainOptions) -> dict[str, Any]
 
 
 def _measured(run: Path, data: Path) -> dict[str, Any] | None:
-    """What the model of a run measures on the mapped test half."""
+    """What the model of a run measures on the mapped test split."""
 
     def on_rank(ranks: Ranks) -> dict[str, Any] | None:
         split = MappedSplit.open(PreparedDataSet.open(data), "test")

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def test_half(folder: Path) -> pd.DataFrame:
-    """Scores, labels and true probabilities of the test half."""
+    """Scores, labels and true probabilities of the test split."""
     scores = pd.read_parquet(folder / "scores.parquet").set_index("sample_id")
     truth = pd.read_parquet(folder / "truth.parquet").add_prefix("true_")
     return scores.join(pd.read_parquet(folder / "log.parquet")).join(truth)

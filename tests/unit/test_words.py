@@ -22,7 +22,8 @@ TEXTS = [
 ]
 
 UNITS = (
-    r"weights|milliseconds|ms|[GM]i?B|bytes|figures|values|updates|impressions|rows|lines?|shards?"
+    r"weights|milliseconds|ms|[GM]i?B|Gb/s|bytes|figures|values|updates|impressions|rows|lines?|"
+    r"shards?"
 )
 
 NOUNS = r"folder|file|ids?|number|integer|method|sample|multiple|terminal|[A-Z]\w+"
@@ -41,6 +42,7 @@ AVOIDED = {
     r"\bmake it again\b": "create it again",
     r"\bgive the (same )?command again\b": "rerun the command",
     r"\bholds no\b": "has no, does not contain",
+    r"\b(test|training) half\b": "test split, training split",
 }
 
 

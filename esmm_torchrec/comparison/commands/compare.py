@@ -20,7 +20,7 @@ from esmm_torchrec.sharding.process_group import process_group
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ComparisonOptions):
-    """Compare conversion methods: tune each in the same way, retrain it, score the test half once.
+    """Compare conversion methods: tune each in the same way, retrain it, score the test split once.
 
     Without --data, each seed is a generated world with known probabilities. The folder gets
     results.json, report.html, table.csv, table.md and plots. Rerun the command to resume a

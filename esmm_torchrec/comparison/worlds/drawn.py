@@ -1,7 +1,7 @@
 """A world drawn straight into mapped splits, without raw text or Parquet on the way.
 
 The result holds the same arrays as the raw files of the world prepared and mapped. Impressions wait
-in scratch files, as numbers of the world, until the training half is counted and the vocabularies
+in scratch files, as numbers of the world, until the training split is counted and the vocabularies
 are known; shared rows wait in memory.
 """
 
@@ -116,7 +116,7 @@ class _Rendered(NamedTuple):
 
 
 class _Drawing:
-    """Draws splits as numbers of the world, and counts those of the training half."""
+    """Draws splits as numbers of the world, and counts those of the training split."""
 
     def __init__(self, simulation: Simulation, raw_ids: Mapping[str, Ints], folder: Path) -> None:
         self._simulation = simulation

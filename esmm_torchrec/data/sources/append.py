@@ -80,7 +80,7 @@ def append_table(
     Args:
         data_set: the folder, or its URI.
         train: the impressions, in the forms that `prepare_table` takes.
-        test: impressions that take the place of the test half; None keeps the test half.
+        test: impressions that take the place of the test split; None keeps the test split.
         day: name of what is added, of letters, digits and ._-; None numbers it.
         engine: a SparkSession whose tasks do the work, as in `prepare_table`.
         progress: show a bar.
@@ -307,7 +307,7 @@ def _vocabularies(
 
 
 def _copy_test(whole: PreparedDataSet, writer: PreparedWriter) -> None:
-    """The test half as it is, whose ids have the same rows."""
+    """The test split as it is, whose ids have the same rows."""
     for batch in whole.checked_rows("test", "impressions"):
         writer.write_impressions("test", pa.Table.from_batches([batch]))
     impressions = whole.splits["test"].impressions

@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Options:
-    """Estimate how embedding tables could be placed on machines that you do not need to have.
+    """Estimate how embedding tables could be placed on machines that you do not have.
 
     Writes OUT/report.html (start there), plans.json, plots/*.png, and, for every strategy and
     number of GPUs that fits, plan-STRATEGY-GPUS.json, which 'train --plan' loads.

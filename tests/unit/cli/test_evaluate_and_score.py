@@ -100,7 +100,7 @@ def test_the_test_split_measures_what_training_ended_with(
     assert written.pop("test") == recorded
     whence = {"run": run, "step": LAST_STEP, "finished": True, "data": data, "split": "test"}
     assert written == whence
-    assert shown.startswith("test half ")
+    assert shown.startswith("test split ")
     assert re.search(rf"^click, all impressions +{recorded['ctr_auc']:.4f} ", shown, flags=re.M)
     assert f"{TEST_ROWS} impressions, {recorded['clicks']} clicks, " in shown
 
@@ -114,7 +114,7 @@ def test_calibration_is_shown_by_value_of_a_field(
     shown = capsys.readouterr().out
     written = json.loads(Path(out).read_text())
     assert written["test"]["cvr_relaimpr"] == pytest.approx(0)
-    assert re.search(r"^test half .* RelaImpr$", shown, flags=re.M)
+    assert re.search(r"^test split .* RelaImpr$", shown, flags=re.M)
     frame = _impressions(TEST_ROWS, 1)
     pcvr, buy = scores["pcvr"].to_numpy().astype(float), frame["buy"].to_numpy()
     for of in written["by"]["shop"]["cvr"]:
@@ -136,7 +136,7 @@ def test_a_field_that_is_not_there_is_named(
     said = _refused(["evaluate", *given, "--by", "colour"], capsys)
     assert said.startswith("--by colour is not a feature of the data set; choose from user, shop")
     said = _refused(["evaluate", *given, "--against", str(folder / "no.json")], capsys)
-    assert "has no figures for the test half" in said
+    assert "has no figures for the test split" in said
 
 
 def test_a_model_is_calibrated_on_the_test_half(
@@ -146,7 +146,9 @@ def test_a_model_is_calibrated_on_the_test_half(
     shutil.copytree(folder / "run", run)
     main(["calibrate", run, "--data", data, "--kind", "platt"])
     shown = capsys.readouterr().out
-    assert re.search(r"^test half +PCOC +calibrated +ECE +calibrated +NE +calibrated$", shown, re.M)
+    assert re.search(
+        r"^test split +PCOC +calibrated +ECE +calibrated +NE +calibrated$", shown, re.M
+    )
     recorded = json.loads((folder / "run" / "metrics.json").read_text())["test"]
     assert re.search(rf"^cvr +{recorded['cvr_pcoc']:.4f} ", shown, flags=re.M)
     main(["evaluate", run, "--data", data, "--calibrated", "--json", str(tmp_path / "c.json")])

@@ -109,7 +109,7 @@ def run(data: Path) -> Path:
 
 
 def _served(out: Path, data: Path) -> dict[str, np.ndarray]:
-    """What the program gives for the test half, in a process of its own."""
+    """What the program gives for the test split, in a process of its own."""
     scores = out.with_suffix(".npz")
     arguments = [data / "test/impressions-00000.parquet", data / "test/shared-00000.parquet"]
     command = [sys.executable, "-c", SERVE, out, *arguments, scores]

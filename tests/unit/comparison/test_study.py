@@ -117,7 +117,7 @@ def _compare_all(folder: Path) -> dict[str, Any]:
             "removed": [path.name for path in removed],
             "worlds left": list((folder / "worlds" / "worlds").glob("*")),
             "fixed": fixed,
-            "other test half": run("other-test", FIXED, folder / "other-test-data"),
+            "other test split": run("other-test", FIXED, folder / "other-test-data"),
             "no truth": run("no-truth", replace(FIXED, seeds=1), folder / "no-truth-data"),
         }
 
@@ -138,7 +138,7 @@ def _without_truth(source: Path, out: Path) -> None:
 
 
 def _with_other_test_half(source: Path, out: Path) -> None:
-    """A copy of a data set with other labels and other ids in its test half."""
+    """A copy of a data set with other labels and other ids in its test split."""
     shutil.copytree(source, out)
     description = description_of(out)
     rng = np.random.default_rng(1)
@@ -380,14 +380,14 @@ def test_division_is_scored_by_its_own_pctr_and_by_the_common_one(
 
 def test_the_test_half_chooses_no_setting(compared: dict[str, Any]) -> None:
     plain, other = (
-        dict(_numbers(compared[name]["tuning"])) for name in ("fixed", "other test half")
+        dict(_numbers(compared[name]["tuning"])) for name in ("fixed", "other test split")
     )
     assert plain == other
     scores = [
         compared[name]["methods"]["BASE"]["1"]["cvr_auc"]["mean"]
-        for name in ("fixed", "other test half")
+        for name in ("fixed", "other test split")
     ]
-    assert scores[0] != scores[1], "the test half is another"
+    assert scores[0] != scores[1], "the test split is another"
 
 
 def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -> None:
@@ -401,7 +401,7 @@ def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -
             assert 0 < difference["p_value_users"] <= difference["p_value_users_holm"] <= 1, metric
             stands = max(difference["p_value_holm"], difference["p_value_users_holm"]) <= 0.05
             assert difference["within_noise"] is not stands
-    # One world is not another: the seeds of one data set share its test half.
+    # One world is not another: the seeds of one data set share its test split.
     counts = results["methods"]["BASE"]["1"]["conversions"]["runs"]
     assert len(set(counts)) == 1
     worlds = compared["worlds"]["methods"]["BASE"]["1"]["conversions"]["runs"]

@@ -35,7 +35,7 @@ def test_tuning_holds_out_whole_users(data: ComparisonData) -> None:
     stage = Stage.validation(data, 0.3)
     assert stage.train_rows is not None
     assert stage.scored_rows is not None
-    assert stage.scored is data.train, "the test half is no part of tuning"
+    assert stage.scored is data.train, "the test split is no part of tuning"
     everything = np.sort(np.r_[stage.train_rows, stage.scored_rows])
     np.testing.assert_array_equal(everything, np.arange(600))
     user = data.train.scalars["group_id"]
@@ -53,7 +53,7 @@ def test_a_part_of_the_users_has_a_vocabulary_of_its_own(data: ComparisonData) -
         enough = occurs[table] >= data.min_count
         assert not ids[1:][~enough[1:]].any(), table
         lost += int(count_ids(data.test, None)[table][1:][~enough[1:]].sum())
-    assert lost > 0, "some ids of the test half must be too rare in the part"
+    assert lost > 0, "some ids of the test split must be too rare in the part"
     for table, ids in count_ids(stage.train, stage.train_rows).items():
         assert not ids[1:][occurs[table][1:] < data.min_count].any()
 

@@ -43,7 +43,7 @@ def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
 
 
 def _broken_row(data: Path, *, row: int) -> MappedSplit:
-    """The training half with one row that is not finite."""
+    """The training split with one row that is not finite."""
     split = MappedSplit.open(PreparedDataSet.open(data), "train")
     dense = np.array(split.dense)
     dense[row] = np.nan

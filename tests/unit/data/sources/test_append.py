@@ -223,7 +223,7 @@ def test_other_data_sets_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_day_is_stored_by_the_key_of_the_data_set(tmp_path: Path):
-    """Users of a day stand together, and the test half keeps its order."""
+    """Users of a day stand together, and the test split keeps its order."""
     options = {**OPTIONS, "key": "user"}
     first = prepare_table(tmp_path / "data", train=_day(0), test=_day(9, 90), **options)  # type: ignore[arg-type]
     added = append_table(tmp_path / "data", train=_day(1))
