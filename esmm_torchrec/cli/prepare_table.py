@@ -52,7 +52,7 @@ class Options:
     split: str | None = None
     """Instead of --test: the part of the rows of --train to train on. time:COL:0.8 takes the
     earliest rows, group:COL:0.8 whole groups (users), share:0.8 random rows. The rest is the test
-    half."""
+    split."""
 
     id: tuple[str, ...] = ()
     """Columns of integers, text or booleans, or of lists of them; each is a feature with an

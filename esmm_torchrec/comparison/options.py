@@ -162,7 +162,7 @@ class ComparisonOptions:
     """Part of the training users to tune on; chosen methods are retrained on all."""
     test_impressions: int = 1_500_000
     """Approximate maximum number of test impressions to score; their users are drawn from the test
-    half by hash."""
+    split by hash."""
     embedding_dim: int = 8
     """Columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (64, 32)

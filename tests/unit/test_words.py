@@ -42,7 +42,7 @@ AVOIDED = {
     r"\bmake it again\b": "create it again",
     r"\bgive the (same )?command again\b": "rerun the command",
     r"\bholds no\b": "has no, does not contain",
-    r"\b(test|training) half\b": "test split, training split",
+    r"\b(test|training)\s+half\b(?! of)": "test split, training split",
 }
 
 

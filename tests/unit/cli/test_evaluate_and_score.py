@@ -174,7 +174,7 @@ def test_the_training_split_is_another_one(
     assert written["train"]["impressions"] == 400
     assert "test" not in written
     shown = capsys.readouterr().out
-    assert shown.startswith("train half ")
+    assert shown.startswith("train split ")
     assert "400 impressions, " in shown
 
 
