@@ -8,7 +8,8 @@
             rank-00000.pt         state that belongs to one rank
 
 A checkpoint is written as `step-*.partial`, flushed to disk and then renamed, so every folder with
-a final name is complete. `step-*.removed` is one that is being deleted.
+a final name is complete. `step-*.removed` is one that is being deleted, and `step-*.replaced` one
+whose step has been saved again.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def model_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     marked, or the last one; None if there is none at all.
 
     Raises:
-        RunError: there is no checkpoint of that step.
+        RunError: there is no checkpoint of that step, or the mark of the best one is damaged.
     """
     return find_checkpoint(folder, find_best(folder) if step is None else step)
 
@@ -104,9 +105,13 @@ def complete(
         json.dumps({"crc32": zlib.crc32(json.dumps(body).encode()), "checkpoint": body}).encode(),
     )
     _flush_folder(partial)
-    remove(final)
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
     _flush_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -174,8 +179,12 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what interrupted saves and deletions left."""
-    for ending in ("partial", "removed"):
+    """Deletes what interrupted saves and deletions left. A checkpoint that was about to be replaced
+    gets its name back."""
+    for path in folder.glob(f"{_PREFIX}*.replaced"):
+        if not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+    for ending in ("partial", "removed", "replaced"):
         for path in folder.glob(f"{_PREFIX}*.{ending}"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -198,7 +207,8 @@ def prune(folder: Path, *, keep_last: int) -> None:
 def mark_best(folder: Path, step: int) -> None:
     """Records that the checkpoint of a step is the best one."""
     partial = folder / f"{_BEST}.partial"
-    write_durably(partial, json.dumps({"step": step}).encode())
+    content = {"step": step, "crc32": zlib.crc32(str(step).encode())}
+    write_durably(partial, json.dumps(content).encode())
     partial.rename(folder / _BEST)
     _flush_folder(folder)
 
@@ -209,11 +219,23 @@ def unmark_best(folder: Path) -> None:
 
 
 def find_best(folder: Path) -> int | None:
-    """The step of the best checkpoint; None if none is marked."""
+    """The step of the best checkpoint; None if none is marked.
+
+    Raises:
+        RunError: it is not clear which one is marked.
+    """
     try:
-        step = json.loads((folder / _BEST).read_text())["step"]
-    except (OSError, ValueError, TypeError, KeyError):
+        content = json.loads((folder / _BEST).read_text())
+        step = content["step"]
+        if zlib.crc32(str(step).encode()) != content["crc32"]:
+            raise ValueError
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise RunError(
+            f"{folder / _BEST}, which names the best checkpoint, is damaged; delete it to use the "
+            "last one"
+        ) from None
     return step if step in checkpoint_folders(folder) else None
 
 

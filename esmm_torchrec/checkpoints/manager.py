@@ -107,7 +107,12 @@ class CheckpointManager:
         Raises:
             RunError: there is no checkpoint of that step.
         """
-        return self._ranks.from_first(lambda: files.find_checkpoint(self.folder, step))
+
+        def find() -> Path | None:
+            files.remove_leftovers(self.folder)
+            return files.find_checkpoint(self.folder, step)
+
+        return self._ranks.from_first(find)
 
     def save(
         self,

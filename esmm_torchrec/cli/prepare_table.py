@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -14,6 +14,8 @@ from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.spark_tasks import session
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import OptionError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,15 @@ def _pairs(option: str, given: Iterable[str], separator: str, form: str) -> dict
     return pairs
 
 
+def _once(option: str, given: Iterable[tuple[str, T]]) -> dict[str, T]:
+    named: dict[str, T] = {}
+    for name, value in given:
+        if name in named:
+            raise OptionError(f"{option} names {name!r} twice; name it once")
+        named[name] = value
+    return named
+
+
 def _named(action: str) -> tuple[str, str]:
     """NAME=COL, or COL for both."""
     name, equals, column = action.partition("=")
@@ -185,9 +196,9 @@ def run(options: Options) -> None:
         split=options.split,
         click=options.click,
         conversion=options.conversion,
-        actions=dict(map(_named, options.actions)),
+        actions=_once("--actions", map(_named, options.actions)),
         ids=options.id,
-        dense=dict(map(DenseTransform.parse, options.dense)),
+        dense=_once("--dense", map(DenseTransform.parse, options.dense)),
         texts=options.text,
         time_features=options.time_features,
         weights=weights,

@@ -104,6 +104,14 @@ def report(
     if never:
         sections.append([f"warning: the training split has no {' or '.join(never)} to learn from"])
         command += " --method ctr"
+    leaked = data_set.source.get("files_of_both_splits", [])
+    if leaked:
+        sections.append(
+            [
+                f"warning: {leaked[0]} is both a training and a test file, so the metrics of the "
+                "test split are too good"
+            ]
+        )
     forms = data_set.source.get("text_forms", [])
     sections.append(
         [

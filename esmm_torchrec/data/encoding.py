@@ -25,7 +25,6 @@ from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
-    MAX_BAG_LENGTH,
     dense_features,
     impression_columns,
 )
@@ -45,8 +44,6 @@ from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, missing_column, weight_column
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
-
-TOO_LONG = f"the list holds more than {MAX_BAG_LENGTH} ids; shorten it"
 
 
 @dataclass(frozen=True)
@@ -252,11 +249,6 @@ class RowEncoder:
                 Fault(self.features.column_of(name), too_far, lambda _: f"the value is {TOO_FAR}")
             )
             features.dense[name] = np.where(np.isinf(values) | too_far, np.nan, values)
-        for feature in self.features.id_features:
-            if feature.multi_valued:
-                too_long = np.diff(features.ids[feature.name].offsets.to_numpy()) > MAX_BAG_LENGTH
-                column = self.features.column_of(feature.name)
-                faults.append(Fault(column, too_long, lambda _: TOO_LONG))
         bad = np.zeros(size, np.bool_)
         for fault in faults:
             bad |= fault.rows

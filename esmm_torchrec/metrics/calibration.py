@@ -8,6 +8,8 @@ Platt's keeps every ranking within a task, the isotonic one may make scores equa
 from __future__ import annotations
 
 import importlib
+import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -108,19 +110,29 @@ class Calibration:
         return calibrated
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is its inverse."""
+        """Plain values for JSON, with a checksum; `from_dict` is its inverse."""
         curves = {name: asdict(curve) for name, curve in self.curves.items()}
-        return {"kind": self.kind, "curves": curves}
+        return {"kind": self.kind, "curves": curves, "crc32": _checksum(self.kind, curves)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """The calibration that `to_dict` wrote."""
+        """The calibration that `to_dict` wrote.
+
+        Raises:
+            ValueError: the values are others.
+        """
+        if _checksum(values["kind"], values["curves"]) != values["crc32"]:
+            raise ValueError("the checksum differs")
         curve = CURVES[values["kind"]]
         curves = {
             name: curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
             for name, own in values["curves"].items()
         }
         return cls(values["kind"], curves)
+
+
+def _checksum(kind: str, curves: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps([kind, curves], sort_keys=True).encode())
 
 
 def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibration:
@@ -170,5 +182,9 @@ def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibra
         else:
             fitted = linear.LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
             fitted.fit(values[:, None], label, sample_weight=weights)
-            curves[task.rate] = PlattCurve(float(fitted.coef_[0, 0]), float(fitted.intercept_[0]))
+            slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+            if slope < 0:  # the best curve that does not decrease is a constant
+                share = np.average(label, weights=weights)
+                slope, intercept = 0.0, float(np.log(share) - np.log1p(-share))
+            curves[task.rate] = PlattCurve(slope, intercept)
     return Calibration(kind, curves)

@@ -265,16 +265,16 @@ class RunFolder:
         file = self.path / CALIBRATION
         try:
             values = json.loads(file.read_text())
-            found = Calibration.from_dict(values)
+            found, fitted_to = Calibration.from_dict(values), values["step"]
         except FileNotFoundError:
             raise RunError(
                 f"{self.path} has no {CALIBRATION}; run 'esmm-torchrec calibrate' first"
             ) from None
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{file} is damaged; run 'esmm-torchrec calibrate' again") from None
-        if values["step"] != step:
+        if fitted_to != step:
             raise RunError(
-                f"{file} is of step {values['step']} and the model is of step {step}; run "
+                f"{file} is of step {fitted_to} and the model is of step {step}; run "
                 "'esmm-torchrec calibrate' again"
             )
         return found

@@ -18,9 +18,9 @@ import pyarrow as pa
 import torch
 
 from esmm_torchrec.data.dense import TOO_FAR
-from esmm_torchrec.data.encoding import TOO_LONG, RowEncoder, RowsToEncode
+from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
 from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH
-from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns, Features
+from esmm_torchrec.data.sources.feature_columns import CONSTANT, TOO_LONG, FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_values import Fault
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import UNKNOWN_ROW, IdFeature

@@ -20,14 +20,21 @@ import yaml
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from esmm_torchrec.checkpoints.files import find_checkpoint, read_description
+from esmm_torchrec.checkpoints.files import (
+    checkpoint_path,
+    find_best,
+    find_checkpoint,
+    mark_best,
+    read_description,
+)
 from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import EsmmTorchrecError
+from esmm_torchrec.metrics.calibration import Calibration, PlattCurve
 from esmm_torchrec.models.methods import ModelOptions, build_train_task
 from esmm_torchrec.planning.table_list import read_tables
-from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.runs.run_folder import CALIBRATION, RunFolder
 from esmm_torchrec.schema import IdFeature, Schema, Table
 from esmm_torchrec.sharding.plan_json import plan_to_dict, read_plan
 from esmm_torchrec.sharding.planner import Workload
@@ -138,6 +145,22 @@ def _read_run(folder: Path) -> Any:
     return run.config, run.schema, run.model_options, pctr.tolist()
 
 
+def _make_choices(folder: Path) -> list[Path]:
+    config = {"identity": {}, "history": [], "schema": SCHEMA.to_dict(), "options": {}, "model": {}}
+    run = RunFolder.start(folder, config | {"mean_values_per_bag": {}}, resume="auto")
+    for step in (3, 12, 20):
+        checkpoint_path(run.checkpoints, step).mkdir(parents=True)
+    mark_best(run.checkpoints, 12)
+    curves = {"ctr": PlattCurve(1.25, -0.5), "cvr": PlattCurve(0.75, 0.125)}
+    run.write_json(CALIBRATION, Calibration("platt", curves).to_dict() | {"step": 12})
+    return [run.checkpoints / "best.json", run.path / CALIBRATION]
+
+
+def _read_choices(folder: Path) -> Any:
+    run = RunFolder(folder, {})
+    return find_best(run.checkpoints), run.calibration(12)
+
+
 def _make_plan(folder: Path) -> list[Path]:
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps(PLAN, indent=2))
@@ -226,6 +249,7 @@ KINDS = {
     "dataset.json and vocabularies": Kind(_make_data_set, _read_data_set, _same),
     "prepared rows": Kind(_make_data_files, _read_data_files, _same),
     "config.json and pctr.npz": Kind(_make_run, _read_run, _same),
+    "best.json and calibration.json": Kind(_make_choices, _read_choices, _same),
     "plan.json": Kind(_make_plan, _read_plan, _says_what_the_plan_says),
     "tables.yaml": Kind(
         _make_tables, lambda folder: read_tables(folder / "tables.yaml"), _says_what_the_list_says

@@ -43,6 +43,7 @@ from esmm_torchrec.data.sources.raw_tables import (
     BadRows,
     Frame,
     RawTable,
+    files_of_both,
     open_raw_tables,
 )
 from esmm_torchrec.data.sources.spark_counting import count_table
@@ -127,6 +128,9 @@ def append_table(
             whole, made, rows, engine=engine, progress=progress
         )
         source = dict(whole.source)
+        opened = [*train_tables, *test_tables]
+        source["files_of_both_splits"] = files_of_both(train_tables, test_tables)
+        source["text_forms"] = sorted({table.form for table in opened if table.form})
         source["files"] = {
             "train": [table.file_name for table in train_tables],
             "test": [table.file_name for table in test_tables],

@@ -21,6 +21,9 @@ import pyarrow.csv as pa_csv
 
 from esmm_torchrec.errors import DataError, OptionError
 
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+"""Suffix → codec."""
+
 BYTES_PER_BLOCK = 1 << 23
 MAX_RECORD_BYTES = 1 << 26
 
@@ -191,9 +194,13 @@ class DelimitedText:
         reason = str(error).partition("\n")[0].rstrip(".")
         return DataError(f"{self.path} cannot be read ({reason}); check the file")
 
+    def _open(self) -> pa.NativeFile:
+        codec = COMPRESSIONS.get(self.path.suffix.lower())
+        return pa.input_stream(str(self.path), compression=codec or "detect")
+
     def _detect_encoding(self) -> str:
         try:
-            with pa.input_stream(str(self.path)) as stream:
+            with self._open() as stream:
                 mark = stream.read(2)
         except (pa.ArrowException, OSError) as error:
             raise self._broken(error) from None
@@ -210,7 +217,7 @@ class DelimitedText:
         """The file in UTF-8, in pieces that begin and end anywhere."""
         line = 1
         try:
-            with pa.input_stream(str(self.path)) as stream:
+            with self._open() as stream:
                 data = stream.read(BYTES_PER_BLOCK)
                 decoder = codecs.getincrementaldecoder(self.encoding)()
                 while data:

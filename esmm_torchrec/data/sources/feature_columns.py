@@ -13,12 +13,16 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.raw_ids import IdKind, read_ids, read_tokens
 from esmm_torchrec.data.sources.raw_times import TimePart, read_time_part
 from esmm_torchrec.data.sources.raw_values import Fault, read_numbers
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
+
+TOO_LONG = f"the list holds more than {MAX_BAG_LENGTH} ids; shorten it"
+"""The end of a sentence."""
 
 CONSTANT = "__constant"
 """The id feature of a table that has no other: a model looks up at least one table."""
@@ -112,6 +116,9 @@ class FeatureColumns:
                 list_separator=self.list_separator,
             )
             features.ids[name] = ids
+            if feature.multi_valued:
+                too_long = np.diff(ids.offsets.to_numpy()) > MAX_BAG_LENGTH
+                found.append(Fault(column, too_long, lambda _: TOO_LONG))
             if weights is not None:
                 features.weights[name] = weights
             faults += found

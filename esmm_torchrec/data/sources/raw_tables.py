@@ -24,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esmm_torchrec.data.sources.delimited_text import DelimitedText, TextFormat
+from esmm_torchrec.data.sources.delimited_text import COMPRESSIONS, DelimitedText, TextFormat
 from esmm_torchrec.data.storage import Location, is_uri
 from esmm_torchrec.errors import DataError, OptionError
 
@@ -35,7 +35,6 @@ Frame = Path | str | pd.DataFrame | pa.Table
 ROWS_PER_BLOCK = 1 << 16
 
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
-_COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _ARROW_SUFFIXES = (".arrow", ".feather")
 
@@ -92,6 +91,8 @@ class RawTable(ABC):
 
     name: str
     file_name: str
+    absolute: str | None = None
+    """The name of the file wherever it is given; None for rows in memory."""
     column_names: Sequence[str]
     is_text = False
     """Whether all columns are strings because the file has no types."""
@@ -200,11 +201,22 @@ def open_raw_tables(
             raise DataError(
                 f"a {type(frame).__name__} is not a table; give paths, DataFrames or Arrow tables"
             )
+    met: set[str] = set()
+    for table in tables:
+        if table.absolute in met:
+            raise DataError(f"{table.name} is given twice as a {what} file; give it once")
+        met |= {table.absolute} if table.absolute is not None else set()
     return tables
 
 
+def files_of_both(train: Iterable[RawTable], test: Iterable[RawTable]) -> list[str]:
+    """Names of the files that are both in training and in test."""
+    trained_on = {table.absolute for table in train} - {None}
+    return [table.file_name for table in test if table.absolute in trained_on]
+
+
 def _suffixes() -> list[str]:
-    compressed = [text + suffix for text in _TEXT_SUFFIXES for suffix in _COMPRESSIONS]
+    compressed = [text + suffix for text in _TEXT_SUFFIXES for suffix in COMPRESSIONS]
     return [*_TEXT_SUFFIXES, *compressed, *_PARQUET_SUFFIXES, *_ARROW_SUFFIXES]
 
 
@@ -229,9 +241,8 @@ def files_of(path: Path) -> list[Path]:
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not files:
             raise DataError(f"no file matches {path}; check the pattern")
-        return [
-            file for found in files for file in (files_of(found) if found.is_dir() else [found])
-        ]
+        found = [file for each in files for file in (files_of(each) if each.is_dir() else [each])]
+        return list({file.resolve(): file for file in found}.values())
     return [path]
 
 
@@ -272,7 +283,7 @@ def _open_file(path: Path, text_format: TextFormat) -> RawTable:
         kinds = ", ".join(_TEXT_SUFFIXES + _PARQUET_SUFFIXES + _ARROW_SUFFIXES)
         raise DataError(
             f"{path} has an unknown file type; its name must end in one of {kinds}; text may be "
-            f"compressed ({', '.join(_COMPRESSIONS)})"
+            f"compressed ({', '.join(COMPRESSIONS)})"
         )
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
@@ -344,6 +355,7 @@ class _TypedFile(RawTable):
     def __init__(self, path: Path | Location) -> None:
         self._file = Location.of(path)
         self.name, self.file_name = str(path), self._file.path.rpartition("/")[2]
+        self.absolute = self._file.absolute
         with self._damage_named():
             self._schema = self._read_schema()
         self.column_names = self._schema.names
@@ -449,6 +461,7 @@ class _TextFile(RawTable):
 
     def __init__(self, path: Path, text_format: TextFormat) -> None:
         self.name, self.file_name = str(path), path.name
+        self.absolute = str(path.resolve())
         self._text = DelimitedText(path, text_format)
         self.column_names = self._text.column_names
         self.form = self._text.form
@@ -475,4 +488,8 @@ class _TextFile(RawTable):
 
 
 def _numbered(table: pa.Table, first: int) -> RawRows:
+    for place, column in enumerate(table.schema):
+        if column.type == pa.string_view():  # of which pyarrow 26 cannot take rows
+            text = table.column(place).cast(pa.string())
+            table = table.set_column(place, column.name, text)
     return RawRows(table, np.arange(first, first + len(table)))

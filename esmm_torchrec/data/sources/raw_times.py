@@ -5,16 +5,19 @@ In this file: n rows of a block.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from esmm_torchrec.data.sources.raw_tables import BadRows, RawTable
 from esmm_torchrec.data.sources.raw_values import (
     Fault,
     cast_what_can_be,
     describe,
+    is_number,
     is_text,
     one_array,
     read_integers,
@@ -31,6 +34,23 @@ _INTEGER = r"^\s*-?[0-9]+(\.0*)?\s*$"
 
 _UNITS = ((1, 1e8, 7.26e9), (1_000, 1e11, 7.26e12), (10**6, 1e14, 7.26e15), (10**9, 1e17, 7.26e18))
 """(per second, lowest, highest) of integers that are times between 1973 and 2200."""
+
+
+def time_form(table: RawTable, column: str) -> Literal["times", "integers"] | None:
+    """What the times of a raw table are, by the type of the column or by its first value; None if
+    that says nothing."""
+    kind = table.types([column])[column]
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return "times"
+    if not is_text(kind):
+        return "integers" if is_number(kind) else None
+    for rows in table.blocks([column], BadRows(sys.maxsize)):
+        values = one_array(rows.table.column(column)).drop_null()
+        if len(values):
+            is_integer = pc.match_substring_regex(values[:1], _INTEGER)[0].as_py()
+            return "integers" if is_integer else "times"
+    return None
 
 
 def read_times(

@@ -213,7 +213,8 @@ class LabelReader:
         fault = Fault(
             self.name, bad, lambda row: describe_row(column, row, "a label, 0 or 1, no or yes")
         )
-        return (values == 1).astype(np.int8), fault, is_null(array)
+        missing = array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+        return (values == 1).astype(np.int8), fault, missing
 
 
 LABEL_WORDS = ("no", "yes", "false", "true", "n", "y", "f", "t")

@@ -5,18 +5,26 @@ The rule looks at each row alone, so both halves are read from the same files in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 import pandas.util
 import pyarrow as pa
 import pyarrow.compute
 
 from esmm_torchrec.choices import check_choices
 from esmm_torchrec.data.sources.raw_times import read_times
-from esmm_torchrec.data.sources.raw_values import Fault, one_array, row_hashes
+from esmm_torchrec.data.sources.raw_values import (
+    Fault,
+    integers_in,
+    is_number,
+    is_text,
+    one_array,
+    row_hashes,
+)
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.errors import DataError, OptionError
 
@@ -24,6 +32,9 @@ pc: Any = pyarrow.compute
 _hash_array: Any = pandas.util.hash_array
 
 SplitKind = Literal["time", "share", "group"]
+
+RawBlockOfTimes = tuple[pa.Table, Callable[[int], str]]
+"""Rows that hold the column, and how a person finds each."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +110,18 @@ class RowSplit:
         hashes = row_hashes(numbers)
         if self.kind == "group":
             assert self.column is not None
-            groups = one_array(block.column(self.column)).cast(pa.string())
-            encoded = groups.dictionary_encode()
-            distinct = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
-            of_groups = np.append(_hash_array(distinct, categorize=False), np.uint64(0))
-            there = groups.is_valid().to_numpy(zero_copy_only=False)
-            of_rows = of_groups[encoded.indices.fill_null(len(distinct)).to_numpy()]
+            encoded = _values(block.column(self.column), self.column).dictionary_encode()
+            groups = _spelled_alike(encoded.dictionary)
+            # The last one is that of rows without a group.
+            distinct = np.asarray([*groups.to_pylist(), None], dtype=object)
+            numbered = encoded.indices.fill_null(len(groups)).to_numpy()
+            there = (~pd.isna(distinct))[numbered]
+            of_rows = _hash_array(distinct, categorize=False)[numbered]
             # A row without a group is a group of its own.
             hashes = np.where(there, of_rows, hashes)
         return hashes / 2.0**64 < self.share
 
-    def last_train_time(self, blocks: Iterable[pa.Table]) -> int:
+    def last_train_time(self, blocks: Iterable[RawBlockOfTimes]) -> int:
         """The time up to which rows are training, for "time".
 
         Raises:
@@ -117,13 +129,19 @@ class RowSplit:
         """
         assert self.column is not None
         counter = IdCounter()
-        for block in blocks:
-            times, there, _ = read_times(block.column(self.column), self.column)
+        first_fault = None
+        for block, place in blocks:
+            times, there, fault = read_times(block.column(self.column), self.column)
             counter.add(times[there])
+            if first_fault is None and fault.rows.any():
+                row = int(fault.rows.argmax())
+                first_fault = f"{place(row)}, column {self.column!r}: {fault.describe(row)}"
         counted = counter.vocabulary(1)
         times = np.asarray(counted.raw_ids)
         order = np.argsort(times)
         times, counts = times[order], counted.counts[order]
+        if not len(times) and first_fault is not None:
+            raise DataError(f"{first_fault}; rewrite the times")
         if len(times) < 2:
             raise DataError(
                 f"column {self.column!r} holds {len(times)} different times, but `split` needs at "
@@ -132,3 +150,29 @@ class RowSplit:
         reached = np.cumsum(counts) >= self.share * counts.sum()
         # Rows of one time stay together, and the last ones are always test.
         return int(times[min(int(reached.argmax()), len(times) - 2)])
+
+
+def _values(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """The values that name groups.
+
+    Raises:
+        DataError: the column is of a type that cannot.
+    """
+    array = one_array(column)
+    if pa.types.is_null(array.type):
+        return array.cast(pa.string())
+    if not (is_text(array.type) or is_number(array.type)):
+        raise DataError(
+            f"column {name!r} holds {array.type}, by which rows cannot be split; name a column of "
+            "integers or text"
+        )
+    return array
+
+
+def _spelled_alike(groups: pa.Array) -> pa.Array:
+    """Groups as text, null if there is none. An integer has one spelling, whatever kind of column
+    it comes from, so that the rows of a group stay together; see `raw_ids`."""
+    integers, _ = integers_in(groups, "")
+    if pa.types.is_floating(groups.type):
+        groups = pc.if_else(pc.is_nan(groups), pa.scalar(None, groups.type), groups)
+    return pc.coalesce(integers.cast(pa.string()), groups.cast(pa.string()))

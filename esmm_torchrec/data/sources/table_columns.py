@@ -116,6 +116,12 @@ class TableColumns:
                 raise OptionError(f"`weights` names {name!r}, which is not an `ids` column; add it")
         self._check_shared_tables()
         self._check_hashed()
+        names = [name for name, _ in (*self._named_ids, *self._named_dense)]
+        for name in names:
+            if names.count(name) > 1:
+                raise OptionError(
+                    f"two features would be called {name!r}; rename one of their columns"
+                )
 
     def _check_shared_tables(self) -> None:
         columns = [*self.ids, *self.texts]
@@ -168,19 +174,27 @@ class TableColumns:
     @property
     def id_features(self) -> dict[str, str]:
         """Id feature → raw column."""
-        return {
-            **{
-                f"{name}__id" if name in self._taken else name: name
+        return dict(self._named_ids)
+
+    @property
+    def _named_ids(self) -> list[tuple[str, str]]:
+        return [
+            *(
+                (f"{name}__id" if name in self._taken else name, name)
                 for name in (*self.ids, *self.texts)
-            },
-            **{f"{name}__{part}": name for name in self.time_features for part in TIME_PARTS},
-        }
+            ),
+            *((f"{name}__{part}", name) for name in self.time_features for part in TIME_PARTS),
+        ]
 
     @property
     def dense_features(self) -> dict[str, str]:
         """Dense feature → raw column."""
+        return dict(self._named_dense)
+
+    @property
+    def _named_dense(self) -> list[tuple[str, str]]:
         taken = self._taken | set(self.id_features)
-        return {f"{name}__dense" if name in taken else name: name for name in self.dense}
+        return [(f"{name}__dense" if name in taken else name, name) for name in self.dense]
 
     @property
     def time_parts(self) -> dict[str, TimePart]:
@@ -265,8 +279,12 @@ class IdForm(NamedTuple):
             found = id_kind(kind)
         except TypeError:
             raise DataError(f"{where}, but ids must be integers or text; convert it") from None
-        unsure = pa.types.is_null(kind) or (list_separator is not None and is_text(kind))
-        return cls(None if unsure else is_list(kind), found, where)
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
+        unsure = pa.types.is_null(kind) or (list_separator is not None and is_text(values))
+        # A column without any value comes as floats from pandas; `raw_ids` finds out.
+        return cls(
+            None if unsure else is_list(kind), None if pa.types.is_floating(kind) else found, where
+        )
 
 
 def agreed(forms: Sequence[IdForm], what: Literal["multi_valued", "kind"]) -> Any:

@@ -15,7 +15,7 @@ from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind, read_groups
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows, RawTable
-from esmm_torchrec.data.sources.raw_times import read_times
+from esmm_torchrec.data.sources.raw_times import read_times, time_form
 from esmm_torchrec.data.sources.raw_values import (
     Fault,
     LabelReader,
@@ -85,7 +85,7 @@ class TableRows:
         first_train_row: the number of the first training row.
 
     Raises:
-        DataError: a column is not there.
+        DataError: a column is not there, or has times in two forms.
     """
 
     def __init__(
@@ -111,8 +111,13 @@ class TableRows:
         if split is not None and split.column is not None:
             wanted = [*wanted, ("`split`", split.column)]
         self._raw_columns = list(dict.fromkeys(name for _, name in wanted))
-        for table in dict.fromkeys([*tables["train"], *tables["test"]]):
+        every = list(dict.fromkeys([*tables["train"], *tables["test"]]))
+        for table in every:
             table.check_columns(wanted)
+        times = [columns.timestamp, columns.conversion_time]
+        if split is not None and split.kind == "time":
+            times.append(split.column)
+        _check_forms_of_times(every, [name for name in dict.fromkeys(times) if name is not None])
 
     def find_last_train_time(self) -> None:
         """Reads the times that rows are split by, if they are."""
@@ -121,7 +126,7 @@ class TableRows:
         assert self._split.column is not None
         columns = [self._split.column]
         self._last_train_time = self._split.last_train_time(
-            rows.table
+            (rows.table, lambda row, table=table, rows=rows: table.place(int(rows.numbers[row])))
             for table in self.tables["train"]
             for rows in table.blocks(columns, BadRows(self.max_bad_rows))
         )
@@ -339,3 +344,23 @@ def _required(fault: Fault, there: np.ndarray) -> Fault:
             fault.describe(row) if fault.rows[row] else "the value is missing and must be a time"
         ),
     )
+
+
+def _check_forms_of_times(tables: Sequence[RawTable], columns: Sequence[str]) -> None:
+    """Integers stay as they are and other times become seconds, so a column must not have both.
+
+    Raises:
+        DataError: a file has times in another form than an earlier one.
+    """
+    for column in columns:
+        first: tuple[RawTable, str] | None = None
+        for table in tables:
+            form = time_form(table, column)
+            if form is None:
+                continue
+            if first is not None and form != first[1]:
+                raise DataError(
+                    f"{table.name} has {form} in column {column!r} and {first[0].name} has "
+                    f"{first[1]}; give both one form"
+                )
+            first = first or (table, form)

@@ -22,6 +22,7 @@ from esmm_torchrec.data.sources.feature_columns import RawReading
 from esmm_torchrec.data.sources.raw_tables import (
     Frame,
     RawTable,
+    files_of_both,
     open_raw_tables,
 )
 from esmm_torchrec.data.sources.row_split import RowSplit
@@ -179,6 +180,7 @@ def prepare_table(
             for name in (SPLITS if rule is None else ("train",))
         },
         "text_forms": sorted({table.form for of in tables.values() for table in of if table.form}),
+        "files_of_both_splits": [] if rule else files_of_both(tables["train"], tables["test"]),
         "split": None if rule is None else asdict(rule),
         "columns": asdict(columns),
         "dense_methods": methods,

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from esmm_torchrec.checkpoints.files import check_files, checkpoint_folders, read_description
+from esmm_torchrec.checkpoints.files import (
+    check_files,
+    checkpoint_folders,
+    find_best,
+    model_checkpoint,
+    read_description,
+    remove_leftovers,
+)
 from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
@@ -139,3 +146,27 @@ def test_a_checkpoint_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) ->
     (path / "progress.json").write_text('{"step": 5}')
     with pytest.raises(RunError, match="was written by an earlier version of this library"):
         read_description(path)
+
+
+def test_a_step_that_is_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
+    run_on_ranks(1, _save_five, tmp_path)
+    step = tmp_path / "step-00000005"
+    # Killed between the two renames, and while the old one was being deleted.
+    step.rename(tmp_path / "step-00000005.replaced")
+    shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000004.replaced")
+    remove_leftovers(tmp_path)
+    assert list(checkpoint_folders(tmp_path)) == [2, 4, 5]
+    assert not list(tmp_path.glob("*.replaced"))
+    (loaded,) = run_on_ranks(1, _load, tmp_path)
+    assert loaded[0] == 5
+
+
+def test_a_damaged_mark_of_the_best_is_no_other_mark(tmp_path: Path) -> None:
+    run_on_ranks(1, _save_five, tmp_path)
+    assert find_best(tmp_path) == 2
+    mark = tmp_path / "best.json"
+    mark.write_text(mark.read_text().replace("2", "4", 1))
+    with pytest.raises(RunError, match="which names the best checkpoint, is damaged; delete it"):
+        model_checkpoint(tmp_path)
+    mark.unlink()
+    assert model_checkpoint(tmp_path) == tmp_path / "step-00000005"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,3 +136,19 @@ def test_an_isotonic_curve_is_numpys_interpolation() -> None:
     np.testing.assert_allclose(curve.logits(scores), expected, rtol=1e-10, atol=1e-12)
     tensors = curve.logits(torch.from_numpy(scores), torch)
     np.testing.assert_allclose(tensors.numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_score_that_ranks_in_reverse_is_calibrated_to_a_constant() -> None:
+    scored = _scored(0)
+    click = scored.scores["ctr"]
+    reversed_ = ScoredImpressions(scored.labels, {"ctr": replace(click, values=-click.values)})
+    calibration = fit_calibration(reversed_, "platt")
+    found = calibration.apply(reversed_.scores, reversed_.tasks)["ctr"].probability
+    np.testing.assert_allclose(found, scored.happened("click").mean(), rtol=1e-5)
+
+
+def test_a_damaged_calibration_is_refused() -> None:
+    values = fit_calibration(_scored(0), "platt").to_dict()
+    values["curves"]["ctr"]["slope"] = 9.25
+    with pytest.raises(ValueError, match="checksum"):
+        Calibration.from_dict(values)
