@@ -35,6 +35,17 @@ def check_choices(options: object) -> None:
             _check(field.name, getattr(options, field.name), hints[field.name])
 
 
+def check_positive(**values: int) -> None:
+    """Checks options that must be 1 or more.
+
+    Raises:
+        OptionError: one is not.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise OptionError(f"`{name}` {value} is not positive; give at least 1")
+
+
 def checks_choices(function: F) -> F:
     """Decorates a function: its Literal parameters are checked before it is called.
 

@@ -86,6 +86,10 @@ class TaskProbability(NamedTuple):
     """Impressions with this task are the space of the metrics; None: all impressions."""
 
 
+RESERVED_NAMES = ("impression",)
+"""metrics.json counts tasks as "clicks" beside "impressions"."""
+
+
 @dataclass(frozen=True)
 class TaskChain(Sequence[Task]):
     """Tasks in the order in which they happen.
@@ -123,6 +127,10 @@ class TaskChain(Sequence[Task]):
                 raise OptionError(
                     f"task {task.name!r} is given {task.given!r}, which is not before it in the "
                     "chain; order the tasks as they happen"
+                )
+            if task.name in RESERVED_NAMES:
+                raise OptionError(
+                    f"a task cannot be called {task.name!r}, which metrics count already; rename it"
                 )
             if task.name in seen or task.label in labels:
                 raise OptionError(f"task {task.name!r} or its label occurs twice in the chain")

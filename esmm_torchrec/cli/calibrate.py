@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from esmm_torchrec.choices import check_positive
 from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -52,6 +53,9 @@ class Options:
     one."""
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size)
 
 
 def run(options: Options) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from esmm_torchrec.choices import check_positive
 from esmm_torchrec.cli.terminal import format_metrics, format_slices
 from esmm_torchrec.data.field_values import field_values
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -55,6 +56,9 @@ class Options:
     json: Path | None = None
     """Also write the figures to this file; those based on labels are under the name of the
     split."""
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size)
 
 
 def run(options: Options) -> None:

@@ -10,6 +10,7 @@ import tyro
 
 from esmm_torchrec.checkpoints.files import find_checkpoint
 from esmm_torchrec.checkpoints.state import load_model
+from esmm_torchrec.choices import check_positive
 from esmm_torchrec.data.field_values import field_values, usual_fields
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -42,6 +43,9 @@ class Options:
     step: int | None = None
     """Step of the checkpoint to use; by default, the best one that validation chose, else the
     last."""
+
+    def __post_init__(self) -> None:
+        check_positive(sample=self.sample)
 
 
 def run(options: Options) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from esmm_torchrec.choices import check_positive
 from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -72,10 +73,14 @@ class Options:
     device: DeviceOption = "auto"
     """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
-    """Write the probabilities as calibrated by 'calibrate'. For an exported model, this is fixed at
+    """Write the probabilities as calibrated by 'calibrate'. For a package, this is fixed at
     export."""
 
     def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size)
+        for name in self.keep:
+            if self.keep.count(name) > 1:
+                raise OptionError(f"`keep` names {name!r} twice; name it once")
         if (self.data is None) == (not self.input):
             raise OptionError("give what to score, as either `data` or `input`")
         if self.data is not None and (self.keep or self.max_bad_rows):

@@ -86,7 +86,15 @@ def run(options: Options) -> None:
         access_log=False,
         timeout_graceful_shutdown=options.graceful_seconds,
     )
-    with socket.create_server((options.host, options.port), backlog=2048) as listening:
+    try:
+        listening = socket.create_server((options.host, options.port), backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "0 to 65535"
+        raise OptionError(
+            f"cannot listen on `host` {options.host}, `port` {options.port} ({reason.lower()}); "
+            "choose others"
+        ) from None
+    with listening:
         host, port = listening.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port} (/docs, /metrics)", flush=True)
         # Stopping is how it ends; uvicorn raises the signal again when all is answered.

@@ -22,7 +22,7 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.subsets import sample_rows, user_column
 from esmm_torchrec.errors import DataError, OptionError
-from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, Schema
+from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, WEIGHT, Schema
 from esmm_torchrec.sharding.process_group import Ranks
 
 Regime = Literal["paper", "public", "dense"]
@@ -72,6 +72,12 @@ class ComparisonData:
         """int (M,), whose each scored test impression is."""
         users = self.test.scalars[user_column(self.test)]
         return users if self.test_rows is None else users[self.test_rows]
+
+    @property
+    def test_weights(self) -> np.ndarray | None:
+        """float32 (M,), what each scored test impression counts for; None: all 1."""
+        weights = self.test.scalars.get(WEIGHT)
+        return weights if weights is None or self.test_rows is None else weights[self.test_rows]
 
 
 class Source:

@@ -37,6 +37,16 @@ def chosen_options(
     )
 
 
+def batch_size_on_all_rows(record: Mapping[str, Any]) -> int:
+    """Rows of a step with which a pass over all training rows of a method takes the updates that
+    tuning had.
+
+    Args:
+        record: of one training of the method, on any fraction.
+    """
+    return max(1, round(record["batch_size"] / record["fraction"]))
+
+
 def train_command(options: TrainOptions, data: str) -> str:
     """The command that trains with these options; defaults are left out."""
     words = ["esmm-torchrec", "train", "--data", data, "--out", "RUN", "--method", options.method]

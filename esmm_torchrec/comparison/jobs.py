@@ -111,7 +111,8 @@ class Jobs:
             training: Training, part: TrainingPart, common_ctr: np.ndarray | None
         ) -> dict[str, Any] | None:
             assert common_ctr is not None
-            resampling = UserBootstrap(source.data.test_users) if resample else None
+            data = source.data
+            resampling = UserBootstrap(data.test_users, data.test_weights) if resample else None
             return test_record(training, part, common_ctr=common_ctr, resampling=resampling)
 
         for fraction in self.options.ascending_fractions:

@@ -30,7 +30,11 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from esmm_torchrec.comparison.handover import chosen_options, train_command
+from esmm_torchrec.comparison.handover import (
+    batch_size_on_all_rows,
+    chosen_options,
+    train_command,
+)
 from esmm_torchrec.comparison.options import ComparisonOptions
 from esmm_torchrec.comparison.selection import Chosen
 from esmm_torchrec.comparison.statistics import (
@@ -125,7 +129,7 @@ def assemble(
                     options,
                     method,
                     chosen[METHODS[method].title],
-                    batch_size=by_run[METHODS[method].title, largest][0]["batch_size"],
+                    batch_size=batch_size_on_all_rows(by_run[METHODS[method].title, largest][0]),
                 ),
                 str(source.get("data", "PREPARED")),
             )

@@ -72,6 +72,8 @@ def chosen_in(results: Mapping[str, Any]) -> dict[str, Chosen]:
     """
     titles = {METHODS[method].title: method for method in METHODS}
     chosen: dict[str, Chosen] = {}
+    if "tuning" not in results:
+        raise OptionError("the settings are not those of a comparison; compare again")
     for title, tuning in results["tuning"].items():
         found = dict(tuning["chosen"])
         try:
@@ -98,6 +100,8 @@ def at_edge(chosen: Chosen, tried: Sequence[Tried]) -> list[str]:
         edges.append("epochs")
     for name, value in _flat(chosen.trial).items():
         values = {_flat(one.trial)[name] for one in tried}
+        if not all(isinstance(one, int | float) for one in values):
+            continue  # words have no order
         lowest = min(values)
         # Below a decay of 0 and a count of 1 there is nothing.
         natural = NATURAL_ENDS.get(name)
@@ -113,9 +117,14 @@ def _flat(trial: Trial) -> dict[str, Any]:
     return asdict(trial.setting) | dict(trial.own)
 
 
+def shown(value: Any) -> str:
+    """The value of an option of a method, for a person."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def tuned_line(name: str, chosen: Chosen) -> str:
     """What was chosen, for a terminal."""
-    own = "".join(f", {option} {value:g}" for option, value in chosen.trial.own)
+    own = "".join(f", {option} {shown(value)}" for option, value in chosen.trial.own)
     setting = chosen.trial.setting
     return (
         f"tuned {name}: tables {setting.sparse_lr:g}, towers {setting.dense_lr:g}, weight decay "

@@ -89,13 +89,20 @@ class UserBootstrap:
 
     Args:
         users: (n,), whose each impression is.
+        weights: (n,), what each impression counts for; None: all 1.
         resamplings: R.
         seed: of the resampling.
     """
 
     def __init__(
-        self, users: NDArray[np.integer], *, resamplings: int = 1000, seed: int = 0
+        self,
+        users: NDArray[np.integer],
+        weights: NDArray[np.floating] | None = None,
+        *,
+        resamplings: int = 1000,
+        seed: int = 0,
     ) -> None:
+        self._weights = np.ones(len(users)) if weights is None else weights.astype(np.float64)
         distinct, self._user = np.unique(users, return_inverse=True)
         rng = np.random.default_rng([seed, len(distinct)])
         size = len(distinct)
@@ -119,7 +126,7 @@ class UserBootstrap:
             rows: (n,), which impressions; None: all.
         """
         kept = slice(None) if rows is None else rows
-        values, _ = self._auc(scores[kept], target[kept], self._user[kept])
+        values, _ = self._auc(scores[kept], target[kept], kept)
         return _known(values)
 
     def auc_within_strata(
@@ -137,7 +144,7 @@ class UserBootstrap:
         total, covered = np.zeros((2, self._times.shape[1]))
         for number in np.unique(stratum):
             rows = np.flatnonzero(stratum == number)
-            values, mass = self._auc(scores[rows], target[rows], self._user[rows])
+            values, mass = self._auc(scores[rows], target[rows], rows)
             known = ~np.isnan(values)
             total[known] += (values * mass)[known]
             covered[known] += mass[known]
@@ -146,9 +153,11 @@ class UserBootstrap:
 
     def mean(self, values: NDArray[np.floating]) -> list[float | None]:
         """Mean of `values`, (n,), in each resampling."""
-        sums = np.stack([np.bincount(self._user, weights=values), np.bincount(self._user)])
+        masses = (self._weights * values, self._weights)
+        sums = np.stack([np.bincount(self._user, weights=mass) for mass in masses])
         found, size = np.concatenate([sums @ times for times in self._chunks(np.float64)], axis=1)
-        return _known(found / size)
+        with np.errstate(invalid="ignore"):
+            return _known(found / size)
 
     def _chunks(self, dtype: type[np.floating]) -> Iterator[NDArray[np.floating]]:
         """How often each user is drawn, (U, up to `_TOGETHER`), of the resamplings in turn."""
@@ -159,9 +168,9 @@ class UserBootstrap:
         self,
         scores: NDArray[np.floating],
         target: NDArray[np.integer] | NDArray[np.floating],
-        users: NDArray[np.integer],
+        rows: slice | NDArray[np.bool_] | NDArray[np.integer],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """AUC of each resampling, (R,), NaN if it has one class; and its impressions, (R,).
+        """AUC of some rows in each resampling, (R,), NaN if it has one class; and their mass, (R,).
 
         Impressions are put into groups, lowest scores first: those that tie, or neighbours of one
         class, which need no order among themselves. A matrix, groups by users, holds the positive
@@ -175,8 +184,9 @@ class UserBootstrap:
         pure = np.select([tied == 0, tied == 1], [-1, 1], 0)
         starts = starts[np.r_[True, (pure[1:] != pure[:-1]) | (pure[1:] == 0)]]
         group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ordered)))
-        place, shape = (group, users[order]), (len(starts), len(self._times))
-        masses = [csr_array((mass, place), shape) for mass in (share, 1 - share)]
+        weights = self._weights[rows][order]
+        place, shape = (group, self._user[rows][order]), (len(starts), len(self._times))
+        masses = [csr_array((weights * of, place), shape) for of in (share, 1 - share)]
         for mass in masses:
             mass.eliminate_zeros()
         blocks = [

@@ -35,9 +35,18 @@ from esmm_torchrec.comparison.data import (
     world_of_seed,
     world_source,
 )
-from esmm_torchrec.comparison.handover import best_method, chosen_options
+from esmm_torchrec.comparison.handover import (
+    batch_size_on_all_rows,
+    best_method,
+    chosen_options,
+)
 from esmm_torchrec.comparison.jobs import Jobs, Run
-from esmm_torchrec.comparison.options import CLICK_NETWORK, FINALISTS, ComparisonOptions
+from esmm_torchrec.comparison.options import (
+    CLICK_NETWORK,
+    COMPARED,
+    FINALISTS,
+    ComparisonOptions,
+)
 from esmm_torchrec.comparison.processes import helped_by
 from esmm_torchrec.comparison.results import assemble
 from esmm_torchrec.comparison.selection import (
@@ -56,8 +65,10 @@ from esmm_torchrec.data.subsets import rows_between
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import METHODS
 from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.sharding.host import usable_cores
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.tasks import TaskChain
 from esmm_torchrec.training.run import train
 
 MIN_CONVERSIONS = 10
@@ -96,10 +107,15 @@ def compare(
 
     Raises:
         DataError: the data set cannot be read or has nothing to measure.
-        OptionError: a fraction is to hold no conversion, or next to none.
+        OptionError: a fraction is to hold no conversion, or next to none; or `keep_best` holds
+            something else.
         PlanError: the tables do not fit.
     """
     started = time.time()
+    if keep_best is not None and not RunFolder.may_be_at(keep_best):
+        raise OptionError(
+            f"`keep_best` {keep_best} is neither empty nor a run folder; choose another folder"
+        )
     if data is None:
         _check_expected_conversions(options, world)
     study = _study(ranks, options, out, data, world, settings)
@@ -139,7 +155,8 @@ def compare(
     if keep_best is not None:
         assert data is not None
         method = best_method({method: chosen[method] for method in options.chosen_methods})
-        batch_size = next(r["batch_size"] for r in records if r["method"] == METHODS[method].title)
+        of_method = [one for one in records if one["method"] == METHODS[method].title]
+        batch_size = batch_size_on_all_rows(max(of_method, key=lambda one: one["fraction"]))
         train(
             data,
             keep_best,
@@ -199,6 +216,7 @@ def _study(
         tuned_on = prepared_source(
             data, held_out_by=options.held_out_by, test_impressions=options.test_impressions
         )
+        _check_tasks(options, tuned_on.data.train.schema.tasks)
         _check_fractions(options, tuned_on)
         compared_on = [tuned_on] * options.seeds
     return _Study(
@@ -216,6 +234,23 @@ def _help(ranks: Ranks, *arguments: Any) -> None:
     study = _study(ranks, *arguments)
     with _one_thread(), study.progress(shown=False):
         study.run(study.tune())
+
+
+def _check_tasks(options: ComparisonOptions, tasks: TaskChain) -> None:
+    """Before the long work: not every objective knows what to do with every chain."""
+    unfit: set[str] = set()
+    for method in COMPARED:
+        try:
+            METHODS[method].objective.heads(tasks)
+        except OptionError:
+            unfit.add(method)
+    for method in options.chosen_methods:
+        if method in unfit:
+            fit = " ".join(name for name in COMPARED if name not in unfit)
+            raise OptionError(
+                f"`methods` {method} is not for a chain of {len(tasks)} tasks "
+                f"({', '.join(tasks.names)}); choose from {fit}"
+            )
 
 
 def _check_fractions(options: ComparisonOptions, source: Source) -> None:

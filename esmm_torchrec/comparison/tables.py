@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esmm_torchrec.comparison.results import TRAINING_FIGURES, fraction_key
+from esmm_torchrec.comparison.selection import shown
 from esmm_torchrec.comparison.verdicts import FIGURES, regime, signed, verdict_of, verdicts
 
 PAPER = {
@@ -321,7 +322,7 @@ def tuning_rows(results: Results) -> Rows:
     rows[0] += ["init scale", "own options", "passes", "score"]
     for name, tuning in results["tuning"].items():
         chosen = tuning["chosen"]
-        own = [f"{k} {v:g}{_mark(tuning, k)}" for k, v in chosen["own"].items()]
+        own = [f"{k} {shown(v)}{_mark(tuning, k)}" for k, v in chosen["own"].items()]
         trials = sum(one["round"] == 0 and one["epochs"] == 1 for one in tuning["tried"])
         rows.append(
             [

@@ -404,11 +404,13 @@ def _references(
     ):
         if logit is None:
             continue
-        rows[name] = {"cvr_auc": auc(logit[clicked], converted[clicked])}
+        weight = scored.weight
+        of_clicked = None if weight is None else weight[clicked]
+        rows[name] = {"cvr_auc": auc(logit[clicked], converted[clicked], of_clicked)}
         if scored.true_cvr is not None and scored.true_ctr is not None:
-            rows[name]["cvr_auc_entire_space"] = soft_auc(logit, scored.true_cvr)
+            rows[name]["cvr_auc_entire_space"] = soft_auc(logit, scored.true_cvr, weight)
             rows[name]["cvr_auc_entire_space_within_ctr_strata"] = auc_within_strata(
-                logit, scored.true_cvr, scored.true_ctr
+                logit, scored.true_cvr, scored.true_ctr, weight
             )
     for name, key in (
         ("true pCVR", "oracle"),
@@ -423,14 +425,18 @@ def _references(
 def _curves(scored: ScoredImpressions) -> dict[str, Any]:
     """Predicted and observed conversion rates in bins of equal size."""
     cvr, clicked = scored.scores["cvr"], scored.happened("click")
-    curves = {"clicked": _curve(cvr[clicked], scored.happened("conversion")[clicked])}
+    weight = scored.weight
+    of_clicked = None if weight is None else weight[clicked]
+    curves = {"clicked": _curve(cvr[clicked], scored.happened("conversion")[clicked], of_clicked)}
     if scored.true_cvr is not None:
-        curves["entire space"] = _curve(cvr, scored.true_cvr)
+        curves["entire space"] = _curve(cvr, scored.true_cvr, weight)
     return curves
 
 
-def _curve(prediction: Prediction, target: np.ndarray) -> dict[str, list[float]]:
-    curve = reliability_curve(prediction, target, num_bins=CURVE_BINS)
+def _curve(
+    prediction: Prediction, target: np.ndarray, weight: np.ndarray | None
+) -> dict[str, list[float]]:
+    curve = reliability_curve(prediction, target, weight, num_bins=CURVE_BINS)
     return {
         "predicted": curve.mean_prediction.tolist(),
         "observed": curve.mean_target.tolist(),

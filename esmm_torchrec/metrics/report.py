@@ -230,7 +230,9 @@ def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:
     if prediction is not None and not flaw and clicked.any():
         pctr = prediction[clicked].block(slice(None)).probability
         weights = 1 / np.maximum(pctr, np.quantile(pctr, PROPENSITY_QUANTILE, method="lower"))
-        size = float(weights.sum() ** 2 / (weights**2).sum())
+        if scored.weight is not None:
+            weights = weights * scored.weight[clicked]
+        size = float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
         share = size / len(pctr)
     reason = flaw or f"there is no {first.name}"
     part.put("ips_effective_sample_size", size, reason)

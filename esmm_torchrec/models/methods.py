@@ -16,12 +16,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from esmm_torchrec.choices import check_choices
+from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.architectures.aitm import Aitm
 from esmm_torchrec.models.architectures.mmoe import Mmoe
 from esmm_torchrec.models.architectures.ple import Ple
 from esmm_torchrec.models.architectures.separate import Separate
 from esmm_torchrec.models.architectures.shared_bottom import SharedBottom
 from esmm_torchrec.models.esmm import TrainTask
+from esmm_torchrec.models.first_order import FirstOrder
 from esmm_torchrec.models.interactions.dcn import Dcn
 from esmm_torchrec.models.interactions.deepfm import DeepFm
 from esmm_torchrec.models.interactions.none import NoInteraction
@@ -41,6 +43,7 @@ from esmm_torchrec.models.objectives.ips import IpsObjective
 from esmm_torchrec.models.objectives.nise import NiseObjective
 from esmm_torchrec.models.objectives.single import ClickObjective, ConversionObjective
 from esmm_torchrec.models.parts import (
+    AfterInteraction,
     Architecture,
     BaseRates,
     Builder,
@@ -476,5 +479,14 @@ def build_train_task(
         first_order=options.first_order,
     )
     model = parts.architecture.build(parts.objective.heads(schema.tasks), builder)
+    for option, given, part in (
+        ("first_order", options.first_order, FirstOrder),
+        ("interaction", not isinstance(parts.interaction, NoInteraction), AfterInteraction),
+    ):
+        if given and not any(isinstance(module, part) for module in model.modules()):
+            raise OptionError(
+                f"the architecture {type(parts.architecture).__name__} does not use `{option}`; "
+                "leave it out, or build the towers with `Builder.over`"
+            )
     model = parts.objective.complete(model, schema.tasks)
     return TrainTask(model, parts.objective.bind(schema.tasks))

@@ -6,8 +6,9 @@ Shapes: B impressions, F pooled features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,22 +94,21 @@ class Tower(nn.Module):
         return _float32_linear(hidden, self.logit.weight, self.logit.bias).squeeze(-1)
 
 
+def module_key(logit: str) -> str:
+    """What a module of a logit is called: its name, changed if torch has an attribute of it."""
+    return f"{logit}_" if hasattr(nn.ModuleDict, logit) else logit
+
+
 class Towers(nn.ModuleDict):
     """One tower per logit over the same features, agnostic to how the features were pooled.
 
     Args:
         towers: name of the logit → its tower; all with the same dtype.
-
-    Raises:
-        OptionError: a name is one that torch reserves for itself.
     """
 
     def __init__(self, towers: Mapping[str, Tower]) -> None:
-        super().__init__()
-        for name, tower in towers.items():
-            if hasattr(nn.ModuleDict, name):
-                raise OptionError(f"torch cannot hold a tower called {name!r}; rename the task")
-            self[name] = tower
+        super().__init__({module_key(name): tower for name, tower in towers.items()})
+        self._logits = {module_key(name): name for name in towers}
         self.dtype = next(iter(towers.values())).dtype
 
     def forward(self, features: torch.Tensor) -> Logits:
@@ -121,7 +121,12 @@ class Towers(nn.ModuleDict):
             each float32 (B,), by the names of the towers.
         """
         features = features.to(self.dtype)  # once for all towers
-        return Logits({name: tower(features) for name, tower in self.items()})
+        return Logits({name: tower(features) for name, tower in self.by_logit()})
+
+    def by_logit(self) -> Iterator[tuple[str, Tower]]:
+        """Each logit's name and its tower."""
+        for key, tower in self.items():
+            yield self._logits[key], cast(Tower, tower)
 
 
 class EsmmTowers(Towers):

@@ -112,12 +112,19 @@ class RunFolder:
             return found
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; choose another `out`")
-        ours = {_partial(path / _CONFIG), path / LOCK}
-        if path.exists() and any(file not in ours for file in path.iterdir()):
+        if not cls.may_be_at(path):
             raise RunError(f"{path} is not empty and does not hold a run; choose another `out`")
         if resume.isdecimal():
             raise RunError(f"{path} does not hold a run to resume; leave out `resume` {resume}")
         return None
+
+    @classmethod
+    def may_be_at(cls, path: Path) -> bool:
+        """Whether a run is at a path, or may start there."""
+        if (path / _CONFIG).exists() or not path.exists():
+            return True
+        ours = {_partial(path / _CONFIG), path / LOCK}
+        return path.is_dir() and all(file in ours for file in path.iterdir())
 
     @classmethod
     def start(

@@ -69,6 +69,21 @@ def refuse_existing(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
+def score_file_schema(tasks: TaskChain, kept: pa.Schema) -> pa.Schema:
+    """The columns of scores, and those kept of the input.
+
+    Raises:
+        OptionError: a column to keep has the name of one of scores.
+    """
+    scores = score_schema(tasks)
+    for name in kept.names:
+        if name in scores.names:
+            raise OptionError(
+                f"`keep` {name} is the name of a column of scores; rename it in the input"
+            )
+    return pa.unify_schemas([scores, kept])
+
+
 @contextmanager
 def score_writer(out: Path, schema: pa.Schema) -> Iterator[Writer]:
     """Writes a file of the kind that its name says; it appears when the block has ended.
@@ -196,7 +211,7 @@ def write_scores(blocks: Iterator[ScoredRows], out: Path, tasks: TaskChain) -> W
     if first is None:
         raise DataError("the input has no rows")
     written = Written()
-    schema = pa.unify_schemas([score_schema(tasks), first.read.kept.schema])
+    schema = score_file_schema(tasks, first.read.kept.schema)
     with score_writer(out, schema) as writer, progress_bar("Scoring", None, "rows") as bar:
         for block in chain([first], blocks):
             read = block.read

@@ -26,12 +26,11 @@ from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import SAMPLE_ID, IdFeature
-from esmm_torchrec.serving.score_files import refuse_existing, score_writer
+from esmm_torchrec.serving.score_files import refuse_existing, score_file_schema, score_writer
 from esmm_torchrec.serving.scored_rows import (
     Counts,
     Written,
     score_columns,
-    score_schema,
     with_columns,
 )
 from esmm_torchrec.serving.scorer import Scores, score_stream
@@ -205,7 +204,7 @@ def score(
             pass
         return
     kept = _Blocks(rows.kept() if rows is not None else iter(()))
-    schema = pa.unify_schemas([score_schema(tasks), kept.schema])
+    schema = score_file_schema(tasks, kept.schema)
     with (
         score_writer(out, schema) as writer,
         progress_bar("Scoring", split.impressions, "rows") as bar,

@@ -78,16 +78,16 @@ def training_part(
     Raises:
         DataError: what is left has none of the labels that the method learns.
     """
-    if isinstance(split, StreamedSplit):
-        return _streamed_part(split)
-    whole = slice(None) if within is None else within
-    tasks = split.schema.tasks
     missing = options.parts.objective.needs_labels - options.parts.rows.gives_labels
     if missing:
         raise OptionError(
             f"the objective needs rows with {', '.join(sorted(missing))}, which "
             f"{type(options.parts.rows).__name__} does not give; choose another `rows`"
         )
+    if isinstance(split, StreamedSplit):
+        return _streamed_part(split)
+    whole = slice(None) if within is None else within
+    tasks = split.schema.tasks
     impressions = LoggedImpressions(
         {label: split.scalars[label][whole] for label in tasks.labels},
         tasks,
@@ -156,8 +156,8 @@ def part_of(
     if needed and not any(positives[task.label] for task in needed):
         raise DataError(
             f"{name} is left with {num_rows:,} impressions and no "
-            f"{' or '.join(task.name for task in needed)} to train on; give it more data or a "
-            "larger fraction"
+            f"{' or '.join(task.name for task in needed)} to train on; give it more data, a "
+            "larger fraction or other options of `rows`"
         )
     return TrainingPart(
         None

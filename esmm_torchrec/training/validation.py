@@ -163,6 +163,11 @@ class Validate(Callback):
         """Measures."""
         self._measure(loop)
 
+    def on_end(self, loop: TrainingLoop) -> None:
+        """Measures if the last step is within a pass."""
+        if loop.step == loop.last_step:
+            self._measure(loop)
+
     def stop_if_done(self, loop: TrainingLoop) -> None:
         """Stops at the end of a pass if enough passes in a row improved nothing."""
         if self._patience is None or not self.curve or not self._pass_ended(loop):

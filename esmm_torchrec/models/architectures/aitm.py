@@ -14,7 +14,7 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.architectures.shared_bottom import over_shared_embeddings
 from esmm_torchrec.models.esmm import ESMM
 from esmm_torchrec.models.parts import Architecture, Builder, Head, drawn_from
-from esmm_torchrec.models.towers import Logits, Tower, Towers
+from esmm_torchrec.models.towers import Logits, Tower, Towers, module_key
 
 
 class Transfer(nn.Module):
@@ -65,7 +65,7 @@ class TransferTowers(nn.Module):
     ) -> None:
         super().__init__()
         self.towers = Towers(towers)
-        self.transfers = nn.ModuleDict(transfers)
+        self.transfers = nn.ModuleDict({module_key(name): each for name, each in transfers.items()})
         self._before = dict(before)
 
     def forward(self, features: torch.Tensor) -> Logits:
@@ -73,11 +73,10 @@ class TransferTowers(nn.Module):
         features = features.to(self.towers.dtype)
         hidden: dict[str, torch.Tensor] = {}
         logits: dict[str, torch.Tensor] = {}
-        for name, tower in self.towers.items():
-            assert isinstance(tower, Tower)
+        for name, tower in self.towers.by_logit():
             own = tower.last_hidden(features)
             if name in self._before:
-                own = self.transfers[name](hidden[self._before[name]], own)
+                own = self.transfers[module_key(name)](hidden[self._before[name]], own)
             hidden[name] = own
             logits[name] = tower.read_out(own)
         return Logits(logits)

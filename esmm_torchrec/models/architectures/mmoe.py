@@ -40,7 +40,7 @@ class MixtureTowers(nn.Module):
         for layer in self.experts:
             hidden = layer(hidden).relu_()
         mixes = mixed(self.gates(features), hidden)
-        towers = enumerate(self.towers.items())
+        towers = enumerate(self.towers.by_logit())
         return Logits({name: tower(mixes[place]) for place, (name, tower) in towers})
 
 

@@ -87,7 +87,7 @@ class ExtractionTowers(nn.Module):
         hidden = features.expand(len(self.towers) + 1, -1, -1)
         for level in self.levels:
             hidden = level(hidden)
-        towers = enumerate(self.towers.items())
+        towers = enumerate(self.towers.by_logit())
         return Logits({name: tower(hidden[place]) for place, (name, tower) in towers})
 
 

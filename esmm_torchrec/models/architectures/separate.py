@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.parts import Architecture, Builder, Head
-from esmm_torchrec.models.towers import Logits
+from esmm_torchrec.models.towers import Logits, module_key
 
 
 class Network(nn.Module):
@@ -37,11 +37,12 @@ class SeparateNetworks(nn.ModuleDict):
     """
 
     def __init__(self, networks: Mapping[str, Network]) -> None:
-        super().__init__(dict(networks))
+        super().__init__({module_key(name): network for name, network in networks.items()})
+        self._logits = {module_key(name): name for name in networks}
 
     def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> Logits:
         """Logits of B impressions, by the names of the networks."""
-        return Logits({name: network(features) for name, network in self.items()})
+        return Logits({self._logits[key]: network(features) for key, network in self.items()})
 
 
 @dataclass(frozen=True)

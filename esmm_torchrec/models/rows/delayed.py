@@ -139,6 +139,11 @@ class WaitedRows(DelayedRows):
     wait: float = 1.0
     """Days."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.wait >= 0:
+            raise OptionError(f"`rows.wait` {self.wait:g} is negative; give 0 or more")
+
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """Each click once, except those of the last days."""
         clicks = self._clicks(impressions)

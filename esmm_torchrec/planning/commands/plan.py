@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esmm_torchrec.choices import check_positive
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.errors import OptionError, PlanError
+from esmm_torchrec.errors import OptionError, PlanError, for_command_line
 from esmm_torchrec.models.methods import ModelOptions, build_train_task
 from esmm_torchrec.planning.estimates import Estimate, estimate
 from esmm_torchrec.planning.experiment import (
@@ -127,6 +128,8 @@ def run(options: Options) -> None:
 
 
 def _scenario(options: Options) -> tuple[TableList, Scenario]:
+    if options.batch_size is not None:
+        check_positive(batch_size=options.batch_size)
     if (options.tables is None) == (options.data is None):
         raise OptionError("give either --tables FILE or --data PREPARED")
     tables = read_tables(options.tables) if options.tables else _tables_of_data(options)
@@ -222,7 +225,8 @@ def _summary(experiment: Experiment, out: Path) -> str:
             text = result.reason + would
             reasons.setdefault((result.strategy, text), []).append(str(result.world_size))
     for (strategy, text), counts in reasons.items():
-        lines.append(f"no plan for {strategy} on {', '.join(counts)} {noun}s: {text}")
+        where = f"{', '.join(counts)} {noun}s"
+        lines.append(f"no plan for {strategy} on {where}: {for_command_line(text)}")
     lines.append("All numbers are estimates, made without the machines; * marks the shortest step.")
     obstacle = experiment.scenario.tables.not_trainable
     purpose = "the plans for 'train --plan'"

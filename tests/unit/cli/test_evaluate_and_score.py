@@ -554,3 +554,35 @@ def test_far_more_unknown_ids_than_in_training_are_told(
     shown = capsys.readouterr().out
     assert "warning: 100.0% of the ids of 'user' are unknown to the model" in shown
     assert "'shop' are unknown" not in shown
+
+
+def test_options_of_scoring_are_checked_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(folder / "run"), "--input", str(folder / "test.csv"), "--out"]
+    out = str(folder / "never.parquet")
+    for more, expected in (
+        (["--keep", "user", "user"], "--keep names 'user' twice; name it once"),
+        (["--batch-size", "0"], "--batch-size 0 is not positive; give at least 1"),
+    ):
+        assert _refused(["score", *given, out, *more], capsys) == expected
+    data = ["--data", str(folder / "data"), "--batch-size", "-5"]
+    for command in ("evaluate", "calibrate"):
+        said = _refused([command, str(folder / "run"), *data], capsys)
+        assert said == "--batch-size -5 is not positive; give at least 1"
+    assert _refused(["report", str(folder / "run"), "--sample", "0"], capsys) == (
+        "--sample 0 is not positive; give at least 1"
+    )
+
+
+def test_a_column_to_keep_cannot_be_called_as_a_score(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pd.read_csv(folder / "test.csv").assign(pctr=0.5)
+    rows.to_csv(folder / "scored_before.csv", index=False)
+    given = ["--input", str(folder / "scored_before.csv"), "--keep", "pctr"]
+    out = ["--out", str(folder / "again.parquet")]
+    assert _refused(["score", str(folder / "run"), *given, *out], capsys) == (
+        "--keep pctr is the name of a column of scores; rename it in the input"
+    )
+    assert not (folder / "again.parquet").exists()

@@ -383,3 +383,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     _train(data, whole, *long)
     assert _metrics(out) == _metrics(whole)
     assert _steps(out) == _steps(whole)
+
+
+def test_a_training_that_ends_within_a_pass_is_validated(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _train(data, out, "--validation-share", "0.2", "--max-steps", "3")
+    (measured,) = json.loads((out / "metrics.json").read_text())["validation"]["curve"]
+    assert measured["step"] == 3

@@ -115,3 +115,25 @@ def test_models_are_resampled_together_and_a_missing_class_is_none() -> None:
 def test_interval_holds_the_middle() -> None:
     low, high = bootstrap_interval(list(range(1001)))
     assert (low, high) == pytest.approx((25, 975))
+
+
+def test_weights_count_as_repetitions_of_impressions() -> None:
+    rng = np.random.default_rng(5)
+    users, times = rng.integers(0, 15, 300), rng.integers(0, 4, 300)
+    scores = np.round(rng.normal(size=300), 1).astype(np.float32)
+    truth, labels = rng.random(300), (rng.random(300) < 0.4).astype(np.int8)
+    pctr = np.repeat([0.1, 0.2, 0.3], 100)
+    weighted = UserBootstrap(users, times.astype(np.float32), resamplings=30)
+    each = np.repeat(np.arange(300), times)
+    repeated = UserBootstrap(np.r_[users[each], users], resamplings=30)
+    kept = np.r_[np.ones(len(each), bool), np.zeros(300, bool)]  # every user is drawn from
+    for target in (truth, labels):
+        expected = repeated.auc(np.r_[scores[each], scores], np.r_[target[each], target], kept)
+        assert weighted.auc(scores, target) == pytest.approx(expected)
+    one_stratum = weighted.auc_within_strata(scores, truth, np.zeros(300))
+    assert one_stratum == pytest.approx(weighted.auc(scores, truth))
+    untouched = UserBootstrap(np.arange(300), times.astype(np.float32), resamplings=1)
+    untouched._times[:] = 1
+    assert untouched.mean(truth) == [pytest.approx(np.average(truth, weights=times))]
+    strata = auc_within_strata(scores, truth, pctr, times.astype(float), num_strata=3)
+    assert untouched.auc_within_strata(scores, truth, pctr, num_strata=3) == [pytest.approx(strata)]

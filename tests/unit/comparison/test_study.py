@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,11 @@ import torch
 from esmm_torchrec.cli import train as train_cli
 from esmm_torchrec.cli.main import parse_options
 from esmm_torchrec.comparison.data import Source, prepared_source
-from esmm_torchrec.comparison.handover import chosen_options, train_command
+from esmm_torchrec.comparison.handover import (
+    batch_size_on_all_rows,
+    chosen_options,
+    train_command,
+)
 from esmm_torchrec.comparison.options import (
     COMPARED,
     FINALISTS,
@@ -39,6 +44,7 @@ from esmm_torchrec.comparison.selection import (
     best,
     chosen_in,
     selection_score,
+    tuned_line,
 )
 from esmm_torchrec.comparison.statistics import paired_difference
 from esmm_torchrec.comparison.store import code_identity
@@ -46,6 +52,7 @@ from esmm_torchrec.comparison.study import compare
 from esmm_torchrec.comparison.tables import difference_rows, headline_rows, time_rows
 from esmm_torchrec.comparison.verdicts import verdicts
 from esmm_torchrec.comparison.worlds import World
+from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.models.methods import AFTER_METHODS, METHODS, PAPER_METHODS
 from esmm_torchrec.sharding.process_group import process_group
@@ -633,3 +640,43 @@ def test_the_best_method_is_kept_as_a_run(compared: dict[str, Any], folder: Path
         assert metrics["test"]["cvr_auc"] == pytest.approx(of_best[0], abs=1e-4)
     config = json.loads((folder / "kept" / "config.json").read_text())
     assert METHODS[config["options"]["method"]].title == best
+
+
+def test_a_kept_model_takes_the_updates_that_were_tuned() -> None:
+    assert batch_size_on_all_rows({"batch_size": 38, "fraction": 0.2}) == 190
+    assert batch_size_on_all_rows({"batch_size": 203, "fraction": 1.0}) == 203
+
+
+def test_what_cannot_end_well_is_refused_before_the_work(tmp_path: Path) -> None:
+    write_data_set(tmp_path / "data", train=60, test=20)
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "other.txt").touch()
+
+    def refused(options: ComparisonOptions, **more: Any) -> str:
+        with process_group("cpu") as ranks, pytest.raises(OptionError) as refusal:
+            compare(
+                options, tmp_path / "out", ranks, **({"world": WORLD, "command": "test"} | more)
+            )
+        assert not (tmp_path / "out" / "trials").exists()
+        return str(refusal.value)
+
+    assert refused(FIXED, data=tmp_path / "data", keep_best=tmp_path / "busy") == (
+        f"`keep_best` {tmp_path / 'busy'} is neither empty nor a run folder; choose another folder"
+    )
+    log = pd.DataFrame({"u": np.arange(60) % 7, "a": 1, "b": np.arange(60) % 2})
+    log["c"] = (np.arange(60) % 4 == 1).astype(int)
+    prepare_table(
+        tmp_path / "three", train=log, split="share:0.5", actions=["a", "b", "c"], ids=["u"]
+    )
+    said = refused(FIXED, data=tmp_path / "three")
+    assert said.startswith("`methods` base is not for a chain of 3 tasks (a, b, c); choose from ")
+    assert {"division", "esmm", "shared-bottom"} <= set(said.partition("choose from ")[2].split())
+    with pytest.raises(OptionError, match="not those of a comparison"):
+        chosen_in({})
+
+
+def test_options_of_words_are_shown() -> None:
+    trial = Trial(SETTINGS[0], (("objective.imputation", "mrdr"),))
+    chosen = Chosen(trial, 1, 0.5)
+    assert "objective.imputation mrdr" in tuned_line("X", chosen)
+    assert "objective.imputation" not in at_edge(chosen, [Tried(0, trial, 1, 0.5)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +14,19 @@ from torch import nn
 from torchrec.distributed.train_pipeline.tracing import Tracer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.batch import BatchFeatures, ImpressionBatch
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.architectures.aitm import Aitm
 from esmm_torchrec.models.architectures.mmoe import Mmoe
 from esmm_torchrec.models.architectures.ple import Ple
 from esmm_torchrec.models.architectures.separate import Separate
 from esmm_torchrec.models.architectures.shared_bottom import SharedBottom
+from esmm_torchrec.models.esmm import ESMM
 from esmm_torchrec.models.interactions.dcn import Dcn
 from esmm_torchrec.models.interactions.deepfm import DeepFm
+from esmm_torchrec.models.interactions.none import NoInteraction
 from esmm_torchrec.models.methods import ModelOptions, build_train_task
-from esmm_torchrec.models.parts import Architecture, Interaction
+from esmm_torchrec.models.parts import Architecture, Builder, Head, Interaction
 from esmm_torchrec.models.towers import Tower
 from esmm_torchrec.schema import IdFeature, Schema, Table
 from esmm_torchrec.tasks import DEFAULT_TASKS, Task, TaskChain
@@ -286,3 +289,39 @@ def test_options_out_of_range_are_refused(build: Callable[[], object], sentence:
 def test_aitm_needs_tasks_that_follow_one_another() -> None:
     with pytest.raises(OptionError, match="passes from one task to the next"):
         build_train_task(SCHEMA, ModelOptions(method="division", architecture=Aitm()))
+
+
+@pytest.mark.parametrize("architecture", KINDS, ids=lambda kind: type(kind).__name__)
+def test_a_task_may_be_called_as_a_method_of_torch_modules(architecture: Architecture) -> None:
+    schema = replace(SCHEMA, tasks=TaskChain.of("click", "apply", "items"))
+    options = ModelOptions(embedding_dim=DIM, tower=WIDTHS, architecture=architecture)
+    task = build_train_task(schema, options, embedding_device="cpu")
+    features = KeyedJaggedTensor(
+        keys=["item", "user"], values=torch.tensor([1, 2, 3, 4]), lengths=torch.ones(4).int()
+    )
+    logits = task.model(BatchFeatures(features, dense_features=torch.zeros(2, 1)))
+    assert set(logits) == {"click", "apply", "items"}
+
+
+class _Plain(SharedBottom):
+    """Builds its towers by itself."""
+
+    def build(self, heads: Sequence[Head], builder: Builder) -> nn.Module:
+        features = builder.features(heads[-1].name)
+        return ESMM(
+            features.embedding_bag_collection,
+            dense_in_features=features.dense_in_features,
+            towers=builder.towers(heads, features.out_features),
+        )
+
+
+@pytest.mark.parametrize(
+    "unused", [{"first_order": True}, {"first_order": False, "interaction": Dcn()}]
+)
+def test_what_an_architecture_does_not_use_is_refused(unused: dict[str, Any]) -> None:
+    options = ModelOptions(embedding_dim=DIM, tower=WIDTHS, architecture=_Plain(), **unused)
+    (option, *_), value = [name for name in unused if unused[name]], "_Plain does not use"
+    with pytest.raises(OptionError, match=f"architecture {value} `{option}`; leave it out"):
+        build_train_task(SCHEMA, options, embedding_device="cpu")
+    plain = replace(options, first_order=False, interaction=NoInteraction())
+    build_train_task(SCHEMA, plain, embedding_device="cpu")

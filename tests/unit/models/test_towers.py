@@ -72,9 +72,10 @@ def test_a_prior_without_a_logit_is_refused(prior: float) -> None:
         Tower(WIDTH, LAYERS, prior=prior)
 
 
-def test_a_task_that_torch_cannot_hold_is_named() -> None:
-    with pytest.raises(OptionError, match="cannot hold a tower called 'keys'; rename the task"):
-        Towers({"keys": Tower(WIDTH, LAYERS)})
+def test_a_task_called_as_an_attribute_of_torch_modules_has_a_tower() -> None:
+    towers = Towers({"keys": Tower(WIDTH, LAYERS)})
+    assert dict(towers.named_children()).keys() == {"keys_"}
+    assert list(towers(_features())) == ["keys"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

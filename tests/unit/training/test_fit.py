@@ -13,7 +13,9 @@ import torch
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.reader import ImpressionReader
+from esmm_torchrec.data.stream import StreamedSplit
 from esmm_torchrec.errors import OptionError
+from esmm_torchrec.models.objectives.delayed import DelayedFeedbackObjective
 from esmm_torchrec.training.fit import automatic_batch_size, shared_bags, training_part
 from esmm_torchrec.training.options import TrainOptions
 from tests.prepared_data import write_data_set
@@ -73,3 +75,10 @@ def test_the_planner_counts_shared_bags_once_unless_they_are_written_out(tmp_pat
     assert all(0 < bags < 64 for bags in once.values())
     expanded = TrainOptions(shared_features="expanded")
     assert shared_bags(split, expanded, rows_per_rank=64, num_rows=400) == {}
+
+
+def test_streamed_rows_have_no_labels_of_their_own(tmp_path: Path) -> None:
+    write_data_set(tmp_path / "data", train=300, test=10)
+    split = StreamedSplit(PreparedDataSet.open(tmp_path / "data"), "train", lanes=1, window=64)
+    with pytest.raises(OptionError, match=r"the objective needs rows with .*; choose another"):
+        training_part(split, TrainOptions(objective=DelayedFeedbackObjective()))
