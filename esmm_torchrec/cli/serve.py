@@ -47,6 +47,23 @@ class Options:
         for name in ("threads", "max_rows", "max_body_mb", "max_waiting"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"`{name}` must be positive")
+        if not 0 <= self.port < 1 << 16:
+            raise OptionError(f"`port` {self.port} is not from 0 to 65535")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OptionError: there is no such place, or it is taken.
+    """
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OptionError(
+            f"cannot listen on `host` {host}, `port` {port} ({reason}); choose others"
+        ) from None
 
 
 def run(options: Options) -> None:
@@ -86,15 +103,7 @@ def run(options: Options) -> None:
         access_log=False,
         timeout_graceful_shutdown=options.graceful_seconds,
     )
-    try:
-        listening = socket.create_server((options.host, options.port), backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "0 to 65535"
-        raise OptionError(
-            f"cannot listen on `host` {options.host}, `port` {options.port} ({reason.lower()}); "
-            "choose others"
-        ) from None
-    with listening:
+    with listen(options.host, options.port) as listening:
         host, port = listening.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port} (/docs, /metrics)", flush=True)
         # Stopping is how it ends; uvicorn raises the signal again when all is answered.

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from esmm_torchrec.errors import DataError
+from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import RESERVED_COLUMNS, IdFeature, Schema, Table, weight_column
+from esmm_torchrec.tasks import TaskChain
 
 ITEM = Table("item", 5)
 PLAIN = IdFeature("item", "item")
@@ -80,3 +81,8 @@ def test_a_table_is_in_one_collection_only() -> None:
             assert features == (first, second)
             assert ("weighted" in name) == (first.weighted or second.weighted)
             assert name.startswith("shared_") == (first.shared and second.shared)
+
+
+def test_a_task_cannot_be_called_as_what_is_counted_already() -> None:
+    with pytest.raises(OptionError, match="cannot be called 'impression', which metrics count"):
+        TaskChain.of("impression", "click")

@@ -22,6 +22,7 @@ import tyro
 from esmm_torchrec.cli.arguments import read_options
 from esmm_torchrec.cli.help import EXTENDED_GROUPS, made_help, stored_help
 from esmm_torchrec.cli.main import COMMANDS, configure_threads, main, run_command
+from esmm_torchrec.cli.serve import listen
 from esmm_torchrec.errors import DataError, OptionError, RunError
 from esmm_torchrec.progress import progress_bar
 
@@ -372,3 +373,21 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
     assert process.returncode == 2
     assert process.stderr.startswith("esmm-torchrec: cannot write: no space left on device;")
     assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "reason"),
+    [
+        ("nowhere.invalid", 0, "name or service not known|temporary failure in name resolution"),
+        ("127.0.0.1", None, "address already in use"),
+    ],
+)
+def test_a_place_that_cannot_be_listened_on_is_named(
+    host: str, port: int | None, reason: str
+) -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(OptionError) as refusal:
+        listen(host, taken.getsockname()[1] if port is None else port)
+    assert re.fullmatch(
+        rf"cannot listen on `host` {host}, `port` \d+ \(({reason}).*\); choose others",
+        str(refusal.value),
+    )
