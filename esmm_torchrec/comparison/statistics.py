@@ -16,6 +16,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.stats import t as student_t
@@ -155,7 +156,9 @@ class UserBootstrap:
         """Mean of `values`, (n,), in each resampling."""
         masses = (self._weights * values, self._weights)
         sums = np.stack([np.bincount(self._user, weights=mass) for mass in masses])
-        found, size = np.concatenate([sums @ times for times in self._chunks(np.float64)], axis=1)
+        found, size = np.concatenate(
+            [_product(sums, times) for times in self._chunks(np.float64)], axis=1
+        )
         with np.errstate(invalid="ignore"):
             return _known(found / size)
 
@@ -202,7 +205,7 @@ class UserBootstrap:
             positives, negatives, pairs = np.zeros((3, times.shape[1]))
             for block in blocks:
                 positive, negative = (mass @ times for mass in block)
-                within = above[: len(negative), : len(negative)] @ negative
+                within = _product(above[: len(negative), : len(negative)], negative)
                 positive_sum = positive.sum(axis=0, dtype=np.float64)
                 pairs += positive_sum * negatives
                 pairs += np.einsum("ij,ij->j", positive, within, dtype=np.float64)
@@ -214,6 +217,12 @@ class UserBootstrap:
             )
             sizes.append(positives + negatives)
         return np.concatenate(values), np.concatenate(sizes)
+
+
+def _product(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Matrix product by torch, whose threads a comparison limits; NumPy's would slow down the other
+    processes of the comparison."""
+    return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def _known(values: NDArray[np.float64]) -> list[float | None]:
