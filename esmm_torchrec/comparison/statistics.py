@@ -155,7 +155,9 @@ class UserBootstrap:
     def mean(self, values: NDArray[np.floating]) -> list[float | None]:
         """Mean of `values`, (n,), in each resampling."""
         masses = (self._weights * values, self._weights)
-        sums = np.stack([np.bincount(self._user, weights=mass) for mass in masses])
+        sums = np.stack(
+            [np.bincount(self._user, weights=mass) for mass in masses], dtype=np.float64
+        )
         found, size = np.concatenate(
             [_product(sums, times) for times in self._chunks(np.float64)], axis=1
         )
