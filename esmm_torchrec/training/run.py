@@ -253,24 +253,30 @@ def _train(
 def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
     """Says what an interrupted run can be resumed from. SIGTERM counts as an interrupt, except
     under torchrun, which sends it to the remaining ranks when one has died."""
-    terminated = False
+    arrived: set[int] = set()
 
-    def terminate(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
+    def interrupt(number: int, _: object) -> None:
+        arrived.add(number)
         raise KeyboardInterrupt
 
-    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
-    earlier = signal.signal(signal.SIGTERM, terminate) if alone else None
+    earlier: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            earlier[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        if "RANK" not in os.environ:
+            earlier[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
     try:
         try:
             yield
         except RuntimeError:
             # A signal to all ranks may end another one, and with it a collective, before it is
-            # handled here.
-            time.sleep(SIGNAL_ARRIVES_WITHIN_SECONDS)
+            # handled here; or it came where Python ignores exceptions, such as a finaliser.
+            if not arrived:
+                time.sleep(SIGNAL_ARRIVES_WITHIN_SECONDS)
+            if arrived:
+                raise KeyboardInterrupt from None
             raise
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as error:
         same = "rerun the same command" if resume == "auto" else "give `resume` auto"
         last = find_checkpoint(out / "checkpoints")
         sentence = (
@@ -281,10 +287,10 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
                 "set `checkpoint_every` to save checkpoints on the way"
             )
         )
-        raise Interrupted(sentence, terminated=terminated) from interrupt
+        raise Interrupted(sentence, terminated=signal.SIGTERM in arrived) from error
     finally:
-        if earlier is not None:
-            signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _pctr(

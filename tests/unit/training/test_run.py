@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import threading
+import time
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -427,3 +429,16 @@ def test_slow_bfloat16_is_told(
     _train(data, tmp_path / "run", replace(OPTIONS, dtype=dtype, max_steps=1))
     warned = "this processor has no bfloat16 instructions" in capsys.readouterr().out
     assert warned == (dtype == "bfloat16" and not capable)
+
+
+def test_an_interrupt_that_python_ignored_is_not_lost(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with _interrupts_in_words(tmp_path, "auto"):
+            with suppress(KeyboardInterrupt):  # as in a finaliser
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(Interrupted, match="before a checkpoint was written"):
+        interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
