@@ -148,15 +148,13 @@ class Options:
 
 
 def _pairs(option: str, given: Iterable[str], separator: str, form: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for text in given:
+    def read(text: str) -> tuple[str, str]:
         left, found, right = text.partition(separator)
         if not (left and found and right):
             raise OptionError(f"{option} {text!r} is not of the form {form}")
-        if left in pairs:
-            raise OptionError(f"{option} names {left!r} twice; name it once")
-        pairs[left] = right
-    return pairs
+        return left, right
+
+    return _once(option, map(read, given))
 
 
 def _once(option: str, given: Iterable[tuple[str, T]]) -> dict[str, T]:

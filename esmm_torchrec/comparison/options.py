@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from esmm_torchrec.choices import check_choices
+from esmm_torchrec.choices import check_choices, check_positive
 from esmm_torchrec.comparison.data import HeldOutBy
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import (
@@ -181,15 +181,12 @@ class ComparisonOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         self.chosen_methods  # noqa: B018
-        for option, value in (
-            ("`seeds`", self.seeds),
-            ("`epochs`", self.epochs),
-            ("`test_impressions`", self.test_impressions),
-        ):
-            if value < 1:
-                raise OptionError(f"{option} {value} is not positive; give at least 1")
-        if self.processes != "auto" and self.processes < 1:
-            raise OptionError(f"`processes` {self.processes} is not positive; give at least 1")
+        check_positive(
+            seeds=self.seeds,
+            epochs=self.epochs,
+            test_impressions=self.test_impressions,
+            processes=1 if self.processes == "auto" else self.processes,
+        )
         if not 1 <= self.trials <= len(SETTINGS):
             raise OptionError(f"`trials` {self.trials} is not from 1 to {len(SETTINGS)}")
         for fraction in self.fractions:

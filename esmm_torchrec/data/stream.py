@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.choices import check_choices, checks_choices
+from esmm_torchrec.choices import check_choices, check_positive, checks_choices
 from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
 from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
 from esmm_torchrec.data.mapped import HistoryWeights, MappedSplit
@@ -62,9 +62,7 @@ class StreamedSplit:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name, value in (("lanes", self.lanes), ("window", self.window)):
-            if value < 1:
-                raise OptionError(f"`{name}` {value} is not positive; give at least 1")
+        check_positive(lanes=self.lanes, window=self.window)
 
     @property
     def schema(self) -> Schema:

@@ -50,10 +50,15 @@ from esmm_torchrec.comparison.statistics import paired_difference
 from esmm_torchrec.comparison.store import code_identity
 from esmm_torchrec.comparison.study import compare
 from esmm_torchrec.comparison.tables import difference_rows, headline_rows, time_rows
+from esmm_torchrec.comparison.trial import _curves, _references
 from esmm_torchrec.comparison.verdicts import verdicts
 from esmm_torchrec.comparison.worlds import World
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.metrics.probability import Prediction
+from esmm_torchrec.metrics.ranking import auc, soft_auc
+from esmm_torchrec.metrics.report import measure
+from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.models.methods import AFTER_METHODS, METHODS, PAPER_METHODS
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
@@ -680,3 +685,32 @@ def test_options_of_words_are_shown() -> None:
     chosen = Chosen(trial, 1, 0.5)
     assert "objective.imputation mrdr" in tuned_line("X", chosen)
     assert "objective.imputation" not in at_edge(chosen, [Tried(0, trial, 1, 0.5)])
+
+
+def test_reference_rows_and_curves_count_weights() -> None:
+    random = np.random.default_rng(0)
+    weight = random.integers(0, 3, 400).astype(np.float32)
+    click = (random.random(400) < 0.5).astype(np.int8)
+    labels = {"click": click, "conversion": click & (random.random(400) < 0.4)}
+    score = Prediction(random.normal(size=400).astype(np.float32), "logit")
+    common = random.normal(size=400).astype(np.float32)
+    truth = random.random((2, 400))
+    scored = ScoredImpressions(
+        labels,
+        dict.fromkeys(("ctr", "cvr", "ctcvr"), score),
+        true_ctr=truth[0],
+        true_cvr=truth[1],
+        common_ctr_logit=common,
+        weight=weight,
+    )
+    each = np.repeat(np.arange(400), weight.astype(int))
+    repeated = replace(scored.of(np.isin(np.arange(400), each)), weight=None)
+    assert _references(scored, measure(scored)) != _references(repeated, measure(repeated))
+    found = _references(scored, measure(scored))["pCTR"]
+    rows = each[click[each] == 1]
+    assert found["cvr_auc"] == pytest.approx(auc(common[rows], labels["conversion"][rows]))
+    assert found["cvr_auc_entire_space"] == pytest.approx(soft_auc(common[each], truth[1][each]))
+    curve = _curves(scored)["entire space"]["observed"]
+    heavy = _curves(replace(scored, weight=weight * 5))["entire space"]["observed"]
+    assert curve == pytest.approx(heavy)
+    assert curve != pytest.approx(_curves(replace(scored, weight=None))["entire space"]["observed"])

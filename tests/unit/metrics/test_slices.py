@@ -67,6 +67,15 @@ def test_the_mean_of_pcvr_stands_beside_the_rate_of_the_clicks() -> None:
     assert test["ctr_base_rate"] == pytest.approx(clicked.mean())
 
 
+def test_weights_count_in_the_effective_sample_size() -> None:
+    click = np.array([1, 1, 1, 0], np.int8)
+    scores = {"ctr": Prediction(np.zeros(4, np.float32), "logit")}
+    labels = {"click": click, "conversion": np.zeros(4, np.int8)}
+    weight = np.array([3.0, 1.0, 0.0, 9.0])
+    test = measure(ScoredImpressions(labels, scores, weight=weight))["test"]
+    assert test["ips_effective_sample_size"] == pytest.approx(4**2 / (3**2 + 1))
+
+
 def test_effective_sample_size_of_the_clicks() -> None:
     scored, _ = _scored()
     test = measure(scored)["test"]

@@ -246,9 +246,9 @@ def test_a_day_reports_how_its_own_text_was_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_name_given_twice_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    values = {"train": ("a.csv",), "split": "share:0.5", "click": "click", "id": ("item",)}
+    values: dict[str, Any] = {"train": ("a.csv",), "split": "share:0.5", "id": ("item",)}
     with pytest.raises(OptionError, match="twice; name it once"):
-        run(Options(tmp_path / "out", **(values | options)))  # type: ignore[arg-type]
+        run(Options(tmp_path / "out", **(values | {"click": "click"} | options)))
 
 
 def test_a_column_without_any_value_is_of_the_kind_of_the_others(tmp_path: Path) -> None:
