@@ -109,7 +109,7 @@ def report(
         sections.append(
             [
                 f"warning: {leaked[0]} is both a training and a test file, so the metrics of the "
-                "test split are too good"
+                "test split are too optimistic"
             ]
         )
     forms = data_set.source.get("text_forms", [])
