@@ -130,7 +130,8 @@ class TaskChain(Sequence[Task]):
                 )
             if task.name in RESERVED_NAMES:
                 raise OptionError(
-                    f"a task cannot be called {task.name!r}, because metrics count impressions; rename it"
+                    f"a task cannot be called {task.name!r}, because metrics count impressions; "
+                    "rename it"
                 )
             if task.name in seen or task.label in labels:
                 raise OptionError(f"task {task.name!r} or its label occurs twice in the chain")

@@ -84,5 +84,5 @@ def test_a_table_is_in_one_collection_only() -> None:
 
 
 def test_a_task_cannot_be_called_as_what_is_counted_already() -> None:
-    with pytest.raises(OptionError, match="cannot be called .impression., because metrics count"):
+    with pytest.raises(OptionError, match="cannot be called 'impression', because metrics"):
         TaskChain.of("impression", "click")
