@@ -420,6 +420,60 @@ def test_one_data_set_has_an_interval_over_its_users(compared: dict[str, Any]) -
     assert len(set(worlds)) == 2
 
 
+def _compare_weighted(folder: Path) -> list[dict[str, Any]]:
+    with process_group("cpu") as ranks:
+        return [
+            compare(
+                replace(FIXED, seeds=1, test_impressions=10_000, held_out_by="group"),
+                folder / f"{name} compared",
+                ranks,
+                data=folder / name,
+                world=WORLD,
+                command="test",
+                settings=None,
+            )
+            for name in ("weighted", "repeated")
+        ]
+
+
+def test_intervals_over_users_count_weights_as_repetitions(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    click = random.integers(0, 2, 2400)
+    log = pd.DataFrame(
+        {
+            "user": random.integers(0, 120, 2400),
+            "item": random.integers(0, 30, 2400),
+            "click": click,
+            "buy": click * (random.random(2400) < 0.4),
+            "weight": 1.0,
+        }
+    )
+    train, test = log[:1500], log[1500:].copy()
+    times = random.integers(1, 5, len(test))
+    for name, table in (
+        ("weighted", test.assign(weight=times.astype(float))),
+        ("repeated", test.loc[test.index.repeat(times)]),
+    ):
+        prepare_table(
+            tmp_path / name,
+            train=[train],
+            test=[table],
+            click="click",
+            conversion="buy",
+            ids=["user", "item"],
+            group_id="user",
+            weight="weight",
+        )
+    weighted, repeated = run_on_ranks(1, _compare_weighted, tmp_path)[0]
+    for metric in ("cvr_auc", "ctcvr_auc_common_ctr"):
+        rows = [
+            results["differences"]["1"][metric]["BASE"]["shared-bottom"]
+            for results in (weighted, repeated)
+        ]
+        for figure in ("mean", "low_users", "high_users"):
+            assert rows[0][figure] == pytest.approx(rows[1][figure], abs=1e-6), (metric, figure)
+
+
 def test_report_of_worlds(compared: dict[str, Any], tmp_path: Path) -> None:
     results = compared["worlds"]
     write_report(results, tmp_path)
