@@ -12,18 +12,15 @@ import itertools
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.dense import DenseFitter, DenseTransform
 from esmm_torchrec.data.durable import replace_file
-from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
@@ -36,26 +33,23 @@ from esmm_torchrec.data.prepared_form import (
     Statistics,
 )
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources.feature_columns import FeatureColumns, RawReading
+from esmm_torchrec.data.sources.feature_columns import RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.raw_tables import (
     MAX_EXAMPLES,
-    BadRows,
     Frame,
     RawTable,
     files_of_both,
     open_raw_tables,
 )
-from esmm_torchrec.data.sources.spark_counting import count_table
 from esmm_torchrec.data.sources.spark_tasks import Session
-from esmm_torchrec.data.sources.spark_writing import write_table_on_spark
-from esmm_torchrec.data.sources.table_blocks import TrainingCount, count_ids, write_table
 from esmm_torchrec.data.sources.table_columns import TableColumns
-from esmm_torchrec.data.sources.table_rows import Skipped, TableRows, UnclickedConversions
+from esmm_torchrec.data.sources.table_passes import count_training_rows, write_rows
+from esmm_torchrec.data.sources.table_preparation import Preparation
+from esmm_torchrec.data.sources.table_rows import TableRows, UnclickedConversions
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
-from esmm_torchrec.progress import progress_bar
 
 
 def append_table(
@@ -124,9 +118,15 @@ def append_table(
             max_bad_rows=made.max_bad_rows,
             first_train_row=made.train_rows,
         )
-        vocabularies, train_rows = _vocabularies(
-            whole, made, rows, engine=engine, progress=progress
+        preparation = Preparation(
+            rows,
+            made.columns,
+            list_separator=None,
+            min_count=1,  # ids that are rare on this day may have occurred on others
+            features=reading.features,
+            group_kinds=made.group_kinds,
         )
+        counted = count_training_rows(preparation, engine, progress=progress)
         source = dict(whole.source)
         opened = [*train_tables, *test_tables]
         source["files_of_both_splits"] = files_of_both(train_tables, test_tables)
@@ -145,31 +145,15 @@ def append_table(
             tasks=whole.schema.tasks,
             key=made.columns.key,
         ) as writer:
-            for table, vocabulary in vocabularies.items():
-                writer.write_vocabulary(table, vocabulary)
-            for name, transform in whole.statistics.dense.items():
-                writer.record_dense(name, transform)
-            encoder = RowEncoder(
-                reading.features, vocabularies, whole.statistics.dense, tasks=whole.schema.tasks
+            write_rows(
+                writer,
+                preparation,
+                _grown(whole, counted.vocabularies),
+                whole.statistics.dense,
+                engine,
+                train_rows=counted.rows,
+                progress=progress,
             )
-            if engine is not None:
-                write_table_on_spark(
-                    engine,
-                    writer,
-                    rows,
-                    encoder,
-                    whole.statistics.dense,
-                    group_kinds=made.group_kinds,
-                )
-            else:
-                write_table(
-                    writer,
-                    rows,
-                    encoder,
-                    group_kinds=made.group_kinds,
-                    train_rows=train_rows,
-                    progress=progress,
-                )
             if test is None:
                 _copy_test(whole, writer)
         added = PreparedDataSet.open(root / DAYS / day)
@@ -234,80 +218,20 @@ def _locked(root: Location) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _TrainingRows:
-    """The training rows of a day, read as those of the first one were."""
-
-    rows: TableRows
-    features: FeatureColumns
-    group_kinds: dict[str, IdKind]
-    hashed: dict[str, HashedIds]
-    min_count: int = 1
-    """Ids that are rare on this day may have occurred on others."""
-
-    @property
-    def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:
-        return {}, {}
-
-    def meet(self, lists: Mapping[str, bool | None], kinds: Mapping[str, IdKind]) -> bool:
-        return bool(lists or kinds)
-
-    def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:  # noqa: ARG002
-        return {}
-
-    def count_rows(
-        self,
-        rows: TableRows,
-        on_rows: Callable[[int], object] = lambda _: None,
-        *,
-        of_rows: int | None = None,  # noqa: ARG002
-    ) -> TrainingCount:
-        counters = {
-            feature.table: IdCounter(self.features.kinds[feature.name])
-            for feature in self.features.id_features
-            if feature.table not in self.hashed
-        }
-        skipped, count = Skipped(BadRows(rows.max_bad_rows)), 0
-        for block in rows.blocks("train", skipped.bad_rows):
-            usable = rows.usable(block, self.features, self.group_kinds, skipped)
-            with block.table.named_in_errors():
-                count_ids(counters, self.features, usable.features)
-            count += len(block.rows)
-            on_rows(len(block.rows))
-        return TrainingCount(counters, DenseFitter(len(self.features.dense)), count)
-
-
-def _vocabularies(
-    whole: PreparedDataSet,
-    made: _Made,
-    rows: TableRows,
-    *,
-    engine: Session | None,
-    progress: bool,
-) -> tuple[dict[str, Vocabulary | HashedIds], int]:
-    """What gives ids their rows on all days, by table, and the number of rows of the new one."""
+def _grown(
+    whole: PreparedDataSet, of_day: Mapping[str, Vocabulary | HashedIds]
+) -> dict[str, Vocabulary | HashedIds]:
+    """What gives ids their rows on all days, by table, from all that occur on the new one."""
     rows_of_ids = {table.name: whole.row_of_ids(table.name) for table in whole.schema.tables}
-    hashed = {name: ids for name, ids in rows_of_ids.items() if isinstance(ids, HashedIds)}
-    training = _TrainingRows(rows, made.reading.features, made.group_kinds, hashed)
-    counts: dict[str, tuple[pa.Array, np.ndarray]] = {}
-    if engine is not None:
-        counted = count_table(engine, training)
-        assert counted is not None
-        for table, ids in counted.vocabularies.items():
-            if isinstance(ids, Vocabulary):
-                counts[table] = ids.raw_ids, ids.counts
-    else:
-        with progress_bar("count train", None, "rows", disable=not progress) as bar:
-            counted = training.count_rows(rows, bar.update)
-        counts = {table: counter.counts() for table, counter in counted.counters.items()}
-    for table, of_day in counts.items():
-        rare, known = whole.rare_ids(table), rows_of_ids[table]
-        assert isinstance(known, Vocabulary)
-        counter = IdCounter(known.kind)
-        counter.add(rare["raw_id"], rare["count"].to_numpy())
-        counter.add(*of_day)
-        rows_of_ids[table] = known.grown(*counter.counts(), whole.min_count)
-    return rows_of_ids, counted.rows
+    for table, known in rows_of_ids.items():
+        further = of_day[table]
+        if isinstance(known, Vocabulary) and isinstance(further, Vocabulary):
+            rare = whole.rare_ids(table)
+            counter = IdCounter(known.kind)
+            counter.add(rare["raw_id"], rare["count"].to_numpy())
+            counter.add(further.raw_ids, further.counts)
+            rows_of_ids[table] = known.grown(*counter.counts(), whole.min_count)
+    return rows_of_ids
 
 
 def _copy_test(whole: PreparedDataSet, writer: PreparedWriter) -> None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.dense import DenseFitter, DenseTransform
-from esmm_torchrec.data.hashing import HashedIds
-from esmm_torchrec.data.sources.feature_columns import FeatureColumns
+from esmm_torchrec.data.dense import DenseFitter
 from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.spark_tasks import (
     Failure,
@@ -26,7 +24,8 @@ from esmm_torchrec.data.sources.spark_tasks import (
     pieces_on,
     states_of,
 )
-from esmm_torchrec.data.sources.table_blocks import Counted, TrainingCount
+from esmm_torchrec.data.sources.table_blocks import Counted
+from esmm_torchrec.data.sources.table_preparation import Preparation
 from esmm_torchrec.data.sources.table_rows import TableRows
 from esmm_torchrec.data.vocabulary import Vocabulary, check_number_of_ids
 from esmm_torchrec.errors import EsmmTorchrecError
@@ -62,41 +61,7 @@ _COUNTED_COLUMNS = pa.schema(
 )
 
 
-class TrainingRows(Protocol):
-    """Training rows to count, in a form that can be sent to tasks."""
-
-    rows: TableRows
-    min_count: int
-
-    @property
-    def features(self) -> FeatureColumns:
-        """How features are read."""
-        ...
-
-    @property
-    def hashed(self) -> dict[str, HashedIds]:
-        """By table whose ids are hashed."""
-        ...
-
-    @property
-    def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:
-        """What `count_rows` has met."""
-        ...
-
-    def meet(self, lists: Mapping[str, bool | None], kinds: Mapping[str, IdKind]) -> bool:
-        """Learns what was met in a piece; whether any of it is new."""
-        ...
-
-    def count_rows(self, rows: TableRows, *, of_rows: int) -> TrainingCount | None:
-        """Counts a piece of all rows; None if it is not what it seemed, which `met` has then."""
-        ...
-
-    def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:
-        """The transforms of the dense columns."""
-        ...
-
-
-def count_table(spark: Session, preparation: TrainingRows) -> Counted | None:
+def count_table(spark: Session, preparation: Preparation) -> Counted | None:
     """What the training rows give, or None if they are not what they seemed, which `preparation`
     knows then.
 
@@ -156,11 +121,11 @@ def count_table(spark: Session, preparation: TrainingRows) -> Counted | None:
             ordered.unpersist()
         shared.unpersist()
     rows = sum(state.rows for state in states)
-    return Counted(vocabularies | preparation.hashed, preparation.fit(fitter), rows)
+    return Counted(vocabularies | preparation.hashed, fitter, rows)
 
 
 def _count_piece(
-    preparation: TrainingRows, piece: TableRows, number: int, tables: list[str], of_rows: int
+    preparation: Preparation, piece: TableRows, number: int, tables: list[str], of_rows: int
 ) -> Iterator[pa.RecordBatch]:
     try:
         counted = preparation.count_rows(piece, of_rows=of_rows)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.dense import DenseFitter, DenseTransform
+from esmm_torchrec.data.dense import DenseFitter
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
@@ -29,7 +29,7 @@ class Counted(NamedTuple):
 
     vocabularies: Mapping[str, Vocabulary | HashedIds]
     """By table."""
-    dense: dict[str, DenseTransform]
+    fitter: DenseFitter
     rows: int
 
 

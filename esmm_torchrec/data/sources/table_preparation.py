@@ -1,4 +1,4 @@
-"""One run of `prepare_table`: what the columns turn out to hold, and two passes over the rows."""
+"""What the columns of a table turn out to hold while its training rows are counted."""
 
 from __future__ import annotations
 
@@ -6,61 +6,64 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
-from esmm_torchrec.data.dense import DenseFitter, DenseMethod, DenseTransform
-from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.dense import DenseFitter
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
-from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
 from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.raw_values import holds_integers, holds_text, one_array
-from esmm_torchrec.data.sources.spark_counting import count_table
-from esmm_torchrec.data.sources.spark_tasks import Session
-from esmm_torchrec.data.sources.spark_writing import write_table_on_spark
-from esmm_torchrec.data.sources.table_blocks import (
-    Counted,
-    TrainingCount,
-    count_ids,
-    write_table,
-)
+from esmm_torchrec.data.sources.table_blocks import TrainingCount, count_ids
 from esmm_torchrec.data.sources.table_columns import IdForm, TableColumns, agreed
 from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import IdFeature, Schema, Table
 
 
 class Preparation:
-    """One run of `prepare_table`."""
+    """How the rows of a table are read, as far as is known; `count_rows` finds out the rest.
+
+    Args:
+        rows: of both splits.
+        columns: what their columns are.
+        list_separator: separator of the values of lists that are written as text.
+        min_count: the least count of an id in the vocabularies.
+        features: how features are read, if that is settled; with `group_kinds`.
+        group_kinds: what group ids are, by raw column.
+    """
 
     def __init__(
         self,
-        *,
         rows: TableRows,
         columns: TableColumns,
+        *,
         list_separator: str | None,
-        dense_methods: Mapping[str, DenseMethod],
         min_count: int,
-        progress: bool,
+        features: FeatureColumns | None = None,
+        group_kinds: Mapping[str, IdKind] | None = None,
     ) -> None:
         self.rows = rows
         self._columns = columns
         self._list_separator = list_separator
-        self._dense_methods = dense_methods
         self.min_count = min_count
-        self._progress = progress
-        raw_ids = dict.fromkeys(columns.ids)
-        self._lists = {
-            name: agreed(self._forms([name], SPLITS), "multi_valued") for name in raw_ids
-        }
+        self._settled = features
+        self._lists: dict[str, bool | None] = {}
         """By raw id column; None while no list has been met."""
-        self._kinds: dict[str, IdKind] = {}
+        self._kinds: dict[str, IdKind] = dict(group_kinds or {})
         self._guessed: list[tuple[str, ...]] = []
         """Groups of raw columns whose ids are integers until a text is met."""
+        if features is None:
+            self._guess()
+
+    def _guess(self) -> None:
+        """Learns what the types of columns tell."""
+        columns = self._columns
+        self._lists |= {
+            name: agreed(self._forms([name], SPLITS), "multi_valued")
+            for name in dict.fromkeys(columns.ids)
+        }
         for family in self._families():
             kind = agreed(self._forms(family, SPLITS[:1]), "kind")
             agreed(self._forms(family, SPLITS), "kind")
@@ -111,7 +114,9 @@ class Preparation:
 
     @property
     def features(self) -> FeatureColumns:
-        """How features are read, as far as is known; `count` finds out the rest."""
+        """How features are read, as far as is known."""
+        if self._settled is not None:
+            return self._settled
         columns, parts = self._columns, self._columns.time_parts
         id_features = {
             name: IdFeature(
@@ -151,12 +156,9 @@ class Preparation:
             list_separator=self._list_separator,
         )
 
-    def count(self, engine: Session | None = None) -> Counted:
-        """Reads the training rows once, or again if they are not what they seemed."""
-        self.rows.find_last_train_time()
-        with progress_bar("count train", None, "rows", disable=not self._progress) as bar:
-            while (counted := self._try_to_count(bar, engine)) is None:
-                bar.reset()
+    def check_test_kinds(self) -> None:
+        """Raises DataError if the test files have other ids than the training rows turned out
+        to have."""
         for family in self._guessed:
             for form in self._forms(family, ["test"]):
                 kind = self._kinds[family[0]]
@@ -165,18 +167,6 @@ class Preparation:
                         f"{form.where}, but the training files have {kind} ids; "
                         "use the same type for both"
                     )
-        return counted
-
-    def _try_to_count(self, bar: tqdm, engine: Session | None) -> Counted | None:
-        if engine is not None:
-            return count_table(engine, self)
-        count = self.count_rows(self.rows, bar.update)
-        if count is None:
-            return None
-        vocabularies = {
-            table: counter.vocabulary(self.min_count) for table, counter in count.counters.items()
-        }
-        return Counted(vocabularies | self.hashed, self.fit(count.fitter), count.rows)
 
     @property
     def hashed(self) -> dict[str, HashedIds]:
@@ -188,13 +178,6 @@ class Preparation:
             if (column := self.features.column_of(feature.name)) in hashed
             and feature.name not in self.features.time_parts
         }
-
-    def fit(self, fitter: DenseFitter) -> dict[str, DenseTransform]:
-        """The transforms of the dense columns, by the methods asked for."""
-        columns = self.features
-        return fitter.fit(
-            {name: self._dense_methods[columns.column_of(name)] for name in columns.dense}
-        )
 
     def count_rows(
         self,
@@ -223,7 +206,8 @@ class Preparation:
             if self._meets_lists(block) or self._meets_text(block):
                 return None
             usable = rows.usable(block, columns, self.group_kinds, skipped)
-            count_ids(counters, columns, usable.features)
+            with block.table.named_in_errors():
+                count_ids(counters, columns, usable.features)
             if columns.dense:
                 values = np.stack(list(usable.features.dense.values()), axis=1)
                 fitter.add(values, usable.numbers)
@@ -270,28 +254,3 @@ class Preparation:
         if self._lists.get(name) and self._list_separator is not None:
             return holds_integers(split_lists(one_array(column), self._list_separator).flatten())
         return holds_integers(column)
-
-    def write(
-        self, writer: PreparedWriter, counted: Counted, engine: Session | None = None
-    ) -> None:
-        """Encodes everything and writes the data set."""
-        for table, vocabulary in counted.vocabularies.items():
-            writer.write_vocabulary(table, vocabulary)
-        for name, transform in counted.dense.items():
-            writer.record_dense(name, transform)
-        encoder = RowEncoder(
-            self.features, counted.vocabularies, counted.dense, tasks=self._columns.tasks
-        )
-        if engine is not None:
-            write_table_on_spark(
-                engine, writer, self.rows, encoder, counted.dense, group_kinds=self.group_kinds
-            )
-            return
-        write_table(
-            writer,
-            self.rows,
-            encoder,
-            group_kinds=self.group_kinds,
-            train_rows=counted.rows,
-            progress=self._progress,
-        )

@@ -28,6 +28,7 @@ from esmm_torchrec.data.sources.raw_tables import (
 from esmm_torchrec.data.sources.row_split import RowSplit
 from esmm_torchrec.data.sources.spark_tasks import Session
 from esmm_torchrec.data.sources.table_columns import TableColumns
+from esmm_torchrec.data.sources.table_passes import count_training_rows, write_rows
 from esmm_torchrec.data.sources.table_preparation import Preparation
 from esmm_torchrec.data.sources.table_rows import TableRows, UnclickedConversions
 from esmm_torchrec.data.storage import Location
@@ -187,36 +188,42 @@ def prepare_table(
         "max_bad_rows": max_bad_rows,
         "unclicked_conversions": unclicked_conversions,
     }
-    preparation = Preparation(
-        rows=TableRows(
-            tables,
-            split=rule,
-            columns=columns,
-            unclicked_conversions=unclicked_conversions,
-            max_bad_rows=max_bad_rows,
-        ),
+    rows = TableRows(
+        tables,
+        split=rule,
         columns=columns,
-        list_separator=list_separator,
-        dense_methods=methods,
-        min_count=min_count,
-        progress=progress,
+        unclicked_conversions=unclicked_conversions,
+        max_bad_rows=max_bad_rows,
     )
-    counted = preparation.count(engine)
+    preparation = Preparation(rows, columns, list_separator=list_separator, min_count=min_count)
+    counted = count_training_rows(preparation, engine, progress=progress)
+    features = preparation.features
+    transforms = counted.fitter.fit(
+        {name: methods[features.column_of(name)] for name in features.dense}
+    )
     source["group_kinds"] = preparation.group_kinds
     source["reading"] = RawReading(
-        features=preparation.features, sample_id=columns.sample_id, text_format=text_format
+        features=features, sample_id=columns.sample_id, text_format=text_format
     ).to_dict()
     with PreparedWriter(
         out,
-        id_features=preparation.features.id_features,
-        dense_features=preparation.features.dense,
+        id_features=features.id_features,
+        dense_features=features.dense,
         columns=columns.optional,
         source=source,
         min_count=min_count,
         tasks=tasks,
         key=columns.key,
     ) as writer:
-        preparation.write(writer, counted, engine)
+        write_rows(
+            writer,
+            preparation,
+            counted.vocabularies,
+            transforms,
+            engine,
+            train_rows=counted.rows,
+            progress=progress,
+        )
     return PreparedDataSet.open(out)
 
 

@@ -1,0 +1,76 @@
+"""The two passes over the rows of a table, by this process or by the tasks of Spark: training rows
+are counted, then all rows are encoded and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.hashing import HashedIds
+from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.spark_counting import count_table
+from esmm_torchrec.data.sources.spark_tasks import Session
+from esmm_torchrec.data.sources.spark_writing import write_table_on_spark
+from esmm_torchrec.data.sources.table_blocks import Counted, write_table
+from esmm_torchrec.data.sources.table_preparation import Preparation
+from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.progress import progress_bar
+
+
+def count_training_rows(
+    preparation: Preparation, engine: Session | None, *, progress: bool
+) -> Counted:
+    """Reads the training rows once, or again if they are not what they seemed."""
+    preparation.rows.find_last_train_time()
+    with progress_bar("count train", None, "rows", disable=not progress) as bar:
+        while (counted := _try_to_count(preparation, engine, bar)) is None:
+            bar.reset()
+    preparation.check_test_kinds()
+    return counted
+
+
+def _try_to_count(preparation: Preparation, engine: Session | None, bar: tqdm) -> Counted | None:
+    if engine is not None:
+        return count_table(engine, preparation)
+    count = preparation.count_rows(preparation.rows, bar.update)
+    if count is None:
+        return None
+    vocabularies = {
+        table: counter.vocabulary(preparation.min_count)
+        for table, counter in count.counters.items()
+    }
+    return Counted(vocabularies | preparation.hashed, count.fitter, count.rows)
+
+
+def write_rows(
+    writer: PreparedWriter,
+    preparation: Preparation,
+    vocabularies: Mapping[str, Vocabulary | HashedIds],
+    dense: Mapping[str, DenseTransform],
+    engine: Session | None,
+    *,
+    train_rows: int,
+    progress: bool,
+) -> None:
+    """Writes the vocabularies, by table, and all rows, dense values encoded by the transforms of
+    their columns. `train_rows` is how many training rows were counted, for the progress bar."""
+    for table, vocabulary in vocabularies.items():
+        writer.write_vocabulary(table, vocabulary)
+    for name, transform in dense.items():
+        writer.record_dense(name, transform)
+    rows, group_kinds = preparation.rows, preparation.group_kinds
+    encoder = RowEncoder(preparation.features, vocabularies, dense, tasks=writer.schema.tasks)
+    if engine is not None:
+        write_table_on_spark(engine, writer, rows, encoder, dense, group_kinds=group_kinds)
+    else:
+        write_table(
+            writer,
+            rows,
+            encoder,
+            group_kinds=group_kinds,
+            train_rows=train_rows,
+            progress=progress,
+        )
