@@ -7,8 +7,7 @@ state reads the same whatever the kernel, so that a checkpoint outlives a change
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
 
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.apply import local_shards
@@ -31,8 +29,6 @@ from esmm_torchrec.sharding.planner import SparseOptimizerOption, embedding_bag_
 EPSILON = 1e-8
 
 _TABLES, _TOWERS = "tables", "towers"
-_SCHEDULE = "__schedule"
-"""Key of the parameter that TorchRec's WarmupOptimizer keeps its position in."""
 
 _CLASSES: dict[SparseOptimizerOption, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -80,8 +76,6 @@ class ModelOptimizer(CombinedOptimizer):
         state: dict[str, dict[str, torch.Tensor]] = {}
         for part_name, part in self.optimizers:
             for key, own in part.state_dict()["state"].items():
-                if key == _SCHEDULE:
-                    continue  # follows from the step
                 if not part_name:
                     named = {self._name_of_fused(name): value for name, value in own.items()}
                 elif part_name == _TABLES:
@@ -111,38 +105,10 @@ class ModelOptimizer(CombinedOptimizer):
             if name:
                 part.init_state(sparse_grad_parameter_names)
 
-    def schedule(self, stages: Sequence[WarmupStage], *, step: int) -> None:
-        """Multiplies the learning rate of each part by the factor of the stages; to be called once.
-        A fused optimiser takes its rate at the start of a step.
-
-        Args:
-            stages: of TorchRec's WarmupOptimizer.
-            step: steps that are done.
-        """
-        for index, (name, part) in enumerate(self._optims):
-            lr = next((group["lr"] for group in part.param_groups), 0.0)
-            # WarmupOptimizer changes the stages that it is given.
-            own = [replace(stage) for stage in stages]
-            scheduled = _Scheduled(part, own, lr=lr, param_name=_SCHEDULE)
-            scheduled.go_to(step)
-            self._optims[index] = (name, scheduled)
-
     def _name_of_fused(self, name: str) -> str:
         """torch's name of a state like "item.momentum1"."""
         own = name.rpartition(".")[2]
         return _FIRST_STATE[self._table_optimizer] if own == "momentum1" else own
-
-
-class _Scheduled(WarmupOptimizer):
-    """TorchRec's WarmupOptimizer at any step."""
-
-    def go_to(self, step: int) -> None:
-        """Sets the learning rate of a step, counted from 0."""
-        stage = 0
-        while step > self._stages[stage].max_iters:
-            stage += 1
-        self.state[self._warmup_param] = {"warmup": torch.tensor([step, stage])}  # pyright: ignore[reportIndexIssue]
-        self.post_load_state_dict()
 
 
 class _DenseTables(KeyedOptimizerWrapper):

@@ -1,9 +1,11 @@
-"""Learning rates that change over the steps of a run, by TorchRec's WarmupOptimizer."""
+"""Learning rates that change over the steps of a run."""
 
 from __future__ import annotations
 
-from torchrec.optim.warmup import WarmupPolicy, WarmupStage
+import math
+from typing import Any
 
+from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import ScheduleOption
 
@@ -11,56 +13,42 @@ from esmm_torchrec.training.options import ScheduleOption
 class ScheduleLearningRates(Callback):
     """Multiplies the learning rates of tables and towers by a factor that depends on the step.
 
-    The factor follows from the step and the last step alone, so a resumed run has the rates of an
-    uninterrupted one, and a run that is continued beyond its last step has those of the longer run.
+    Of step n, counted from 0, it is (n + 1) / warmup_steps in the warm-up and then 1 (constant),
+    1 - n / last_step (linear) or (1 + cos(π n / last_step)) / 2 (cosine). A resumed run has the
+    rates of an uninterrupted one, and a run that is continued beyond its last step has those of the
+    longer run.
 
     Args:
         schedule: after the warm-up.
-        warmup_steps: over which the factor rises linearly from 1 / warmup_steps to 1.
+        warmup_steps: length of the warm-up.
     """
 
     def __init__(self, schedule: ScheduleOption, *, warmup_steps: int) -> None:
         self._schedule: ScheduleOption = schedule
         self._warmup_steps = warmup_steps
+        self._groups: list[tuple[dict[str, Any], float]] = []
+        self._last_step = 0
 
     def on_start(self, loop: TrainingLoop) -> None:
         """Sets the rates of the step to start from."""
-        stages = schedule_stages(
-            self._schedule, warmup_steps=self._warmup_steps, last_step=loop.last_step
-        )
-        if stages:
-            loop.trainer.optimizer.schedule(stages, step=loop.step)
+        groups = loop.trainer.optimizer.param_groups
+        self._groups = [(group, group["lr"]) for group in groups]
+        self._last_step = loop.last_step
+        self._set(loop.step)
 
+    def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
+        """Sets the rates of the next step, which a fused optimiser takes at its start."""
+        self._set(loop.step)
 
-def schedule_stages(
-    schedule: ScheduleOption, *, warmup_steps: int, last_step: int
-) -> list[WarmupStage]:
-    """The stages of a schedule; none if the rates are constant.
+    def _set(self, step: int) -> None:
+        for group, rate in self._groups:
+            group["lr"] = rate * self._factor(step)
 
-    Of step n, counted from 0, the factor is min(1, (n + 1) / warmup_steps) before `warmup_steps`,
-    then 1 (constant), 1 - n / last_step (linear) or (1 + cos(π n / last_step)) / 2 (cosine).
-
-    Args:
-        schedule: after the warm-up.
-        warmup_steps: 0 for no warm-up.
-        last_step: steps of the whole run.
-    """
-    stages = []
-    if warmup_steps > 1:  # in a warm-up of one step the factor is 1
-        # The factor is value + (1 - value) · n / max_iters for n ≤ max_iters.
-        first = 1 / warmup_steps
-        stages.append(WarmupStage(WarmupPolicy.LINEAR, max_iters=warmup_steps - 1, value=first))
-    if schedule == "linear" and last_step > warmup_steps:
-        stages.append(
-            WarmupStage(WarmupPolicy.POLY, max_iters=last_step, value=1.0, decay_iters=last_step)
-        )
-    elif schedule == "cosine" and last_step > warmup_steps:
-        stages.append(
-            WarmupStage(
-                WarmupPolicy.COSINE_ANNEALING_WARM_RESTARTS,
-                max_iters=last_step,
-                value=0.0,
-                sgdr_period=last_step,
-            )
-        )
-    return stages
+    def _factor(self, step: int) -> float:
+        if step < self._warmup_steps:
+            first = 1 / self._warmup_steps
+            return first + (1 - first) * step / max(1, self._warmup_steps - 1)
+        if self._schedule == "constant":
+            return 1.0
+        done = step / self._last_step
+        return 1 - done if self._schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,17 @@ def test_the_rates_follow_the_formula(
         factor = (step + 1) / warmup if step < warmup else falls[schedule](step)
         expected = [0.5 * factor] * (len(rates) - 1) + [0.1 * factor]
         assert rates == pytest.approx(expected), step
+
+
+def test_a_skipped_step_does_not_delay_the_schedule(split: MappedSplit) -> None:
+    assert split.dense is not None
+    dense = np.array(split.dense)
+    dense[70] = np.nan
+    options = replace(OPTIONS, lr_schedule="linear", on_nonfinite="skip")
+    used, _, _ = _run(replace(split, dense=dense), options)
+    assert [rates[-1] for rates in used] == pytest.approx(
+        [0.1 * (1 - step / STEPS) for step in range(STEPS)]
+    )
 
 
 def test_the_fused_tables_are_updated_at_the_scheduled_rate(split: MappedSplit) -> None:
