@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +258,6 @@ def _flush_folder(path: Path) -> None:
 def _crc32(path: Path) -> int:
     crc32 = 0
     with path.open("rb", buffering=0) as file:
-        for chunk in _chunks(file):
+        while chunk := file.read(_CHUNK_BYTES):
             crc32 = zlib.crc32(chunk, crc32)
     return crc32
-
-
-def _chunks(file: Any) -> Iterable[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk

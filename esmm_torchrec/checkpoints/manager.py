@@ -24,6 +24,7 @@ import json
 import shutil
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,7 @@ class CheckpointManager:
             group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        self._writer: _Writer | None = None
+        self._writing: Future[None] | None = None
 
     def find(self, step: int | None = None) -> Path | None:
         """The checkpoint of a step, or the last one; None if there is none at all. Every rank gets
@@ -159,22 +160,22 @@ class CheckpointManager:
                 }
             )
         )
-        writer = _Writer(
-            self.folder,
-            state=state if self._group is None else host_copy(state),
-            rank_state=buffer.getbuffer(),
-            description=description,
-            ranks=self._ranks,
-            group=self._group,
-            best=best,
-            keep_last=self._keep_last,
-        )
+        if self._group is not None:
+            state = host_copy(state)
+        writing: Future[None] = Future()
+
+        def write() -> None:
+            try:
+                self._write(state, buffer.getbuffer(), description, best=best)
+            except BaseException as error:
+                writing.set_exception(error)
+            else:
+                writing.set_result(None)
+
+        self._writing = writing
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
         if self._group is None:
-            writer.run()
-            writer.result()
-        else:
-            self._writer = writer
-            writer.start()
+            self.wait()
 
     def load(
         self, checkpoint: Path, *, model: DistributedModelParallel, optimizer: CombinedOptimizer
@@ -219,10 +220,9 @@ class CheckpointManager:
         Raises:
             RunError: it could not be written.
         """
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.join()
-            writer.result()
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -233,89 +233,53 @@ class CheckpointManager:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Waits for the last checkpoint, which is complete or does not exist after an error. Of
+        several ranks, another may have ended, and then the thread would wait for it: it is left to
+        end with the process."""
         if error is None:
             self.wait()
-        self.close()
+        elif self._writing is not None and self._ranks.world_size == 1:
+            wait([self._writing])
 
-    def close(self) -> None:
-        """Ends the thread after an error, so that the last checkpoint is complete or does not
-        exist. Of several ranks, another may have ended, and then the thread would wait for it: it
-        is left to end with the process."""
-        if self._writer is not None and self._ranks.world_size == 1:
-            self._writer.join()
-
-
-class _Writer(threading.Thread):
-    """Writes one checkpoint; `run` is a collective of all ranks, and has the same outcome on all of
-    them."""
-
-    def __init__(
+    def _write(
         self,
-        folder: Path,
-        *,
         state: State,
         rank_state: memoryview,
         description: Mapping[str, Any],
-        ranks: Ranks,
-        group: dist.ProcessGroup | None,
+        *,
         best: bool,
-        keep_last: int | None,
     ) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self._final = files.checkpoint_path(folder, description["step"])
-        self._partial = self._final.with_name(f"{self._final.name}.partial")
-        self._state = state
-        self._rank_state = rank_state
-        self._description = description
-        self._ranks = ranks
-        self._group = group
-        self._best = best
-        self._keep_last = keep_last
-        self._error: BaseException | None = None
+        """Writes one checkpoint; a collective of all ranks with the same outcome on all of them."""
+        final = files.checkpoint_path(self.folder, description["step"])
+        partial = final.with_name(f"{final.name}.partial")
 
-    def run(self) -> None:
+        def write_own() -> dict[str, tuple[int, int]]:
+            if len(rank_state):
+                files.write_durably(partial / files.rank_file(self._ranks.rank), rank_state)
+            return files.written_by(partial, self._ranks.rank)
+
+        def complete() -> None:
+            files.complete(partial, final, description=description, files=written)
+            if best:
+                files.mark_best(self.folder, description["step"])
+            if self._keep_last is not None:
+                files.prune(self.folder, keep_last=self._keep_last)
+
         try:
-            self._write()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._state.clear()
-
-    def result(self) -> None:
-        """Raises what `run` ended with."""
-        if self._error is not None:
-            raise self._error
-
-    def _write(self) -> None:
-        folder = self._final.parent
-        try:
-            self._ranks.from_first(lambda: files.remove_leftovers(folder), group=self._group)
+            self._ranks.from_first(lambda: files.remove_leftovers(self.folder), group=self._group)
             with quiet_torch():
-                save(self._state, checkpoint_id=self._partial, process_group=self._group)
-            of_ranks = on_every_rank(self._write_own, group=self._group)
+                save(state, checkpoint_id=partial, process_group=self._group)
+            of_ranks = on_every_rank(write_own, group=self._group)
             written = {name: entry for own in of_ranks for name, entry in own.items()}
-            self._ranks.from_first(lambda: self._complete(written), group=self._group)
+            self._ranks.from_first(complete, group=self._group)
         except (CheckpointException, OSError) as error:
             why = reason(error)
             if self._ranks.is_first:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+                shutil.rmtree(partial, ignore_errors=True)
+            folders = (self.folder, *self.folder.absolute().parents)
+            there = next(path for path in folders if path.exists())
             raise RunError(
-                f"checkpoint {self._final} cannot be written ({why}; "
+                f"checkpoint {final} cannot be written ({why}; "
                 f"{shutil.disk_usage(there).free / 1e6:,.0f} MB are free on its disk); make room "
                 "and rerun the same command"
             ) from error
-
-    def _write_own(self) -> dict[str, tuple[int, int]]:
-        if len(self._rank_state):
-            path = self._partial / files.rank_file(self._ranks.rank)
-            files.write_durably(path, self._rank_state)
-        return files.written_by(self._partial, self._ranks.rank)
-
-    def _complete(self, written: Mapping[str, tuple[int, int]]) -> None:
-        files.complete(self._partial, self._final, description=self._description, files=written)
-        folder = self._final.parent
-        if self._best:
-            files.mark_best(folder, self._description["step"])
-        if self._keep_last is not None:
-            files.prune(folder, keep_last=self._keep_last)
