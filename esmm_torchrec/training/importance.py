@@ -19,10 +19,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader, Selection
-from esmm_torchrec.metrics.ranking import auc
-from esmm_torchrec.models.scores import read_scores
+from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.schema import COLLECTIONS, WEIGHT, missing_column
+from esmm_torchrec.serving.scorer import scored_impressions, scores_of
 
 Model = Callable[[BatchFeatures], Logits]
 
@@ -59,12 +59,21 @@ def permutation_importance(
     )
     (batch,) = reader
     order = torch.from_numpy(random.permutation(size))
-    schema = split.schema
-    whole = _aucs(model, batch.features, split, rows)
+    schema, tasks = split.schema, split.schema.tasks
+    columns = {
+        name: split.scalars[name][rows] for name in (*tasks.labels, WEIGHT) if name in split.scalars
+    }
+
+    def aucs(features: BatchFeatures) -> dict[str, float | None]:
+        with torch.inference_mode():
+            scores = scores_of(model(features), tasks, size)
+        figures = measure(scored_impressions(scores, columns, tasks))["test"]
+        return {name: figures[f"{name}_auc"] for name in scores}
+
+    whole = aucs(batch.features)
 
     def loss(features: BatchFeatures) -> dict[str, float | None]:
-        found = _aucs(model, features, split, rows)
-        pairs = {name: (whole[name], found[name]) for name in whole}
+        pairs = {name: (whole[name], value) for name, value in aucs(features).items()}
         return {
             name: None if before is None or after is None else before - after
             for name, (before, after) in pairs.items()
@@ -92,45 +101,12 @@ def permutation_importance(
     return sorted(importances, key=lambda one: -max((v or 0.0) for v in one.loss.values()))
 
 
-def _aucs(
-    model: Model, features: BatchFeatures, split: MappedSplit, rows: np.ndarray
-) -> dict[str, float | None]:
-    with torch.inference_mode():
-        scores = read_scores(model(features), split.schema.tasks)
-    labels = {label: split.scalars[label][rows] == 1 for label in split.schema.tasks.labels}
-    happened = split.schema.tasks.happened(labels)
-    weights = split.scalars[WEIGHT][rows] if WEIGHT in split.scalars else None
-    found = {}
-    for name, _, task, given in split.schema.tasks.probabilities:
-        if name not in scores:
-            continue
-        space = np.ones(len(rows), np.bool_) if given is None else happened[given.name]
-        own = None if weights is None else weights[space]
-        found[name] = auc(scores[name].values.numpy()[space], happened[task.name][space], own)
-    return found
-
-
 def _permuted(bags: KeyedJaggedTensor, key: str, order: torch.Tensor) -> KeyedJaggedTensor:
     """The bags of one key in another order."""
-    values, lengths, weights = [], [], []
-    for name, one in bags.to_dict().items():
-        own = one.weights_or_none()
-        if name != key:
-            values.append(one.values())
-            lengths.append(one.lengths())
-            weights.append(own)
-            continue
-        moved = one.lengths()[order].long()
-        starts = one.offsets()[:-1][order].long()
-        before = moved.cumsum(0) - moved
-        places = torch.repeat_interleave(starts - before, moved) + torch.arange(int(moved.sum()))
-        values.append(one.values()[places])
-        lengths.append(one.lengths()[order])
-        weights.append(None if own is None else own[places])
-    known = [one for one in weights if one is not None]
-    return KeyedJaggedTensor(
-        bags.keys(),
-        torch.cat(values),
-        lengths=torch.cat(lengths),
-        weights=torch.cat(known) if known else None,
+    places = torch.arange(len(bags.keys()) * len(order), dtype=torch.int32)
+    first = bags.keys().index(key) * len(order)
+    places[first : first + len(order)] = first + order
+    lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
+        places, bags.lengths(), bags.values(), bags.weights_or_none()
     )
+    return KeyedJaggedTensor(bags.keys(), values, weights, lengths=lengths)
