@@ -26,7 +26,8 @@ class ScheduleLearningRates(Callback):
     def __init__(self, schedule: ScheduleOption, *, warmup_steps: int) -> None:
         self._schedule: ScheduleOption = schedule
         self._warmup_steps = warmup_steps
-        self._groups: list[tuple[dict[str, Any], float]] = []
+        self._groups: list[tuple[Any, float]] = []
+        """Each group of parameters with its rate at a factor of 1."""
         self._last_step = 0
 
     def on_start(self, loop: TrainingLoop) -> None:
