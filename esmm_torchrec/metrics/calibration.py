@@ -161,15 +161,14 @@ def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibra
         prediction, given = scored.scores.get(task.rate), scored.tasks.given(task)
         if prediction is None:
             continue
-        rows = slice(None) if given is None else scored.happened(given.name)
-        label = scored.happened(task.name)[rows]
+        space = scored.space(task, given)
+        label, weights = space.label, space.weights
         if label.all() or not label.any():
             raise DataError(
                 f"{task.name} has only one class in the {label.size:,} impressions to calibrate "
                 "on; give more of them"
             )
-        values = prediction[rows].values.astype(np.float64)
-        weights = None if scored.weight is None else scored.weight[rows]
+        values = space.of(prediction).values.astype(np.float64)
         if kind == "isotonic":
             margin = 0.5 / label.size
             fitted = isotonic.IsotonicRegression(

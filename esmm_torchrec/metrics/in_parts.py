@@ -8,7 +8,7 @@ result is the exact, tie-aware AUC of `ranking.auc` over all impressions.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +16,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from esmm_torchrec.metrics.probability import Prediction, ProbabilityFit, fit
-from esmm_torchrec.metrics.ranking import ordered_bits
-from esmm_torchrec.metrics.report import Part, one_class_reason
-from esmm_torchrec.metrics.scored import ScoredImpressions, Scores
+from esmm_torchrec.metrics.ranking import Ties, merged, ordered_bits
+from esmm_torchrec.metrics.report import Part, put_fit, row_counts
+from esmm_torchrec.metrics.scored import ScoredImpressions, Scores, one_class_reason
 
 SAMPLES = 1024
 """Scores of each rank that say how the range is divided. A rank gets at most about 1 / SAMPLES of
 all impressions more than its share, and those of one score, which stay together."""
-
-
-class _Ties(NamedTuple):
-    """Distinct scores in ascending order, with the weight of the impressions that have each."""
-
-    scores: NDArray[np.uint32]
-    """Bits that compare as the scores do."""
-    positive: NDArray[Any]
-    """int64, or float64 if there are weights."""
-    negative: NDArray[Any]
 
 
 def measure_in_parts(own: ScoredImpressions) -> dict[str, dict[str, Any]]:
@@ -42,38 +32,27 @@ def measure_in_parts(own: ScoredImpressions) -> dict[str, dict[str, Any]]:
     Args:
         own: the impressions of this rank, which may be none.
     """
-    values: dict[str, Any] = {"impressions": own.size}
-    values |= {f"{task.name}s": int(own.happened(task.name).sum()) for task in own.tasks}
-    if own.weight is not None:
-        values["sum_of_weights"] = float(own.weight.sum(dtype=np.float64))
     part = Part()
-    part.values |= _summed(values)
+    part.values |= _summed(row_counts(own))
     for name, _, task, given in own.tasks.probabilities:
-        rows = slice(None) if given is None else own.happened(given.name)
-        label = own.happened(task.name)[rows]
-        weights = None if own.weight is None else own.weight[rows]
+        space = own.space(task, given)
+        label, weights = space.label, space.weights
         mass = np.ones(len(label)) if weights is None else weights.astype(np.float64)
-        counts = _gathered((len(label), label.sum(), mass[label].sum(), mass[~label].sum()))
-        size, happened, positive, negative = np.sum(counts, axis=0).tolist()
+        sizes = _gathered((len(label), label.sum(), mass[label].sum(), mass[~label].sum()))
+        size, happened, positive, negative = np.sum(sizes, axis=0).tolist()
         one_class = one_class_reason(
             task, given, size=int(size), happened=int(happened), weighs=positive * negative > 0
         )
-        prediction = own.scores.get(name)
+        prediction = space.of(own.scores.get(name))
         sums = area = None
         flaw = f"the model gives no {name} score"
         if prediction is not None:
-            sums = _fit(prediction[rows], label, weights)
+            sums = _fit(prediction, label, weights)
             flaw = "" if sums is not None else f"a {name} score is not finite"
             if sums is not None:
-                area = auc_in_parts(prediction[rows].values, label, weights)
-        for figure, value in (
-            ("auc", area),
-            ("log_loss", sums and sums.log_loss),
-            ("ne", sums and sums.normalised_entropy),
-            ("calibration", sums and sums.calibration),
-            ("pcoc", sums and sums.calibration),
-        ):
-            part.put(f"{name}_{figure}", value, flaw or one_class)
+                area = auc_in_parts(prediction.values, label, weights)
+        part.put(f"{name}_auc", area, flaw or one_class)
+        put_fit(part, name, sums, flaw or one_class)
         total = positive + negative
         part.put(f"{name}_base_rate", positive / total if total else None, one_class)
     return {"test": part.finished()}
@@ -89,8 +68,9 @@ def auc_in_parts(
         labels: bool (n,).
         weights: (n,), not negative; None on all ranks: all 1.
     """
-    ties = _ties(ordered_bits(scores), labels, weights)
-    ties = _merged(_exchanged(ties, _splitters(ties)))
+    mass = np.ones(len(labels), np.int64) if weights is None else weights.astype(np.float64)
+    ties = merged(Ties(ordered_bits(scores), mass * labels, mass * ~labels))
+    ties = merged(_exchanged(ties, _splitters(ties)))
     totals = _gathered((ties.positive.sum().item(), ties.negative.sum().item()))
     positive, negative = (sum(column) for column in zip(*totals, strict=True))
     if not positive * negative:
@@ -102,26 +82,7 @@ def auc_in_parts(
     return twice / (2 * positive * negative)
 
 
-def _ties(
-    bits: NDArray[np.uint32], labels: NDArray[np.bool_], weights: NDArray[np.floating] | None
-) -> _Ties:
-    mass = np.ones(len(bits), np.int64) if weights is None else weights.astype(np.float64)
-    return _merged(_Ties(bits, mass * labels, mass * ~labels))
-
-
-def _merged(ties: _Ties) -> _Ties:
-    """In order, and each score once."""
-    order = np.argsort(ties.scores)
-    scores = ties.scores[order]
-    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]]) if len(scores) else order
-    positive, negative = (
-        np.add.reduceat(mass[order], starts) if len(scores) else mass
-        for mass in (ties.positive, ties.negative)
-    )
-    return _Ties(scores[starts], positive, negative)
-
-
-def _splitters(ties: _Ties) -> NDArray[np.uint32]:
+def _splitters(ties: Ties) -> NDArray[np.uint32]:
     """(W − 1,): where the range of one rank ends and that of the next begins, the same on all.
 
     Each sample means as many impressions as its rank has for one.
@@ -142,7 +103,7 @@ def _splitters(ties: _Ties) -> NDArray[np.uint32]:
     return samples[order][np.minimum(at, len(samples) - 1)]
 
 
-def _exchanged(ties: _Ties, splitters: NDArray[np.uint32]) -> _Ties:
+def _exchanged(ties: Ties, splitters: NDArray[np.uint32]) -> Ties:
     """What all ranks have in the range of this one."""
     ends = np.append(np.searchsorted(ties.scores, splitters, side="left"), len(ties.scores))
     sent = np.diff(ends, prepend=0).tolist()
@@ -157,7 +118,7 @@ def _exchanged(ties: _Ties, splitters: NDArray[np.uint32]) -> _Ties:
         got = own.new_empty(sum(sizes))
         dist.all_to_all_single(got, own, sizes, sent)
         columns.append(got.numpy())
-    return _Ties(columns[0].astype(np.uint32), columns[1], columns[2])
+    return Ties(columns[0].astype(np.uint32), columns[1], columns[2])
 
 
 def _fit(

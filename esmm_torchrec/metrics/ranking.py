@@ -12,7 +12,7 @@ ranked. A set of rows in which one class has no weight has no AUC: None.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -268,18 +268,31 @@ def _auc_of_classes(positive: Scores, negative: Scores) -> float | None:
     return twice_ordered / (2 * pairs)
 
 
+class Ties(NamedTuple):
+    """Scores, or bits that compare as they do, with the mass of what has each; (n,)."""
+
+    scores: NDArray[Any]
+    positive: NDArray[Any]
+    """float64, or an integer if there are no weights."""
+    negative: NDArray[Any]
+
+
+def merged(ties: Ties) -> Ties:
+    """In ascending order, and each score once."""
+    if not len(ties.scores):
+        return ties
+    order = np.argsort(ties.scores)
+    ordered = ties.scores[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    masses = (np.add.reduceat(mass[order], starts) for mass in (ties.positive, ties.negative))
+    return Ties(ordered[starts], *masses)
+
+
 def _auc_of_masses(
     scores: Scores, positive: NDArray[np.float64], negative: NDArray[np.float64]
 ) -> float | None:
     """AUC where each row has a positive and a negative mass."""
-    if scores.size == 0:
-        return None
-    order = np.argsort(scores)
-    ordered = scores[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    del ordered
-    positive = np.add.reduceat(positive[order], starts)
-    negative = np.add.reduceat(negative[order], starts)
+    _, positive, negative = merged(Ties(scores, positive, negative))
     pairs = float(positive.sum()) * float(negative.sum())
     if pairs == 0:
         return None

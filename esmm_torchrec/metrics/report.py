@@ -80,11 +80,17 @@ import numpy as np
 import torch
 from torchrec.metrics.auc import compute_auc
 
-from esmm_torchrec.metrics.probability import Prediction, fit, mean_entropy, reliability_curve
+from esmm_torchrec.metrics.probability import (
+    Prediction,
+    ProbabilityFit,
+    fit,
+    mean_entropy,
+    reliability_curve,
+)
 from esmm_torchrec.metrics.ranking import auc, auc_within_strata, grouped_auc, soft_auc
-from esmm_torchrec.metrics.scored import ScoredImpressions, Scores
+from esmm_torchrec.metrics.scored import ScoredImpressions, Scores, Space
 from esmm_torchrec.metrics.windowed import WINDOW_SIZE
-from esmm_torchrec.tasks import DEFAULT_TASKS, Task
+from esmm_torchrec.tasks import DEFAULT_TASKS
 
 PROPENSITY_QUANTILE = 0.1
 """Of pCTR over the clicks, at which the propensities of `ips_effective_sample_size` are clipped."""
@@ -126,92 +132,42 @@ class Part:
         return {**self.values, "reasons": self.reasons}
 
 
-def one_class_reason(
-    task: Task, given: Task | None, *, size: int, happened: int, weighs: bool
-) -> str:
-    """Why labels allow no comparison; empty if they do.
-
-    Args:
-        task: whose labels they are.
-        given: the task that the impressions have; None: they are all impressions.
-        size: impressions.
-        happened: those with the label.
-        weighs: whether both classes have a weight.
-    """
-    within = "" if given is None else f" with {given.name} = 1"
-    if size == 0:
-        return f"there are no impressions{within}"
-    if happened in (0, size):
-        return f"{task.name} is {int(happened > 0)} for all {size} impressions{within}"
-    return "" if weighs else f"all impressions{within} of one class of {task.name} have weight 0"
-
-
 _NOTHING_WEIGHS = "there are no impressions of a weight above 0"
 
 
-class _Space:
-    """Labels, weights and groups of the impressions that the figures of a task are over."""
-
-    def __init__(self, scored: ScoredImpressions, task: Task, given: Task | None) -> None:
-        self.rows = slice(None) if given is None else scored.happened(given.name)
-        self.label = scored.happened(task.name)[self.rows]
-        self.weights = None if scored.weight is None else scored.weight[self.rows]
-        self.groups = None if scored.groups is None else scored.groups[self.rows]
-        self.reason = self._reason(task, given)
-        """Why labels allow no comparison; empty if they do."""
-
-    def _reason(self, task: Task, given: Task | None) -> str:
-        weighs = self.weights is None or bool(
-            self.weights[self.label].any() and self.weights[~self.label].any()
-        )
-        happened = int(self.label.sum())
-        return one_class_reason(task, given, size=self.label.size, happened=happened, weighs=weighs)
-
-    def of(self, prediction: Prediction | None) -> Prediction | None:
-        """The scores of these impressions."""
-        return None if prediction is None else prediction[self.rows]
+def row_counts(scored: ScoredImpressions) -> dict[str, Any]:
+    """Numbers of impressions, and their weight."""
+    values: dict[str, Any] = {"impressions": scored.size}
+    values |= {f"{task.name}s": int(scored.happened(task.name).sum()) for task in scored.tasks}
+    if scored.weight is not None:
+        values["sum_of_weights"] = float(scored.weight.sum(dtype=np.float64))
+    return values
 
 
 def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
     part = Part()
-    part.values["impressions"] = scored.size
-    for task in scored.tasks:
-        part.values[f"{task.name}s"] = int(scored.happened(task.name).sum())
-    if scored.weight is not None:
-        part.values["sum_of_weights"] = float(scored.weight.sum(dtype=np.float64))
+    part.values |= row_counts(scored)
     for name, _, task, given in scored.tasks.probabilities:
-        space = _Space(scored, task, given)
-        _put_task(part, name, space.of(scored.scores.get(name)), space)
-    for task in scored.tasks:
-        given = scored.tasks.given(task)
-        if given is None:
-            continue
-        space = _Space(scored, task, given)
-        _put_mean(part, task.rate, scored)
+        _put_task(part, name, scored, scored.space(task, given))
+    for task, given in scored.tasks.links:
+        space = scored.space(task, given)
+        rate, flaw = _usable(task.rate, scored.scores.get(task.rate))
+        mean = rate and _mean(rate.probability.astype(np.float64), scored)
+        part.put(f"{task.rate}_mean_entire_space", mean, flaw or _NOTHING_WEIGHS)
         for name, column in ((given.joint, given.joint_score), (task.joint, task.joint_score)):
             key = f"{task.rate}_auc_by_{column}"
-            _put_auc(part, key, name, space.of(scored.scores.get(name)), space)
+            _put_auc(part, key, *_usable(name, space.of(scored.scores.get(name))), space)
     _put_effective_sample_size(part, scored)
     if scored.common_ctr_logit is not None:
         product = scored.ctcvr_common_ctr
         name = "cvr" if product is None else "ctcvr"
-        space = _Space(scored, scored.tasks.task("conversion"), None)
-        _put_auc(part, "ctcvr_auc_common_ctr", name, product, space)
+        space = scored.space(scored.tasks.task("conversion"), None)
+        _put_auc(part, "ctcvr_auc_common_ctr", *_usable(name, product), space)
     for name, score in scored.scores.items():
         if score.form == "log_probability":
             share = _mean((score.values > 0).astype(np.float64), scored)
             part.put(f"{name}_share_above_one", share, _NOTHING_WEIGHS)
     return part.finished()
-
-
-def _put_mean(part: Part, name: str, scored: ScoredImpressions) -> None:
-    """The mean prediction over all impressions."""
-    prediction = scored.scores.get(name)
-    flaw = _flaw(name, prediction)
-    mean = None
-    if prediction is not None and not flaw:
-        mean = _mean(prediction.probability.astype(np.float64), scored)
-    part.put(f"{name}_mean_entire_space", mean, flaw or _NOTHING_WEIGHS)
 
 
 def _mean(values: np.ndarray, scored: ScoredImpressions) -> float | None:
@@ -223,11 +179,10 @@ def _mean(values: np.ndarray, scored: ScoredImpressions) -> float | None:
 def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:
     """How many clicks remain if they are weighted by 1 / pCTR."""
     first = scored.tasks[0]
-    prediction = scored.scores.get(first.rate)
-    flaw = _flaw(first.rate, prediction)
+    prediction, flaw = _usable(first.rate, scored.scores.get(first.rate))
     size = share = None
     clicked = scored.happened(first.name)
-    if prediction is not None and not flaw and clicked.any():
+    if prediction is not None and clicked.any():
         pctr = prediction[clicked].block(slice(None)).probability
         weights = 1 / np.maximum(pctr, np.quantile(pctr, PROPENSITY_QUANTILE, method="lower"))
         if scored.weight is not None:
@@ -259,67 +214,58 @@ def relative_improvements(
     return found
 
 
-def _put_task(part: Part, name: str, prediction: Prediction | None, space: _Space) -> None:
-    _put_auc(part, f"{name}_auc", name, prediction, space)
-    _put_torchrec_auc(part, name, prediction, space)
-    flaw = _flaw(name, prediction)
-    usable = None if flaw else prediction
-    sums = usable and fit(usable, space.label, space.weights)
-    curve = usable and reliability_curve(usable, space.label, space.weights)
-    for figure, value in (
-        ("log_loss", sums and sums.log_loss),
-        ("ne", sums and sums.normalised_entropy),
-        ("calibration", sums and sums.calibration),
-        ("pcoc", sums and sums.calibration),
-        ("ece", curve and curve.expected_calibration_error),
-    ):
-        part.put(f"{name}_{figure}", value, flaw or space.reason)
-    size = space.label.size if space.weights is None else float(space.weights.sum())
-    rate = float(np.average(space.label, weights=space.weights)) if size else None
-    part.put(f"{name}_base_rate", rate, space.reason)
-    if space.groups is None:
+def _put_task(part: Part, name: str, scored: ScoredImpressions, space: Space) -> None:
+    label, weights = space.label, space.weights
+    prediction, flaw = _usable(name, space.of(scored.scores.get(name)))
+    reason = flaw or space.one_class
+    _put_auc(part, f"{name}_auc", prediction, flaw, space)
+    if label.size <= WINDOW_SIZE:
+        value = None
+        if prediction is not None and not reason:
+            value = _torchrec_auc(prediction, label, weights)
+        part.put(f"{name}_auc_torchrec", value, reason)
+    put_fit(part, name, prediction and fit(prediction, label, weights), reason)
+    curve = prediction and reliability_curve(prediction, label, weights)
+    part.put(f"{name}_ece", curve and curve.expected_calibration_error, reason)
+    size = label.size if weights is None else float(weights.sum())
+    rate = float(np.average(label, weights=weights)) if size else None
+    part.put(f"{name}_base_rate", rate, space.one_class)
+    if scored.groups is None:
         return
-    grouped = usable and grouped_auc(usable.values, space.label, space.groups, space.weights)
-    reason = flaw or space.reason or "no group has both classes"
+    groups = space.of(scored.groups)
+    grouped = prediction and grouped_auc(prediction.values, label, groups, weights)
+    reason = reason or "no group has both classes"
     part.put(f"gauc_{name}", grouped and grouped.auc, reason)
     part.put(f"gauc_{name}_coverage", grouped and grouped.coverage, reason)
 
 
-def _put_auc(
-    part: Part, key: str, score_name: str, prediction: Prediction | None, space: _Space
-) -> None:
-    flaw = _flaw(score_name, prediction)
-    value = None
-    if prediction is not None and not flaw:
-        value = auc(prediction.values, space.label, space.weights)
-    part.put(key, value, flaw or space.reason)
+def put_fit(part: Part, name: str, sums: ProbabilityFit | None, reason: str) -> None:
+    """Adds the figures of a probability that follow from its sums."""
+    part.put(f"{name}_log_loss", sums and sums.log_loss, reason)
+    part.put(f"{name}_ne", sums and sums.normalised_entropy, reason)
+    part.put(f"{name}_calibration", sums and sums.calibration, reason)
+    part.put(f"{name}_pcoc", sums and sums.calibration, reason)
 
 
-def _put_torchrec_auc(part: Part, name: str, prediction: Prediction | None, space: _Space) -> None:
-    if space.label.size > WINDOW_SIZE:
-        return
-    reason = _flaw(name, prediction) or space.reason
-    value = None
-    if prediction is not None and not reason:
-        scores, labels = (
-            torch.from_numpy(column.astype(np.float64))[None]
-            for column in (prediction.values, space.label)
-        )
-        weights = torch.ones_like(labels)
-        if space.weights is not None:
-            weights = torch.from_numpy(space.weights.astype(np.float64))[None]
-        value = float(compute_auc(1, [scores], [labels], [weights]))
-    part.put(f"{name}_auc_torchrec", value, reason)
+def _put_auc(part: Part, key: str, prediction: Prediction | None, flaw: str, space: Space) -> None:
+    value = prediction and auc(prediction.values, space.label, space.weights)
+    part.put(key, value, flaw or space.one_class)
 
 
-def _flaw(name: str, prediction: Prediction | None) -> str:
-    """Why a prediction cannot be measured; empty if it can."""
+def _torchrec_auc(prediction: Prediction, label: np.ndarray, weights: np.ndarray | None) -> float:
+    columns = (prediction.values, label, np.ones(len(label)) if weights is None else weights)
+    own, happened, mass = (torch.from_numpy(c.astype(np.float64))[None] for c in columns)
+    return float(compute_auc(1, [own], [happened], [mass]))
+
+
+def _usable(name: str, prediction: Prediction | None) -> tuple[Prediction | None, str]:
+    """The prediction if it can be measured, else None and why not."""
     if prediction is None:
-        return f"the model gives no {name} score"
+        return None, f"the model gives no {name} score"
     broken = prediction.values.size - int(np.isfinite(prediction.values).sum())
     if broken:
-        return f"{broken} of {prediction.values.size} {name} scores are not finite"
-    return ""
+        return None, f"{broken} of {prediction.values.size} {name} scores are not finite"
+    return prediction, ""
 
 
 def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
@@ -332,9 +278,7 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
     none = "there are no impressions"
     nowhere = none if clicked.size == 0 else "a true probability is 0 or 1 for every impression"
 
-    cvr = scored.scores.get("cvr")
-    flaw = _flaw("cvr", cvr)
-    cvr = None if flaw else cvr
+    cvr, flaw = _usable("cvr", scored.scores.get("cvr"))
     whole = cvr and fit(cvr, true_cvr, weights)
     for key, value, reason in (
         ("cvr_auc_entire_space", cvr and soft_auc(cvr.values, true_cvr, weights), nowhere),
@@ -360,9 +304,7 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
         part.put(f"cvr_ece_{space}", curve and curve.expected_calibration_error, flaw or empty)
 
     for task, truth in (("ctr", true_ctr), ("ctcvr", true_ctcvr)):
-        prediction = scored.scores.get(task)
-        flaw = _flaw(task, prediction)
-        usable = None if flaw else prediction
+        usable, flaw = _usable(task, scored.scores.get(task))
         sums = usable and fit(usable, truth, weights)
         soft = usable and soft_auc(usable.values, truth, weights)
         part.put(f"{task}_auc_soft", soft, flaw or nowhere)
@@ -388,7 +330,7 @@ def _measure_against_truth(scored: ScoredImpressions) -> dict[str, Any]:
 def _as_conversion_score(scored: ScoredImpressions, score: Scores) -> dict[str, float | None]:
     assert scored.true_ctr is not None
     assert scored.true_cvr is not None
-    space = _Space(scored, scored.tasks.task("conversion"), scored.tasks.task("click"))
+    space = scored.space(scored.tasks.task("conversion"), scored.tasks.task("click"))
     return {
         "cvr_auc": auc(score[space.rows], space.label, space.weights),
         "cvr_auc_entire_space": soft_auc(score, scored.true_cvr, scored.weight),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.metrics.probability import Prediction, product
-from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
+from esmm_torchrec.tasks import DEFAULT_TASKS, Task, TaskChain, Values
 
 Scores = NDArray[np.floating]
 
@@ -91,6 +92,12 @@ class ScoredImpressions:
             **{name: None if c is None else c[rows] for name, c in columns.items()},
         )
 
+    def space(self, task: Task, given: Task | None) -> Space:
+        """The impressions with the task `given`, or all, and which of them have `task`."""
+        rows = slice(None) if given is None else self.happened(given.name)
+        weights = None if self.weight is None else self.weight[rows]
+        return Space(task, given, rows, self.happened(task.name)[rows], weights)
+
     def happened(self, task: str) -> NDArray[np.bool_]:
         """bool (n,), the impressions with the task called `task` and all tasks before it."""
         return self._happened[task]
@@ -113,6 +120,53 @@ class ScoredImpressions:
         if self.common_ctr_logit is None or cvr is None:
             return None
         return product(Prediction(self.common_ctr_logit, "logit"), cvr)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The m of n impressions over which the figures of a probability are."""
+
+    task: Task
+    given: Task | None
+    rows: NDArray[np.bool_] | slice
+    """Which of the n."""
+    label: NDArray[np.bool_]
+    """(m,), which of them have the task."""
+    weights: Scores | None
+    """(m,), None: all 1."""
+
+    def of(self, column: Values) -> Values:
+        """Of a `Prediction` or an array (n,) what belongs to these impressions; None stays None."""
+        return cast(Any, column if column is None else column[self.rows])
+
+    @cached_property
+    def one_class(self) -> str:
+        """As `one_class_reason`."""
+        weighs = self.weights is None or bool(
+            self.weights[self.label].any() and self.weights[~self.label].any()
+        )
+        size, happened = self.label.size, int(self.label.sum())
+        return one_class_reason(self.task, self.given, size=size, happened=happened, weighs=weighs)
+
+
+def one_class_reason(
+    task: Task, given: Task | None, *, size: int, happened: int, weighs: bool
+) -> str:
+    """Why labels allow no comparison; empty if they do.
+
+    Args:
+        task: whose labels they are.
+        given: the task that the impressions have; None: they are all impressions.
+        size: impressions.
+        happened: those with the label.
+        weighs: whether both classes have a weight.
+    """
+    within = "" if given is None else f" with {given.name} = 1"
+    if size == 0:
+        return f"there are no impressions{within}"
+    if happened in (0, size):
+        return f"{task.name} is {int(happened > 0)} for all {size} impressions{within}"
+    return "" if weighs else f"all impressions{within} of one class of {task.name} have weight 0"
 
 
 def concatenated(parts: Sequence[ScoredImpressions]) -> ScoredImpressions:

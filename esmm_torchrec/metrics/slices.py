@@ -10,7 +10,7 @@ import numpy as np
 
 from esmm_torchrec.metrics.probability import Prediction, fit
 from esmm_torchrec.metrics.ranking import auc
-from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.metrics.scored import ScoredImpressions, Space
 
 BINS = 10
 """Of the expected calibration error of a slice."""
@@ -45,12 +45,7 @@ def measure_slices(
         prediction = scored.scores.get(name)
         if prediction is None:
             continue
-        rows = slice(None) if given is None else scored.happened(given.name)
-        weights = None if scored.weight is None else scored.weight[rows]
-        found = _slices(
-            prediction[rows], scored.happened(task.name)[rows], codes[rows], len(names), weights
-        )
-        report[name] = [{"value": names[code], **figures} for code, figures in found]
+        report[name] = _slices(prediction, codes, names, scored.space(task, given))
     return report
 
 
@@ -81,17 +76,14 @@ def figures_by_value(
     rows = []
     for code in largest[counts[largest] > 0]:
         row: dict[str, Any] = {"value": names[code], "impressions": int(counts[code])}
+        own = scored.of(codes == code)
         for name, _, task, given in scored.tasks.probabilities:
-            prediction = scored.scores.get(name)
-            if prediction is None:
+            if name not in own.scores:
                 continue
-            inside = codes == code
-            if given is not None:
-                inside &= scored.happened(given.name)
-            label = scored.happened(task.name)[inside]
-            weights = None if scored.weight is None else scored.weight[inside]
-            sums = fit(prediction[inside], label, weights) if len(label) else None
-            row[f"{name} auc"] = auc(prediction.values[inside], label, weights)
+            space = own.space(task, given)
+            prediction, label, weights = space.of(own.scores[name]), space.label, space.weights
+            sums = fit(prediction, label, weights) if len(label) else None
+            row[f"{name} auc"] = auc(prediction.values, label, weights)
             row[f"{name} ne"] = None if sums is None else _finite(sums.normalised_entropy)
             row[f"{name} pcoc"] = None if sums is None else _finite(sums.calibration)
         rows.append(row)
@@ -103,39 +95,37 @@ def _finite(value: float | None) -> float | None:
 
 
 def _slices(
-    prediction: Prediction,
-    label: np.ndarray,
-    codes: np.ndarray,
-    num_codes: int,
-    weights: np.ndarray | None,
-) -> list[tuple[int, dict[str, Any]]]:
-    p = prediction.block(slice(None)).probability
-    y = label.astype(np.float64)
-    w = np.ones(len(y)) if weights is None else weights.astype(np.float64)
+    prediction: Prediction, codes: np.ndarray, names: Sequence[str], space: Space
+) -> list[dict[str, Any]]:
+    p = space.of(prediction).block(slice(None)).probability
+    y = space.label.astype(np.float64)
+    w = np.ones(len(y)) if space.weights is None else space.weights.astype(np.float64)
+    codes = space.of(codes)
 
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.bincount(codes, weights=values, minlength=num_codes)
+    def total(values: np.ndarray) -> list[float]:
+        return np.bincount(codes, weights=values, minlength=len(names)).tolist()
 
-    counts = np.bincount(codes, minlength=num_codes)
+    counts = np.bincount(codes, minlength=len(names))
     rows, predicted, observed = total(w), total(w * p), total(w * y)
     # A quotient of two networks may exceed 1, and then has no variance to speak of.
     variance = total(w**2 * np.clip(p * (1 - p), 0, None))
-    ece = _calibration_errors(p, y, codes, counts, w)
+    errors = _calibration_errors(p, y, codes, counts, w).tolist()
     found = []
-    for code in np.flatnonzero(rows > 0):
-        deviation = variance[code] ** 0.5
-        figures = {
-            "impressions": int(counts[code]),
-            "observed": observed[code] / rows[code],
-            "predicted": predicted[code] / rows[code],
-            "pcoc": predicted[code] / observed[code] if observed[code] > 0 else None,
-            "ece": ece[code] / rows[code],
-            "z": (observed[code] - predicted[code]) / deviation if deviation > 0 else None,
-        }
-        figures = {key: v if v is None else v if key == "impressions" else float(v)
-                   for key, v in figures.items()}  # fmt: skip
-        found.append((int(code), figures))
-    return sorted(found, key=lambda pair: -abs(pair[1]["z"] or 0.0))
+    for code, weight in enumerate(rows):
+        if weight > 0:
+            deviation = variance[code] ** 0.5
+            found.append(
+                {
+                    "value": names[code],
+                    "impressions": int(counts[code]),
+                    "observed": observed[code] / weight,
+                    "predicted": predicted[code] / weight,
+                    "pcoc": predicted[code] / observed[code] if observed[code] > 0 else None,
+                    "ece": errors[code] / weight,
+                    "z": (observed[code] - predicted[code]) / deviation if deviation > 0 else None,
+                }
+            )
+    return sorted(found, key=lambda figures: -abs(figures["z"] or 0.0))
 
 
 def _calibration_errors(

@@ -112,14 +112,12 @@ def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
         prediction = scored.scores.get(probability.name)
         if prediction is None:
             continue
-        given = probability.given
-        rows = slice(None) if given is None else scored.happened(given.name)
-        label = scored.happened(probability.task.name)[rows]
-        weights = None if scored.weight is None else scored.weight[rows]
-        if not np.isfinite(prediction[rows].values).all():
+        space = scored.space(probability.task, probability.given)
+        own = space.of(prediction)
+        if not np.isfinite(own.values).all():
             axes.text(0.5, 0.5, "scores are not finite", ha="center", transform=axes.transAxes)
             continue
-        curve = reliability_curve(prediction[rows], label, weights, num_bins=CALIBRATION_BINS)
+        curve = reliability_curve(own, space.label, space.weights, num_bins=CALIBRATION_BINS)
         _calibration(axes, curve, colour=f"C{number}")
     _save(figure, out)
 

@@ -123,10 +123,9 @@ def _spaces(scored: ScoredImpressions) -> list[tuple[str, Any, np.ndarray, np.nd
         prediction = scored.scores.get(name)
         if prediction is None or not np.isfinite(prediction.values).all():
             continue
-        rows = np.ones(scored.size, np.bool_) if given is None else scored.happened(given.name)
-        label = scored.happened(task.name)[rows]
-        weights = None if scored.weight is None else scored.weight[rows]
-        found.append((scored.tasks.describe(probability), prediction[rows], label, weights))
+        space = scored.space(task, given)
+        title = scored.tasks.describe(probability)
+        found.append((title, space.of(prediction), space.label, space.weights))
     return found
 
 
