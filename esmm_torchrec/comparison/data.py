@@ -1,7 +1,7 @@
-"""The data of a comparison: one prepared data set, or a new generated world for each seed.
+"""Data of a comparison: one prepared data set, or a new generated world for each seed.
 
 A world is drawn when the first training needs it and removed when its trainings are done, so that
-disk and memory hold one or two at a time.
+disk and memory hold only one or two at a time.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ REGIMES: Mapping[Regime, World] = {
     "public": World(impressions=20_000_000, ctr=0.039, cvr=0.0055),
     "dense": World(impressions=720_000, ctr=0.09, cvr=0.18),
 }
-"""Worlds of a comparison by name; everything else is as `World` has it, correlation .6 among it.
+"""Worlds of a comparison by name; other settings are the defaults of `World` (correlation .6).
 
-The rates decide the order of the methods. The paper's logs have 3.9 clicks per 100 impressions and
-one conversion per 180 clicks, so a method that trains on clicks alone trains its embeddings on one
-impression in 26, and ESMM on all of them. "public" has the rates of the paper's Public data set.
-"paper" has the same CTR and a CVR that needs a quarter of the impressions for as many conversions.
-"dense" has 62 impressions per conversion instead of 1 280: it takes away what ESMM is for, and
-is beside the others to show that. The numbers were fixed before any result was looked at."""
+The order of the methods depends on the rates. The paper's logs have 3.9 clicks per 100 impressions
+and one conversion per 180 clicks, so a method that trains on clicks alone trains its embeddings on
+one impression in 26, and ESMM on all of them. "public" has the rates of the paper's Public data
+set. "paper" has the same CTR, and a CVR with which a quarter of the impressions yields as many
+conversions. "dense" has 62 impressions per conversion instead of 1 280: it removes the sparsity
+that ESMM addresses, and is included to show the effect. The numbers were fixed before any result
+was seen.
+"""
 
 DEFAULT_WORLD = REGIMES["paper"]
 
 TUNING_WORLD = 1_000_000
-"""Added to the seed of the world that is tuned on, which is none of those compared on."""
+"""Offset of the seed of the tuning world, so that no method is compared on that world."""
 
 WORLD_MIN_COUNT = 5
 
@@ -55,33 +57,33 @@ HeldOutBy = Literal["auto", "group", "shared-row", "impression"]
 
 @dataclass(frozen=True)
 class ComparisonData:
-    """A data set that is open."""
+    """An open data set."""
 
     train: MappedSplit
-    """Its group_id, if any, says whose an impression is when users are held out or drawn."""
+    """Training split; its group_id, if any, is the user when users are held out or drawn."""
     test: MappedSplit
     test_rows: np.ndarray | None
     """int (M,), test impressions to score; None: all."""
     mean_values_per_bag: Mapping[str, float]
-    """By id feature: ids per stored row."""
+    """Id feature → mean number of ids per stored row."""
     min_count: int
-    """The least count of an id in the vocabularies."""
+    """Minimum count of an id in the vocabularies."""
 
     @property
     def test_users(self) -> np.ndarray:
-        """int (M,), whose each scored test impression is."""
+        """int (M,), user of each scored test impression."""
         users = self.test.scalars[user_column(self.test)]
         return users if self.test_rows is None else users[self.test_rows]
 
     @property
     def test_weights(self) -> np.ndarray | None:
-        """float32 (M,), what each scored test impression counts for; None: all 1."""
+        """float32 (M,), weight of each scored test impression; None: all 1."""
         weights = self.test.scalars.get(WEIGHT)
         return weights if weights is None or self.test_rows is None else weights[self.test_rows]
 
 
 class Source:
-    """A data set by what identifies it, opened when it is first asked for."""
+    """A data set with its identity, opened on first use."""
 
     def __init__(
         self,
@@ -94,22 +96,22 @@ class Source:
         remove: Callable[[], object] = lambda: None,
     ) -> None:
         self.identity = identity
-        """What trainings on it are remembered by."""
+        """Identity of the data set, by which stored trainings are found."""
         self.impressions = impressions
-        """Of the training split."""
+        """Number of impressions in the training split."""
         self.drawn = drawn
-        """A file that exists once it can be opened; None: it always can."""
+        """File that exists once the data set can be opened; None: it always can."""
         self.draw = draw
-        """Writes that file; called on every rank, in one process."""
+        """Function that writes `drawn`; called on every rank, in one process."""
         self._open_data = open_data
         self._remove = remove
 
     @cached_property
     def data(self) -> ComparisonData:
-        """The data set.
+        """The data set, opened on first use.
 
         Raises:
-            DataError: it cannot be read, or its test split has nothing to measure.
+            DataError: it cannot be read, or its test split has no clicks or no conversions.
         """
         data = self._open_data()
         first, *_, last = data.test.schema.tasks
@@ -122,13 +124,13 @@ class Source:
         return data
 
     def close(self) -> None:
-        """Lets go of the data set, and removes it if it was generated."""
+        """Releases the data set, and removes it if it was generated."""
         self.__dict__.pop("data", None)
         self._remove()
 
 
 def prepared_source(path: Path, *, held_out_by: HeldOutBy, test_impressions: int) -> Source:
-    """One data set for all seeds."""
+    """Returns one data set as the source of all seeds."""
     dataset = PreparedDataSet.open(path)
 
     def open_data() -> ComparisonData:
@@ -149,13 +151,13 @@ def prepared_source(path: Path, *, held_out_by: HeldOutBy, test_impressions: int
 
 
 def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
-    """The training split with the users that are held out and drawn together.
+    """Returns the training split with the users to hold out or to draw as its group_id.
 
-    group_id itself is for metrics alone: "auto" is the shared row, or each impression by itself if
-    no feature is shared.
+    The data set's own group_id is for metrics alone: "auto" is the shared row, or each impression
+    separately if no feature is shared.
 
     Raises:
-        OptionError: the data set has no such users.
+        OptionError: the data set has no such column.
     """
     if held_out_by == "auto":
         held_out_by = "shared-row" if SHARED_ROW in train.scalars else "impression"
@@ -169,7 +171,7 @@ def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
 
 
 def world_source(world: World, folder: Path, ranks: Ranks, *, test_impressions: int) -> Source:
-    """A world that is drawn below `folder` and removed when it is closed."""
+    """Returns a source whose world is drawn below `folder` and removed when it is closed."""
     identity = {"world": asdict(world), "min_count": WORLD_MIN_COUNT}
     name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     drawn_in = folder / f"world-{world.seed}-{name}"
@@ -210,7 +212,7 @@ def world_source(world: World, folder: Path, ranks: Ranks, *, test_impressions: 
 
 
 def _mean_lengths(split: MappedSplit) -> dict[str, float]:
-    """Ids per stored row of each feature, missing ones included."""
+    """Returns the mean number of ids per stored row of each feature, missing values included."""
     return {
         name: float(mean)
         for stores in split.bags.values()
@@ -220,10 +222,10 @@ def _mean_lengths(split: MappedSplit) -> dict[str, float]:
 
 
 def tuning_world(world: World) -> World:
-    """The world that methods are tuned on."""
+    """Returns the world that methods are tuned on."""
     return replace(world, seed=world.seed + TUNING_WORLD)
 
 
 def world_of_seed(world: World, seed: int) -> World:
-    """The world of one run."""
+    """Returns the world of one run."""
     return replace(world, seed=world.seed + seed)

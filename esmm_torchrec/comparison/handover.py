@@ -1,4 +1,4 @@
-"""From a comparison to a model: the `train` command of a method with what tuning chose."""
+"""From comparison to model: the `train` command of a method with the choices of tuning."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _PARTS: Mapping[str, Registry[Any]] = {
 def chosen_options(
     options: ComparisonOptions, method: str, chosen: Chosen, *, batch_size: int
 ) -> TrainOptions:
-    """The options with which `train` repeats the first seed of a method.
+    """Returns the options with which `train` repeats the first seed of a method.
 
     Args:
-        options: of the comparison.
-        method: by its name in `METHODS`.
-        chosen: what tuning chose for it.
-        batch_size: rows of a step, which the comparison derived from the updates of a pass.
+        options: options of the comparison.
+        method: name in `METHODS`.
+        chosen: choice of tuning for the method.
+        batch_size: rows per step, which the comparison derived from the updates per pass.
     """
     return replace(
         options.train(method, chosen.trial, seed=0, epochs=chosen.epochs), batch_size=batch_size
@@ -38,17 +38,17 @@ def chosen_options(
 
 
 def batch_size_on_all_rows(record: Mapping[str, Any]) -> int:
-    """Rows of a step with which a pass over all training rows of a method takes the updates that
-    tuning had.
+    """Returns the rows per step with which a pass over all training rows of a method takes as many
+    updates as in tuning.
 
     Args:
-        record: of one training of the method, on any fraction.
+        record: record of one training of the method, on any fraction.
     """
     return max(1, round(record["batch_size"] / record["fraction"]))
 
 
 def train_command(options: TrainOptions, data: str) -> str:
-    """The command that trains with these options; defaults are left out."""
+    """Returns the command that trains with these options, leaving out defaults."""
     words = ["esmm-torchrec", "train", "--data", data, "--out", "RUN", "--method", options.method]
     for field in fields(TrainOptions):
         value = getattr(options, field.name)
@@ -78,9 +78,9 @@ def _words(value: Any) -> list[str]:
 
 
 def best_method(chosen: Mapping[str, Chosen]) -> str:
-    """The method with the best score on the held-out users; the test split decides nothing.
+    """Returns the method with the best score on the held-out users; the test split is not used.
 
     Args:
-        chosen: method → what tuning chose for it.
+        chosen: method → choice of tuning.
     """
     return max(chosen, key=lambda method: chosen[method].score)

@@ -1,4 +1,4 @@
-"""What a comparison must train, as jobs: tuning trials, networks that methods need, test runs."""
+"""Jobs of a comparison: tuning trials, networks that methods need, and test runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from esmm_torchrec.training.fit import TrainingPart
 from esmm_torchrec.training.options import TrainOptions
 
 COMMON_CTR_SEED = 500_009
-"""Added to the seed of the common click network, so that no method's own click network is it."""
+"""Offset of the seed of the common click network, which makes it differ from any method's own."""
 
 MAX_OPEN_STAGES = 3
-"""Stages that a process keeps: the counts of their ids cost a pass over the data."""
+"""Maximum number of stages that a process keeps; counting their ids takes a pass over the data."""
 
 
 class Run(NamedTuple):
@@ -38,11 +38,11 @@ class Run(NamedTuple):
 
 
 class Jobs:
-    """Makes the jobs of a comparison.
+    """Creates the jobs of a comparison.
 
     Args:
-        options: of the comparison; its batch size is a number.
-        store: of what is remembered.
+        options: options of the comparison, with a numeric batch size.
+        store: store of finished trainings.
         ranks: this process among the others.
     """
 
@@ -59,16 +59,16 @@ class Jobs:
         trials: Mapping[str, Sequence[Trial]],
         chosen: Mapping[str, Chosen],
     ) -> tuple[list[Job], dict[tuple[str, Trial], Path]]:
-        """A round of tuning.
+        """Creates the jobs of a round of tuning.
 
         Args:
-            source: what is tuned on.
+            source: data to tune on.
             round_: the round.
-            trials: method → what is tried.
-            chosen: the click network's choice, unless it is itself tuned.
+            trials: method → its trials.
+            chosen: choice for the click network, unless it is being tuned.
 
         Returns:
-            the jobs, and the record of each method and trial.
+            the jobs, and the path of the record of each method and trial.
         """
         jobs: list[Job] = []
         records: dict[tuple[str, Trial], Path] = {}
@@ -103,7 +103,7 @@ class Jobs:
         seed: int,
         resample: bool,
     ) -> tuple[list[Job], list[Run]]:
-        """Retrains and scores every method for one seed, at every fraction."""
+        """Creates the jobs that retrain and score every method for one seed, at every fraction."""
         jobs: list[Job] = []
         runs: list[Run] = []
 
@@ -154,16 +154,16 @@ class Jobs:
         label: str,
         record: Callable[[Training, TrainingPart, np.ndarray | None], dict[str, Any] | None],
     ) -> Path:
-        """Adds the job of a training, and those of the networks that it needs.
+        """Appends the job of a training, and those of the networks that it needs.
 
         Returns:
-            the file of its record.
+            the path of its record.
         """
         method, min_count = options.method, trial.setting.min_count
         of_stage = dict(source.identity) | {k: v for k, v in key.items() if k != "resample"}
         common = pctr = None
         if method != CLICK_NETWORK:
-            # It is its own judge while it is tuned.
+            # In tuning, the click network is chosen by its own AUC.
             common = self._network(
                 jobs, source, stage, chosen, of_stage, COMMON_CTR_SEED, Training.click_logits
             )
@@ -187,7 +187,7 @@ class Jobs:
             part = training.part(_of_all_rows(on, networks[1]))
             made = record(training, part, None if networks[0] is None else networks[0].scores)
             seconds = {of.name: of.seconds for of in networks if of is not None}
-            # Several records may share a network.
+            # Keyed by name, since several records may share a network.
             return None if made is None else made | {"networks": seconds}
 
         jobs.append(
@@ -224,19 +224,19 @@ class Jobs:
         seed: int,
         scores: Callable[[Training], np.ndarray | None],
     ) -> Path:
-        """Adds the job of a click network whose scores trainings need, unless it is there.
+        """Appends the job of a click network whose scores trainings need, unless it exists.
 
         Args:
-            jobs: of the trainings; appended to.
-            source: what it is trained on.
-            stage: of the source.
-            chosen: what was chosen for the click network.
-            key: what the stage is remembered by.
-            seed: what to add to that of the training.
-            scores: what is kept of the network.
+            jobs: jobs of the trainings; appended to.
+            source: data to train on.
+            stage: stage of the source.
+            chosen: choices of tuning, among them that for the click network.
+            key: identity of the stage.
+            seed: offset from the seed of the training.
+            scores: function that returns the scores to keep.
 
         Returns:
-            the file of its scores.
+            the path of its scores.
         """
         network = chosen[CLICK_NETWORK]
         min_count = network.trial.setting.min_count
@@ -267,14 +267,14 @@ def _needs(source: Source, *paths: Path | None) -> tuple[Path, ...]:
 
 
 def _with_drawing(source: Source, jobs: list[Job]) -> list[Job]:
-    """The jobs behind one that draws their world."""
+    """Returns the jobs, preceded by one that draws their world."""
     if source.drawn is None:
         return jobs
     return [Job("draw a world", source.drawn, source.draw, is_wanted=False), *jobs]
 
 
 def _of_all_rows(stage: Stage, pctr: Network | None) -> np.ndarray | None:
-    """pCTR by the rows of the training split; NaN if there is none."""
+    """Returns pCTR by the rows of the training split; NaN if a row has none."""
     if pctr is None:
         return None
     values = np.full(stage.train.impressions, np.nan)
@@ -283,7 +283,7 @@ def _of_all_rows(stage: Stage, pctr: Network | None) -> np.ndarray | None:
 
 
 def _values(chosen: Chosen) -> dict[str, Any]:
-    """What the choice of the common click network adds to the identity of trainings with it."""
+    """Returns what the common click network adds to the identity of trainings that use it."""
     trial = chosen.trial
     return {"trial": [asdict(trial.setting), dict(trial.own)], "epochs": chosen.epochs}
 

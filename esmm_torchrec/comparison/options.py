@@ -1,4 +1,4 @@
-"""What a comparison of methods is asked for, and the fixed part of its rules."""
+"""Options of a comparison of methods, and the fixed part of its protocol."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from esmm_torchrec.training.options import TrainOptions
 
 @dataclass(frozen=True)
 class Setting:
-    """One of the settings that tuning chooses among."""
+    """One of the settings that tuning tries."""
 
     sparse_lr: float
-    """Of the embedding tables."""
+    """Learning rate of the embedding tables."""
     dense_lr: float
-    """Of the towers."""
+    """Learning rate of the towers."""
     weight_decay: float
-    """Of the towers."""
+    """Weight decay of the towers."""
     min_count: int
-    """An id that occurs less often in a method's own training rows is the unknown id for it."""
+    """Minimum count of an id in a method's own training rows; rarer ids become the unknown id."""
     init_scale: float
-    """Factor of the embeddings' initial range."""
+    """Scale factor of the embeddings' initial range."""
 
     @property
     def training(self) -> dict[str, Any]:
-        """What of it is an option of a training."""
+        """The fields that are training options, by name."""
         return {name: value for name, value in asdict(self).items() if name != "min_count"}
 
 
@@ -60,27 +60,28 @@ SETTINGS = (
     Setting(1.6, 0.0005, 1e-5, 5, 1.0),
     Setting(0.8, 0.00025, 1e-4, 10, 0.3),
 )
-"""The same for every method, tried in this order. The first ones are plain, for a comparison with
-few trials; each range is wider than what trial worlds needed. A method with options of its own
-(`Method.tune`) goes through their values in the same trials, and gets no more of them."""
+"""Settings of tuning, the same for every method and tried in this order. The first ones are
+conventional, for comparisons with few trials; each range is wider than what preliminary worlds
+needed. A method with options of its own (`Method.tune`) goes through their values in the same
+trials and gets no extra ones."""
 
 FINALISTS = 2
-"""Trials of a method that the first round of tuning leaves for the second."""
+"""Number of trials of a method that go from the first round of tuning to the second."""
 
 FIRST_ROUND_SHARE, FIRST_ROUND_UPDATES = 1 / 8, 1 / 3
-"""Part of the users kept for training that the first round trains on, and of the updates that its
-one pass takes: both steps and batches are smaller than those of a whole pass, so that what is best
-for either is not far from what is best there."""
+"""Share of the users kept for training that the first round trains on, and share of a full pass's
+updates that its one pass takes. Both the number of updates and the batch size shrink, neither by
+much, so that the best setting is close to the best one of a full pass."""
 
 LAST_ROUND_SHARE = 1 / 3
-"""Part of them that the second round trains on."""
+"""Share of the users kept for training that the second round trains on."""
 
 CLICK_NETWORK = CLICK_METHOD
 MIN_UPDATES_PER_PASS = 200
-"""Of "--batch-size auto"."""
+"""Minimum number of updates per pass with "--batch-size auto"."""
 
 CHUNK = 8
-"""Impressions of one user that stay together in the order of a method that trains on all."""
+"""Consecutive impressions of a user that stay together if a method trains on all rows."""
 
 COMPARED: tuple[str, ...] = tuple(name for name in METHODS if name != CLICK_NETWORK)
 
@@ -89,11 +90,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "after": ("base", "esmm", "shared-bottom", *AFTER_METHODS),
     "all": COMPARED,
 }
-"""What "--methods" names several methods by."""
+"""Groups of methods, by the names that "--methods" accepts for them."""
 
 
 class Trial(NamedTuple):
-    """What a training of a method is tried with."""
+    """A setting, and options of the method itself, to try in one training."""
 
     setting: Setting
     own: tuple[tuple[str, Any], ...] = ()
@@ -101,21 +102,21 @@ class Trial(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A round of tuning: all trials on a part of the data, or the best of them on more."""
+    """A round of tuning: all trials on a part of the data, or the best of them on a larger part."""
 
     share: float
-    """Of the users kept for training."""
+    """Share of the users kept for training that the round trains on."""
     updates: float
-    """Of a pass, as a share of those of a pass over everything."""
+    """Updates of a pass, as a share of those of a pass over all training rows."""
     epochs: int
-    """Passes, each of which is measured."""
+    """Number of passes; the model is measured after each."""
     trials: int
-    """The best so many of the round before."""
+    """Number of trials, the best ones of the round before."""
 
 
 def rounds_of(trials: int, epochs: int) -> tuple[Round, ...]:
-    """The rounds of tuning for a number of trials and of passes: successive halving (Jamieson and
-    Talwalkar, AISTATS 2016) in two steps, or one round if few are tried."""
+    """Returns the rounds of tuning for a number of trials and of passes: successive halving
+    (Jamieson and Talwalkar, AISTATS 2016) in two steps, or one round if there are few trials."""
     if trials <= FINALISTS:
         return (Round(1.0, 1.0, epochs, trials),)
     return (
@@ -126,7 +127,7 @@ def rounds_of(trials: int, epochs: int) -> tuple[Round, ...]:
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """How methods are compared.
+    """Options of a comparison of methods.
 
     Raises:
         OptionError: a value is out of its range, or a method is unknown.
@@ -134,32 +135,31 @@ class ComparisonOptions:
 
     methods: tuple[str, ...] = ("paper",)
     """Methods to compare: names of 'train --method', or groups of them. paper: the paper's seven,
-    UNBIAS with weights, and shared-bottom; after: the methods that came after, with base, esmm and
+    UNBIAS with weights, and shared-bottom; after: methods published after it, plus base, esmm and
     shared-bottom; all: all methods."""
     architecture: str | None = None
-    """The architecture of every method, by the names of 'train --architecture', instead of its
-    own."""
+    """Architecture of every method, instead of its own; a name of 'train --architecture'."""
     seeds: int = 5
-    """Runs of each method. With generated data, each has its own world (data, split and initial
-    weights); with --data, each has its own initial weights and order."""
+    """Number of runs of each method. With generated data, each run has its own world (data, split
+    and initial weights); with --data, each has its own initial weights and order of rows."""
     fractions: tuple[float, ...] = (1.0,)
-    """Parts of the training users to train on; each part lies within the larger ones."""
+    """Fractions of the training users to train on; smaller ones are subsets of larger ones."""
     trials: int = len(SETTINGS)
     """Number of settings tried for each method in tuning, the same for all methods: all of them on
-    a part of the data, then the best two on more."""
+    a part of the data, then the best two on a larger part."""
     epochs: int = 3
     """Maximum number of passes of a method over its own training rows; tuning chooses from 1 to
     this number."""
     processes: int | Literal["auto"] = "auto"
-    """Processes that share the trainings; auto: one for each core, or one under torchrun or if
-    there is a GPU. Figures do not depend on it."""
+    """Number of processes that share the trainings; auto: one per core, but only one under torchrun
+    or if there is a GPU. Figures do not depend on it."""
     held_out_by: HeldOutBy = "auto"
-    """What stays together when training users of a prepared data set are held out or a fraction of
-    them is drawn: impressions of a group_id, of a shared row, or each impression by itself; auto:
-    of a shared row if there are any, else each impression by itself. Except with group, group_id
-    affects only metrics."""
+    """Impressions that stay together when training users of a prepared data set are held out or a
+    fraction of them is drawn. group: those with the same group_id; shared-row: those with the same
+    shared row; impression: none; auto: shared-row if the data set has shared rows, else impression.
+    Except with group, group_id affects only metrics."""
     validation_share: float = 0.3
-    """Part of the training users to tune on; chosen methods are retrained on all."""
+    """Share of the training users to hold out for tuning; tuned methods are retrained on all."""
     test_impressions: int = 1_500_000
     """Approximate maximum number of test impressions to score; their users are drawn from the test
     split by hash."""
@@ -174,9 +174,9 @@ class ComparisonOptions:
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables (the paper: adam); towers use Adam, as in the paper."""
     sharding: ShardingOption = "auto"
-    """How tables are placed on ranks."""
+    """Sharding type of the tables; auto leaves it to TorchRec's planner."""
     device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
+    """Device to train on; auto: CUDA if there is a GPU for each rank."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -204,7 +204,7 @@ class ComparisonOptions:
 
     @property
     def chosen_methods(self) -> tuple[str, ...]:
-        """What is compared, in the order of the paper's table."""
+        """Names of the methods to compare, in the order of the paper's table."""
         chosen: set[str] = set()
         for name in self.methods:
             if name not in (*GROUPS, *COMPARED):
@@ -219,19 +219,19 @@ class ComparisonOptions:
 
     @property
     def ascending_fractions(self) -> tuple[float, ...]:
-        """Each fraction once; the table shows the last."""
+        """Distinct fractions, ascending; the table shows the last."""
         return tuple(sorted(set(self.fractions)))
 
     @property
     def rounds(self) -> tuple[Round, ...]:
-        """Of tuning."""
+        """Rounds of tuning."""
         return rounds_of(self.trials, self.epochs)
 
     def for_rows(self, impressions: int) -> ComparisonOptions:
-        """These with the batch size that "auto" means.
+        """Returns these options with the batch size that "auto" resolves to.
 
         Args:
-            impressions: of the training split.
+            impressions: number of impressions in the training split.
         """
         if self.batch_size != "auto":
             return self
@@ -239,9 +239,9 @@ class ComparisonOptions:
         return replace(self, batch_size=size)
 
     def trials_of(self, method: str) -> list[Trial]:
-        """What tuning tries. Of R values of an option, trial n takes number n + ⌊R/2⌋·⌊n/R⌋
-        (modulo R), so that a value meets other settings in each round through them; of a second
-        option, n counts such rounds."""
+        """Returns the trials of a method. Of the R values of an option, trial n takes number n +
+        ⌊R/2⌋·⌊n/R⌋ (modulo R), so that a value meets other settings in each cycle through the
+        values; for a second option, n counts these cycles."""
         trials = []
         for place, setting in enumerate(SETTINGS[: self.trials]):
             own, step = [], place
@@ -253,7 +253,7 @@ class ComparisonOptions:
         return trials
 
     def train(self, method: str, trial: Trial, *, seed: int, epochs: int = 1) -> TrainOptions:
-        """Options of one training."""
+        """Returns the options of one training."""
         shared = {field.name for field in fields(self)} & {
             field.name for field in fields(TrainOptions)
         }
@@ -263,11 +263,11 @@ class ComparisonOptions:
             common["architecture"] = ARCHITECTURES[self.architecture]()
         preset = METHODS[method]
         own: dict[str, Any] = {"method": method, "seed": seed, "epochs": epochs}
-        # The papers' models. What tuning holds out is its own affair.
+        # The papers' models have no first-order terms, and tuning holds out users itself.
         own |= {"first_order": False, "validation_share": 0.0}
         for option, value in trial.own:
             part, _, name = option.partition(".")
             own[part] = replace(own.get(part, getattr(preset, part)), **{name: value})
-        # A method with few rows has few of each user, which would then all be in one batch.
+        # With few rows, a user has few impressions, which a chunk would put into one batch.
         own["shuffle_chunk"] = CHUNK if isinstance(preset.rows, AllRows) else 1
         return TrainOptions(**common | own | trial.setting.training)

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, each from results.json alone."""
+"""Plots of a comparison, each drawn from results.json alone."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ COLOURS = {
 }
 MARKERS = dict(zip(COLOURS, "oXsvDP^*d", strict=True))
 OTHER_COLOUR, OTHER_MARKER = "#17becf", "."
-"""Of a method that has none above."""
+"""Style of a method that is not listed above."""
 
 FALLS_OUT = "DIVISION"
-"""What may leave the panels of volume: with few conversions it is so far below that all others
-would be one line."""
+"""Method that may leave the panels of volume: with few conversions it is so far below that the
+others would merge into one line."""
 
 WITH_BAND = ("BASE", "ESMM", "shared-bottom")
-"""Drawn thick in the panels of volume, with a band."""
+"""Methods drawn thick and with a band in the panels of volume."""
 
 HEADLINE = {
     "cvr_auc": "CVR AUC, clicked impressions",
@@ -46,10 +46,10 @@ Results = Mapping[str, Any]
 
 
 def draw_plots(results: Results, folder: Path) -> dict[str, str]:
-    """Draws what the results allow.
+    """Draws the plots that the results allow.
 
     Returns:
-        name of each PNG file in `folder` → what it shows.
+        name of each PNG file in `folder` → its caption.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plots: dict[str, tuple[Figure, str]] = {
@@ -114,7 +114,7 @@ def _plain(axes: Axes, *, grid: str = "x") -> None:
 def _dots(
     axes: Axes, results: Results, metric: str, names: Sequence[str], *, colour_by_seed: bool
 ) -> None:
-    """Runs as dots and their mean as a bar, one row a method."""
+    """Draws runs as dots and their mean as a bar, one row per method."""
     for place, name in enumerate(names):
         figure = results["methods"][name][_largest(results)].get(metric)
         if figure is None or figure["mean"] is None:
@@ -147,7 +147,7 @@ def _runs(results: Results) -> Figure:
 
 
 def _from_base(results: Results) -> Figure:
-    """Methods minus BASE, in points of AUC."""
+    """Draws each method minus BASE, in points of AUC."""
     of_metric = results["differences"][_largest(results)]
     titles = {"cvr_auc": "CVR AUC on clicks", "cvr_auc_entire_space": "CVR AUC, entire space"}
     shown = {metric: title for metric, title in titles.items() if metric in of_metric}
@@ -228,12 +228,12 @@ def _volume(results: Results) -> Figure:
 def _fit_to_the_others(
     axes: Axes, fractions: Sequence[float], drawn: Mapping[str, np.ndarray]
 ) -> None:
-    """Cuts a panel to all methods but the one that may fall out, and writes where that one is.
+    """Limits a panel to the methods other than `FALLS_OUT`, and writes that method's hidden values.
 
     Args:
         axes: the panel.
-        fractions: along it.
-        drawn: method → (3, fractions), what is drawn of it: the line, its lower and upper reach.
+        fractions: values of the x axis.
+        drawn: method → (3, fractions): its line, and the lower and upper end of its band.
     """
     others = [reach for name, reach in drawn.items() if name != FALLS_OUT]
     if FALLS_OUT not in drawn or not others:
@@ -264,8 +264,8 @@ def _fit_to_the_others(
 def _difference_line(
     axes: Axes, results: Results, metric: str, name: str, place: int, *, strong: bool
 ) -> np.ndarray | None:
-    """Draws the paired differences of a method from BASE; gives the line and its reach, None where
-    there is no line."""
+    """Draws the paired differences of a method from BASE; returns the line and its ends, (3,
+    fractions), or None if there is no line."""
     fractions = results["protocol"]["fractions"]
     rows = [
         results["differences"][fraction_key(fraction)].get(metric, {}).get("BASE", {}).get(name)
@@ -273,7 +273,7 @@ def _difference_line(
     ]
     if any(row is None for row in rows):
         return None
-    # Side by side, or the intervals hide one another.
+    # Shifted sideways, so that the intervals do not hide one another.
     spread = np.array(fractions) * 1.03 ** (place - 4)
     mean = np.array([row["mean"] for row in rows])
     half = np.zeros(len(rows))
@@ -386,7 +386,7 @@ def _division(results: Results) -> Figure:
 
 
 def _division_caption(results: Results) -> str:
-    """What the picture shows, by its own points."""
+    """Describes the plot from its own points."""
     sentences = ["A sample of test impressions of the first seed against their true rate."]
     for name, what in (("DIVISION", "quotient pCTCVR / pCTR"), ("ESMM", "pCVR of ESMM’s tower")):
         if name not in results["points"]:

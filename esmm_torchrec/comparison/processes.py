@@ -1,4 +1,4 @@
-"""More processes for the same comparison; what they share are the files of their jobs (`work`)."""
+"""Additional processes for one comparison, which share only the files of their jobs (`work`)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ PARENT_CHECK_SECONDS = 1.0
 def helped_by(
     others: int, device: DeviceOption, work: Callable[..., object], *arguments: Any
 ) -> Iterator[None]:
-    """Runs `work(ranks, *arguments)` in other processes, each a rank by itself, until the block
-    ends.
+    """Runs `work(ranks, *arguments)` in other processes, each a single rank, until the block ends.
 
-    They print nothing. One that fails leaves its job to the others, and this process meets what
-    made it fail. They end with this process, also if it is killed.
+    They print nothing. If one fails, the others take over its job, and this process meets the same
+    error. They end with this process, even if it is killed.
 
     Args:
-        others: how many.
-        device: of each.
-        work: a function of a module.
-        arguments: of `work`; picklable.
+        others: number of processes.
+        device: device of each process.
+        work: a module-level function.
+        arguments: arguments of `work`; picklable.
     """
     context = multiprocessing.get_context("spawn")
     processes = [
@@ -63,12 +62,12 @@ def _help(
 
 
 def _with_ranks(ranks: Ranks, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """In a function of its own: what is sharded must be gone before the process group ends."""
+    """A separate function, so that sharded modules are freed before the process group ends."""
     work(ranks, *arguments)
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended."""
+    """Ends this process once its parent has ended."""
     wait = threading.Event().wait
     while os.getppid() == parent:
         wait(PARENT_CHECK_SECONDS)

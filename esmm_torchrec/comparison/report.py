@@ -1,4 +1,4 @@
-"""The results of a comparison for a reader: report.html, table.csv, table.md and plots/."""
+"""Results of a comparison for readers: report.html, table.csv, table.md and plots/."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SPACES = ("entire_space", "clicked", "unclicked")
 
 
 def write_report(results: Results, out: Path) -> None:
-    """Writes report.html, table.csv, table.md and plots/ below `out`."""
+    """Writes report.html, table.csv, table.md and plots/ to `out`."""
     captions = draw_plots(results, out / "plots")
     (out / "table.csv").write_text(tables.csv_table(results))
     (out / "table.md").write_text(tables.markdown_table(results) + "\n")
@@ -35,7 +35,7 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def format_table(results: Results) -> str:
-    """The headline and the verdicts, for a terminal."""
+    """Formats the headline table and the verdicts for a terminal."""
     lines = [*aligned(tables.headline_rows(results, truth=False)), "", regime(results)]
     lines += verdicts(results, _ON_A_TERMINAL)
     lines += ["", "To train each with what was chosen for it:"]
@@ -90,7 +90,7 @@ def _inline(path: Path, caption: str) -> Markup:
 
 
 def _share(figure: Mapping[str, Any]) -> str:
-    """Of test impressions; small ones in scientific form."""
+    """Formats a share of test impressions; small ones in scientific notation."""
     if not figure["mean"]:
         return "for no test impression"
     form = ".2e" if figure["mean"] < 1e-3 else ".4f"

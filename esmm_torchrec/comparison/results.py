@@ -8,18 +8,18 @@ differences        {fraction: {metric: {baseline: {method: {"mean", "low", "high
                    (`compared_pairs`) are one family, whose p-values are corrected together, so
                    that no two verdicts contradict each other. On one data set also "low_users",
                    "high_users", "p_value_users", "p_value_users_holm": the same over resampled
-                   test users. "within_noise" is null if there is no p-value to judge by
-references         {fraction: {what is used as the conversion score: {metric: …}}}
+                   test users. "within_noise" is null if there is no p-value
+references         {fraction: {name of another conversion score: {metric: …}}}
 training           {method: {fraction: {"training_rows", "batch_size" (over all ranks),
                    "updates_per_pass", "passes", "unknown_share", "train_seconds", "seconds",
                    notes: …}}}: means over seeds
 seconds            {"tuning": {method: …}, "methods": {method: {fraction: …}} (all seeds),
-                   "common_ctr", "out_of_fold_pctr", "total"}: to train and to score
+                   "common_ctr", "out_of_fold_pctr", "total"}: time to train and to score
 curves, points     {method: …} at the largest fraction: calibration of the first seed, and a
-                   sample of its pCVR beside the truth
-train_commands     {method: the `train` command with what was chosen}
+                   sample of its pCVR along with the truth
+train_commands     {method: the `train` command with the settings chosen for it}
 tuning             {method: {"chosen", "tried" (a row per trial, round and number of passes),
-                   "at_edge": what of it was chosen at the end of what was tried, "seconds"}}
+                   "at_edge": choices at the end of their searched range, "seconds"}}
 protocol, source, environment, command
 """
 
@@ -55,7 +55,7 @@ DIFFERENCES = (
     "cvr_auc_entire_space_within_ctr_strata",
     "cvr_excess_log_loss_entire_space",
 )
-"""Figures whose differences between methods are given."""
+"""Figures whose differences between methods are computed."""
 
 TRAINING_FIGURES = (
     "training_rows",
@@ -66,13 +66,13 @@ TRAINING_FIGURES = (
     "train_seconds",
     "seconds",
 )
-"""What every training says of itself; a method may add notes of its own."""
+"""Figures in the record of every training; a method may add notes of its own."""
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def fraction_key(fraction: float) -> str:
-    """How results.json names a fraction."""
+    """Returns the key of a fraction in results.json."""
     return f"{fraction:g}"
 
 
@@ -87,17 +87,17 @@ def assemble(
     environment: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """The content of results.json, from the records of all trainings.
+    """Returns the content of results.json, from the records of all trainings.
 
     Args:
-        options: what was compared.
-        records: one of each method, seed and fraction.
-        chosen: method by its title → what tuning chose.
-        tuning: method → what was tried and chosen.
-        tuning_networks: network that tuning needed → its seconds.
+        options: options of the comparison.
+        records: one record per method, seed and fraction.
+        chosen: title of a method → choice of tuning.
+        tuning: title of a method → what was tried and chosen.
+        tuning_networks: name of a network that tuning needed → its seconds.
         source: {"world": settings} or {"data": folder}.
         environment: versions and machine.
-        command: how the comparison was asked for.
+        command: command line of the comparison.
     """
     names = [METHODS[method].title for method in options.chosen_methods]
     by_run: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -187,8 +187,8 @@ def _seconds(
 
 
 def _references(runs: Mapping[str, Records]) -> dict[str, Any]:
-    """Rows that are not a method. A model's own pCTCVR is that of the CTCVR network of DIVISION, or
-    else of ESMM."""
+    """Returns the figures of rows that are not methods. A model's own pCTCVR comes from the CTCVR
+    network of DIVISION, or else from ESMM."""
     rows: dict[str, Any] = {}
     anyone = next(iter(runs.values()))
     for name in anyone[0]["references"]:
@@ -203,7 +203,7 @@ def _references(runs: Mapping[str, Records]) -> dict[str, Any]:
 
 
 def compared_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """The comparisons made on each figure, (method, baseline): every method with BASE, and
+    """Returns the comparisons made on each figure, (method, baseline): every method with BASE, and
     shared-bottom with ESMM; every method with ESMM if BASE is not compared."""
     baseline = next((name for name in ("BASE", "ESMM") if name in names), None)
     pairs = [(name, baseline) for name in names if baseline and name != baseline]
@@ -233,7 +233,8 @@ def _difference(runs: Records, baseline: Records, metric: str) -> dict[str, Any]
         return None
     row = paired_difference(values, others)._asdict()  # pyright: ignore[reportArgumentType]
     if "bootstrap" in runs[0] and metric in runs[0]["bootstrap"]:
-        # Resampling r drew the same users for every model, so it is averaged over the seeds first.
+        # Resampling r draws the same users for every model, so average over the seeds
+        # first.
         mine, theirs = (
             zip(*(run["bootstrap"][metric] for run in of), strict=True) for of in (runs, baseline)
         )
@@ -249,9 +250,9 @@ def _difference(runs: Records, baseline: Records, metric: str) -> dict[str, Any]
 
 
 def _correct(family: dict[tuple[str, str], dict[str, Any]], *, one_data_set: bool) -> None:
-    """Adds Holm's correction over all comparisons of a figure, and whether a difference is within
-    the noise: over seeds, and on one data set over its users as well, since its seeds say nothing
-    about other data."""
+    """Adds p-values with Holm's correction over all comparisons of a figure, and whether a
+    difference is within the noise: over seeds and, on one data set, also over its users, since
+    seeds on the same data carry no information about other data."""
     kinds = ("p_value", "p_value_users") if one_data_set else ("p_value",)
     for kind in kinds:
         known = {pair: row[kind] for pair, row in family.items() if row.get(kind) is not None}

@@ -1,4 +1,4 @@
-"""How tuning chooses a trial and a number of passes, and how the choice is reported."""
+"""Choice of a trial and a number of passes in tuning, and its place in the results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from esmm_torchrec.models.methods import METHODS
 
 @dataclass(frozen=True)
 class Chosen:
-    """What tuning chose for a method."""
+    """Choice of tuning for a method."""
 
     trial: Trial
     epochs: int
     score: float
-    """Of the held-out users, by which it was chosen."""
+    """Score on the held-out users, by which the trial was chosen."""
 
 
 def selection_score(method: str, figures: Mapping[str, float | None]) -> float | None:
-    """What tuning chooses by, higher being better; None if the held-out users allow none."""
+    """Returns the score by which tuning chooses, higher being better; None if the held-out users
+    leave a figure undefined."""
     names = ("ctr_auc",) if method == CLICK_NETWORK else ("cvr_auc", "ctcvr_auc_common_ctr")
     values = [figures[name] for name in names]
     known = [value for value in values if value is not None]
@@ -34,16 +35,16 @@ class Tried:
     """A trial after some passes of a round of tuning."""
 
     round: int
-    """From 0."""
+    """Number of the round, from 0."""
     trial: Trial
     epochs: int
     score: float | None
-    """None if the held-out users allow none."""
+    """Score on the held-out users; None if they leave a figure undefined."""
 
 
 def best(tried: Sequence[Tried], number: int) -> list[Tried]:
-    """The best so many trials of a round, each after the passes that were best for it, best first.
-    Of equals the first, so that the order of trials decides and not a rounding."""
+    """Returns the best `number` trials of a round, each after its best number of passes, best
+    first. The first of equals wins, so that the order of trials decides and not rounding."""
     of_trial: dict[Trial, Tried] = {}
     for one in tried:
         known = of_trial.get(one.trial)
@@ -53,7 +54,7 @@ def best(tried: Sequence[Tried], number: int) -> list[Tried]:
 
 
 def described(chosen: Chosen, tried: Sequence[Tried]) -> dict[str, Any]:
-    """What was chosen and what was tried, for results.json."""
+    """Returns what was chosen and what was tried, for results.json."""
     return {
         "chosen": _values(chosen.trial) | {"epochs": chosen.epochs, "score": chosen.score},
         "tried": [
@@ -65,10 +66,10 @@ def described(chosen: Chosen, tried: Sequence[Tried]) -> dict[str, Any]:
 
 
 def chosen_in(results: Mapping[str, Any]) -> dict[str, Chosen]:
-    """What a comparison chose for each of its methods, from its results.json.
+    """Returns the choices of a comparison for each of its methods, from its results.json.
 
     Raises:
-        OptionError: it is of another version.
+        OptionError: they are not the results of a comparison, or are of another version.
     """
     titles = {METHODS[method].title: method for method in METHODS}
     chosen: dict[str, Chosen] = {}
@@ -93,17 +94,18 @@ def _values(trial: Trial) -> dict[str, Any]:
 
 
 def at_edge(chosen: Chosen, tried: Sequence[Tried]) -> list[str]:
-    """What was chosen at the end of what was tried of it, beyond which better may lie: "epochs" at
-    the most passes; a setting or an option of the method at its lowest or highest."""
+    """Returns the names of choices at the end of their searched range, beyond which better values
+    may lie: "epochs" at the maximum number of passes; a setting or an option of the method at its
+    lowest or highest value."""
     edges = []
     if chosen.epochs == max(one.epochs for one in tried):
         edges.append("epochs")
     for name, value in _flat(chosen.trial).items():
         values = {_flat(one.trial)[name] for one in tried}
         if not all(isinstance(one, int | float) for one in values):
-            continue  # words have no order
+            continue  # strings have no order
         lowest = min(values)
-        # Below a decay of 0 and a count of 1 there is nothing.
+        # A weight decay below 0 or a count below 1 does not exist.
         natural = NATURAL_ENDS.get(name)
         if len(values) > 1 and ((value == lowest and value != natural) or value == max(values)):
             edges.append(name)
@@ -118,12 +120,12 @@ def _flat(trial: Trial) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """The value of an option of a method, for a person."""
+    """Formats the value of a method's option."""
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def tuned_line(name: str, chosen: Chosen) -> str:
-    """What was chosen, for a terminal."""
+    """Formats a choice of tuning as a line for a terminal."""
     own = "".join(f", {option} {shown(value)}" for option, value in chosen.trial.own)
     setting = chosen.trial.setting
     return (

@@ -1,9 +1,9 @@
 """Means, intervals and corrections of a comparison.
 
-Runs of two methods with the same seed share data and initial weights, so they are compared in
-pairs with Student's t on the differences. The comparisons made on one figure form one family, and
-Holm's step-down correction bounds the chance of any false finding within it. If all seeds share one
-data set, they say nothing about other data; the users of the test split are resampled instead.
+Runs of two methods with the same seed share data and initial weights, so they are compared in pairs
+with Student's t on the differences. The comparisons made on one figure form one family, and Holm's
+step-down correction bounds the chance of any false finding within it. Seeds that share one data set
+carry no information about other data; there, the users of the test split are resampled as well.
 
 Shapes: n test impressions, U their users, R resamplings.
 """
@@ -29,13 +29,13 @@ CONFIDENCE = 0.95
 Name = TypeVar("Name")
 
 _TOGETHER = 128
-"""Resamplings worked on at once."""
+"""Number of resamplings processed at once."""
 
 _GROUPS_PER_BLOCK = 128
 
 
 class Summary(NamedTuple):
-    """Of the runs of one method; None if a run has no figure."""
+    """Mean and standard deviation of the runs of one method; None if a run has no figure."""
 
     mean: float | None
     std: float | None
@@ -43,7 +43,7 @@ class Summary(NamedTuple):
 
 
 def summary(runs: Sequence[float | None]) -> Summary:
-    """Mean and standard deviation of the runs."""
+    """Returns the mean and standard deviation of the runs."""
     known = [run for run in runs if run is not None]
     if not known or len(known) < len(runs):
         return Summary(None, None)
@@ -51,18 +51,18 @@ def summary(runs: Sequence[float | None]) -> Summary:
 
 
 class Difference(NamedTuple):
-    """Of a method from a baseline, over paired runs."""
+    """Difference of a method from a baseline, over paired runs."""
 
     mean: float
     low: float | None
     high: float | None
-    """Ends of the 95 % interval; None for a single pair, which has none."""
+    """Ends of the 95 % interval, `low` and `high`; None for a single pair."""
     p_value: float | None
-    """Two-sided, of no difference; None for a single pair."""
+    """Two-sided p-value of no difference; None for a single pair."""
 
 
 def paired_difference(runs: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Mean paired difference with Student's t interval."""
+    """Returns the mean paired difference with Student's t interval."""
     differences = [run - other for run, other in zip(runs, baseline, strict=True)]
     mean = fmean(differences)
     freedom = len(differences) - 1
@@ -77,7 +77,7 @@ def paired_difference(runs: Sequence[float], baseline: Sequence[float]) -> Diffe
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """p-values corrected for their number by Holm's step-down method (1979)."""
+    """Corrects p-values for their number by Holm's step-down method (1979)."""
     if not p_values:
         return {}
     corrected = np.asarray(multipletests(list(p_values.values()), method="holm")[1])
@@ -85,14 +85,14 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
 
 
 class UserBootstrap:
-    """Figures over resampled users: the same users for every model that is given, so that
-    differences between models are paired.
+    """Figures over resampled users, the same users for every model, so that differences between
+    models are paired.
 
     Args:
-        users: (n,), whose each impression is.
-        weights: (n,), what each impression counts for; None: all 1.
-        resamplings: R.
-        seed: of the resampling.
+        users: (n,), user of each impression.
+        weights: (n,), weight of each impression; None: all 1.
+        resamplings: number of resamplings, R.
+        seed: seed of the resampling.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class UserBootstrap:
         rng = np.random.default_rng([seed, len(distinct)])
         size = len(distinct)
         even = np.full(size, 1 / size)
-        # A user is drawn about once; 256 times does not happen.
+        # A user is drawn about once, and practically never 256 times.
         self._times = np.empty((size, resamplings), np.uint8)
         for number in range(resamplings):
             self._times[:, number] = rng.multinomial(size, even)
@@ -119,12 +119,12 @@ class UserBootstrap:
         target: NDArray[np.integer] | NDArray[np.floating],
         rows: NDArray[np.bool_] | None = None,
     ) -> list[float | None]:
-        """AUC of each resampling, over the impressions of `rows`; None if it has one class.
+        """Returns the AUC over `rows` in each resampling; None if they have one class.
 
         Args:
             scores: (n,).
             target: (n,), labels, or probabilities as in `metrics.ranking.soft_auc`.
-            rows: (n,), which impressions; None: all.
+            rows: (n,), mask of the impressions; None: all.
         """
         kept = slice(None) if rows is None else rows
         values, _ = self._auc(scores[kept], target[kept], kept)
@@ -138,8 +138,8 @@ class UserBootstrap:
         *,
         num_strata: int = 20,
     ) -> list[float | None]:
-        """`metrics.ranking.auc_within_strata` of each resampling; the strata stay those of all
-        impressions."""
+        """Returns `metrics.ranking.auc_within_strata` of each resampling; the strata remain those
+        of all impressions."""
         edges = equal_mass_edges(strata_score, num_strata)
         stratum = np.searchsorted(edges, strata_score, side="right")
         total, covered = np.zeros((2, self._times.shape[1]))
@@ -153,7 +153,7 @@ class UserBootstrap:
             return _known(total / covered)
 
     def mean(self, values: NDArray[np.floating]) -> list[float | None]:
-        """Mean of `values`, (n,), in each resampling."""
+        """Returns the mean of `values`, (n,), in each resampling."""
         masses = (self._weights * values, self._weights)
         sums = np.stack(
             [np.bincount(self._user, weights=mass) for mass in masses], dtype=np.float64
@@ -165,7 +165,7 @@ class UserBootstrap:
             return _known(found / size)
 
     def _chunks(self, dtype: type[np.floating]) -> Iterator[NDArray[np.floating]]:
-        """How often each user is drawn, (U, up to `_TOGETHER`), of the resamplings in turn."""
+        """Yields draw counts of the users, (U, up to `_TOGETHER`), for successive resamplings."""
         for first in range(0, self._times.shape[1], _TOGETHER):
             yield self._times[:, first : first + _TOGETHER].astype(dtype)
 
@@ -175,12 +175,13 @@ class UserBootstrap:
         target: NDArray[np.integer] | NDArray[np.floating],
         rows: slice | NDArray[np.bool_] | NDArray[np.integer],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """AUC of some rows in each resampling, (R,), NaN if it has one class; and their mass, (R,).
+        """Returns AUC and mass of some rows in each resampling, both (R,); AUC is NaN for one
+        class.
 
-        Impressions are put into groups, lowest scores first: those that tie, or neighbours of one
-        class, which need no order among themselves. A matrix, groups by users, holds the positive
-        mass, another one the negative mass. Their products with how often the users were drawn are
-        the masses of the groups in the resamplings.
+        Impressions are grouped, lowest scores first: those that tie, or neighbours of one class,
+        whose order does not matter. One matrix, groups by users, contains the positive mass,
+        another the negative mass. Their products with the draw counts of the users are the masses
+        of the groups in each resampling.
         """
         order = np.argsort(scores, kind="stable")
         ordered, share = scores[order], target[order].astype(np.float64)
@@ -198,7 +199,7 @@ class UserBootstrap:
             [mass[first : first + _GROUPS_PER_BLOCK].astype(np.float32) for mass in masses]
             for first in range(0, len(starts), _GROUPS_PER_BLOCK)
         ]
-        # A group is above those before it, and above one half of itself.
+        # A group ranks above all groups before it and, being tied, above half of itself.
         above = np.tri(_GROUPS_PER_BLOCK, dtype=np.float32) - np.eye(
             _GROUPS_PER_BLOCK, dtype=np.float32
         ) / np.float32(2)
@@ -222,8 +223,8 @@ class UserBootstrap:
 
 
 def _product(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Matrix product by torch, whose threads a comparison limits; NumPy's would slow down the other
-    processes of the comparison."""
+    """Multiplies matrices with torch, whose threads a comparison limits; NumPy's threads would slow
+    down the other processes of the comparison."""
     return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
@@ -232,15 +233,15 @@ def _known(values: NDArray[np.float64]) -> list[float | None]:
 
 
 def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The middle 95 % of resampled differences."""
+    """Returns the middle 95 % of resampled differences."""
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
 def bootstrap_p_value(differences: Sequence[float]) -> float:
-    """Two-sided p-value of no difference: twice the share of resampled differences on the rarer
-    side of 0, which counts as one more than it is, so that p is never below what R can tell
-    (Davison and Hinkley, "Bootstrap Methods and their Application", section 4.2)."""
+    """Returns the two-sided p-value of no difference: twice the share of resampled differences on
+    the rarer side of 0. One is added to their count, so that p is never below the resolution of R
+    resamplings (Davison and Hinkley, "Bootstrap Methods and their Application", section 4.2)."""
     values = np.asarray(differences)
     rarer = min((values <= 0).sum(), (values >= 0).sum())
     return min(1.0, 2 * (int(rarer) + 1) / (len(values) + 1))

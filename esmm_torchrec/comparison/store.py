@@ -1,9 +1,9 @@
-"""What a comparison has done already, on disk: a stopped one resumes and ends the same.
+"""Finished trainings of a comparison on disk: a stopped comparison resumes and ends the same.
 
-trials/<code>/<name>-<hash>.json    a finished training: its figures, by all that decided them
+trials/<code>/<name>-<hash>.json    figures of a finished training, keyed by its configuration
 trials/<code>/<name>-<hash>.npz     scores that other trainings need
 
-<code> is a hash of the sources that decide figures and of the versions of the libraries beneath
+<code> is a hash of the sources that figures depend on and of the versions of the libraries below
 them. Results of other code are ignored, with a notice: mixing them would compare code, not methods.
 """
 
@@ -25,12 +25,12 @@ import numpy as np
 from esmm_torchrec.sharding.process_group import Ranks
 
 DECIDES_FIGURES = ("comparison.trial", "comparison.data", "models")
-"""Modules that figures depend on, with everything of the package that they import; of a package,
-all of its modules, since methods are found by name."""
+"""Modules that figures depend on, along with everything that they import from the package. For a
+package, all of its modules count, since methods are found by name."""
 
 
 def code_identity(package: Path | None = None) -> str:
-    """A hash of what decides figures beside their configuration, 12 hexadecimal digits.
+    """Returns a hash of the code that figures depend on, 12 hexadecimal digits.
 
     Args:
         package: folder of the sources; None: this package.
@@ -47,7 +47,7 @@ def code_identity(package: Path | None = None) -> str:
 
 
 def _import_closure(root: Path) -> set[Path]:
-    """Sources of `DECIDES_FIGURES` and of all that they import from the package."""
+    """Returns the sources of `DECIDES_FIGURES` and of all that they import from the package."""
     found: set[Path] = set()
     waiting: list[Path] = []
     for name in DECIDES_FIGURES:
@@ -61,12 +61,12 @@ def _import_closure(root: Path) -> set[Path]:
         for module in _imported_modules(path):
             stem = root.joinpath(*module.split(".")[1:])
             waiting += [stem.with_suffix(".py"), stem / "__init__.py"]
-    # Names of the package itself are loaded on demand: its __init__ would lead everywhere.
+    # The package's __init__ imports lazily; following it would reach every module.
     return found - {root / "__init__.py"}
 
 
 def _imported_modules(path: Path) -> Iterator[str]:
-    """Modules of the package that a source imports, and names that may be modules."""
+    """Yields the modules of the package that a source imports, and names that may be modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -81,14 +81,14 @@ class Network(NamedTuple):
     """Scores of a network that trainings of methods need."""
 
     name: str
-    """Of its file, which tells it from all others."""
+    """Stem of its file, which identifies it."""
     scores: np.ndarray
     seconds: float
-    """To train it and to score with it, when that was done."""
+    """Time taken to train it and to score with it."""
 
 
 class TrialStore:
-    """Remembers results by their whole configuration; every rank calls, rank 0 reads and writes."""
+    """Stores results by their whole configuration; every rank calls it, rank 0 reads and writes."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._folder = folder / ranks.from_first(code_identity)
@@ -97,29 +97,29 @@ class TrialStore:
 
     @property
     def left_aside(self) -> int:
-        """Finished trainings of other code in the folder, on rank 0."""
+        """Number of finished trainings of other code in the folder, on rank 0."""
         beside = self._folder.parent.rglob("*.json")
         return sum(path.parent != self._folder for path in beside)
 
     def of_record(self, name: str, key: Mapping[str, Any]) -> Path:
-        """File of the record of a training.
+        """Returns the path for the record of a training.
 
         Args:
-            name: for the file; letters, digits and dashes.
-            key: everything that decides the result.
+            name: start of the file name; letters, digits and dashes.
+            key: everything that the result depends on.
         """
         return self._path(name, key, "json")
 
     def of_network(self, name: str, key: Mapping[str, Any]) -> Path:
-        """File of the scores of a network that trainings of methods need."""
+        """Returns the path for the scores of a network that trainings of methods need."""
         return self._path(name, key, "npz")
 
     def record(self, path: Path) -> dict[str, Any]:
-        """A record that is there."""
+        """Returns an existing record, on every rank."""
         return self._ranks.from_first(lambda: json.loads(path.read_text()))
 
     def network(self, path: Path) -> Network:
-        """Scores that are there; every rank gets them."""
+        """Returns existing scores of a network, on every rank."""
 
         def read() -> Network:
             with np.load(path) as found:
@@ -130,7 +130,7 @@ class TrialStore:
     def keep_record(
         self, path: Path, key: Mapping[str, Any], work: Callable[[], dict[str, Any] | None]
     ) -> None:
-        """Does the work and keeps its record, which it gives on rank 0."""
+        """Runs `work` and saves the record that it returns on rank 0."""
         made = work()
 
         def write() -> None:
@@ -143,7 +143,7 @@ class TrialStore:
         self._ranks.from_first(write)
 
     def keep_network(self, path: Path, work: Callable[[], np.ndarray | None]) -> None:
-        """As `keep_record`, for the scores of a network."""
+        """Runs `work` and saves the scores of a network that it returns on rank 0."""
         started = time.perf_counter()
         made = work()
         seconds = time.perf_counter() - started

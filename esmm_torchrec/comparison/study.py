@@ -1,14 +1,14 @@
-"""The comparison of conversion methods: tune each by one rule, retrain, score once.
+"""Comparison of conversion methods: tune each by one rule, retrain it, score once.
 
     tuning       a part of the training users is held out; every method gets the same number of
-                 trials, on a small part of the others first, the best of them on a larger one;
-                 trial and number of passes are chosen once
-    comparison   every method is retrained with what was chosen, on all training users or a part
-                 of them, for every seed; the test split is scored by chosen models alone
+                 trials, first on a small part of the other users, then the best on a larger part;
+                 the trial and the number of passes are chosen once
+    comparison   every method is retrained with what was chosen, on all training users or a
+                 part of them, for every seed; only these models score the test split
 
-One click network, tuned and trained by itself, supplies pCTR to every method, as in the paper.
-Every training is a job that leaves a file (`jobs`, `store`, `work`): processes share them, and a
-stopped comparison resumes where it was and ends with the same numbers.
+One click network, tuned and trained separately, supplies pCTR to every method, as in the paper.
+Every training is a job that writes a file (`jobs`, `store`, `work`): processes share the jobs, and
+a stopped comparison resumes where it was and ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from esmm_torchrec.tasks import TaskChain
 from esmm_torchrec.training.run import train
 
 MIN_CONVERSIONS = 10
-"""Expected conversions of a fraction of a generated world, below which some world may have none."""
+"""Minimum expected conversions of a fraction of a world; below it, a world may have none."""
 
 
 def compare(
@@ -86,29 +86,29 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     keep_best: Path | None = None,
 ) -> dict[str, Any]:
-    """Compares methods; every rank calls it, rank 0 writes below `out`.
+    """Compares methods; every rank calls it, and rank 0 writes to `out`.
 
-    More processes can be at work on the same `out`, on this machine: each does what is not done.
+    Several processes on this machine can work on the same `out`: each does the jobs not done yet.
 
     Args:
-        options: what is compared, and how.
-        out: folder of results and of what is remembered.
+        options: methods to compare, and how.
+        out: folder of the results and of finished trainings.
         ranks: this process among the others.
         data: a prepared data set for all seeds; None: a generated world for each.
         world: settings of the worlds; its seed is that of the first.
-        command: how the comparison was asked for, for the report.
+        command: command line, for the report.
         settings: the content of another comparison's results.json, whose choices are used; None:
             methods are tuned.
-        keep_best: run folder to leave the best method in, trained with what was chosen for it; it
-            needs `data`. The best is chosen on the held-out users, not on the test split.
+        keep_best: run folder to write the best method to, trained with the settings chosen for it;
+            requires `data`. The best method is chosen on the held-out users, not on the test split.
 
     Returns:
         the content of results.json.
 
     Raises:
         DataError: the data set cannot be read or has nothing to measure.
-        OptionError: a fraction is to hold no conversion, or next to none; or `keep_best` holds
-            something else.
+        OptionError: a fraction has no conversions or is expected to have next to none; or
+            `keep_best` contains something other than a run.
         PlanError: the tables do not fit.
     """
     started = time.time()
@@ -172,8 +172,8 @@ def compare(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The small towers of a comparison gain nothing from more threads, and results that depend on
-    the number of cores are not the same elsewhere."""
+    """Limits torch to one thread. The small towers of a comparison gain nothing from more, and
+    results that depend on the number of cores are not reproducible elsewhere."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -202,7 +202,7 @@ def _study(
     world: World,
     settings: Mapping[str, Any] | None,
 ) -> _Study:
-    """As `compare` takes them."""
+    """Same arguments as `compare`."""
 
     def source(of_world: World) -> Source:
         return world_source(
@@ -230,14 +230,14 @@ def _study(
 
 
 def _help(ranks: Ranks, *arguments: Any) -> None:
-    """What another process does: the same, without results."""
+    """Does the work of an additional process: the same trainings, without results."""
     study = _study(ranks, *arguments)
     with _one_thread(), study.progress(shown=False):
         study.run(study.tune())
 
 
 def _check_tasks(options: ComparisonOptions, tasks: TaskChain) -> None:
-    """Before the long work: not every objective knows what to do with every chain."""
+    """Fails before the long work, since not every objective supports every chain of tasks."""
     unfit: set[str] = set()
     for method in COMPARED:
         try:
@@ -266,7 +266,7 @@ def _check_fractions(options: ComparisonOptions, source: Source) -> None:
 
 
 def _check_expected_conversions(options: ComparisonOptions, world: World) -> None:
-    """Before a world is drawn, by the rates it is to have."""
+    """Checks the number of conversions that the rates imply, before a world is drawn."""
     for fraction in options.ascending_fractions:
         impressions = world.split_impressions["train"] * fraction
         conversions = impressions * world.ctr * world.cvr
@@ -289,7 +289,7 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
 
 
 def _log_time(out: Path, seconds: float) -> None:
-    """Seconds of each start, since a stopped comparison has several."""
+    """Appends the seconds since this start; a comparison that was stopped has several entries."""
     with (out / "time.jsonl").open("a") as file:
         file.write(json.dumps({"seconds": round(seconds, 1)}) + "\n")
 
@@ -298,12 +298,12 @@ class _Study:
     """Runs the trainings of a comparison, each once.
 
     Args:
-        options: of the comparison; its batch size is a number.
-        store: of what is remembered.
+        options: options of the comparison, with a numeric batch size.
+        store: store of finished trainings.
         ranks: this process among the others.
-        tuned_on: data of tuning.
-        compared_on: data of each seed.
-        settings: as `compare` takes it.
+        tuned_on: data for tuning.
+        compared_on: data for each seed.
+        settings: as in `compare`.
     """
 
     def __init__(
@@ -320,9 +320,9 @@ class _Study:
         self.store = store
         self.ranks = ranks
         self.tuning: dict[str, dict[str, Any]] = {}
-        """Method → what was tried, for the report."""
+        """Title of a method → what was tried and chosen, for the report."""
         self.tuning_networks: dict[str, float] = {}
-        """Network that tuning needed → its seconds."""
+        """Name of a network that tuning needed → its seconds."""
         self._settings = settings
         self._tuned_on = tuned_on
         self._compared_on = compared_on
@@ -331,7 +331,7 @@ class _Study:
 
     @contextmanager
     def progress(self, *, shown: bool = True) -> Iterator[None]:
-        """Shows how many of the trainings are done."""
+        """Shows a progress bar of the trainings."""
         methods = len(self.options.chosen_methods)
         rounds = self.options.rounds if self._settings is None else ()
         tuned = (methods + 1) * sum(round_.trials for round_ in rounds)
@@ -371,8 +371,8 @@ class _Study:
     def tune(self) -> dict[str, Chosen]:
         """Chooses a trial and a number of passes for the click network and for each method.
 
-        The click network is chosen by its AUC, a method by the mean of the two figures of the
-        paper's table: AUC of pCVR on clicks, and of the common pCTR times pCVR on everything.
+        The click network is chosen by its AUC, a method by the mean of the two figures in the
+        paper's table: AUC of pCVR on clicks, and of the common pCTR times pCVR on all impressions.
         """
         if self._settings is not None:
             return self._chosen_elsewhere(self._settings)

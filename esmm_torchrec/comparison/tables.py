@@ -1,4 +1,4 @@
-"""Tables of a comparison, each made from results.json alone: rows of text, CSV and Markdown."""
+"""Tables of a comparison, built from results.json alone: rows of text, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ PAPER_SENTENCE = (
 
 
 def largest_fraction(results: Results) -> str:
-    """Key of the largest part of the training users."""
+    """Returns the key of the largest fraction of the training users."""
     return fraction_key(results["protocol"]["fractions"][-1])
 
 
 def knows_truth(results: Results) -> bool:
-    """Whether the true probabilities of the test split are known."""
+    """Returns whether the true probabilities of the test split are known."""
     return _is_known(results, "cvr_auc_entire_space")
 
 
 def is_generated(results: Results) -> bool:
-    """Whether the methods were compared on generated worlds."""
+    """Returns whether the methods were compared on generated worlds."""
     return "world" in results["source"]
 
 
 def _is_known(results: Results, metric: str) -> bool:
-    """Whether a figure was measured for some method."""
+    """Returns whether a figure was measured for some method."""
     largest = largest_fraction(results)
     return any(metric in of[largest] for of in results["methods"].values())
 
@@ -83,8 +83,8 @@ def _mean_std(figure: Mapping[str, Any] | None, *, digits: int = 4, factor: floa
 
 
 def _relative_improvement(results: Results, name: str) -> str:
-    """RelaImpr of the mean CVR AUC over that of BASE, (AUC − .5) / (AUC of BASE − .5) − 1 (Yan et
-    al., "Coupled Group Lasso", ICML 2014)."""
+    """Returns RelaImpr of the mean CVR AUC over that of BASE, (AUC − .5) / (AUC of BASE − .5) − 1
+    (Yan et al., "Coupled Group Lasso", ICML 2014)."""
     largest = largest_fraction(results)
     own, base = (results["methods"][of][largest]["cvr_auc"]["mean"] for of in (name, "BASE"))
     if own is None or base is None or base == 0.5:
@@ -100,14 +100,14 @@ def _paper(name: str, column: int) -> str:
 
 
 def headline_rows(results: Results, *, truth: bool = True) -> Rows:
-    """The paper's table: CVR and CTCVR AUC in %.
+    """Returns the paper's table: CVR and CTCVR AUC in %.
 
     Args:
         results: the content of results.json.
-        truth: adds what the true probabilities say about the entire space, if they are known.
+        truth: whether to add figures over the entire space, if the true probabilities are known.
 
     Returns:
-        the heading and a row per method; beside generated worlds with the paper's own figures.
+        the heading and a row per method; for generated worlds with the paper's own figures.
     """
     columns = [
         ("cvr_auc", "CVR AUC %", 100),
@@ -143,7 +143,7 @@ def headline_rows(results: Results, *, truth: bool = True) -> Rows:
 
 
 def reference_rows(results: Results) -> Rows:
-    """Probabilities other than a method's pCVR, used as the conversion score, and the oracle."""
+    """Returns rows for the oracle and for other probabilities used as the conversion score."""
     rows = [
         ["used as the conversion score", "CVR AUC on clicks", "entire space", "within pCTR strata"]
     ]
@@ -161,7 +161,7 @@ def _reference_label(name: str) -> str:
 
 
 def difference_rows(results: Results, metric: str, fraction: str) -> Rows:
-    """The comparisons made on one figure: differences, 95 % intervals and verdicts."""
+    """Returns the comparisons made on one figure: differences, 95 % intervals and verdicts."""
     of_metric = results["differences"][fraction].get(metric, {})
     users = any("low_users" in row for rows in of_metric.values() for row in rows.values())
     heading = ["method", "compared with", "difference", "95 % interval", "p, Holm"]
@@ -192,12 +192,12 @@ def _p_value(row: Mapping[str, Any], name: str) -> str:
 
 
 def csv_table(results: Results) -> str:
-    """Every figure and every difference, a row each.
+    """Returns every figure and every difference as CSV, one row each.
 
     Columns: method, baseline (empty for a figure of the method itself), fraction, metric, mean,
     std, low and high (95 % interval of a difference), p_value, p_value_holm, the same over
-    resampled test users, verdict, and the value of each seed. Other probabilities that were used
-    as the conversion score are named "reference: …".
+    resampled test users, verdict, and the value of each seed. Other probabilities that were used as
+    the conversion score are named "reference: …".
     """
     text = io.StringIO()
     seeds = [f"seed_{n}" for n in range(results["protocol"]["seeds"])]
@@ -253,7 +253,7 @@ _OF_DIFFERENCES = (
 
 
 def markdown_table(results: Results) -> str:
-    """The headline table, the verdicts and the reference rows, as Markdown."""
+    """Returns the headline table, the verdicts and the reference rows as Markdown."""
     sentences = [regime(results)]
     if is_generated(results):
         sentences.append(PAPER_SENTENCE)
@@ -270,7 +270,7 @@ def _markdown(rows: Rows) -> str:
 
 
 def metric_rows(results: Results, metrics: Sequence[str]) -> Rows:
-    """Mean and standard deviation of some figures, as far as they are known."""
+    """Returns mean and standard deviation of those of the figures that are known."""
     known = [metric for metric in metrics if _is_known(results, metric)]
     rows = [["method", *(TITLES[metric] for metric in known)]]
     for name in results["methods"]:
@@ -279,7 +279,7 @@ def metric_rows(results: Results, metrics: Sequence[str]) -> Rows:
 
 
 def training_rows(results: Results) -> Rows:
-    """Rows, batch, updates and passes of each method at the largest volume."""
+    """Returns rows, batch size, updates and passes of each method at the largest fraction."""
     largest = largest_fraction(results)
     of_largest = {name: of[largest] for name, of in results["training"].items()}
     notes = list(
@@ -316,7 +316,7 @@ def training_rows(results: Results) -> Rows:
 
 
 def tuning_rows(results: Results) -> Rows:
-    """What was chosen for each method; * marks a value at the end of what was searched."""
+    """Returns the choices for each method; * marks a value at the end of its searched range."""
     settings = ("sparse_lr", "dense_lr", "weight_decay", "min_count", "init_scale")
     rows = [["method", "trials", "table lr", "tower lr", "tower weight decay", "min count"]]
     rows[0] += ["init scale", "own options", "passes", "score"]
@@ -342,7 +342,7 @@ def _mark(tuning: Mapping[str, Any], setting: str) -> str:
 
 
 def time_rows(results: Results) -> Rows:
-    """Minutes of training and scoring; drawing worlds is not included."""
+    """Returns minutes of training and scoring; drawing worlds is not included."""
     seconds = results["seconds"]
     rows = [["minutes", "tuning", "retraining, all seeds and fractions", "together"]]
 
@@ -361,7 +361,7 @@ def time_rows(results: Results) -> Rows:
 
 
 def detail_rows(results: Results) -> Rows:
-    """Command, source, protocol and environment, without a heading."""
+    """Returns command, source, protocol and environment, without a heading."""
     rows: Rows = [["command", results["command"]]]
     for group in ("source", "protocol", "environment"):
         for name, value in results[group].items():

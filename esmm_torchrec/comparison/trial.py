@@ -1,4 +1,4 @@
-"""One training of a comparison: on which rows, scored on which, and what is kept of it."""
+"""One training of a comparison: its training rows, its scored rows and its record."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from esmm_torchrec.training.options import TrainOptions
 SCORING_BATCH = 8192
 CURVE_BINS = 12
 POINTS = 1500
-"""Test impressions kept of a run to draw its scores against the truth."""
+"""Number of test impressions in the record of a run, to plot its scores against the truth."""
 
 UNCLICKED_IN_TUNING = 200_000
-"""Held-out impressions without a click that tuning scores, at most about; each counts as several
-then. All that are clicked are scored."""
+"""Approximate maximum number of held-out impressions without a click that tuning scores; if they
+are sampled, each has a larger weight. All clicked ones are scored."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """Rows to train on and rows to score.
 
-    If a part of the training users is taken, ids that its rows have too rarely for a vocabulary
-    of their own are the unknown id for every method, as if the part had been prepared by itself.
+    With only a part of the training users, ids that are too rare in its rows for a vocabulary
+    become the unknown id for every method, as if that part had been prepared separately.
     """
 
     train: MappedSplit
@@ -60,18 +60,18 @@ class Stage:
     scored_rows: np.ndarray | None
     mean_values_per_bag: dict[str, float]
     scored_weight: np.ndarray | None = None
-    """float32, of each scored row; None: all 1."""
+    """float32, weight of each scored row; None: all 1."""
     updates: float = 1.0
-    """Of a pass, as a share of those of a pass over all training rows."""
+    """Updates of a pass, as a share of those of a pass over all training rows."""
 
     @classmethod
     def validation(
         cls, data: ComparisonData, held_out: float, *, share: float = 1.0, updates: float = 1.0
     ) -> Stage:
-        """Tuning: a part of the training users is held out, and a share of the others trained on.
+        """Returns a tuning stage: some training users held out, a share of the rest to train on.
 
-        Of the held-out impressions without a click a sample is scored, with the weight of those it
-        represents, so that AUCs over all of them keep their expectation.
+        A sample of the held-out impressions without a click is scored, weighted by the number of
+        impressions that each represents, so that AUCs over all of them keep their expectation.
         """
         hashed = user_hash(data.train, "validation")
         clicked = data.train.scalars[data.train.schema.tasks[0].label] == 1
@@ -90,7 +90,7 @@ class Stage:
 
     @classmethod
     def test(cls, data: ComparisonData, fraction: float) -> Stage:
-        """The comparison itself: a part of the training users, or all, and the test split."""
+        """Returns a test stage: all or a part of the training users, and the test split."""
         train, test, rows = data.train, data.test, None
         if fraction < 1:
             rows = rows_between(train, 0.0, fraction, purpose="volume")
@@ -103,34 +103,34 @@ class Stage:
 
     @cached_property
     def scored_ids(self) -> dict[str, np.ndarray]:
-        """How often each id occurs in what is scored."""
+        """Table → number of occurrences of each id in the scored rows."""
         return count_ids(self.scored, self.scored_rows)
 
     @cached_property
     def trained_ids(self) -> dict[str, np.ndarray]:
-        """How often each id occurs in all that is trained on."""
+        """Table → number of occurrences of each id in the training rows."""
         return count_ids(self.train, self.train_rows)
 
     def clicked_train_rows(self) -> np.ndarray:
-        """Rows of the training split that are trained on and clicked, ascending."""
+        """Returns the clicked ones of the rows to train on, ascending."""
         rows = np.flatnonzero(self.train.scalars[self.train.schema.tasks[0].label])
         return rows if self.train_rows is None else np.intersect1d(rows, self.train_rows)
 
 
 @dataclass(frozen=True)
 class Known:
-    """The ids that a method knows from its own training rows; all others are the unknown id."""
+    """Splits with the ids that a method's training rows have; all others are the unknown id."""
 
     train: MappedSplit
-    """What is trained on, read so."""
+    """Training split with only these ids."""
     scored: MappedSplit
-    """What is scored, read so."""
+    """Split to score with only these ids."""
     unknown_share: float
-    """Share of the ids of what is scored that are unknown because of it."""
+    """Share of the ids in the scored rows that become unknown this way."""
 
 
 def ids_known_to(stage: Stage, selection: Selection | None, *, min_count: int) -> Known:
-    """Leaves the ids that a method's training rows have at least `min_count` times."""
+    """Keeps the ids that occur at least `min_count` times in a method's training rows."""
     rows = stage.train_rows if selection is None else selection.rows
     counts = stage.trained_ids if rows is stage.train_rows else count_ids(stage.train, rows)
     known = {table: count >= max(1, min_count) for table, count in counts.items()}
@@ -149,8 +149,9 @@ def ids_known_to(stage: Stage, selection: Selection | None, *, min_count: int) -
 class Training:
     """A method with its options on a stage.
 
-    The batch size of the options is that of a pass over all training rows of the data set. Whatever
-    a method trains on, and whatever part of the data, a pass takes as many updates as that one.
+    The batch size of the options is that of a pass over all training rows of the data set. Every
+    pass takes as many updates as that one (times the stage's `updates`), whatever rows a method
+    trains on.
     """
 
     def __init__(
@@ -166,13 +167,13 @@ class Training:
         self.updates = math.ceil(stage.train.impressions / batch_size * stage.updates)
 
     def part(self, pctr: np.ndarray | None) -> TrainingPart:
-        """What is trained on."""
+        """Returns the rows to train on."""
         return training_part(
             self.stage.train, self.options, within=self.stage.train_rows, pctr=pctr
         )
 
     def known(self, part: TrainingPart) -> Known:
-        """The ids that it knows."""
+        """Returns the splits with the ids that the method knows."""
         return ids_known_to(self.stage, part.selection, min_count=self.min_count)
 
     def fit(
@@ -182,7 +183,7 @@ class Training:
         *,
         callbacks: Sequence[Callback] = (),
     ) -> DistributedModelParallel:
-        """Trains."""
+        """Trains the model."""
         return fit(
             known.train,
             self.options,
@@ -194,14 +195,14 @@ class Training:
         )
 
     def batches(self, part: TrainingPart) -> dict[str, int]:
-        """Rows of a step over all ranks, and steps of a pass."""
+        """Returns the rows per step over all ranks, and the steps per pass."""
         size = batch_of_equal_updates(part.num_rows, updates=self.updates)
         return {"batch_size": size, "updates_per_pass": -(-part.num_rows // size)}
 
     def score(
         self, model: DistributedModelParallel, split: MappedSplit
     ) -> ScoredImpressions | None:
-        """Scores what the stage scores, read from `split`; on rank 0."""
+        """Scores the rows of the stage, read from `split`; returns None except on rank 0."""
         scored = score_split(
             model,
             split,
@@ -214,14 +215,14 @@ class Training:
         return None if scored is None else as_click_and_conversion(scored)
 
     def click_logits(self) -> np.ndarray | None:
-        """Logits of pCTR of what is scored, from the click network of the options; on rank 0."""
+        """Returns pCTR logits of the scored rows, from the options' click network; on rank 0."""
         part = self.part(None)
         known = self.known(part)
         scored = self.score(self.fit(part, known), known.scored)
         return None if scored is None else scored.scores["ctr"].values
 
     def clicked_pctr(self) -> np.ndarray:
-        """pCTR of the clicked training rows, out of fold, in their order."""
+        """Returns pCTR of the clicked training rows, out of fold, in their order."""
         pctr = out_of_fold_pctr(
             self.stage.train,
             self.options,
@@ -234,8 +235,8 @@ class Training:
 
 
 def as_click_and_conversion(scored: ScoredImpressions) -> ScoredImpressions:
-    """Takes the first task of any chain for the click and the last for the conversion: "cvr" is
-    the probability of the last given the first, "ctcvr" that of the last and all before it."""
+    """Maps the first task of any chain to the click and the last to the conversion: "cvr" is the
+    probability of the last given the first, "ctcvr" that of the last and all before it."""
     tasks = scored.tasks
     if tasks == DEFAULT_TASKS:
         return scored
@@ -259,7 +260,7 @@ def as_click_and_conversion(scored: ScoredImpressions) -> ScoredImpressions:
 
 
 class _ScorePasses(Callback):
-    """Measures after each pass on what the stage scores."""
+    """Measures the model on the scored rows after each pass."""
 
     def __init__(
         self, training: Training, split: MappedSplit, *, common_ctr: np.ndarray | None
@@ -301,7 +302,7 @@ def tuning_record(
     *,
     common_ctr: np.ndarray | None,
 ) -> dict[str, Any] | None:
-    """Trains and measures after each epoch on the held-out users."""
+    """Trains, and measures on the held-out users after each pass."""
     started = time.perf_counter()
     known = training.known(part)
     passes = _ScorePasses(training, known.scored, common_ctr=common_ctr)
@@ -316,7 +317,7 @@ def test_record(
     common_ctr: np.ndarray,
     resampling: UserBootstrap | None,
 ) -> dict[str, Any] | None:
-    """Trains, scores the test rows once, and measures."""
+    """Trains, scores the test rows once, and measures; returns None except on rank 0."""
     started = time.perf_counter()
     known = training.known(part)
     begun = time.perf_counter()
@@ -347,7 +348,7 @@ def test_record(
 def resampled_figures(
     resampling: UserBootstrap, scored: ScoredImpressions
 ) -> dict[str, list[float | None]]:
-    """Figures whose differences between methods are given, in each resampling of the test users."""
+    """Returns the figures that methods are compared by, in each resampling of the test users."""
     cvr = scored.scores["cvr"]
     scores = cvr.values
     clicked, converted = scored.happened("click"), scored.happened("conversion").astype(np.int8)
@@ -372,7 +373,7 @@ def resampled_figures(
 
 
 def _excess_log_losses(prediction: Prediction, target: np.ndarray) -> np.ndarray:
-    """Cross entropy above that of the true probability of each impression, float64 (n,)."""
+    """Returns each impression's cross entropy minus that of its true probability, float64 (n,)."""
     block = prediction.block(slice(None))
     true = target.astype(np.float64)
     possible = np.where((true > 0) & (true < 1), true, 0.5)
@@ -382,7 +383,7 @@ def _excess_log_losses(prediction: Prediction, target: np.ndarray) -> np.ndarray
 
 
 def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Numbers of "test" and "truth" by the names of metrics.json."""
+    """Returns the numbers of "test" and "truth" by their names in metrics.json."""
     return {
         name: value
         for part in figures.values()
@@ -394,7 +395,7 @@ def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 def _references(
     scored: ScoredImpressions, figures: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, float | None]]:
-    """What other probabilities reach when they are used as the conversion score."""
+    """Returns the figures of other probabilities when they are used as the conversion score."""
     rows: dict[str, dict[str, float | None]] = {}
     clicked, converted = scored.happened("click"), scored.happened("conversion")
     ctcvr = scored.scores.get("ctcvr")
@@ -423,7 +424,7 @@ def _references(
 
 
 def _curves(scored: ScoredImpressions) -> dict[str, Any]:
-    """Predicted and observed conversion rates in bins of equal size."""
+    """Returns predicted and observed conversion rates in bins of equal size."""
     cvr, clicked = scored.scores["cvr"], scored.happened("click")
     weight = scored.weight
     of_clicked = None if weight is None else weight[clicked]
@@ -444,7 +445,7 @@ def _curve(
 
 
 def _points(scored: ScoredImpressions) -> dict[str, list[float]] | None:
-    """pCVR against the true one, of impressions at even distances."""
+    """Returns predicted and true CVR of evenly spaced test impressions; None without the truth."""
     cvr = scored.scores.get("cvr")
     if scored.true_cvr is None or cvr is None:
         return None

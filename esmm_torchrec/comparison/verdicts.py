@@ -1,8 +1,8 @@
-"""What a comparison found, in sentences.
+"""Findings of a comparison, in sentences.
 
-The verdict of a difference follows its p-value after Holm's correction, never its own interval.
-"No difference found" is not "equal": two methods are called equal only if the whole interval of
-their difference lies within `EQUAL_WITHIN`.
+The verdict of a difference follows its p-value after Holm's correction, never its own interval. "No
+difference found" is not "equal": two methods are called equal only if the whole interval of their
+difference lies within `EQUAL_WITHIN`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FIGURES = {
 LOWER_IS_BETTER = frozenset({"cvr_excess_log_loss_entire_space"})
 
 EQUAL_WITHIN = 0.005
-"""AUC. About what the random seed alone moves it by on Ali-CCP (.004)."""
+"""Maximum AUC difference of equal methods; about the effect of a seed alone on Ali-CCP (.004)."""
 
 NO_DIFFERENCE = "no difference found"
 NO_VERDICT = "no verdict"
 
 
 def verdict_of(row: Mapping[str, Any], metric: str) -> str:
-    """better, worse, no difference found, or no verdict if there is nothing to judge by."""
+    """Returns better, worse, no difference found, or no verdict if there is no p-value."""
     if row["within_noise"] is None:
         return NO_VERDICT
     if row["within_noise"]:
@@ -43,7 +43,7 @@ def verdict_of(row: Mapping[str, Any], metric: str) -> str:
 
 
 def regime(results: Results) -> str:
-    """Which data the verdicts hold for, in a sentence or two."""
+    """Describes the data that the verdicts hold for, in one or two sentences."""
     largest = fraction_key(results["protocol"]["fractions"][-1])
     anyone = next(iter(results["methods"].values()))[largest]
     counts = {name: anyone[name]["mean"] for name in ("impressions", "clicks", "conversions")}
@@ -71,7 +71,7 @@ def regime(results: Results) -> str:
 
 
 def verdicts(results: Results, metrics: Sequence[str] = DIFFERENCES) -> list[str]:
-    """A sentence for each figure and reference method, at the largest volume."""
+    """Returns a sentence for each figure and baseline, at the largest fraction."""
     sentences = []
     of_fraction = results["differences"][fraction_key(results["protocol"]["fractions"][-1])]
     for metric in metrics:
@@ -116,7 +116,7 @@ def _of_pair(baseline: str, rows: Mapping[str, Mapping[str, Any]], metric: str) 
 
 
 def _widest(row: Mapping[str, Any]) -> tuple[float, float]:
-    """The wider reach of the interval over seeds and that over test users."""
+    """Returns the outer ends of the interval over seeds and that over test users."""
     low, high = row["low"], row["high"]
     if "low_users" in row:
         low, high = min(low, row["low_users"]), max(high, row["high_users"])
@@ -131,5 +131,5 @@ def _by_how_much(row: Mapping[str, Any]) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign."""
+    """Formats a difference with its sign."""
     return f"{value:+.4f}".replace("-", "−")

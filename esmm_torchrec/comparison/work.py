@@ -1,9 +1,9 @@
-"""The trainings of a comparison as jobs that several processes share.
+"""Trainings of a comparison as jobs that several processes share.
 
 Every process goes through the same list in the same order and does the jobs that are neither done
-nor being done. A job is claimed by a file lock, which the system releases when its process ends,
-however it ends; a finished job is known by the file that it left. Nothing else is shared, so that
-a job gives the same result in whichever process it runs.
+nor in progress. A job is claimed by a file lock, which the operating system releases when the
+process ends for whatever reason; a finished job is recognised by its result file. Processes share
+nothing else, so a job gives the same result in any of them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pathlib import Path
 from esmm_torchrec.sharding.process_group import Ranks
 
 POLL_SECONDS = 0.2
-"""How often a process looks again if the jobs that are left are all being done or not ready."""
+"""Interval at which a process checks again while all remaining jobs are running or not ready."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something that leaves a file."""
+    """A unit of work that writes a file."""
 
     label: str
-    """For a progress bar."""
+    """Text for a progress bar."""
     result: Path
-    """The file; it exists when the job is done."""
+    """File that exists once the job is done."""
     work: Callable[[], object]
-    """Called on every rank; writes the file."""
+    """Function that writes the file; called on every rank."""
     needs: tuple[Path, ...] = ()
     """Results of other jobs that must exist first."""
     is_wanted: bool = True
-    """Whether its result is wanted by itself, and not only as long as another job needs it."""
+    """Whether the job is done for its own sake, not only while another job needs its result."""
 
 
 def do_all(
@@ -44,13 +44,14 @@ def do_all(
     on_start: Callable[[Job], object],
     on_done: Callable[[Job], object],
 ) -> None:
-    """Does the jobs that nobody else does, and returns when all are done.
+    """Does the jobs that no other process does, and returns when all are done.
 
     Args:
-        jobs: in the order in which they should be begun.
-        ranks: of this process; rank 0 chooses for all of them.
+        jobs: in the order in which they should be started.
+        ranks: this process among the others; rank 0 chooses for all of them.
         on_start: called on every rank before a job of this process.
-        on_done: called on every rank for each job, once, whoever did it, or if nothing needs it.
+        on_done: called on every rank once for each job, whichever process did it, and for each job
+            that no other job needs any more.
     """
     waiting = dict(enumerate(jobs))
     locks: list[int] = []
@@ -95,7 +96,7 @@ def _lock_file(job: Job) -> Path:
 
 
 def _claim(job: Job) -> int | None:
-    """An open file that holds the lock of a job; None if another process does it or has done it."""
+    """Returns an open file that holds the lock of a job; None if another process does or did it."""
     path = _lock_file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -105,7 +106,8 @@ def _claim(job: Job) -> int | None:
         os.close(file)
         return None
     if job.result.exists():
-        # Done between the look and the lock. Its lock file may be gone, so this one goes too.
+        # Finished by another process after the check; its lock file may be gone, so remove
+        # this one.
         path.unlink(missing_ok=True)
         os.close(file)
         return None

@@ -1,4 +1,4 @@
-"""`esmm-torchrec compare`: also under torchrun, on any number of ranks."""
+"""`esmm-torchrec compare`, which also runs under torchrun, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from esmm_torchrec.sharding.process_group import process_group
 class Options(ComparisonOptions):
     """Compare conversion methods: tune each in the same way, retrain it, score the test split once.
 
-    Without --data, each seed is a generated world with known probabilities. The folder gets
-    results.json, report.html, table.csv, table.md and plots. Rerun the command to resume a
-    comparison that was stopped.
+    Without --data, each seed has its own generated world with known probabilities. Writes
+    results.json, report.html, table.csv, table.md and plots to the output folder. Rerun the command
+    to resume a stopped comparison.
     """
 
     out: Path
-    """Folder of the results."""
+    """Output folder."""
     data: Path | None = None
     """A prepared data set for all seeds, instead of generated worlds."""
     settings_of: Path | None = None
-    """Folder of another comparison whose choices are used instead of tuning."""
+    """Folder of another comparison whose choices are used instead of tuning again."""
     keep_best: Path | None = None
-    """Run folder for the best method (with --data): the best on the held-out users, trained with
-    the settings chosen for it."""
+    """Run folder to write the best method to (needs --data): the best on the held-out users,
+    trained with the settings chosen for it."""
     regime: Regime | None = None
     """Rates and size of the generated worlds by name, instead of --world. paper: CTR .039, CVR .02;
     public: CVR .0055, as in the paper's Public data set; dense: CTR .09, CVR .18."""
     world: World = field(default_factory=lambda: DEFAULT_WORLD)
-    """Settings of the generated worlds, the paper regime by default; seed n has the world of seed
-    world.seed + n."""
+    """Settings of the generated worlds, the paper regime by default; seed n uses the world with
+    seed world.seed + n."""
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def run(options: Options) -> None:
-    """Compares on the ranks torchrun started, or on one."""
+    """Compares methods on the ranks that torchrun started, or on a single one."""
     if options.data is not None and (options.world != DEFAULT_WORLD or options.regime is not None):
         raise OptionError(
             "--world and --regime describe generated worlds, but --data is not one; leave one out"

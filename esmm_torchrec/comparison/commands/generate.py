@@ -17,18 +17,19 @@ from esmm_torchrec.comparison.worlds import GeneratedWorld, World, generate
 class Options:
     """Write impressions whose p(click) and p(conversion) are known, in raw Ali-CCP form.
 
-    OUT gets the four raw files, truth.parquet with the two probabilities of every impression and
-    what a click on it would have led to, and world.json with the settings and counts.
+    Writes the four raw files to OUT, along with truth.parquet (the two probabilities of every
+    impression, and whether a click on it would have led to a conversion) and world.json (settings
+    and counts).
     """
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to create."""
 
     impressions: int = World.impressions
-    """Impressions of both halves together; the earlier half trains, the later one tests."""
+    """Number of impressions; the earlier half is for training, the later half for testing."""
 
     seed: int = World.seed
-    """The same seed and options give the same bytes."""
+    """Random seed; the same seed and options give the same bytes."""
 
     ctr: float = World.ctr
     """Clicks per impression."""
@@ -40,23 +41,23 @@ class Options:
     """Correlation of the taste for clicking with the taste for converting, from -1 to 1."""
 
     rare_share: float = World.rare_share
-    """Share of impressions whose item is drawn evenly from all items: mostly a rare one."""
+    """Share of impressions whose item is drawn uniformly from all items, so mostly a rare one."""
 
     position_effect: float = World.position_effect
-    """Decrease of the click logit with each position; conversions are not affected."""
+    """Decrease of the click logit per position; conversions are not affected."""
 
     confounding: float = World.confounding
     """Weight, in both logits, of a standard normal factor per impression that is not logged."""
 
     noise: float = World.noise
-    """Standard deviation of the independent noise of each logit, which is not logged either."""
+    """Standard deviation of independent noise on each logit, which is not logged either."""
 
     history_scale: float = World.history_scale
-    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values per field."""
+    """Scale of the users' history lengths; 1 gives those of Ali-CCP, 70 to 252 values per field."""
 
 
 def report(generated: GeneratedWorld, out: Path, seconds: float) -> str:
-    """What was written, for a person."""
+    """Returns a human-readable summary of the generated files."""
     train, test = generated.train, generated.test
     rows = [
         ("impressions", f"{train.impressions:,}", f"{test.impressions:,}"),
@@ -97,7 +98,7 @@ def report(generated: GeneratedWorld, out: Path, seconds: float) -> str:
 
 
 def run(options: Options) -> None:
-    """Writes the world and says what is in it."""
+    """Writes the world and prints a summary."""
     world = World(**{field.name: getattr(options, field.name) for field in fields(World)})
     start = time.perf_counter()
     generated = generate(world, options.out)
