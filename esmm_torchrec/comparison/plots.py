@@ -55,14 +55,14 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     plots: dict[str, tuple[Figure, str]] = {
         "runs.png": (
             _runs(results),
-            "Each run of each method (dots, one colour a seed) and their mean (bar). Runs of one "
+            "Each run of each method (dots, one colour per seed) and their mean (bar). Runs of one "
             "colour share their data: compare methods within a colour.",
         )
     }
     if results["methods"].keys() > {"BASE"} and results["protocol"]["seeds"] > 1:
         plots["differences.png"] = (
             _from_base(results),
-            "Paired difference of each method from BASE, and its 95 % interval by itself; filled "
+            "Paired difference of each method from BASE, and its own 95 % interval; filled "
             "if it is significant after Holm’s correction.",
         )
     if len(results["protocol"]["fractions"]) > 1:
@@ -70,10 +70,10 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
             _volume(results),
             "Above: mean over seeds by the part of the training users used; the bands of "
             f"{', '.join(WITH_BAND)} are one standard deviation over seeds, which share their data "
-            "(those of the others are in table.csv, and left out to keep lines readable). Below: "
-            "paired difference from BASE with the 95 % interval of each by itself; a marker is "
-            "filled where the difference is significant after Holm’s correction, as in the tables. "
-            f"{FALLS_OUT} may fall out below; its figures are then written there.",
+            "(those of the others are only in table.csv, to keep the lines readable). Below: "
+            "paired difference from BASE with its own 95 % interval; a marker is filled if the "
+            "difference is significant after Holm’s correction, as in the tables. "
+            f"{FALLS_OUT} may lie below a panel; its figures are then written there.",
         )
     plots["calibration.png"] = (
         _calibration(results),

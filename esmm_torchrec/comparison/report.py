@@ -41,7 +41,7 @@ def format_table(results: Results) -> str:
     lines += ["", "To train each with what was chosen for it:"]
     lines += [f"  {command}" for command in results["train_commands"].values()]
     if results["protocol"]["seeds"] == 1:
-        lines.append("One seed gives no interval and no verdict; give --seeds 5 for them.")
+        lines.append("One seed gives no interval and no verdict; use --seeds 5 for them.")
     return "\n".join(lines)
 
 
@@ -124,7 +124,6 @@ def _rule(results: Results) -> str:
         f"click network itself: CTR AUC) are chosen once, with one seed{apart}{shared}. "
         "Intervals over seeds therefore do not capture the variance of this "
         "choice, and a method’s own pCTR was not tuned for. Every method is then retrained with "
-        "what was chosen, on all training users or a fraction of them, for each seed, and the test "
-        "half is scored by these models alone. Ids too rare in a fraction are unknown to every "
-        "method."
+        "what was chosen, on all training users or a fraction of them, for each seed, and only "
+        "these models score the test split. Ids too rare in a fraction are unknown to every method."
     )
