@@ -15,13 +15,13 @@ whose step has been saved again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esmm_torchrec.durable import replace_file, synchronise, write_durably
 from esmm_torchrec.errors import RunError
 
 FORMAT_VERSION = 2
@@ -104,12 +104,12 @@ def complete(
         partial / _DESCRIPTION,
         json.dumps({"crc32": zlib.crc32(json.dumps(body).encode()), "checkpoint": body}).encode(),
     )
-    _flush_folder(partial)
+    synchronise(partial)
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _flush_folder(final.parent)
+    synchronise(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -206,11 +206,8 @@ def prune(folder: Path, *, keep_last: int) -> None:
 
 def mark_best(folder: Path, step: int) -> None:
     """Records that the checkpoint of a step is the best one."""
-    partial = folder / f"{_BEST}.partial"
     content = {"step": step, "crc32": zlib.crc32(str(step).encode())}
-    write_durably(partial, json.dumps(content).encode())
-    partial.rename(folder / _BEST)
-    _flush_folder(folder)
+    replace_file(folder / _BEST, json.dumps(content).encode())
 
 
 def unmark_best(folder: Path) -> None:
@@ -237,22 +234,6 @@ def find_best(folder: Path) -> int | None:
             "last one"
         ) from None
     return step if step in checkpoint_folders(folder) else None
-
-
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file and waits until it is on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc32(path: Path) -> int:

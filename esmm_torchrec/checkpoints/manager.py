@@ -39,6 +39,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from esmm_torchrec.checkpoints import files
 from esmm_torchrec.checkpoints.state import State, host_copy, load_state, quiet_torch, reason
+from esmm_torchrec.durable import write_durably
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.sharding.process_group import COLLECTIVE_TIMEOUT, Ranks, on_every_rank
 
@@ -255,7 +256,7 @@ class CheckpointManager:
 
         def write_own() -> dict[str, tuple[int, int]]:
             if len(rank_state):
-                files.write_durably(partial / files.rank_file(self._ranks.rank), rank_state)
+                write_durably(partial / files.rank_file(self._ranks.rank), rank_state)
             return files.written_by(partial, self._ranks.rank)
 
         def complete() -> None:

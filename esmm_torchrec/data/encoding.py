@@ -20,7 +20,6 @@ import pandas as pd
 import pyarrow as pa
 
 from esmm_torchrec.data.dense import TOO_FAR, DenseTransform
-from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
@@ -41,6 +40,7 @@ from esmm_torchrec.data.sources.raw_tables import (
 from esmm_torchrec.data.sources.raw_values import Fault, read_integers
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, missing_column, weight_column
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.dense import DenseTransform
-from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.key_order import KeyOrder
 from esmm_torchrec.data.prepared_form import (
@@ -36,6 +35,7 @@ from esmm_torchrec.data.prepared_form import (
 from esmm_torchrec.data.split_writer import SplitWriter
 from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
     IdFeature,

@@ -29,7 +29,8 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from esmm_torchrec.checkpoints.files import find_checkpoint, remove_later, write_durably
+from esmm_torchrec.checkpoints.files import find_checkpoint, remove_later
+from esmm_torchrec.durable import partial_file, replace_file
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.models.methods import ModelOptions
@@ -123,7 +124,7 @@ class RunFolder:
         """Whether a run is at a path, or may start there."""
         if (path / _CONFIG).exists() or not path.exists():
             return True
-        ours = {_partial(path / _CONFIG), path / LOCK}
+        ours = {partial_file(path / _CONFIG), path / LOCK}
         return path.is_dir() and all(file in ours for file in path.iterdir())
 
     @classmethod
@@ -332,8 +333,7 @@ class RunFolder:
         """Keeps the pCTR of the clicked impressions, float64 (clicks,), whole or not at all."""
         buffer = io.BytesIO()
         np.savez(buffer, pctr=pctr)  # with a checksum, unlike np.save
-        write_durably(_partial(self.pctr), buffer.getbuffer())
-        _partial(self.pctr).rename(self.pctr)
+        replace_file(self.pctr, buffer.getbuffer())
 
     def read_pctr(self, clicks: int) -> NDArray[np.floating] | None:
         """What `write_pctr` kept; None if it never did.
@@ -381,7 +381,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one of the folder's JSON files, whole or not at all."""
-        self._write(self.path / name, json.dumps(values, indent=2) + "\n")
+        replace_file(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
 
     def drop_history(self, after: int) -> None:
         """Forgets what was noted of steps beyond `after`, and a line that an interrupted run did
@@ -393,7 +393,7 @@ class RunFolder:
             if not line.endswith("\n") or self._step_of(line) > after:
                 break
             kept.append(line)
-        self._write(self.history, "".join(kept))
+        replace_file(self.history, "".join(kept).encode())
 
     def _step_of(self, line: str) -> int:
         try:
@@ -402,11 +402,6 @@ class RunFolder:
             raise RunError(
                 f"{self.history} has a line without figures ({line[:60].strip()}); remove it"
             ) from None
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        write_durably(_partial(path), text.encode())
-        _partial(path).rename(path)
 
 
 def _encoding(folder: Path, description: bytes | None = None) -> dict[str, Any]:
@@ -450,7 +445,3 @@ def _said(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")

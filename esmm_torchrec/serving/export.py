@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 
-from esmm_torchrec.data.durable import publish
 from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.sources.feature_columns import CONSTANT
 from esmm_torchrec.data.vocabulary import Vocabulary
+from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.card_figures import card_figures

@@ -26,7 +26,6 @@ optional.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +35,7 @@ import msgspec
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from esmm_torchrec.durable import replace_file
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.forms import Form, NonNegativeInt, PositiveInt, checked
 from esmm_torchrec.sharding.plan_file import PlanFile
@@ -105,15 +105,9 @@ def write_plan(
             local_world_size=local_world_size or world_size,
             device=device,
         )
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     text = json.dumps(plan_to_dict(plan), indent=2)
     text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    replace_file(Path(path), f"{text}\n".encode())
     return plan
 
 

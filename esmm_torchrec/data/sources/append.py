@@ -20,7 +20,6 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from esmm_torchrec.data.durable import replace_file
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
@@ -49,6 +48,7 @@ from esmm_torchrec.data.sources.table_preparation import Preparation
 from esmm_torchrec.data.sources.table_rows import TableRows, UnclickedConversions
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
+from esmm_torchrec.durable import replace_file
 from esmm_torchrec.errors import DataError, OptionError
 
 
