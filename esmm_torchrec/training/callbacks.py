@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.training.history import History
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.nonfinite import check_weights
 from esmm_torchrec.training.running_figures import RunningFigures
@@ -32,7 +33,8 @@ step of 4096 on a CPU, a hundredth of the time between two lines."""
 
 
 class LogFigures(Callback):
-    """Logs the loss, the speed and TorchRec's windowed metrics of the tasks that the model has.
+    """Logs the loss, the speed and TorchRec's windowed metrics of the tasks that the model has, in
+    history.jsonl and for TensorBoard.
 
     Args:
         run: whose history is written.
@@ -40,13 +42,15 @@ class LogFigures(Callback):
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._history: History | None = None
+        self._history: TextIO | None = None
+        self._board: SummaryWriter | None = None
         self._figures: RunningFigures | None = None
         self._states: Sequence[Mapping[str, Any]] = ()
         self._every = 1
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Opens the history at the step to start from."""
+        """Opens the history at the step to start from. An interrupted run may have logged later
+        steps; they are dropped because they are done again."""
         rows = loop.reader.global_batch_size
         every = max(MIN_STEPS_PER_LINE, -(-ROWS_PER_LINE // rows))
         self._every = max(1, min(every, loop.last_step // MIN_LINES))
@@ -56,7 +60,10 @@ class LogFigures(Callback):
         if self._states:
             self._figures.load_state_dicts(self._states)
         if loop.ranks.is_first:
-            self._history = History(self._run, after=loop.step)
+            self._run.drop_history(loop.step)
+            self._history = self._run.history.open("a")
+            board = str(self._run.path / "tensorboard")
+            self._board = SummaryWriter(board, purge_step=loop.step + 1)
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:
         """Adds to the window, and writes a line if it is time and after the last step."""
@@ -81,7 +88,11 @@ class LogFigures(Callback):
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds a line to the history; on rank 0."""
         assert self._history is not None
-        self._history.write(step, figures)
+        assert self._board is not None
+        self._history.write(json.dumps({"step": step} | dict(figures), allow_nan=False) + "\n")
+        self._history.flush()
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
 
     def rank_state(self) -> dict[str, Any]:
         """The running figures, so that a resumed run logs what an uninterrupted one does."""
@@ -93,8 +104,9 @@ class LogFigures(Callback):
 
     def close(self) -> None:
         """Ends the history."""
-        if self._history is not None:
-            self._history.close()
+        for file in (self._history, self._board):
+            if file is not None:
+                file.close()
 
 
 class ProgressBar(Callback):

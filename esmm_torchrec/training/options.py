@@ -12,9 +12,6 @@ from esmm_torchrec.data.mapped import HistoryWeights
 from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import (
-    ARCHITECTURES,
-    INTERACTIONS,
-    OBJECTIVES,
     ROWS,
     DtypeOption,
     ModelOptions,
@@ -36,6 +33,21 @@ AverageOption = Literal["auto", "on", "off"]
 
 ValidationOption = Literal["hash", "time"]
 """hash: users drawn by a hash, all of their impressions. time: the latest impressions."""
+
+_POSITIVE = (
+    "epochs",
+    "batch_size",
+    "embedding_dim",
+    "shuffle_chunk",
+    "init_scale",
+    "sparse_lr",
+    "dense_lr",
+    "keep_checkpoints",
+    "lanes",
+    "window",
+    "clip_gradients",
+    "max_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -155,36 +167,21 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        positive = {
-            "`epochs`": 1 if self.epochs == "auto" else self.epochs,
-            "`batch_size`": 1 if self.batch_size == "auto" else self.batch_size,
-            "`embedding_dim`": self.embedding_dim,
-            "`shuffle_chunk`": self.shuffle_chunk,
-            "`init_scale`": self.init_scale,
-            "`sparse_lr`": self.sparse_lr,
-            "`dense_lr`": self.dense_lr,
-            "`keep_checkpoints`": 1 if self.keep_checkpoints is None else self.keep_checkpoints,
-            "`lanes`": self.lanes,
-            "`window`": self.window,
-            "`clip_gradients`": 1 if self.clip_gradients is None else self.clip_gradients,
-            "`max_steps`": 1 if self.max_steps is None else self.max_steps,
-        }
-        for option, value in positive.items():
-            if not value > 0:
-                raise OptionError(f"{option} {value} is not positive; give a number above 0")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value not in (None, "auto") and not value > 0:
+                raise OptionError(f"`{name}` {value} is not positive; give a number above 0")
+        for name in ("seed", "weight_decay", "warmup_steps", "checkpoint_every"):
+            value = getattr(self, name)
+            if value < 0:
+                raise OptionError(f"`{name}` {value} is negative; give 0 or more")
         if not self.tower or min(self.tower) < 1:
             raise OptionError("`tower` needs the widths of the hidden layers, such as 360 200 80")
-        if self.seed < 0:
-            raise OptionError(f"`seed` {self.seed} is negative; give 0 or more")
-        if self.weight_decay < 0:
-            raise OptionError(f"`weight_decay` {self.weight_decay} is negative; give 0 or more")
         if not 0 <= self.validation_share < 1:
             raise OptionError(
                 f"`validation_share` {self.validation_share} is not a share; give a number of at "
                 "least 0 and below 1"
             )
-        if self.warmup_steps < 0:
-            raise OptionError(f"`warmup_steps` {self.warmup_steps} is negative; give 0 or more")
         if self.lr_schedule != "constant" and self.epochs == "auto":
             raise OptionError(
                 f"`lr_schedule` {self.lr_schedule} depends on the last step, which `epochs` auto "
@@ -196,10 +193,6 @@ class TrainOptions:
                 "checkpoint has the weights of a step; set `epochs` to a number, or leave out "
                 "`validation_share`"
             )
-        if self.checkpoint_every < 0:
-            raise OptionError(
-                f"`checkpoint_every` {self.checkpoint_every} is negative; give 0 or more"
-            )
         _ = self.parts
         if self.resume not in ("auto", "never") and not (
             self.resume.isascii() and self.resume.isdigit()
@@ -209,18 +202,10 @@ class TrainOptions:
     @property
     def model(self) -> ModelOptions:
         """Those that decide the shape of the model."""
-        parts = self.parts
-        return ModelOptions(
-            method=self.method,
-            embedding_dim=self.embedding_dim,
-            tower=self.tower,
-            dtype=self.dtype,
-            init_scale=self.init_scale,
-            architecture=parts.architecture,
-            objective=parts.objective,
-            interaction=parts.interaction,
-            first_order=self.first_order,
-        )
+        shape = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
+        parts = self.parts._asdict()
+        del parts["rows"]
+        return ModelOptions(**shape | parts)
 
     @property
     def parts(self) -> Parts:
@@ -236,15 +221,9 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the parts resolved."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {
+        values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+        return values | {
+            **self.model.to_dict(),
             "rows": part_to_dict(ROWS, self.parts.rows),
-            "architecture": part_to_dict(ARCHITECTURES, self.parts.architecture),
-            "objective": part_to_dict(OBJECTIVES, self.parts.objective),
-            "interaction": part_to_dict(INTERACTIONS, self.parts.interaction),
-            "tower": list(self.tower),
-            "plan": None if self.plan is None else str(self.plan),
             "table_rows": [f"{name}={rows}" for name, rows in sorted(self.table_rows.items())],
-            "window_cache": None if self.window_cache is None else str(self.window_cache),
-            "start_from": None if self.start_from is None else str(self.start_from),
         }
-        return values
