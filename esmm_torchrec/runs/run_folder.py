@@ -41,7 +41,9 @@ FORMAT_VERSION = 2
 
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
-_PASSES = "passes.json"
+PASSES = "passes.json"
+"""File with what a search for the number of passes found."""
+
 CALIBRATION = "calibration.json"
 """File of a run that 'calibrate' writes."""
 
@@ -362,22 +364,18 @@ class RunFolder:
     def _write_config(self) -> None:
         self.write_json(_CONFIG, {**self.config, "crc32": _crc32(self.config)})
 
-    def write_passes(self, passes: Mapping[str, Any]) -> None:
-        """Keeps what a search for the number of passes found."""
-        self.write_json(_PASSES, passes)
-
     def read_passes(self) -> dict[str, Any] | None:
-        """What `write_passes` kept; None if it never did.
+        """What a search for the number of passes found; None if there was none.
 
         Raises:
             RunError: the file is broken.
         """
         try:
-            return json.loads((self.path / _PASSES).read_text())
+            return json.loads((self.path / PASSES).read_text())
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise RunError(f"{self.path / _PASSES} is broken ({error}); delete it") from None
+            raise RunError(f"{self.path / PASSES} is broken ({error}); delete it") from None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one of the folder's JSON files, whole or not at all."""

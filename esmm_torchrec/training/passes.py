@@ -8,7 +8,7 @@ was best, so that no row is lost for validation. Both trainings average their we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,9 +58,9 @@ def choose_passes(
     *,
     num_rows: int,
     workload: Workload,
-    pctr: np.ndarray | None = None,
-    continues: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    pctr: np.ndarray | None,
+    continues: bool,
+    found: Passes | None,
 ) -> Passes:
     """The number of passes of a run; to be called on every rank.
 
@@ -72,7 +72,7 @@ def choose_passes(
         workload: as in `fit.build_loop`.
         pctr: as in `fit.training_part`.
         continues: whether an earlier training on other rows is continued.
-        say: shows a line to a person; called on rank 0.
+        found: what a search of this run found before it was interrupted.
     """
     if options.epochs != "auto":
         return Passes(options.epochs, "")
@@ -80,6 +80,8 @@ def choose_passes(
         return Passes(
             MAX_PASSES, f"until {PATIENCE} passes in a row do not improve the held-out part"
         )
+    if found is not None and not continues:
+        return found
     if continues or options.max_steps is not None:
         return Passes(1, "one pass, as always after other data and with a number of steps")
     if isinstance(split, StreamedSplit):
@@ -92,9 +94,10 @@ def choose_passes(
     except DataError as error:
         return Passes(1, f"one pass, as the number cannot be searched ({error})")
     if ranks.is_first:
-        say(
+        print(
             f"searching for the number of passes on {part.num_rows:,} rows, "
-            f"with {len(held_out.rows):,} held out"
+            f"with {len(held_out.rows):,} held out",
+            flush=True,
         )
     batch_size = options.batch_size
     if batch_size == "auto":
@@ -106,7 +109,7 @@ def choose_passes(
         patience=PATIENCE,
         average=average,
         shared_features=options.shared_features,
-        log=lambda _, figures: say(_line(figures)),
+        log=lambda _, figures: print(_line(figures), flush=True),
     )
     loop = build_loop(
         split,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from esmm_torchrec.data.batch_reader import BatchReader
 from esmm_torchrec.data.mapped import MappedSplit
@@ -99,31 +99,18 @@ def training_reader(
     Raises:
         OptionError: the lanes fit neither the ranks nor the step.
     """
-    exchange = RankExchange() if ranks.world_size > 1 else None
-    pin_memory = ranks.device.type == "cuda"
+    of_any_reader: dict[str, Any] = {
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "rows_per_step": rows_per_step,
+        "seed": options.seed,
+        "shuffle_chunk": options.shuffle_chunk,
+        "shared_features": options.shared_features,
+        "pin_memory": ranks.device.type == "cuda",
+        "exchange": RankExchange() if ranks.world_size > 1 else None,
+    }
     if isinstance(split, StreamedSplit):
         assert selection is None
-        return StreamReader(
-            split,
-            rows_per_step=rows_per_step,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=options.seed,
-            shuffle_chunk=options.shuffle_chunk,
-            shared_features=options.shared_features,
-            pin_memory=pin_memory,
-            exchange=exchange,
-        )
-    return ImpressionReader(
-        split,
-        batch_size=-(-rows_per_step // ranks.world_size),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        rows_per_step=rows_per_step,
-        seed=options.seed,
-        shuffle_chunk=options.shuffle_chunk,
-        selection=selection,
-        shared_features=options.shared_features,
-        pin_memory=pin_memory,
-        exchange=exchange,
-    )
+        return StreamReader(split, **of_any_reader)
+    batch_size = -(-rows_per_step // ranks.world_size)
+    return ImpressionReader(split, batch_size=batch_size, selection=selection, **of_any_reader)

@@ -26,12 +26,11 @@ from esmm_torchrec.checkpoints.manager import CheckpointManager
 from esmm_torchrec.data.encoding import copy_preprocessing
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.stream import Split
 from esmm_torchrec.errors import Interrupted, PlanError, RunError
 from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.runs.lock import RunLock
-from esmm_torchrec.runs.run_folder import RunFolder
+from esmm_torchrec.runs.run_folder import PASSES, RunFolder
 from esmm_torchrec.serving.scorer import is_in_parts, score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
@@ -121,15 +120,18 @@ def _train(
     part = training_part(
         splits["train"], options, within=None if held_out is None else held_out.kept, pctr=pctr
     )
-    passes = _passes(
-        found,
+    searched = None
+    if found is not None and options.epochs == "auto":
+        searched = ranks.from_first(found.read_passes)
+    passes = choose_passes(
         splits["train"],
         options,
         ranks,
         num_rows=part.num_rows,
         workload=workload,
         pctr=pctr,
-        continues=continues,
+        continues=continues or options.start_from is not None,
+        found=None if searched is None else Passes(**searched),
     )
     loop = build_loop(
         splits["train"], options, ranks, part=part, workload=workload, epochs=passes.epochs
@@ -150,7 +152,7 @@ def _train(
             assert isinstance(splits["train"], MappedSplit)
             run.write_pctr(pctr[splits["train"].scalars[dataset.schema.tasks[0].label] == 1])
         if passes.search is not None:
-            run.write_passes(asdict(passes))
+            run.write_json(PASSES, asdict(passes))
         return run
 
     run = ranks.from_first(start)
@@ -313,35 +315,6 @@ def _pctr(
     return out_of_fold_pctr(split, options, ranks, workload=workload)
 
 
-def _passes(
-    run: RunFolder | None,
-    split: Split,
-    options: TrainOptions,
-    ranks: Ranks,
-    *,
-    num_rows: int,
-    workload: Workload,
-    pctr: np.ndarray | None,
-    continues: bool,
-) -> Passes:
-    """The number of passes; a search that the run has done is not done again."""
-    searches = options.epochs == "auto" and not options.validation_share and not continues
-    if run is not None and searches:
-        kept = ranks.from_first(run.read_passes)
-        if kept is not None:
-            return Passes(**kept)
-    return choose_passes(
-        split,
-        options,
-        ranks,
-        num_rows=num_rows,
-        workload=workload,
-        pctr=pctr,
-        continues=continues or options.start_from is not None,
-        say=partial(print, flush=True),
-    )
-
-
 def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Validate) -> None:
     """Loads the checkpoint that was best on the held-out part, unless it is the last one."""
     best = validate.best
@@ -377,7 +350,6 @@ def _keep_plan(plan: PlanFile, path: Path) -> None:
 def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     values = options.to_dict() | {
         "sharding": options.sharding if options.plan is None else None,
-        "plan": None if options.plan is None else str(options.plan),
     }
     model = options.model.to_dict()
     streamed = read_mode(dataset, options) == "stream"

@@ -7,7 +7,6 @@ TorchRec has no options for it, so the kernels are reached through a private att
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -18,7 +17,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 from torch.autograd import Variable
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -80,10 +78,8 @@ class UpdatesOnThreads:
     def __init__(self, model: nn.Module, num_threads: int) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="update")
         self._updates: list[Future[None]] = []
-        for collection in model.modules():
-            if isinstance(collection, ShardedEmbeddingBagCollection):
-                for kernel in _fused_kernels(collection):
-                    kernel.register_forward_hook(self._cut)
+        for kernel in _fused_kernels(model):
+            kernel.register_forward_hook(self._cut)
 
     def _cut(self, _kernel: nn.Module, _inputs: Any, pooled: torch.Tensor) -> torch.Tensor:
         """Gives the output without its autograd history, which the update keeps."""
@@ -110,60 +106,31 @@ class UpdatesOnThreads:
             update.result()
 
 
-class WeightsAsData:
+def keep_bag_weights_constant(model: nn.Module) -> None:
     """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
-    unless configured otherwise, and it costs as much as the update of the tables.
-
-    TorchRec has no option for it, so the kernels are reached through a private attribute; `check`
-    reports it if that stops working.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._expected = False
-        self._fired = False
-        for collection in model.modules():
-            if not isinstance(collection, ShardedEmbeddingBagCollection):
-                continue
-            for kernel in _fused_kernels(collection):
-                kernel.register_forward_pre_hook(self._without_gradients, with_kwargs=True)
-            self._expected |= getattr(collection, "_is_weighted", True) and _has_fused(collection)
-
-    def check(self) -> None:
-        """Warns if a step did not go through the hook though it has weighted bags."""
-        if self._expected and not self._fired:
-            warnings.warn(
-                "this version of TorchRec differentiates the weights of bags, which makes training "
-                "slower; the results are the same",
-                stacklevel=2,
-            )
-        self._expected = False
-
-    def _without_gradients(
-        self,
-        kernel: SplitTableBatchedEmbeddingBagsCodegen,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        weights = keywords.get("per_sample_weights")
-        if weights is not None:
-            self._fired = True
-            num_features = len(kernel.feature_table_map)
-            flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
-            keywords = keywords | {"feature_requires_grad": flags}
-        return arguments, keywords
+    unless configured otherwise, and it costs as much as the update of the tables."""
+    for kernel in _fused_kernels(model):
+        kernel.register_forward_pre_hook(_without_gradients, with_kwargs=True)
 
 
-def _has_fused(collection: ShardedEmbeddingBagCollection) -> bool:
-    """Whether this rank holds a part of a table that the fused kernel updates."""
-    parameters = collection.fused_optimizer.params.values()
-    return any(value.local_shards() for value in parameters if isinstance(value, ShardedTensor))
+def _without_gradients(
+    kernel: SplitTableBatchedEmbeddingBagsCodegen,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    weights = keywords.get("per_sample_weights")
+    if weights is not None:
+        num_features = len(kernel.feature_table_map)
+        flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
+        keywords = keywords | {"feature_requires_grad": flags}
+    return arguments, keywords
 
 
-def _fused_kernels(
-    collection: ShardedEmbeddingBagCollection,
-) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    # TorchRec keeps the look-ups of a collection out of its tree of modules.
-    for lookup in getattr(collection, "_lookups", ()):
-        for module in lookup.modules():
-            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                yield module
+def _fused_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    for collection in model.modules():
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            # TorchRec keeps the look-ups of a collection out of its tree of modules.
+            for lookup in getattr(collection, "_lookups", ()):
+                for module in lookup.modules():
+                    if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                        yield module

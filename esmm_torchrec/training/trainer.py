@@ -24,7 +24,11 @@ from esmm_torchrec.sharding.planner import (
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.optimizers import build_optimizer, fuse_optimizer
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.table_kernels import UpdatesOnThreads, WeightsAsData, group_tables
+from esmm_torchrec.training.table_kernels import (
+    UpdatesOnThreads,
+    group_tables,
+    keep_bag_weights_constant,
+)
 
 
 class Trainer:
@@ -90,7 +94,7 @@ class Trainer:
         update_threads = torch.get_num_threads() if ranks.device.type == "cpu" else 1
         group_tables(task, update_threads, workload=workload)
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed, zero_row=UNKNOWN_ROW)
-        self._weights_as_data = WeightsAsData(self.model)
+        keep_bag_weights_constant(self.model)
         if update_threads > 1:
             UpdatesOnThreads(self.model, update_threads)
         self.optimizer = build_optimizer(
@@ -115,7 +119,6 @@ class Trainer:
         stream = iter(reader)
         for _ in range(num_steps):
             output = pipeline.progress(stream)
-            self._weights_as_data.check()
             reader.advance()
             try:
                 yield output

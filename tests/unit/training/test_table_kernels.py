@@ -85,6 +85,24 @@ def test_updates_on_threads_change_nothing(tmp_path: Path) -> None:
             torch.testing.assert_close(state[key], value, rtol=0, atol=tolerance, msg=key)
 
 
+def test_weights_of_bags_are_not_differentiated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fbgemm's argument still reaches its kernels, through the look-ups that TorchRec hides."""
+    forward, flags = SplitTableBatchedEmbeddingBagsCodegen.forward, []
+
+    def record(kernel: Any, *arguments: Any, **keywords: Any) -> Any:
+        if keywords.get("per_sample_weights") is not None:
+            flags.append(keywords["feature_requires_grad"])
+        return forward(kernel, *arguments, **keywords)
+
+    monkeypatch.setattr(SplitTableBatchedEmbeddingBagsCodegen, "forward", record)
+    write_data_set(tmp_path / "prepared", train=40, test=20)
+    _train(tmp_path / "prepared", 1)
+    assert flags
+    assert not any(of.any() for of in flags)
+
+
 def test_updates_run_on_threads_of_their_own() -> None:
     updates = table_kernels.UpdatesOnThreads(torch.nn.Module(), 2)
     table = torch.zeros(3, requires_grad=True)
