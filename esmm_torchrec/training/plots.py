@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from esmm_torchrec.metrics.probability import ReliabilityCurve, reliability_curve
-from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.metrics.probability import Prediction, reliability_curve
+from esmm_torchrec.metrics.scored import ScoredImpressions, Space
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 CALIBRATION_BINS = 15
@@ -40,21 +40,18 @@ def plot_history(
         tasks: the chain.
         held_out: as `Validate.report` gives it; None: nothing was held out.
     """
-    lines = [json.loads(line) for line in history.read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    lines = [line for line in read_history(history) if "loss" in line]
     borders = epoch_borders(lines)
     panels = 2 if held_out is None else 3
     figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
     loss, auc, *others = figure.subplots(1, panels)
     if held_out is not None:
         _held_out(others[0], held_out, tasks)
-    steps = [line["step"] for line in lines]
-    loss.plot(steps, [line["loss"] for line in lines], color="tab:gray")
+    loss.plot(*np.array(points(lines, "loss")).reshape(-1, 2).T, color="tab:gray")
     loss.set(xlabel="step", title="Training loss")
     for number, probability in enumerate(tasks.probabilities):
         key = f"{probability.name}_auc"
-        known = [(line["step"], line[key]) for line in lines if key in line]
-        if known:
+        if known := points(lines, key):
             label = tasks.describe(probability)
             auc.plot(*zip(*known, strict=True), label=label, color=f"C{number}")
     for number, border in enumerate(borders):
@@ -72,6 +69,16 @@ def plot_history(
         auc.legend(frameon=False)
     auc.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
     _save(figure, out)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of history.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, figure) of the lines of a history that have the figure."""
+    return [(line["step"], line[key]) for line in lines if key in line]
 
 
 def _held_out(axes: Axes, held_out: Mapping[str, Any], tasks: TaskChain) -> None:
@@ -109,20 +116,20 @@ def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
     for number, (axes, probability) in enumerate(zip(subplots, panels, strict=True)):
         axes.set_title(scored.tasks.describe(probability))
-        prediction = scored.scores.get(probability.name)
+        space = scored.space(probability.task, probability.given)
+        prediction = space.of(scored.scores.get(probability.name))
         if prediction is None:
             continue
-        space = scored.space(probability.task, probability.given)
-        own = space.of(prediction)
-        if not np.isfinite(own.values).all():
+        if not np.isfinite(prediction.values).all():
             axes.text(0.5, 0.5, "scores are not finite", ha="center", transform=axes.transAxes)
             continue
-        curve = reliability_curve(own, space.label, space.weights, num_bins=CALIBRATION_BINS)
-        _calibration(axes, curve, colour=f"C{number}")
+        draw_calibration(axes, prediction, space, colour=f"C{number}")
     _save(figure, out)
 
 
-def _calibration(axes: Axes, curve: ReliabilityCurve, *, colour: str) -> None:
+def draw_calibration(axes: Axes, prediction: Prediction, space: Space, *, colour: str) -> None:
+    """Observed rates of a space against its scores, which must be finite."""
+    curve = reliability_curve(prediction, space.label, space.weights, num_bins=CALIBRATION_BINS)
     predicted, observed = curve.mean_prediction, curve.mean_target
     top = max(predicted.max(initial=0.0), observed.max(initial=0.0)) * 1.05 or 1.0
     axes.plot([0, top], [0, top], color="tab:gray", linewidth=0.8, linestyle=":")

@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 from esmm_torchrec.data.field_values import FieldValues
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS
-from esmm_torchrec.metrics.probability import reliability_curve
+from esmm_torchrec.metrics.probability import Prediction
 from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.report import measure
-from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.metrics.scored import ScoredImpressions, Space
 from esmm_torchrec.metrics.slices import figures_by_value
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.training.importance import Importance
-from esmm_torchrec.training.plots import CALIBRATION_BINS
+from esmm_torchrec.training.plots import draw_calibration, points, read_history
 
 MAX_VALUES = 12
 """Values of a field that are shown, those with the most impressions."""
@@ -115,17 +115,14 @@ def _inline(figures: Sequence[Figure], title: str) -> list[Markup]:
     return pictures
 
 
-def _spaces(scored: ScoredImpressions) -> list[tuple[str, Any, np.ndarray, np.ndarray | None]]:
-    """(title, prediction, labels, weights) in the space of each probability."""
+def _spaces(scored: ScoredImpressions) -> list[tuple[str, Prediction, Space]]:
+    """(title, scores, space) of each probability that has finite scores."""
     found = []
     for probability in scored.tasks.probabilities:
-        name, _, task, given = probability
-        prediction = scored.scores.get(name)
-        if prediction is None or not np.isfinite(prediction.values).all():
-            continue
-        space = scored.space(task, given)
-        title = scored.tasks.describe(probability)
-        found.append((title, space.of(prediction), space.label, space.weights))
+        space = scored.space(probability.task, probability.given)
+        prediction = space.of(scored.scores.get(probability.name))
+        if prediction is not None and np.isfinite(prediction.values).all():
+            found.append((scored.tasks.describe(probability), prediction, space))
     return found
 
 
@@ -139,26 +136,21 @@ def _panel(title: str, **labels: str) -> tuple[Figure, Axes]:
 
 def _learning(run: RunFolder, scored: ScoredImpressions) -> list[Figure]:
     """Loss, AUC and NE of history.jsonl, and what a validation measured of the latter two."""
-    lines = []
-    if run.history.exists():
-        lines = [json.loads(line) for line in run.history.read_text().splitlines()]
-
-    def known(key: str) -> list[tuple[int, float]]:
-        return [(line["step"], line[key]) for line in lines if key in line]
-
+    lines = read_history(run.history) if run.history.exists() else []
     figure, loss = _panel("training loss", xlabel="step")
-    loss.plot(*np.array(known("loss")).reshape(-1, 2).T, color="tab:gray")
+    loss.plot(*np.array(points(lines, "loss")).reshape(-1, 2).T, color="tab:gray")
     figures = [figure]
     for key, title in (("auc", "AUC"), ("ne", "normalised entropy")):
         figure, axes = _panel(f"{title} just before a step", xlabel="step")
         for number, probability in enumerate(scored.tasks.probabilities):
             name, label = probability.name, scored.tasks.describe(probability)
-            if before := known(f"{name}_{key}"):
+            if before := points(lines, f"{name}_{key}"):
                 axes.plot(*zip(*before, strict=True), color=f"C{number}", label=label)
-            if held := known(f"validation_{name}_{key}"):
-                points = zip(*held, strict=True)
+            if held := points(lines, f"validation_{name}_{key}"):
                 label = f"{label}, held out"
-                axes.plot(*points, "o--", color=f"C{number}", label=label, markersize=3)
+                axes.plot(
+                    *zip(*held, strict=True), "o--", color=f"C{number}", label=label, markersize=3
+                )
         if axes.lines:
             axes.legend(frameon=False, fontsize=7)
         figures.append(figure)
@@ -167,15 +159,15 @@ def _learning(run: RunFolder, scored: ScoredImpressions) -> list[Figure]:
 
 def _roc(scored: ScoredImpressions) -> list[Figure]:
     figures = []
-    for title, prediction, label, weights in _spaces(scored):
-        value = auc(prediction.values, label, weights)
+    for title, prediction, space in _spaces(scored):
+        value = auc(prediction.values, space.label, space.weights)
         shown = "undefined: only one class" if value is None else f"{value:.4f}"
         figure, axes = _panel(
             f"{title}\nAUC {shown}", xlabel="false positive rate", ylabel="true positive rate"
         )
         axes.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8, linestyle=":")
         if value is not None:
-            axes.plot(*_roc_curve(prediction.values, label, weights), color="C0")
+            axes.plot(*_roc_curve(prediction.values, space.label, space.weights), color="C0")
         figures.append(figure)
     return figures
 
@@ -195,26 +187,21 @@ def _roc_curve(
 
 def _calibration(scored: ScoredImpressions) -> list[Figure]:
     figures = []
-    for title, prediction, label, weights in _spaces(scored):
-        figure, axes = _panel(title, xlabel="mean prediction", ylabel="observed rate")
-        curve = reliability_curve(prediction, label, weights, num_bins=CALIBRATION_BINS)
-        if curve.rows.size:
-            predicted, observed = curve.mean_prediction, curve.mean_target
-            axes.plot(predicted, observed, "o-", color="C1", markersize=3)
-            top = max(float(predicted.max()), float(observed.max()))
-            axes.plot([0, top], [0, top], color="tab:gray", linewidth=0.8, linestyle=":")
+    for title, prediction, space in _spaces(scored):
+        figure, axes = _panel(title)
+        draw_calibration(axes, prediction, space, colour="C1")
         figures.append(figure)
     return figures
 
 
 def _histograms(scored: ScoredImpressions) -> list[Figure]:
     figures = []
-    for title, prediction, label, _ in _spaces(scored):
+    for title, prediction, space in _spaces(scored):
         figure, axes = _panel(title, xlabel="score")
         probability = prediction.probability
         top = float(probability.max(initial=0.0))
         for value, colour in ((False, "C7"), (True, "C2")):
-            own = probability[label == value]
+            own = probability[space.label == value]
             if len(own):
                 edges = np.linspace(0, top if top > 0 else 1.0, 41).tolist()
                 shown = f"label {int(value)}"
