@@ -126,7 +126,6 @@ def load_state(
     """Loads a checkpoint into a sharded model and its optimiser; every rank must call it.
 
     Args:
-        path: of the checkpoint.
         model: its weights are overwritten.
         optimizer: of the model; its state and its count of steps are overwritten.
         tables_may_grow: whether tables may have more rows than in the checkpoint; the further rows
@@ -155,7 +154,6 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Loads the weights alone.
 
     Args:
-        path: of the checkpoint.
         model: a sharded model, which every rank must load together; or any other module, which
             this process loads by itself.
 

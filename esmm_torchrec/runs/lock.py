@@ -17,9 +17,6 @@ class RunLock:
     """The lock of a run folder, held by rank 0 of a training.
 
     The system releases it when the process that holds it ends, in whatever way.
-
-    Args:
-        folder: of the run.
     """
 
     def __init__(self, folder: Path) -> None:

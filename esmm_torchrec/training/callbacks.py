@@ -15,7 +15,6 @@ from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.training.loop import Callback, TrainingLoop
-from esmm_torchrec.training.nonfinite import check_weights
 from esmm_torchrec.training.running_figures import RunningFigures
 
 MIN_STEPS_PER_LINE = 20
@@ -114,29 +113,23 @@ class ProgressBar(Callback):
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._rows = 0
-        self._shown: dict[str, float] | None = None
 
     def on_start(self, loop: TrainingLoop) -> None:
         """Opens the bar at the rows that are done."""
         reader = loop.reader
-        self._rows = reader.rows_done
-        self._shown = loop.figures
         total = min(
-            self._rows + (loop.last_step - loop.step) * reader.global_batch_size,
+            reader.rows_done + (loop.last_step - loop.step) * reader.global_batch_size,
             loop.epochs * reader.num_rows,
         )
         self._bar = progress_bar(
-            "Training", total, "rows", initial=self._rows, disable=not loop.ranks.is_first
+            "Training", total, "rows", initial=reader.rows_done, disable=not loop.ranks.is_first
         )
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
         """Moves the bar."""
         assert self._bar is not None
-        self._rows, rows = loop.reader.rows_done, loop.reader.rows_done - self._rows
-        self._bar.update(rows)
-        if loop.figures is not self._shown:
-            self._shown = loop.figures
+        self._bar.update(loop.reader.rows_done - self._bar.n)
+        if loop.figures:
             self._bar.set_postfix_str(_short(loop.figures), refresh=False)
 
     def close(self) -> None:
@@ -180,7 +173,6 @@ class SaveCheckpoints(Callback):
         """
         with loop.off_the_clock():
             loop.check()
-            check_weights(loop)
             self._checkpoints.save(
                 step=loop.step,
                 model=loop.trainer.model,

@@ -70,8 +70,6 @@ def training_part(
     """The impressions that the method of the options trains on.
 
     Args:
-        split: the training split.
-        options: method, rate and seed.
         within: int (M,), the rows to choose from, ascending; None: all.
         pctr: float64 (N,), one of each clicked row chosen from, for methods that need it.
 
@@ -126,7 +124,6 @@ def part_of(
     multiply those of the method.
 
     Args:
-        split: the training split.
         chosen: as `Rows.select` gives it for the rows of `within`.
         name: of the method, for the sentence of an error.
         within: as in `training_part`.
@@ -222,13 +219,8 @@ def build_loop(
     """The training of a method, before its first step.
 
     Args:
-        split: the training split.
-        options: of the training.
-        ranks: this process among the others.
-        part: what to train on.
         workload: what the planner should expect; rows and shared bags are those of the training.
         epochs: passes; None: as the options say, and one for "auto".
-        callbacks: what takes part in the loop.
     """
     rows_per_step = options.batch_size
     if rows_per_step == "auto":
@@ -302,14 +294,8 @@ def fit(
     """Trains without a run folder; to be called on every rank.
 
     Args:
-        split: the training split.
-        options: of the training.
-        ranks: this process among the others.
-        part: what to train on.
-        workload: as in `build_loop`.
         updates_per_pass: steps of a pass, from which the batches' size follows
             (`batch_of_equal_updates`); None: batches of the options' size.
-        callbacks: what takes part in the loop.
 
     Returns:
         the trained task.
@@ -339,9 +325,7 @@ def out_of_fold_pctr(
     Ids that a network saw nothing of either are the unknown id for it.
 
     Args:
-        split: the training split.
         options: of the training; the method is that of a click network whatever they say.
-        ranks: this process among the others.
         workload: what the planner should expect.
         within: int (M,), the rows to train on and to score; None: all.
         updates_per_pass: as in `fit`.

@@ -58,12 +58,8 @@ class TrainingLoop:
     """Trains a model for a number of passes or steps; every rank runs the same loop.
 
     Args:
-        trainer: of the model.
-        reader: of the impressions to train on.
-        ranks: this process among the others.
         epochs: passes over the impressions.
         max_steps: the step to stop after, whatever the passes; None: no limit.
-        callbacks: what takes part.
     """
 
     def __init__(

@@ -55,14 +55,18 @@ class WatchLoss(Callback):
         self._position = loop.reader.state_dict()
         alone = loop.ranks.world_size == 1 and loop.ranks.device.type == "cpu"
         if alone or len(self._losses) == MAX_STEPS_UNCHECKED or loop.step == loop.last_step:
-            self.check(loop)
+            self._check_losses(loop)
 
     def check(self, loop: TrainingLoop) -> None:
-        """Looks at the losses of all ranks since the last check.
+        """Looks at the losses of all ranks since the last check, and at the weights.
 
         Raises:
             RunError: one is not finite.
         """
+        self._check_losses(loop)
+        check_weights(loop)
+
+    def _check_losses(self, loop: TrainingLoop) -> None:
         if not self._losses:
             return
         losses = torch.stack(self._losses)

@@ -65,11 +65,7 @@ def choose_passes(
     """The number of passes of a run; to be called on every rank.
 
     Args:
-        split: the training split.
-        options: of the run.
-        ranks: this process among the others.
         num_rows: rows that the method trains on.
-        workload: as in `fit.build_loop`.
         pctr: as in `fit.training_part`.
         continues: whether an earlier training on other rows is continued.
         found: what a search of this run found before it was interrupted.

@@ -35,9 +35,6 @@ def plot_history(
     epochs.
 
     Args:
-        history: history.jsonl.
-        out: the picture.
-        tasks: the chain.
         held_out: as `Validate.report` gives it; None: nothing was held out.
     """
     lines = [line for line in read_history(history) if "loss" in line]

@@ -90,9 +90,6 @@ def training_reader(
     """What reads the training split.
 
     Args:
-        split: the training split.
-        options: of the run.
-        ranks: this process among the others.
         rows_per_step: over all ranks.
         selection: rows of a mapped split; None: all.
 

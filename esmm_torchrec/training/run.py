@@ -67,7 +67,6 @@ def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks
     Args:
         data: the prepared data set, a folder or its URI.
         out: the run folder to make or to resume.
-        options: of the run.
         ranks: this process among the others, from `process_group`.
 
     Returns:
@@ -183,7 +182,7 @@ def _train(
         *(() if validate is None else (validate,)),
         ProgressBar(),
     )
-    checkpoint = _resume(loop, run, checkpoints, config, options)
+    checkpoint = _resume(loop, run, checkpoints, config, options, validate)
     if checkpoint is None and source is not None:
         checkpoints.start_from(source, model=loop.trainer.model, optimizer=loop.trainer.optimizer)
     if ranks.is_first:
@@ -387,6 +386,7 @@ def _resume(
     checkpoints: CheckpointManager,
     config: dict[str, Any],
     options: TrainOptions,
+    validate: Validate | None,
 ) -> Path | None:
     """Loads the checkpoint to resume from, if there is one, and drops what came after it."""
     if options.resume == "never":
@@ -413,11 +413,10 @@ def _resume(
     loop.load_state_dict(
         state, [rank_state for rank_state in rank_states if rank_state is not None]
     )
-    for callback in loop.callbacks:
-        if isinstance(callback, Validate):
-            callback.stop_if_done(loop)
-            if options.epochs == "auto" and callback.best is not None:
-                _check_best(callback.best["step"], loop.step, checkpoints)
+    if validate is not None:
+        validate.stop_if_done(loop)
+        if options.epochs == "auto" and validate.best is not None:
+            _check_best(validate.best["step"], loop.step, checkpoints)
     if wanted is not None or loop.step < loop.last_step:
         ranks.from_first(lambda: run.resume_from(loop.step, config))
     return checkpoint

@@ -46,10 +46,6 @@ def run_report(
     """The page.
 
     Args:
-        run: the run.
-        dataset: its data.
-        scored: the test split.
-        step: of the checkpoint that scored it.
         fields: by name, the values that figures are shown for.
         importances: of the features.
     """

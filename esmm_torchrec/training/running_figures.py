@@ -35,8 +35,6 @@ class RunningFigures:
     calibration of the impressions of the last steps.
 
     Args:
-        ranks: this process among the others.
-        tasks: the chain.
         window_size: impressions over all ranks that the metrics cover, at least one step.
     """
 

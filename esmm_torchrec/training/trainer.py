@@ -36,8 +36,6 @@ class Trainer:
 
     Args:
         task: as `models.methods.build_train_task` builds it, tables on the meta device.
-        options: of the run.
-        ranks: this process among the others.
         workload: what the planner should expect.
 
     Raises:

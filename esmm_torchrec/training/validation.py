@@ -46,7 +46,6 @@ def hold_out(split: MappedSplit, *, share: float, by: ValidationOption) -> HeldO
     """Divides the training split.
 
     Args:
-        split: the training split.
         share: of the rows to hold out, in (0, 1); met on average (hash), or exceeded by the rows
             of one timestamp (time).
         by: how rows are chosen.
@@ -82,7 +81,6 @@ def mean_normalised_entropy(figures: Mapping[str, Any], tasks: TaskChain) -> flo
 
     Args:
         figures: "test" of `metrics.report.measure`.
-        tasks: the chain.
     """
     keys = [f"{probability.name}_ne" for probability in tasks.probabilities]
     values = [figures[key] for key in keys if figures.get(key) is not None]
@@ -95,7 +93,6 @@ class Validate(Callback):
     An id that the rows to train on do not have is the unknown id of its table, as in test data.
 
     Args:
-        split: the training split.
         held_out: rows to train on, and rows to measure on.
         patience: passes after the best one until training stops; None: it does not stop early.
         shared_features: how a batch carries shared features.

@@ -20,11 +20,6 @@ from esmm_torchrec.training.options import TrainOptions
 def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOptions) -> Path:
     """The checkpoint with the model of a run, which a new run may start from.
 
-    Args:
-        path: of the other run.
-        dataset: that the new run is trained on.
-        options: of the new run.
-
     Raises:
         RunError: the other run has another model or optimiser, no checkpoint yet, or its data mean
             something else.
