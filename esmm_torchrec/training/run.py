@@ -188,19 +188,7 @@ def _train(
     if ranks.is_first:
         if not run.preprocessing.exists():
             copy_preprocessing(dataset.root, run.preprocessing)
-        announce(dataset, loop, options, passes=passes, held_out=held_out)
-        tasks = dataset.schema.tasks
-        learned = {head.label for head in options.parts.objective.heads(tasks)}
-        for task in tasks:
-            if task.label in learned and not part.base_rates.positives[task.label]:
-                print(
-                    f"warning: there is no {task.name} to train on, so predictions of it are not "
-                    "meaningful",
-                    flush=True,
-                )
-        if part.selection is not None:
-            notes = "".join(f", {name} {value:,.4g}" for name, value in part.notes.items())
-            print(f"{options.method} trains on {part.num_rows:,} of these rows{notes}", flush=True)
+        announce(dataset, loop, options, part=part, passes=passes, held_out=held_out)
         if checkpoint is not None:
             print(f"resuming from step {loop.step} ({checkpoint})", flush=True)
         elif source is not None:
@@ -218,12 +206,8 @@ def _train(
         "peak_rss_bytes": _peak_memory(),
     }
     scored = score_split(
-        loop.trainer.model,
-        splits["test"],
-        ranks,
-        shared_features=options.shared_features,
+        loop.trainer.model, splits["test"], ranks, shared_features=options.shared_features
     )
-
     together: dict[str, Any] | None = None
     if is_in_parts(splits["test"]):
         assert scored is not None
@@ -237,12 +221,8 @@ def _train(
             metrics["validation"] = held_out_figures
         metrics["throughput"] = throughput
         run.write_json("metrics.json", metrics)
-        plot_history(
-            run.history,
-            run.path / "plots" / "history.png",
-            scored.tasks,
-            held_out=held_out_figures,
-        )
+        picture = run.path / "plots" / "history.png"
+        plot_history(run.history, picture, scored.tasks, held_out=held_out_figures)
         if together is None:  # rank 0 has all impressions
             plot_calibration(scored, run.path / "plots" / "calibration.png")
         return metrics
