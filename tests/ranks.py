@@ -9,9 +9,14 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from esmm_torchrec.sharding.process_group import process_group
+from esmm_torchrec.training.options import TrainOptions
+from esmm_torchrec.training.run import train
 
 # Ranks fork from one process that has imported the library: importing takes longer than most of
 # what ranks do here.
@@ -44,6 +49,13 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) 
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return [results[rank] for rank in range(num_ranks)]
+
+
+def train_here(data: Path | str, out: Path | str, options: TrainOptions) -> dict[str, Any]:
+    """Trains on the ranks that `run_on_ranks` started, or on this process alone."""
+    with process_group("cpu") as ranks:
+        metrics = train(data, out, options, ranks)
+    return metrics
 
 
 def torchrun(num_ranks: int, *arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess:

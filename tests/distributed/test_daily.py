@@ -22,10 +22,8 @@ from esmm_torchrec.data.sources.append import append_table
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import EsmmTorchrecError
 from esmm_torchrec.serving.predictor import Predictor
-from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import train
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, train_here
 
 OPTIONS = TrainOptions(
     batch_size=64, embedding_dim=8, tower=(8,), sparse_lr=0.2, sharding="row_wise", epochs=2
@@ -45,11 +43,6 @@ def _day(number: int, rows: int = 500) -> pd.DataFrame:
             "item": random.integers(0, 40, rows) + 15 * number,
         }
     )
-
-
-def _train(data: Path, out: Path, options: TrainOptions) -> Any:
-    with process_group("cpu") as ranks:
-        return train(data, out, options, ranks)
 
 
 def _state(run: Path) -> Mapping[str, torch.Tensor]:
@@ -84,7 +77,7 @@ def monday(tmp_path_factory: pytest.TempPathFactory) -> Path:
         conversion="buy",
         ids=["user", "item"],
     )
-    run_on_ranks(2, _train, folder / "log", folder / "monday", OPTIONS)
+    run_on_ranks(2, train_here, folder / "log", folder / "monday", OPTIONS)
     append_table(folder / "log", train=_day(1), test=_day(2), day="tuesday")
     return folder
 
@@ -96,10 +89,10 @@ def test_rows_of_known_ids_are_kept_and_new_ones_are_drawn(
     today = monday / "log" / "days" / "tuesday"
     start = replace(STILL, start_from=monday / "monday")
     if ranks == 1:
-        _train(today, tmp_path / "tuesday", start)
+        train_here(today, tmp_path / "tuesday", start)
     else:
-        run_on_ranks(ranks, _train, today, tmp_path / "tuesday", start)
-    _train(today, tmp_path / "fresh", STILL)
+        run_on_ranks(ranks, train_here, today, tmp_path / "tuesday", start)
+    train_here(today, tmp_path / "fresh", STILL)
     before, after, fresh = map(
         _state, (monday / "monday", tmp_path / "tuesday", tmp_path / "fresh")
     )
@@ -129,11 +122,11 @@ def test_rows_of_known_ids_are_kept_and_new_ones_are_drawn(
 def test_reserved_rows_keep_the_shape_of_tables_and_of_plans(monday: Path, tmp_path: Path) -> None:
     log = monday / "log"
     reserved = replace(OPTIONS, table_rows={"user": 200})
-    _train(log / "days" / "tuesday", tmp_path / "tuesday", reserved)
+    train_here(log / "days" / "tuesday", tmp_path / "tuesday", reserved)
     added = append_table(log, train=_day(2), test=_day(3), day="wednesday")
     # More passes over all days, from a run that has fewer rows of items.
     continued = replace(OPTIONS, start_from=tmp_path / "tuesday")
-    _train(log, tmp_path / "wednesday", continued)
+    train_here(log, tmp_path / "wednesday", continued)
     plans = [
         json.loads((tmp_path / run / "plan.json").read_text()) for run in ("tuesday", "wednesday")
     ]
@@ -155,13 +148,13 @@ def test_reserved_rows_keep_the_shape_of_tables_and_of_plans(monday: Path, tmp_p
     assert scores["pctr"].between(0, 1).all()
 
     with pytest.raises(EsmmTorchrecError, match=r"item=10 is too few: .* has \d+ rows"):
-        _train(log, tmp_path / "other", replace(OPTIONS, table_rows={"item": 10}))
+        train_here(log, tmp_path / "other", replace(OPTIONS, table_rows={"item": 10}))
     with pytest.raises(EsmmTorchrecError, match=r"'shop', and .* has 'user', 'item'"):
-        _train(log, tmp_path / "other", replace(OPTIONS, table_rows={"shop": 10}))
+        train_here(log, tmp_path / "other", replace(OPTIONS, table_rows={"shop": 10}))
     with pytest.raises(EsmmTorchrecError, match=r"user=150 is too few: .*tuesday has 200 rows"):
-        _train(log, tmp_path / "other", replace(continued, table_rows={"user": 150}))
+        train_here(log, tmp_path / "other", replace(continued, table_rows={"user": 150}))
     with pytest.raises(EsmmTorchrecError, match="`table_rows` user=200 and this one has user=300"):
-        _train(
+        train_here(
             log / "days" / "tuesday",
             tmp_path / "tuesday",
             replace(reserved, table_rows={"user": 300}),

@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,15 +28,9 @@ from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.prepared_data import ROWS, write_data_set
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, train_here
 
 OPTIONS = TrainOptions(batch_size=64, embedding_dim=8, tower=(16, 8), epochs=1, seed=3)
-
-
-def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        metrics = train(data, out, options, ranks)
-    return metrics
 
 
 def _refused(data: Path, out: Path, options: TrainOptions) -> str:
@@ -82,9 +75,9 @@ def test_a_plan_changed_by_hand_trains_to_the_same_numbers(
 
     # rowwise_adagrad would keep one momentum a row and strip of columns, and differ by design.
     options = replace(OPTIONS, plan=plan, sparse_optimizer="adagrad")
-    before = run_on_ranks(2, _train, data, tmp_path / "before", options)[0]
+    before = run_on_ranks(2, train_here, data, tmp_path / "before", options)[0]
     options = replace(options, plan=changed)
-    after = run_on_ranks(2, _train, data, tmp_path / "after", options)[0]
+    after = run_on_ranks(2, train_here, data, tmp_path / "after", options)[0]
     for name in ("ctr_auc", "cvr_auc", "ctcvr_auc", "ctr_ne", "ctcvr_ne"):
         assert after["test"][name] == pytest.approx(before["test"][name], abs=2e-5)
 

@@ -28,21 +28,14 @@ from esmm_torchrec.serving.scoring import encode_rows, score
 from esmm_torchrec.sharding.planner import ShardingOption
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import train
 from tests.plain_esmm import read_frame
 from tests.prepared_data import DENSE, description_of, write_data_set
-from tests.ranks import run_on_ranks, torchrun
+from tests.ranks import run_on_ranks, torchrun, train_here
 
 TEST_ROWS = 10_007
 OPTIONS = TrainOptions(
     batch_size=128, embedding_dim=8, tower=(16, 8), epochs=2, sharding="table_wise", seed=1
 )
-
-
-def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        metrics = train(data, out, options, ranks)
-    return metrics
 
 
 def _score(run: Path, data: Path, out: Path, sharding: ShardingOption, batch_size: int) -> None:
@@ -67,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data: Path) -> Path:
     """Trained table_wise on two ranks."""
     out = data.parent / "run"
-    run_on_ranks(2, _train, data, out, OPTIONS)
+    run_on_ranks(2, train_here, data, out, OPTIONS)
     return out
 
 
@@ -128,8 +121,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run: Path, data: Pat
     out = data.parent / "resumed"
     # 5 of the 8 steps of the first epoch on two ranks, the rest on one.
     first = replace(OPTIONS, max_steps=5)
-    run_on_ranks(2, _train, data, out, first)
-    run_on_ranks(1, _train, data, out, OPTIONS)
+    run_on_ranks(2, train_here, data, out, first)
+    run_on_ranks(1, train_here, data, out, OPTIONS)
     whole = json.loads((run / "metrics.json").read_text())
     resumed = json.loads((out / "metrics.json").read_text())
     for key, value in whole["test"].items():
@@ -145,7 +138,7 @@ def test_one_rank_and_two_train_the_same_model(
     tests = []
     for num_ranks in (1, 2):
         out = tmp_path / str(num_ranks)
-        tests.append(run_on_ranks(num_ranks, _train, data, out, options)[0]["test"])
+        tests.append(run_on_ranks(num_ranks, train_here, data, out, options)[0]["test"])
         config = json.loads((out / "config.json").read_text())
         assert config["options"]["batch_size"] == (64 if options.batch_size == "auto" else 61)
     for key in ("ctr_auc", "cvr_auc", "ctcvr_auc", "ctr_log_loss", "cvr_log_loss"):
@@ -158,8 +151,8 @@ def test_a_run_that_is_resumed_on_other_ranks_reads_every_row(
 ) -> None:
     last_step = 2 * -(-900 // 128)
     options = replace(OPTIONS, checkpoint_every=4)
-    run_on_ranks(before, _train, data, tmp_path, options)
-    run_on_ranks(after, _train, data, tmp_path, replace(options, resume="4"))
+    run_on_ranks(before, train_here, data, tmp_path, options)
+    run_on_ranks(after, train_here, data, tmp_path, replace(options, resume="4"))
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert (lines[-1]["step"], lines[-1]["epoch"]) == (last_step, 2)
     assert max(checkpoint_folders(tmp_path / "checkpoints")) == last_step

@@ -36,7 +36,7 @@ from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.reading import open_splits
 from esmm_torchrec.training.run import train
 from tests.prepared_data import write_data_set
-from tests.ranks import run_on_ranks, torchrun
+from tests.ranks import run_on_ranks, torchrun, train_here
 from tests.store import CREDENTIALS, serve
 
 ROWS = {"train": 900, "test": 433, "users": 60}
@@ -97,11 +97,6 @@ def _losses(data: str | Path) -> list[float]:
         return on_rank(ranks)
 
 
-def _train(data: str | Path, out: Path, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        return train(data, out, options, ranks)
-
-
 def _measured(run: Path, data: Path) -> dict[str, Any] | None:
     """What the model of a run measures on the mapped test split."""
 
@@ -146,14 +141,14 @@ def test_one_two_and_four_ranks_have_the_same_losses(data: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(data: Path) -> Path:
     out = data.parent / "whole"
-    run_on_ranks(2, _train, data, out, OPTIONS)
+    run_on_ranks(2, train_here, data, out, OPTIONS)
     return out
 
 
 def test_a_run_is_resumed_exactly_on_other_ranks(data: Path, whole: Path) -> None:
     out = data.parent / "resumed"
-    run_on_ranks(4, _train, data, out, replace(OPTIONS, max_steps=19))
-    run_on_ranks(1, _train, data, out, OPTIONS)
+    run_on_ranks(4, train_here, data, out, replace(OPTIONS, max_steps=19))
+    run_on_ranks(1, train_here, data, out, OPTIONS)
     losses = {
         run: json.loads((run / "history.jsonl").read_text().splitlines()[-1])["loss"]
         for run in (out, whole)
@@ -228,14 +223,14 @@ def test_lanes_and_window_are_those_of_the_run(
     data: Path, whole: Path, change: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RunError, match=said):
-        _train(data, whole, replace(OPTIONS, **change))
+        train_here(data, whole, replace(OPTIONS, **change))
 
 
 def test_what_chooses_impressions_needs_the_mapped_copy(data: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="`method` base chooses the impressions"):
-        _train(data, tmp_path / "run", replace(OPTIONS, method="base"))
+        train_here(data, tmp_path / "run", replace(OPTIONS, method="base"))
     with pytest.raises(OptionError, match="`validation_share` holds out rows by"):
-        _train(data, tmp_path / "run", replace(OPTIONS, validation_share=0.1))
+        train_here(data, tmp_path / "run", replace(OPTIONS, validation_share=0.1))
 
 
 @pytest.mark.slow

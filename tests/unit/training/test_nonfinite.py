@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.nonfinite import MAX_SKIPPED_STEPS, WatchLoss, check_weights
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import train
 from tests.prepared_data import write_data_set
+from tests.ranks import train_here
 
 OPTIONS = TrainOptions(
     batch_size=20, embedding_dim=8, tower=(8,), epochs=1, dense_lr=0.01, shuffle_chunk=1
@@ -34,12 +33,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prepared"
     write_data_set(path, train=300, test=60)
     return path
-
-
-def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        metrics = train(data, out, options, ranks)
-    return metrics
 
 
 def _broken_row(data: Path, *, row: int) -> MappedSplit:
@@ -72,7 +65,7 @@ def _run(data: Path, folder: Path, options: TrainOptions) -> dict[str, torch.Ten
 def test_a_diverging_run_stops_before_the_checkpoint(data: Path, tmp_path: Path) -> None:
     def failing() -> None:
         with pytest.raises(RunError, match=r"(is|are) not finite"):
-            _train(data, tmp_path / "run", DIVERGING)
+            train_here(data, tmp_path / "run", DIVERGING)
 
     failing()
     assert max(checkpoint_folders(tmp_path / "run" / "checkpoints"), default=1) == 1
@@ -106,7 +99,7 @@ def test_a_run_that_only_skips_stops(
 
     def failing() -> None:
         with pytest.raises(RunError, match=f"step {2 + MAX_SKIPPED_STEPS} is not finite"):
-            _train(data, tmp_path / "run", options)
+            train_here(data, tmp_path / "run", options)
 
     failing()
     assert capsys.readouterr().out.count("is skipped") == MAX_SKIPPED_STEPS

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training import passes
 from esmm_torchrec.training.options import TrainOptions
-from esmm_torchrec.training.run import train
 from tests.prepared_data import write_data_set
+from tests.ranks import train_here
 
 OPTIONS = TrainOptions(
     batch_size=40, embedding_dim=4, tower=(8,), sparse_lr=0.2, dense_lr=0.02, device="cpu"
@@ -27,15 +26,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        return train(data, out, options, ranks)
-
-
 @pytest.fixture(scope="module")
 def searched(data: Path) -> tuple[Path, dict[str, Any]]:
     out = data.parent / "run"
-    return out, _train(data, out, OPTIONS)
+    return out, train_here(data, out, OPTIONS)
 
 
 def test_few_rows_are_trained_on_for_the_passes_of_a_search(
@@ -48,7 +42,7 @@ def test_few_rows_are_trained_on_for_the_passes_of_a_search(
     assert chosen == best["epoch"]
     assert json.loads((out / "config.json").read_text())["options"]["epochs"] == chosen
     options = replace(OPTIONS, epochs=int(chosen), average_weights="on")
-    given = _train(data, tmp_path / "run", options)
+    given = train_here(data, tmp_path / "run", options)
     assert given["test"] == metrics["test"]
     assert "validation" not in given
 
@@ -58,7 +52,7 @@ def test_a_search_is_not_repeated(
 ) -> None:
     out, metrics = searched
     monkeypatch.setattr(passes, "build_loop", None)
-    again = _train(data, out, OPTIONS)
+    again = train_here(data, out, OPTIONS)
     assert (again["test"], again["validation"]) == (metrics["test"], metrics["validation"])
 
 
@@ -66,7 +60,7 @@ def test_many_rows_take_one_pass(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(passes, "MAX_SEARCHED_ROWS", 400)
-    metrics = _train(data, tmp_path / "run", OPTIONS)
+    metrics = train_here(data, tmp_path / "run", OPTIONS)
     assert "validation" not in metrics
     assert "one pass, as there are 400 rows or more (chosen automatically)" in (
         capsys.readouterr().out
@@ -80,7 +74,7 @@ def test_a_search_that_cannot_be_made_takes_one_pass(
 ) -> None:
     """All rows are of one user."""
     write_data_set(tmp_path / "data", train=60, test=50, users=1)
-    _train(tmp_path / "data", tmp_path / "run", replace(OPTIONS, batch_size=20))
+    train_here(tmp_path / "data", tmp_path / "run", replace(OPTIONS, batch_size=20))
     assert "one pass, as the number cannot be searched" in capsys.readouterr().out
 
 
@@ -89,9 +83,9 @@ def test_a_run_that_continued_on_other_data_stays_so(data: Path, tmp_path: Path)
     other, out = tmp_path / "other", tmp_path / "run"
     write_data_set(other, train=200, test=100, users=80, seed=1)
     options = replace(OPTIONS, sparse_lr=0.02, dense_lr=0.002)
-    assert _train(data, out, options)["validation"]["epoch"] > 1
-    continued = _train(other, out, options)
-    again = _train(other, out, options)
+    assert train_here(data, out, options)["validation"]["epoch"] > 1
+    continued = train_here(other, out, options)
+    again = train_here(other, out, options)
     assert again["test"] == continued["test"]
     assert "validation" not in again
     last = json.loads((out / "config.json").read_text())["history"][-1]["options"]

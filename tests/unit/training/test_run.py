@@ -31,6 +31,7 @@ from esmm_torchrec.training.run import _interrupts_in_words, train
 from esmm_torchrec.training.trainer import Trainer
 from tests.plain_esmm import read_frame
 from tests.prepared_data import write_data_set
+from tests.ranks import train_here
 
 TRAIN_ROWS, TEST_ROWS = 410, 130
 OPTIONS = TrainOptions(
@@ -46,17 +47,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _train(data: Path | str, out: Path | str, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        metrics = train(data, out, options, ranks)
-    return metrics
-
-
 @pytest.fixture(scope="module")
 def trained(data: Path) -> tuple[Path, dict[str, Any]]:
     """A run folder and what `train` returned."""
     out = data.parent / "run"
-    return out, _train(data, out, replace(OPTIONS, checkpoint_every=15))
+    return out, train_here(data, out, replace(OPTIONS, checkpoint_every=15))
 
 
 def _history(out: Path) -> list[dict[str, float]]:
@@ -124,7 +119,7 @@ def test_the_loss_in_history_is_the_mean_since_the_line_before(
     """With a line for every step it is each step's own; the first is at the start's base rates."""
     out, _ = trained
     single = tmp_path / "single"
-    _train(data, single, replace(OPTIONS, max_steps=8))
+    train_here(data, single, replace(OPTIONS, max_steps=8))
     losses = [line["loss"] for line in _history(single)]
     assert len(losses) == 8
     assert _history(out)[0]["loss"] == pytest.approx(np.mean(losses[:4]), rel=1e-5)
@@ -144,11 +139,11 @@ def test_it_learns(trained: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_it_stops_after_max_steps(data: Path, tmp_path: Path) -> None:
-    _train(data, tmp_path, replace(OPTIONS, max_steps=7))
+    train_here(data, tmp_path, replace(OPTIONS, max_steps=7))
     assert [line["step"] for line in _history(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
     assert list(checkpoint_folders(tmp_path / "checkpoints")) == [7]
     whole = replace(OPTIONS, max_steps=1000)
-    _train(data, tmp_path / "whole", whole)
+    train_here(data, tmp_path / "whole", whole)
     assert _history(tmp_path / "whole")[-1]["step"] == 2 * STEPS_PER_EPOCH
 
 
@@ -156,9 +151,9 @@ def test_the_same_options_give_the_same_model_and_another_seed_another(
     trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     _, metrics = trained
-    again = _train(data, tmp_path / "again", OPTIONS)
+    again = train_here(data, tmp_path / "again", OPTIONS)
     assert again["test"] == metrics["test"]
-    other = _train(data, tmp_path / "other", replace(OPTIONS, seed=1))
+    other = train_here(data, tmp_path / "other", replace(OPTIONS, seed=1))
     assert other["test"]["ctr_auc"] != metrics["test"]["ctr_auc"]
 
 
@@ -201,7 +196,7 @@ def test_a_broken_plan_does_not_keep_a_run_from_resuming(
     plan = again / "plan.json"
     plan.write_text(plan.read_text()[:200])
     options = replace(OPTIONS, resume="15", checkpoint_every=20)
-    assert _train(data, again, options)["test"] == metrics["test"]
+    assert train_here(data, again, options)["test"] == metrics["test"]
     assert f"warning: {plan} line" in capsys.readouterr().out
     assert plan.read_text() == (out / "plan.json").read_text()
 
@@ -219,7 +214,7 @@ def test_resuming_from_an_earlier_step_drops_the_later_ones(
     plan = again / "plan.json"
     plan.write_text(plan.read_text().replace('"table_wise"', '"row_wise"'))
     options = replace(OPTIONS, resume="15", checkpoint_every=20, sharding="row_wise")
-    assert _train(str(data), str(again), options)["test"] == metrics["test"]
+    assert train_here(str(data), str(again), options)["test"] == metrics["test"]
     said = capsys.readouterr().out.partition("placed differently from before:\n")[2]
     tables = json.loads(plan.read_text())["tables"]
     for line, name in zip(said.splitlines()[: len(tables)], tables, strict=True):
@@ -243,10 +238,10 @@ def test_more_epochs_continue_a_finished_run(
     trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     out, again = trained[0], tmp_path / "again"
-    first = _train(data, again, replace(OPTIONS, epochs=1))
+    first = train_here(data, again, replace(OPTIONS, epochs=1))
     assert _history(again)[-1]["step"] == STEPS_PER_EPOCH
     assert first["test"] != trained[1]["test"]
-    assert _train(data, again, OPTIONS)["test"] == trained[1]["test"]
+    assert train_here(data, again, OPTIONS)["test"] == trained[1]["test"]
     assert _history(again)[-1]["step"] == _history(out)[-1]["step"] == 2 * STEPS_PER_EPOCH
 
 
@@ -258,17 +253,17 @@ def test_other_data_continue_a_run_from_their_first_row(
     write_data_set(other, train=90, test=TEST_ROWS, seed=1)
     one_pass = replace(OPTIONS, epochs=1, checkpoint_every=2)
     notice = f"{other.resolve()} is not the data that step {STEPS_PER_EPOCH} was trained on"
-    _train(data, tmp_path / "run", one_pass)
-    metrics = _train(other, tmp_path / "run", one_pass)
+    train_here(data, tmp_path / "run", one_pass)
+    metrics = train_here(other, tmp_path / "run", one_pass)
     assert notice in capsys.readouterr().out
     assert _history(tmp_path / "run")[-1]["step"] == STEPS_PER_EPOCH + 5
     throughput = metrics["throughput"]
     assert throughput["train_samples_per_second"] == pytest.approx(90 / throughput["train_seconds"])
 
     step = str(STEPS_PER_EPOCH + 3)
-    _train(data, tmp_path / "stopped", replace(one_pass, checkpoint_every=0))
-    _train(other, tmp_path / "stopped", replace(one_pass, max_steps=STEPS_PER_EPOCH + 3))
-    resumed = _train(other, tmp_path / "stopped", replace(one_pass, resume=step))
+    train_here(data, tmp_path / "stopped", replace(one_pass, checkpoint_every=0))
+    train_here(other, tmp_path / "stopped", replace(one_pass, max_steps=STEPS_PER_EPOCH + 3))
+    resumed = train_here(other, tmp_path / "stopped", replace(one_pass, resume=step))
     assert "is not the data" not in capsys.readouterr().out.partition(f"step {step} (")[2]
     assert resumed["test"] == metrics["test"]
 
@@ -300,7 +295,7 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
 
     monkeypatch.setattr(Trainer, "steps", interrupted)
     with pytest.raises(Interrupted) as interrupt:
-        _train(data, again, replace(OPTIONS, resume="15"))
+        train_here(data, again, replace(OPTIONS, resume="15"))
     assert str(interrupt.value) == (
         f"interrupted; give `resume` auto to resume {again} from step 15"
     )
@@ -308,12 +303,12 @@ def test_an_interrupted_step_back_leaves_the_chosen_step_the_last(
     assert not (again / "metrics.json").exists()
     assert _history(again)[-1]["step"] <= 15
     with pytest.raises(Interrupted) as interrupt:
-        _train(data, again, OPTIONS)
+        train_here(data, again, OPTIONS)
     assert str(interrupt.value) == (
         f"interrupted; rerun the same command to resume {again} from step 15"
     )
     with pytest.raises(Interrupted) as interrupt:
-        _train(data, tmp_path / "new", OPTIONS)
+        train_here(data, tmp_path / "new", OPTIONS)
     assert str(interrupt.value) == (
         f"interrupted before a checkpoint was written to {tmp_path / 'new'}; rerun the same "
         "command to start again, and set `checkpoint_every` to save checkpoints on the way"
@@ -330,7 +325,7 @@ def test_sigterm_is_an_interrupt_and_stays_what_it_was_after(
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, after other tests
     try:
         with pytest.raises(Interrupted):
-            _train(data, tmp_path, OPTIONS)
+            train_here(data, tmp_path, OPTIONS)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -343,7 +338,7 @@ def test_a_plan_is_said_to_decide_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plan = trained[0] / "plan.json"
-    _train(data, tmp_path, replace(OPTIONS, max_steps=1, plan=plan, sharding="row_wise"))
+    train_here(data, tmp_path, replace(OPTIONS, max_steps=1, plan=plan, sharding="row_wise"))
     said = f"placed according to {plan}; the sharding row_wise is not used beside it\n"
     assert said in capsys.readouterr().out
     options = json.loads((tmp_path / "config.json").read_text())["options"]
@@ -355,7 +350,7 @@ def test_the_rows_of_a_method_that_needs_a_pctr_are_kept(
 ) -> None:
     """Other ranks would train other networks, which would choose other rows."""
     options = replace(OPTIONS, method="unbias", max_steps=6, checkpoint_every=3)
-    metrics = _train(data, tmp_path / "run", options)
+    metrics = train_here(data, tmp_path / "run", options)
     frame = read_frame(PreparedDataSet.open(data), "train")
     assert np.load(tmp_path / "run" / "pctr.npz")["pctr"].shape == (frame["click"].sum(),)
 
@@ -363,7 +358,7 @@ def test_the_rows_of_a_method_that_needs_a_pctr_are_kept(
         raise AssertionError
 
     monkeypatch.setattr(run_module, "out_of_fold_pctr", not_again)
-    resumed = _train(data, tmp_path / "run", replace(options, resume="3"))
+    resumed = train_here(data, tmp_path / "run", replace(options, resume="3"))
     assert resumed["test"] == metrics["test"]
 
 
@@ -383,7 +378,7 @@ def test_what_does_not_identify_a_run_may_change(
 ) -> None:
     out, metrics = trained
     value = {"sharding": "row_wise", "checkpoint_every": 3, "device": "cpu"}[option]
-    assert _train(data, out, replace(OPTIONS, **{option: value}))["test"] == metrics["test"]
+    assert train_here(data, out, replace(OPTIONS, **{option: value}))["test"] == metrics["test"]
 
 
 def test_the_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
@@ -391,9 +386,9 @@ def test_the_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
 ) -> None:
     """Stopped between two lines, so that losses and windows are carried over."""
     options = replace(OPTIONS, checkpoint_every=10)
-    _train(data, tmp_path / "whole", options)
+    train_here(data, tmp_path / "whole", options)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    _train(data, tmp_path / "resumed", replace(options, resume="10"))
+    train_here(data, tmp_path / "resumed", replace(options, resume="10"))
     histories = [_history(tmp_path / name) for name in ("whole", "resumed")]
     for line in (line for history in histories for line in history):
         del line["samples_per_second"]
@@ -426,7 +421,7 @@ def test_slow_bfloat16_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
-    _train(data, tmp_path / "run", replace(OPTIONS, dtype=dtype, max_steps=1))
+    train_here(data, tmp_path / "run", replace(OPTIONS, dtype=dtype, max_steps=1))
     warned = "this processor has no bfloat16 instructions" in capsys.readouterr().out
     assert warned == (dtype == "bfloat16" and not capable)
 

@@ -26,9 +26,9 @@ from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.passes import PATIENCE
-from esmm_torchrec.training.run import train
 from esmm_torchrec.training.validation import hold_out
 from tests.prepared_data import write_data_set
+from tests.ranks import train_here
 
 OPTIONS = TrainOptions(
     batch_size=40,
@@ -48,17 +48,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _train(data: Path, out: Path, options: TrainOptions) -> dict[str, Any]:
-    with process_group("cpu") as ranks:
-        return train(data, out, options, ranks)
-
-
 @pytest.fixture(scope="module")
 def trained(data: Path) -> tuple[Path, dict[str, Any]]:
     """A run until the held-out part stops improving."""
     out = data.parent / "run"
     options = replace(OPTIONS, epochs="auto", checkpoint_every=5)
-    return out, _train(data, out, options)
+    return out, train_here(data, out, options)
 
 
 def test_users_are_held_out_whole(data: Path) -> None:
@@ -165,7 +160,7 @@ def test_a_run_is_resumed_exactly(
     for step in {within, best}:
         again = tmp_path / str(step)
         shutil.copytree(out, again)
-        resumed = _train(data, again, replace(options, resume=str(step)))
+        resumed = train_here(data, again, replace(options, resume=str(step)))
         assert resumed["validation"] == metrics["validation"]
         assert resumed["test"] == metrics["test"]
 
@@ -176,10 +171,10 @@ def test_a_run_killed_before_a_measurement_makes_up_for_it(data: Path, tmp_path:
                         share=0.25, by="hash").kept)  # fmt: skip
     steps = -(-rows // 40)
     options = replace(OPTIONS, epochs=2, checkpoint_every=steps)
-    metrics = _train(data, tmp_path / "run", options)
+    metrics = train_here(data, tmp_path / "run", options)
     assert [entry["epoch"] for entry in metrics["validation"]["curve"]] == [1, 2]
     assert find_best(tmp_path / "run" / "checkpoints") is None, "the last checkpoint is the model"
-    resumed = _train(data, tmp_path / "run", replace(options, resume=str(steps)))
+    resumed = train_here(data, tmp_path / "run", replace(options, resume=str(steps)))
     assert resumed["validation"] == metrics["validation"]
 
 
@@ -188,10 +183,10 @@ def test_rows_once_trained_on_are_not_held_out(data: Path, tmp_path: Path) -> No
     options = replace(OPTIONS, epochs=2, validation_share=0.0)
     for max_steps in (None, 11):
         out = tmp_path / f"run-{max_steps}"
-        _train(data, out, replace(options, max_steps=max_steps))
+        train_here(data, out, replace(options, max_steps=max_steps))
         for share in (0.25, 0.5):
             with pytest.raises(RunError, match="with `validation_share` 0"):
-                _train(data, out, replace(options, validation_share=share))
+                train_here(data, out, replace(options, validation_share=share))
     run = RunFolder.open(out)
     del run.config["identity"]["validation_share"]  # as earlier versions wrote it
     assert run.difference({"validation_share": 0.25}) is not None
@@ -210,4 +205,4 @@ def test_a_step_whose_best_checkpoint_is_gone_is_refused_before_training(
     shutil.rmtree(folders[best])
     (again / "metrics.json").unlink()
     with pytest.raises(RunError, match=f"from step {later}, as the checkpoint of step {best}"):
-        _train(data, again, replace(OPTIONS, epochs="auto", resume=str(later)))
+        train_here(data, again, replace(OPTIONS, epochs="auto", resume=str(later)))

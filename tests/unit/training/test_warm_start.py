@@ -18,16 +18,12 @@ from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.run import train
 from tests.prepared_data import ROWS, write_data_set
+from tests.ranks import train_here
 
 OPTIONS = TrainOptions(batch_size=40, embedding_dim=8, tower=(8,), epochs=1, sparse_lr=0.2)
 STILL = replace(OPTIONS, sparse_lr=1e-30, dense_lr=1e-30, max_steps=1)
 """Trains without changing a weight."""
 NEW_ITEMS = 15
-
-
-def _train(data: Path, out: Path, options: TrainOptions) -> None:
-    with process_group("cpu") as ranks:
-        train(data, out, options, ranks)
 
 
 def _refusal(data: Path, out: Path, options: TrainOptions) -> str:
@@ -62,7 +58,7 @@ def next_day(data: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
     out = data.parent / "run"
-    _train(data, out, OPTIONS)
+    train_here(data, out, OPTIONS)
     return out
 
 
@@ -70,9 +66,9 @@ def test_rows_of_known_ids_are_the_runs_and_new_ones_are_drawn(
     run: Path, next_day: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started, fresh = tmp_path / "started", tmp_path / "fresh"
-    _train(next_day, started, replace(STILL, start_from=run))
+    train_here(next_day, started, replace(STILL, start_from=run))
     assert f"starting from the weights and optimiser state of {run}" in capsys.readouterr().out
-    _train(next_day, fresh, STILL)
+    train_here(next_day, fresh, STILL)
     drawn = _weights(fresh)
     for key, weight in _weights(started).items():
         known = _weights(run)[key]
@@ -85,7 +81,7 @@ def test_rows_of_known_ids_are_the_runs_and_new_ones_are_drawn(
 
     (entry,) = json.loads((started / "config.json").read_text())["history"]
     assert entry["options"]["start_from"] == str(run)
-    _train(next_day, started, replace(OPTIONS, start_from=run))
+    train_here(next_day, started, replace(OPTIONS, start_from=run))
     assert "resuming from step 1 " in capsys.readouterr().out
 
 
