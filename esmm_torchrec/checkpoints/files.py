@@ -28,7 +28,6 @@ FORMAT_VERSION = 2
 
 _PREFIX = "step-"
 _DESCRIPTION = "checkpoint.json"
-_EARLIER_DESCRIPTION = "progress.json"
 _BEST = "best.json"
 _CHUNK_BYTES = 1 << 22
 
@@ -125,19 +124,7 @@ def read_description(path: Path) -> dict[str, Any]:
         body = content["checkpoint"]
         if zlib.crc32(json.dumps(body).encode()) != content["crc32"]:
             raise ValueError("its content does not match its checksum")
-        _ = (
-            body["step"],
-            body["optimizer_step"],
-            body["num_ranks"],
-            body["progress"],
-            body["files"].items(),
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if (path / _EARLIER_DESCRIPTION).exists():
-            raise RunError(
-                f"checkpoint {path} was written by an earlier version of this library, which this "
-                "one cannot read; train again"
-            ) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise broken(path, f"{_DESCRIPTION}: {error}") from error
     return body
 

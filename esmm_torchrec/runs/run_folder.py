@@ -346,7 +346,7 @@ class RunFolder:
             RunError: the file is broken.
         """
         try:
-            with np.load(self.pctr) as file:  # compares the checksum
+            with np.load(io.BytesIO(self.pctr.read_bytes())) as file:  # compares its checksum
                 pctr = file["pctr"]
             if pctr.shape != (clicks,):
                 raise ValueError(f"{pctr.shape} values for {clicks} clicks")

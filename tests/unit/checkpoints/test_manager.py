@@ -140,14 +140,6 @@ def test_each_changed_byte_is_found(tmp_path: Path) -> None:
         read_description(latest)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> None:
-    path = tmp_path / "step-00000005"
-    path.mkdir()
-    (path / "progress.json").write_text('{"step": 5}')
-    with pytest.raises(RunError, match="was written by an earlier version of this library"):
-        read_description(path)
-
-
 def test_a_step_that_is_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
     run_on_ranks(1, _save_five, tmp_path)
     step = tmp_path / "step-00000005"
