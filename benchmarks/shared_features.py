@@ -216,7 +216,6 @@ def accuracy(
                 settings,
                 ranks,
                 part=training_part(splits["train"], settings),
-                workload=Workload(options.batch_size),
             )
             scored = score_split(
                 model, splits["test"], ranks, batch_size=options.batch_size, progress=False

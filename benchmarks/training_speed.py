@@ -44,7 +44,7 @@ from esmm_torchrec.metrics.ranking import auc  # noqa: E402
 from esmm_torchrec.models.methods import DtypeOption  # noqa: E402
 from esmm_torchrec.runs.run_folder import RunFolder  # noqa: E402
 from esmm_torchrec.serving.scorer import score_split  # noqa: E402
-from esmm_torchrec.sharding.planner import SparseOptimizerOption, Workload  # noqa: E402
+from esmm_torchrec.sharding.planner import SparseOptimizerOption  # noqa: E402
 from esmm_torchrec.sharding.process_group import Ranks, process_group  # noqa: E402
 from esmm_torchrec.training.callbacks import LogFigures, ProgressBar  # noqa: E402
 from esmm_torchrec.training.fit import build_loop, training_part  # noqa: E402
@@ -176,7 +176,6 @@ def library(
         settings,
         ranks,
         part=training_part(train, settings),
-        workload=Workload(options.batch_size),
         epochs=1000,  # a long run, whose figures are logged as seldom as they ever are
         callbacks=callbacks,
     )

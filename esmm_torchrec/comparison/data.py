@@ -64,8 +64,6 @@ class ComparisonData:
     test: MappedSplit
     test_rows: np.ndarray | None
     """int (M,), test impressions to score; None: all."""
-    mean_values_per_bag: Mapping[str, float]
-    """Id feature → mean number of ids per stored row."""
     min_count: int
     """Minimum count of an id in the vocabularies."""
 
@@ -139,7 +137,6 @@ def prepared_source(path: Path, *, held_out_by: HeldOutBy, test_impressions: int
             with_users(MappedSplit.open(dataset, "train"), held_out_by),
             test,
             sample_rows(test, test_impressions),
-            dict(dataset.statistics.mean_values_per_bag),
             dataset.min_count,
         )
 
@@ -192,7 +189,10 @@ def world_source(world: World, folder: Path, ranks: Ranks, *, test_impressions: 
         drawn = DrawnWorld(drawn_in, schema)
         train, test = drawn.open("train"), drawn.open("test")
         return ComparisonData(
-            train, test, sample_rows(test, test_impressions), _mean_lengths(train), WORLD_MIN_COUNT
+            replace(train, mean_values_per_bag=_mean_lengths(train)),
+            test,
+            sample_rows(test, test_impressions),
+            WORLD_MIN_COUNT,
         )
 
     def remove() -> None:

@@ -23,7 +23,6 @@ from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.serving.scorer import score_split
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.tasks import DEFAULT_TASKS
 from esmm_torchrec.training.fit import (
@@ -58,7 +57,6 @@ class Stage:
     train_rows: np.ndarray | None
     scored: MappedSplit
     scored_rows: np.ndarray | None
-    mean_values_per_bag: dict[str, float]
     scored_weight: np.ndarray | None = None
     """float32, weight of each scored row; None: all 1."""
     updates: float = 1.0
@@ -83,7 +81,6 @@ class Stage:
             np.flatnonzero((hashed >= held_out) & (hashed < held_out + share * (1 - held_out))),
             data.train,
             rows,
-            dict(data.mean_values_per_bag),
             None if rate == 1 else np.where(clicked[rows], 1.0, 1 / rate).astype(np.float32),
             updates,
         )
@@ -99,7 +96,7 @@ class Stage:
                 for table, count in count_ids(train, rows).items()
             }
             train, test = without_ids(train, known), without_ids(test, known)
-        return cls(train, rows, test, data.test_rows, dict(data.mean_values_per_bag))
+        return cls(train, rows, test, data.test_rows)
 
     @cached_property
     def scored_ids(self) -> dict[str, np.ndarray]:
@@ -163,7 +160,6 @@ class Training:
         self.min_count = min_count
         batch_size = options.batch_size
         assert batch_size != "auto"
-        self.workload = Workload(batch_size, stage.mean_values_per_bag)
         self.updates = math.ceil(stage.train.impressions / batch_size * stage.updates)
 
     def part(self, pctr: np.ndarray | None) -> TrainingPart:
@@ -189,7 +185,6 @@ class Training:
             self.options,
             self.ranks,
             part=part,
-            workload=self.workload,
             updates_per_pass=self.updates,
             callbacks=callbacks,
         )
@@ -227,7 +222,6 @@ class Training:
             self.stage.train,
             self.options,
             self.ranks,
-            workload=self.workload,
             within=self.stage.train_rows,
             updates_per_pass=self.updates,
         )

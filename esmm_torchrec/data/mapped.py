@@ -19,9 +19,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -121,6 +121,8 @@ class MappedSplit:
     """float32 (N, D)."""
     bags: dict[CollectionName, tuple[MappedBags, ...]]
     """Collection → its features; two entries where some come from shared rows and some do not."""
+    mean_values_per_bag: Mapping[str, float] = field(default_factory=dict)
+    """Id feature → mean number of ids per stored row of the training half; empty: not known."""
 
     @property
     def impressions(self) -> int:
@@ -153,7 +155,7 @@ class MappedSplit:
         cache = dataset.path / CACHE_FOLDER
         folder = cache / f"{split}-{history_weights}"
         if _is_current(folder, dataset.fingerprint, read=False):
-            return cls.map(folder, dataset.schema)
+            return cls.map(folder, dataset.schema, dataset.statistics.mean_values_per_bag)
         with _locked(folder):
             if not _is_current(folder, dataset.fingerprint, read=True):
                 counts = dataset.splits[split]
@@ -172,7 +174,7 @@ class MappedSplit:
                     raise DataError(
                         f"{folder} does not hold what was just written to it; check its disk"
                     )
-        return cls.map(folder, dataset.schema)
+        return cls.map(folder, dataset.schema, dataset.statistics.mean_values_per_bag)
 
     @classmethod
     @checks_choices
@@ -225,7 +227,9 @@ class MappedSplit:
         return cls.map(folder, schema)
 
     @classmethod
-    def map(cls, folder: Path, schema: Schema) -> MappedSplit:
+    def map(
+        cls, folder: Path, schema: Schema, mean_values_per_bag: Mapping[str, float] | None = None
+    ) -> MappedSplit:
         """Maps what `write` has laid out."""
         layout = Layout.read(folder)
 
@@ -248,6 +252,7 @@ class MappedSplit:
             scalars={name: array(name) for name in _scalars(schema) if name in layout.arrays},
             dense=array("dense"),
             bags=bags,
+            mean_values_per_bag=mean_values_per_bag or {},
         )
 
 

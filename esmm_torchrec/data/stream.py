@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,11 @@ class StreamedSplit:
     def impressions(self) -> int:
         """Number of rows."""
         return self.dataset.splits[self.name].impressions
+
+    @property
+    def mean_values_per_bag(self) -> Mapping[str, float]:
+        """Id feature → mean number of ids per stored row of the training half."""
+        return self.dataset.statistics.mean_values_per_bag
 
     def stretch(self, lane: int) -> tuple[int, int]:
         """The rows [first, last) of a lane that is not shuffled."""

@@ -212,14 +212,12 @@ def build_loop(
     ranks: Ranks,
     *,
     part: TrainingPart,
-    workload: Workload,
     epochs: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingLoop:
     """The training of a method, before its first step.
 
     Args:
-        workload: what the planner should expect; rows and shared bags are those of the training.
         epochs: passes; None: as the options say, and one for "auto".
     """
     rows_per_step = options.batch_size
@@ -231,10 +229,10 @@ def build_loop(
         options,
         ranks,
         part=part,
-        workload=replace(
-            workload,
-            rows_per_rank=rows_per_rank,
-            bags_per_rank=shared_bags(split, options, rows_per_rank, part.num_rows),
+        workload=Workload(
+            rows_per_rank,
+            split.mean_values_per_bag,
+            shared_bags(split, options, rows_per_rank, part.num_rows),
         ),
     )
     reader = training_reader(
@@ -287,7 +285,6 @@ def fit(
     ranks: Ranks,
     *,
     part: TrainingPart,
-    workload: Workload,
     updates_per_pass: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> DistributedModelParallel:
@@ -305,7 +302,7 @@ def fit(
             options,
             batch_size=batch_of_equal_updates(part.num_rows, updates=updates_per_pass),
         )
-    loop = build_loop(split, options, ranks, part=part, workload=workload, callbacks=callbacks)
+    loop = build_loop(split, options, ranks, part=part, callbacks=callbacks)
     loop.run()
     return loop.trainer.model
 
@@ -315,7 +312,6 @@ def out_of_fold_pctr(
     options: TrainOptions,
     ranks: Ranks,
     *,
-    workload: Workload,
     within: np.ndarray | None = None,
     updates_per_pass: int | None = None,
     callbacks: Sequence[Callback] = (),
@@ -326,7 +322,6 @@ def out_of_fold_pctr(
 
     Args:
         options: of the training; the method is that of a click network whatever they say.
-        workload: what the planner should expect.
         within: int (M,), the rows to train on and to score; None: all.
         updates_per_pass: as in `fit`.
         callbacks: take part in the loop of each network.
@@ -356,7 +351,6 @@ def out_of_fold_pctr(
             network,
             ranks,
             part=part,
-            workload=workload,
             updates_per_pass=updates_per_pass,
             callbacks=callbacks,
         )

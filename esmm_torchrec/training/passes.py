@@ -16,7 +16,6 @@ import numpy as np
 
 from esmm_torchrec.data.stream import Split, StreamedSplit
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.averaging import AverageWeights
 from esmm_torchrec.training.fit import (
@@ -57,7 +56,6 @@ def choose_passes(
     ranks: Ranks,
     *,
     num_rows: int,
-    workload: Workload,
     pctr: np.ndarray | None,
     continues: bool,
     found: Passes | None,
@@ -112,7 +110,6 @@ def choose_passes(
         replace(options, batch_size=batch_size),
         ranks,
         part=part,
-        workload=workload,
         epochs=MAX_PASSES,
         callbacks=(validate,) if average is None else (average, validate),
     )

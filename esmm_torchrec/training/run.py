@@ -35,7 +35,6 @@ from esmm_torchrec.serving.scorer import is_in_parts, score_split
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.announcement import announce
 from esmm_torchrec.training.averaging import AverageWeights
@@ -106,12 +105,10 @@ def _train(
     if found is not None and not found.was_trained_on(dataset.fingerprint):
         found = None  # what it knows of its rows is of other rows
     splits = open_splits(dataset, options, ranks)
-    # `build_loop` knows the batch size.
-    workload = Workload(1, dataset.statistics.mean_values_per_bag)
     pctr = None
     if options.parts.rows.needs_pctr:
         assert isinstance(splits["train"], MappedSplit)
-        pctr = _pctr(found, splits["train"], options, ranks, workload=workload)
+        pctr = _pctr(found, splits["train"], options, ranks)
     held_out = None
     if options.validation_share:
         assert isinstance(splits["train"], MappedSplit)
@@ -127,14 +124,11 @@ def _train(
         options,
         ranks,
         num_rows=part.num_rows,
-        workload=workload,
         pctr=pctr,
         continues=continues or options.start_from is not None,
         found=None if searched is None else Passes(**searched),
     )
-    loop = build_loop(
-        splits["train"], options, ranks, part=part, workload=workload, epochs=passes.epochs
-    )
+    loop = build_loop(splits["train"], options, ranks, part=part, epochs=passes.epochs)
     averages = options.average_weights == "on" or (
         options.average_weights == "auto" and passes.search is not None
     )
@@ -275,12 +269,7 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
 
 
 def _pctr(
-    run: RunFolder | None,
-    split: MappedSplit,
-    options: TrainOptions,
-    ranks: Ranks,
-    *,
-    workload: Workload,
+    run: RunFolder | None, split: MappedSplit, options: TrainOptions, ranks: Ranks
 ) -> np.ndarray:
     """Out-of-fold pCTR, float64 (N,), that of the run if it got so far: training the
     networks again on other ranks would choose other rows."""
@@ -291,7 +280,7 @@ def _pctr(
             pctr = np.full(split.impressions, np.nan)
             pctr[clicked] = kept
             return pctr
-    return out_of_fold_pctr(split, options, ranks, workload=workload)
+    return out_of_fold_pctr(split, options, ranks)
 
 
 def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Validate) -> None:

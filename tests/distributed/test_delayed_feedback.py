@@ -21,7 +21,6 @@ from esmm_torchrec.models.objectives.single import ConversionObjective
 from esmm_torchrec.models.parts import Objective, Rows
 from esmm_torchrec.models.rows.delayed import ElapsedTimeRows, FakeNegativeRows, ObservedRows
 from esmm_torchrec.serving.scorer import score_split
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.fit import fit, training_part
 from esmm_torchrec.training.options import TrainOptions
@@ -52,7 +51,7 @@ def _trained(data: Path) -> dict[str, np.ndarray]:
         for name in PAIRS:
             options = _options(name)
             part = training_part(train, options)
-            model = fit(train, options, ranks, part=part, workload=Workload(64))
+            model = fit(train, options, ranks, part=part)
             scored = score_split(model, test, ranks, progress=False)
             if scored is not None:
                 scores[name] = scored.scores["cvr"].values

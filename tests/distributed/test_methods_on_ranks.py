@@ -31,7 +31,6 @@ from esmm_torchrec.models.rows.inverse_propensity import (
 from esmm_torchrec.models.rows.missing_as_negative import MissingAsNegativeRows
 from esmm_torchrec.schema import IdFeature
 from esmm_torchrec.serving.scorer import score_split
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.tasks import DEFAULT_TASKS
 from esmm_torchrec.training.fit import (
@@ -60,7 +59,6 @@ OPTIONS = TrainOptions(
     seed=3,
     device="cpu",
 )
-WORKLOAD = Workload(GLOBAL_BATCH)
 CELLS = 20
 ROWS_PER_CELL = 960
 EPOCHS_TO_THE_END = 30
@@ -150,7 +148,7 @@ def _write_own_items(path: Path) -> None:
 def _out_of_fold(data: Path, ranks: Ranks) -> np.ndarray:
     train = MappedSplit.open(PreparedDataSet.open(data), "train")
     options = replace(OPTIONS, batch_size=GLOBAL_BATCH, epochs=5)
-    return out_of_fold_pctr(train, options, ranks, workload=WORKLOAD)
+    return out_of_fold_pctr(train, options, ranks)
 
 
 class _CountSteps(Callback):
@@ -173,7 +171,6 @@ def _updates(data: Path, ranks: Ranks) -> dict[str, int]:
             options,
             ranks,
             part=training_part(train, options),
-            workload=WORKLOAD,
             updates_per_pass=10,
             callbacks=(taken,),
         )
@@ -195,9 +192,9 @@ def _train_all(data: Path, ranks: Ranks) -> dict[str, Any]:
         )
         pctr = None
         if METHODS[method].rows.needs_pctr:
-            pctr = out_of_fold_pctr(train, options, ranks, workload=WORKLOAD)
+            pctr = out_of_fold_pctr(train, options, ranks)
         part = training_part(train, options, pctr=pctr)
-        model = fit(train, options, ranks, part=part, workload=WORKLOAD)
+        model = fit(train, options, ranks, part=part)
         scored = score_split(model, test, ranks, batch_size=32, progress=False)
         if scored is not None:
             scores[method] = {name: score.values for name, score in scored.scores.items()}
@@ -239,7 +236,7 @@ def _identities(data: Path, ranks: Ranks) -> dict[str, dict[str, np.ndarray]]:
     def trained(method: str, rows: TrainingRows | None, part: str = "conversion") -> Any:
         options = replace(OPTIONS, method=method, batch_size=GLOBAL_BATCH)
         own = part_of(train, rows, name=method)
-        return _weights(fit(train, options, ranks, part=own, workload=WORKLOAD), part)
+        return _weights(fit(train, options, ranks, part=own), part)
 
     def rows(part: Rows) -> TrainingRows | None:
         return part.select(LoggedImpressions(columns, DEFAULT_TASKS, even, OPTIONS.seed))
@@ -282,7 +279,7 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
         true_pctr = train.scalars["click"].reshape(CELLS, -1).mean(axis=1)
         pctr = np.repeat(true_pctr, ROWS_PER_CELL)
         part = training_part(train, options, pctr=pctr)
-        model = fit(train, options, ranks, part=part, workload=WORKLOAD)
+        model = fit(train, options, ranks, part=part)
         scored = score_split(model, test, ranks, batch_size=CELLS, progress=False)
         assert scored is not None
         pcvr[method] = scored.scores["cvr"].block(slice(None)).probability
@@ -310,7 +307,7 @@ def _shuffled_labels(
         scored = []
         for split in (train, shuffled):
             part = training_part(split, options)
-            model = fit(split, options, ranks, part=part, workload=WORKLOAD)
+            model = fit(split, options, ranks, part=part)
             scored.append(score_split(model, test, ranks, batch_size=512, progress=False))
         results[method] = tuple(scored)
     return results
@@ -467,7 +464,7 @@ def _trained_weights(folder: Path) -> list[dict[str, np.ndarray]]:
             train = MappedSplit.open(PreparedDataSet.open(folder / name), "train")
             options = replace(OPTIONS, batch_size=GLOBAL_BATCH)
             part: TrainingPart = training_part(train, options)
-            model = fit(train, options, ranks, part=part, workload=WORKLOAD)
+            model = fit(train, options, ranks, part=part)
             weights.append(_weights(model, "features") | _weights(model, "towers"))
     return weights
 

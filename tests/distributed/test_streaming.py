@@ -28,7 +28,6 @@ from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving import scorer
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.serving.streamed_scores import score_streamed
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.loop import Callback, TrainingLoop
@@ -85,7 +84,6 @@ def _losses(data: str | Path) -> list[float]:
             OPTIONS,
             ranks,
             part=training_part(split, OPTIONS),
-            workload=Workload(1, dataset.statistics.mean_values_per_bag),
             callbacks=[losses],
         )
         loop.run()

@@ -26,9 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ComparisonData:
     write_data_set(path, train=600, test=600, users=USERS)
     dataset = PreparedDataSet.open(path)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
-    return ComparisonData(
-        train, test, None, dataset.statistics.mean_values_per_bag, dataset.min_count
-    )
+    return ComparisonData(train, test, None, dataset.min_count)
 
 
 def test_tuning_holds_out_whole_users(data: ComparisonData) -> None:

@@ -14,7 +14,6 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.sharding.apply import local_shards
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.averaging import DECAY, STEPS_BETWEEN, AverageWeights
 from esmm_torchrec.training.fit import build_loop, training_part
@@ -87,7 +86,6 @@ def test_the_model_ends_with_the_average(split: MappedSplit) -> None:
             OPTIONS,
             ranks,
             part=training_part(split, OPTIONS),
-            workload=Workload(1),
             callbacks=(record, average, look),
         )
         loop.run()

@@ -11,7 +11,6 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.serving.scorer import score_split
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.loop import Callback, TrainingLoop
@@ -80,7 +79,6 @@ def _run(data: Path, record: _Record, *, max_steps: int | None = None) -> dict[s
             OPTIONS,
             ranks,
             part=training_part(train, OPTIONS),
-            workload=Workload(OPTIONS.batch_size),
             callbacks=(record,),
         )
         loop.max_steps = max_steps

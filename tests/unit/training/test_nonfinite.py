@@ -14,7 +14,6 @@ from esmm_torchrec.checkpoints.files import checkpoint_folders
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import RunError
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.nonfinite import MAX_SKIPPED_STEPS, WatchLoss, check_weights
@@ -52,7 +51,6 @@ def _run(data: Path, folder: Path, options: TrainOptions) -> dict[str, torch.Ten
             options,
             ranks,
             part=training_part(split, options),
-            workload=Workload(1),
             callbacks=(WatchLoss(folder, options.on_nonfinite),),
         )
         loop.run()

@@ -12,7 +12,6 @@ import torch
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.esmm import TrainOutput
-from esmm_torchrec.sharding.planner import Workload
 from esmm_torchrec.sharding.process_group import process_group
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.loop import Callback, TrainingLoop
@@ -60,7 +59,6 @@ def _run(split: MappedSplit, options: TrainOptions, *, stop: int | None = None) 
             replace(options, max_steps=stop),
             ranks,
             part=training_part(split, options),
-            workload=Workload(1),
             callbacks=(schedule, rates),
         )
         before = _weights(loop)
@@ -123,7 +121,7 @@ def test_the_gradient_of_the_towers_is_clipped(split: MappedSplit) -> None:
         options = replace(OPTIONS, clip_gradients=limit)
         with process_group("cpu") as ranks:
             part = training_part(split, options)
-            loop = build_loop(split, options, ranks, part=part, workload=Workload(1))
+            loop = build_loop(split, options, ranks, part=part)
             trainer = loop.trainer
             loss, _ = trainer.model(next(iter(loop.reader)))
             loss.backward()
@@ -151,9 +149,7 @@ def test_a_resumed_schedule_continues(split: MappedSplit) -> None:
     with process_group("cpu") as ranks:
         part = training_part(split, options)
         callbacks = (ScheduleLearningRates("linear", warmup_steps=3), rates)
-        loop = build_loop(
-            split, options, ranks, part=part, workload=Workload(1), callbacks=callbacks
-        )
+        loop = build_loop(split, options, ranks, part=part, callbacks=callbacks)
         loop.load_state_dict({"step": 7, "seconds": 0.0, "reader": {"epoch": 1, "row": 20}})
         loop.run()
     assert rates.used == [pytest.approx(step) for step in used[7:]]

@@ -42,9 +42,7 @@ def _train(data: Path, num_threads: int) -> tuple[int, dict[str, torch.Tensor]]:
     with process_group("cpu") as ranks:
         torch.set_num_threads(num_threads)
         split = MappedSplit.open(PreparedDataSet.open(data), "train")
-        loop = build_loop(
-            split, OPTIONS, ranks, part=training_part(split, OPTIONS), workload=Workload(1)
-        )
+        loop = build_loop(split, OPTIONS, ranks, part=training_part(split, OPTIONS))
         loop.run()
         assert torch.get_num_threads() == num_threads
         trained = loop.trainer
