@@ -105,22 +105,21 @@ def _train(
     if found is not None and not found.was_trained_on(dataset.fingerprint):
         found = None  # what it knows of its rows is of other rows
     splits = open_splits(dataset, options, ranks)
-    pctr = None
+    split, test = splits["train"], splits["test"]
+    pctr = held_out = None
     if options.parts.rows.needs_pctr:
-        assert isinstance(splits["train"], MappedSplit)
-        pctr = _pctr(found, splits["train"], options, ranks)
-    held_out = None
+        assert isinstance(split, MappedSplit)
+        pctr = _pctr(found, split, options, ranks)
     if options.validation_share:
-        assert isinstance(splits["train"], MappedSplit)
-        held_out = hold_out(splits["train"], share=options.validation_share, by=options.validation)
-    part = training_part(
-        splits["train"], options, within=None if held_out is None else held_out.kept, pctr=pctr
-    )
+        assert isinstance(split, MappedSplit)
+        held_out = hold_out(split, share=options.validation_share, by=options.validation)
+    within = None if held_out is None else held_out.kept
+    part = training_part(split, options, within=within, pctr=pctr)
     searched = None
     if found is not None and options.epochs == "auto":
         searched = ranks.from_first(found.read_passes)
     passes = choose_passes(
-        splits["train"],
+        split,
         options,
         ranks,
         num_rows=part.num_rows,
@@ -128,7 +127,7 @@ def _train(
         continues=continues or options.start_from is not None,
         found=None if searched is None else Passes(**searched),
     )
-    loop = build_loop(splits["train"], options, ranks, part=part, epochs=passes.epochs)
+    loop = build_loop(split, options, ranks, part=part, epochs=passes.epochs)
     averages = options.average_weights == "on" or (
         options.average_weights == "auto" and passes.search is not None
     )
@@ -142,8 +141,8 @@ def _train(
     def start() -> RunFolder:
         run = RunFolder.start(out, config, resume=options.resume, lock=lock)
         if pctr is not None and (found is None or not run.pctr.exists()):
-            assert isinstance(splits["train"], MappedSplit)
-            run.write_pctr(pctr[splits["train"].scalars[dataset.schema.tasks[0].label] == 1])
+            assert isinstance(split, MappedSplit)
+            run.write_pctr(pctr[split.scalars[dataset.schema.tasks[0].label] == 1])
         if passes.search is not None:
             run.write_json(PASSES, asdict(passes))
         return run
@@ -157,9 +156,9 @@ def _train(
     validate = None
     if held_out is not None:
         chooses = options.epochs == "auto"
-        assert isinstance(splits["train"], MappedSplit)
+        assert isinstance(split, MappedSplit)
         validate = Validate(
-            splits["train"],
+            split,
             held_out,
             patience=PATIENCE if chooses else None,
             shared_features=options.shared_features,
@@ -199,11 +198,9 @@ def _train(
         "train_seconds": loop.seconds,
         "peak_rss_bytes": _peak_memory(),
     }
-    scored = score_split(
-        loop.trainer.model, splits["test"], ranks, shared_features=options.shared_features
-    )
+    scored = score_split(loop.trainer.model, test, ranks, shared_features=options.shared_features)
     together: dict[str, Any] | None = None
-    if is_in_parts(splits["test"]):
+    if is_in_parts(test):
         assert scored is not None
         together = measure_in_parts(scored)
 
