@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.prepared_form import SplitName
 from esmm_torchrec.schema import CLICK, SAMPLE_ID, IdFeature
 
 USER = "101"
@@ -72,18 +73,26 @@ HEX_DIGITS[np.frombuffer(b"ABCDEF", np.uint8)] = np.arange(10, 16)
 class Layout:
     """The columns of one kind of raw file, and the fields of its feature lists."""
 
+    stem: str
+    """Of its name."""
     columns: Mapping[str, pa.DataType]
     features: tuple[IdFeature, ...]
     reason: str
     """Name of its bad rows in the report."""
 
+    def file(self, split: SplitName) -> str:
+        """Name of the file of a split."""
+        return f"{self.stem}_{split}.csv"
+
 
 COMMON = Layout(
+    stem="common_features",
     columns={INDEX: pa.binary(), FEATURE_NUM: pa.int32(), FEATURE_LIST: pa.binary()},
     features=tuple(feature for feature in FIELDS if feature.shared),
     reason="bad common rows",
 )
 SKELETON = Layout(
+    stem="sample_skeleton",
     columns={
         SAMPLE_ID: pa.int64(),
         CLICK: pa.int8(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from esmm_torchrec.data.prepared_form import SplitName
+from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, SKELETON
 from esmm_torchrec.data.sources.ali_ccp.lines import Block
 from esmm_torchrec.errors import DataError
 
@@ -98,19 +99,9 @@ class Archive:
         self._tar = self._gzip = None
 
 
-def skeleton_file(split: SplitName) -> str:
-    """Name of the file of a split's impressions."""
-    return f"sample_skeleton_{split}.csv"
-
-
-def common_file(split: SplitName) -> str:
-    """Name of the file of the features that a split's impressions share."""
-    return f"common_features_{split}.csv"
-
-
 def locate(raw: Path, split: SplitName) -> Folder | Archive:
     """The raw files of a split: the two csv files, else the archive."""
-    wanted = (common_file(split), skeleton_file(split))
+    wanted = (COMMON.file(split), SKELETON.file(split))
     found: dict[str, Path] = {}
     for name in wanted:
         for path in (raw / name, *sorted(raw.glob(f"*/{name}"))):

@@ -64,12 +64,6 @@ def array_of(table: pa.Table, name: str) -> Any:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def with_values(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
-    """Lists of the same lengths that hold `values`."""
-    offsets = lists.offsets.to_numpy()
-    return pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), values)
-
-
 def _parse(text: bytes, layout: Layout) -> pa.Table:
     """Columns of whole lines: labels and sample_id if there are any, the index as uint64, and
     each field's raw ids (int64, or a list of them) with its weights.

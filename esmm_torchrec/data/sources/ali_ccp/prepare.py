@@ -10,33 +10,29 @@ rows; nothing grows with impressions.
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import itertools
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from esmm_torchrec.choices import checks_choices
-from esmm_torchrec.data.counting import SharedRowUse
+from esmm_torchrec.data.in_order import in_order
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns, shared_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.ali_ccp.common_rows import CommonRows
 from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, INDEX, SKELETON, USER, Layout
 from esmm_torchrec.data.sources.ali_ccp.files import (
     Archive,
     Folder,
     RawFile,
-    common_file,
     locate,
     read_blocks,
-    skeleton_file,
 )
 from esmm_torchrec.data.sources.ali_ccp.lines import (
     BadRow,
@@ -44,12 +40,12 @@ from esmm_torchrec.data.sources.ali_ccp.lines import (
     ParsedLines,
     array_of,
     parse_block,
-    with_values,
 )
-from esmm_torchrec.data.sources.ali_ccp.shared_rows import CommonRows
 from esmm_torchrec.data.sources.ali_ccp.truth import Truth
+from esmm_torchrec.data.sources.ali_ccp.waiting_rows import FEATURES, WaitingRows, encoded
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
-from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
+from esmm_torchrec.data.split_writer import RowKind
+from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
@@ -60,7 +56,6 @@ from esmm_torchrec.schema import (
     SHARED_ROW,
     TRUE_CTR,
     TRUE_CVR,
-    IdFeature,
 )
 
 UnclickedPurchases = Literal["drop", "keep", "error"]
@@ -69,75 +64,31 @@ UNCLICKED_CONVERSIONS = "conversions without a click"
 """What such rows are called among the dropped ones."""
 
 BLOCK_BYTES = 16 << 20
-_MAX_WORKERS = 8
-
-T = TypeVar("T")
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Block], T], blocks: Iterator[Block], ahead: int
-) -> Iterator[tuple[Block, T]]:
-    """Results of `work` in the order of the blocks, at most `ahead` of them in memory."""
-    waiting: deque[tuple[Block, Future[T]]] = deque()
-    try:
-        for block in blocks:
-            waiting.append((block, pool.submit(work, block)))
-            if len(waiting) > ahead:
-                done, result = waiting.popleft()
-                yield done, result.result()
-        while waiting:
-            done, result = waiting.popleft()
-            yield done, result.result()
-    finally:
-        for _, result in waiting:
-            result.cancel()
-
-
-def _narrowed(table: pa.Table, features: Sequence[IdFeature]) -> pa.Table:
-    """Ids as uint32 if they fit: half the scratch space."""
-    for feature in features:
-        column = array_of(table, feature.name)
-        ids = column.flatten() if feature.multi_valued else column
-        highest = pc.call_function("max", [ids]).as_py()
-        if highest is not None and highest >= 2**32:
-            continue
-        ids = ids.cast(pa.uint32())
-        if feature.multi_valued:
-            ids = with_values(column, ids)
-        table = table.set_column(table.column_names.index(feature.name), feature.name, ids)
-    return table
-
-
-def _encoded(
-    table: pa.Table, features: Sequence[IdFeature], vocabularies: Mapping[str, Vocabulary]
-) -> pa.Table:
-    """The table with rows of the embedding tables in place of raw ids."""
-    for feature in features:
-        column = array_of(table, feature.name)
-        vocabulary = vocabularies[feature.table]
-        if feature.multi_valued:
-            column = with_values(column, pa.array(vocabulary.encode(column.flatten())))
-        else:
-            mask = column.is_null().to_numpy(False) if column.null_count else None
-            column = pa.array(vocabulary.encode(column), mask=mask)
-        table = table.set_column(table.column_names.index(feature.name), feature.name, column)
-    return table
-
-
-def _read_scratch(path: Path) -> pa.Table:
-    with pa.OSFile(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-@dataclass(frozen=True)
-class _Impressions:
-    """A block of a skeleton, joined."""
+class _Common(NamedTuple):
+    """Common rows of a block that can be used."""
 
     table: pa.Table
+    """As it is stored."""
+    keys: pa.Table
+    """Index and user."""
+    lines: np.ndarray
+    """int64, of each row."""
     bad: list[BadRow]
-    unclicked_conversions: int
-    first_unclicked_conversion: int
-    """Its line; 0 if there is none."""
+
+
+class _Impressions(NamedTuple):
+    """Impressions of a block that can be used, joined to their common rows."""
+
+    table: pa.Table
+    """As it is stored, apart from true probabilities."""
+    unclicked: np.ndarray
+    """int64, the lines of purchases without a click."""
+    bad: list[BadRow]
+
+
+B = TypeVar("B", _Common, _Impressions)
 
 
 @dataclass
@@ -145,57 +96,72 @@ class _Preparation:
     """State of one run; `prepare_ali_ccp` says what it does."""
 
     writer: PreparedWriter
-    pool: ThreadPoolExecutor
-    workers: int
     unclicked_purchases: UnclickedPurchases
     bad_rows: BadRows
     block_bytes: int
     min_count: int
     truth: Path | None
     progress: bool
-    counters: dict[str, IdCounter] = field(
-        default_factory=lambda: {feature.table: IdCounter("integer") for feature in FIELDS}
-    )
     vocabularies: dict[str, Vocabulary] = field(default_factory=dict)
-    shared_row_use: SharedRowUse = field(default_factory=SharedRowUse)
-    """By training impressions."""
-    scratch_files: dict[str, list[Path]] = field(
-        default_factory=lambda: {"impressions": [], "shared": []}
-    )
 
     def run(self, sources: Mapping[SplitName, Folder | Archive]) -> dict[SplitName, int]:
         """Reads both splits; gives the purchases without a click of each."""
-        counts: dict[SplitName, int] = {}
-        for split in SPLITS:
-            common = self._read_common(sources[split], split)
-            counts[split] = self._read_skeleton(sources[split], split, common)
-            sources[split].close()
-            if split == "train":
-                self._count_shared_ids()
-                for table, counter in self.counters.items():
-                    self.vocabularies[table] = counter.vocabulary(self.min_count)
-                    self.writer.write_vocabulary(table, self.vocabularies[table])
-                self.counters = {}
-                self._encode_training_split()
-        return counts
+        waiting = WaitingRows(self.writer.scratch)
+        train = self._read_split(sources["train"], "train", waiting.add)
+        self.vocabularies = waiting.vocabularies(self.min_count)
+        for table, vocabulary in self.vocabularies.items():
+            self.writer.write_vocabulary(table, vocabulary)
+        total = waiting.num_rows
+        with progress_bar("encode train", total, "rows", disable=not self.progress) as bar:
+            for kind in FEATURES:
+                for table in in_order(partial(self._encoded, kind), waiting.take(kind)):
+                    self._write("train", kind, table)
+                    bar.update(len(table))
+        test = self._read_split(sources["test"], "test", partial(self._write, "test"))
+        return {"train": train, "test": test}
 
-    def _finished(self, table: pa.Table, features: Sequence[IdFeature]) -> pa.Table:
-        """What a worker does last: encode if the vocabularies are known."""
-        if self.vocabularies:
-            return _encoded(table, features, self.vocabularies)
-        return _narrowed(table, features)
+    def _encoded(self, kind: RowKind, table: pa.Table) -> pa.Table:
+        """The table as it is stored, once the vocabularies are known."""
+        return encoded(table, FEATURES[kind], self.vocabularies) if self.vocabularies else table
 
-    def _each_block(
-        self, source: Folder | Archive, name: str, work: Callable[[Block], T]
-    ) -> Generator[tuple[RawFile, T], None, None]:
+    def _write(self, split: SplitName, kind: RowKind, table: pa.Table) -> None:
+        if kind == "shared":
+            names = shared_columns(self.writer.schema).names
+            self.writer.write_shared(split, table.select(names))
+        else:
+            names = impression_columns(self.writer.schema, self.writer.columns).names
+            self.writer.write_impressions(split, table.select(names))
+
+    def _read_split(
+        self,
+        source: Folder | Archive,
+        split: SplitName,
+        store: Callable[[RowKind, pa.Table], None],
+    ) -> int:
+        """Gives the rows of a split to `store`; how many purchases have no click."""
+        with contextlib.closing(source):
+            common = self._read_common(source, split, store)
+            return self._read_skeleton(source, split, store, common)
+
+    def _read(
+        self, source: Folder | Archive, split: SplitName, layout: Layout, work: Callable[[Block], B]
+    ) -> Generator[tuple[RawFile, B], None, None]:
+        """Each block of a file; its bad rows are noted."""
+        name = layout.file(split)
         with (
             source.open(name) as file,
             progress_bar(name, file.size, "B", disable=not self.progress) as bar,
+            contextlib.closing(
+                in_order(
+                    lambda block: (work(block), len(block.text)),
+                    read_blocks(file, self.block_bytes),
+                )
+            ) as blocks,
         ):
-            blocks = read_blocks(file, self.block_bytes)
-            for block, result in _in_order(self.pool, work, blocks, self.workers):
-                yield file, result
-                bar.update(len(block.text))
+            for rows, size in blocks:
+                self._note_bad(split, layout, file, rows.bad)
+                yield file, rows
+                bar.update(size)
 
     def _note_bad(self, split: SplitName, layout: Layout, file: RawFile, bad: list[BadRow]) -> None:
         if not bad:
@@ -210,165 +176,88 @@ class _Preparation:
             self.bad_rows.note(sentence)
         self.writer.record_dropped(split, layout.reason, len(bad), examples)
 
-    def _count(self, table: pa.Table) -> None:
-        """Counts the ids of training impressions, and how many of these use each shared row."""
-        for feature in SKELETON.features:
-            column = array_of(table, feature.name)
-            self.counters[feature.table].add(column.flatten() if feature.multi_valued else column)
-        self.shared_row_use.add(array_of(table, SHARED_ROW).to_numpy())
+    def _read_common(
+        self,
+        source: Folder | Archive,
+        split: SplitName,
+        store: Callable[[RowKind, pa.Table], None],
+    ) -> CommonRows:
+        def work(block: Block) -> _Common:
+            table, lines, bad = parse_block(block, COMMON, self.bad_rows.limit)
+            features = self._encoded("shared", table.drop_columns([INDEX]))
+            return _Common(features, table.select([INDEX, USER]), lines, bad)
 
-    def _count_shared_ids(self) -> None:
-        """Counts the ids of shared rows once for each training impression that uses the row."""
-        first = 0
-        for path in self.scratch_files["shared"]:
-            table = _read_scratch(path)
-            impressions = self.shared_row_use.impressions(first + len(table))[first:]
-            first += len(table)
-            for feature in COMMON.features:
-                column, times = array_of(table, feature.name), impressions
-                if feature.multi_valued:
-                    times = np.repeat(times, column.value_lengths().to_numpy())
-                    column = column.flatten()
-                self.counters[feature.table].add(column, times)
+        path, keys, lines = "", [], []
+        with contextlib.closing(self._read(source, split, COMMON, work)) as blocks:
+            for file, rows in blocks:
+                path = file.path
+                keys.append(rows.keys)
+                lines.append(rows.lines)
+                store("shared", rows.table)
+        return CommonRows(path, pa.concat_tables(keys), np.concatenate(lines))
 
-    def _store(
-        self, split: SplitName, kind: Literal["impressions", "shared"], table: pa.Table
-    ) -> None:
-        if split == "train":
-            if kind == "impressions":
-                self._count(table)
-            files = self.scratch_files[kind]
-            files.append(self.writer.scratch / f"{kind}-{len(files)}.arrow")
-            with pa.OSFile(str(files[-1]), "wb") as file, pa.ipc.new_file(file, table.schema) as to:
-                to.write_table(table)
-        else:
-            self._write(split, kind, table)
-
-    def _write(
-        self, split: SplitName, kind: Literal["impressions", "shared"], table: pa.Table
-    ) -> None:
-        if kind == "shared":
-            names = shared_columns(self.writer.schema).names
-            self.writer.write_shared(split, table.select(names))
-        else:
-            names = impression_columns(self.writer.schema, self.writer.columns).names
-            self.writer.write_impressions(split, table.select(names))
-
-    def _read_common(self, source: Folder | Archive, split: SplitName) -> CommonRows:
-        most_bad = self.bad_rows.limit
-
-        def work(block: Block) -> tuple[pa.Table, ParsedLines]:
-            parsed = parse_block(block, COMMON, most_bad)
-            kept = parsed._replace(table=parsed.table.select([INDEX, USER]))
-            features = parsed.table.drop_columns([INDEX])
-            return self._finished(features, COMMON.features), kept
-
-        common = CommonRows(common_file(split))
-        with contextlib.closing(self._each_block(source, common_file(split), work)) as blocks:
-            for file, (table, parsed) in blocks:
-                common.path = file.path
-                self._note_bad(split, COMMON, file, parsed.bad)
-                common.add(parsed.table, parsed.lines)
-                self._store(split, "shared", table)
-        common.close()
-        return common
-
-    def _read_skeleton(self, source: Folder | Archive, split: SplitName, common: CommonRows) -> int:
+    def _read_skeleton(
+        self,
+        source: Folder | Archive,
+        split: SplitName,
+        store: Callable[[RowKind, pa.Table], None],
+        common: CommonRows,
+    ) -> int:
         def work(block: Block) -> _Impressions:
-            return self._join(parse_block(block, SKELETON, self.bad_rows.limit), common)
+            parsed = parse_block(block, SKELETON, self.bad_rows.limit)
+            return self._join(parsed, common, COMMON.file(split))
 
         unclicked = 0
         with contextlib.ExitStack() as stack:
             truth = None
             if self.truth is not None:
                 truth = stack.enter_context(contextlib.closing(Truth(self.truth, split)))
-            blocks = self._each_block(source, skeleton_file(split), work)
+            blocks = self._read(source, split, SKELETON, work)
             for file, impressions in stack.enter_context(contextlib.closing(blocks)):
-                self._note_bad(split, SKELETON, file, impressions.bad)
-                if impressions.unclicked_conversions:
-                    self._note_unclicked(split, file, impressions)
-                    unclicked += impressions.unclicked_conversions
+                if len(impressions.unclicked):
+                    self._note_unclicked(split, file, impressions.unclicked)
+                    unclicked += len(impressions.unclicked)
                 table = impressions.table
                 if truth is not None:
                     probabilities = truth.take(array_of(table, SAMPLE_ID).to_numpy())
                     for column, values in probabilities.items():
                         table = table.append_column(column, pa.array(values))
-                self._store(split, "impressions", table)
+                store("impressions", table)
         return unclicked
 
-    def _note_unclicked(self, split: SplitName, file: RawFile, impressions: _Impressions) -> None:
+    def _note_unclicked(self, split: SplitName, file: RawFile, lines: np.ndarray) -> None:
         if self.unclicked_purchases == "error":
-            line = impressions.first_unclicked_conversion
             raise DataError(
-                f"{file.path}, line {line}: a purchase without a click; "
+                f"{file.path}, line {lines[0]}: a purchase without a click; "
                 "drop such rows or keep them as unclicked with `unclicked_purchases` drop or keep"
             )
         if self.unclicked_purchases == "drop":
-            count = impressions.unclicked_conversions
-            self.writer.record_dropped(split, UNCLICKED_CONVERSIONS, count)
+            self.writer.record_dropped(split, UNCLICKED_CONVERSIONS, len(lines))
 
-    def _join(self, parsed: ParsedLines, common: CommonRows) -> _Impressions:
+    def _join(self, parsed: ParsedLines, common: CommonRows, common_file: str) -> _Impressions:
         table, lines, bad = parsed
-        shared_row = common.find(array_of(table, INDEX).to_numpy())
-        click = array_of(table, CLICK).to_numpy()
-        conversion = array_of(table, CONVERSION).to_numpy()
+        index = array_of(table, INDEX).to_numpy()
+        click, conversion = (array_of(table, name).to_numpy() for name in (CLICK, CONVERSION))
+        shared_row = common.find(index)
         lost = shared_row < 0
         if lost.any():
-            index = array_of(table, INDEX).to_numpy()
+            named = zip(lines[lost].tolist(), index[lost], strict=True)
             bad = bad + [
-                BadRow(int(line), f"{INDEX} {index_of:016x} is not in {common.name}")
-                for line, index_of in zip(
-                    lines[lost][: self.bad_rows.limit + 1],
-                    index[lost][: self.bad_rows.limit + 1],
-                    strict=True,
-                )
+                BadRow(line, f"{INDEX} {of_line:016x} is not in {common_file}")
+                for line, of_line in itertools.islice(named, self.bad_rows.limit + 1)
             ]
             bad.sort()
         unclicked = (conversion > click) & ~lost
-        keep = ~lost
-        if self.unclicked_purchases == "drop":
-            keep &= ~unclicked
-        table = table.set_column(
-            table.column_names.index(CONVERSION), CONVERSION, pa.array(conversion & click)
-        ).drop_columns([INDEX])
-        table = table.append_column(SHARED_ROW, pa.array(shared_row))
+        keep = ~(lost | unclicked) if self.unclicked_purchases == "drop" else ~lost
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        del columns[INDEX]
+        columns |= {CONVERSION: conversion & click, SHARED_ROW: shared_row}
+        table = pa.table(columns)
         if not keep.all():
             table = table.filter(pa.array(keep)).combine_chunks()
-            shared_row = shared_row[keep]
-        table = table.append_column(GROUP_ID, pa.array(common.group_of[shared_row]))
-        return _Impressions(
-            table=self._finished(table, SKELETON.features),
-            bad=bad,
-            unclicked_conversions=int(unclicked.sum()),
-            first_unclicked_conversion=int(lines[unclicked][0]) if unclicked.any() else 0,
-        )
-
-    def _encode_training_split(self) -> None:
-        """Scratch files → the training split. Impressions and shared rows are files of their own,
-        so a thread for each."""
-        stop = threading.Event()
-        lock = threading.Lock()
-        total = sum(path.stat().st_size for paths in self.scratch_files.values() for path in paths)
-
-        def encode(kind: Literal["impressions", "shared"]) -> None:
-            features = (COMMON if kind == "shared" else SKELETON).features
-            for path in self.scratch_files[kind]:
-                if stop.is_set():
-                    return
-                size = path.stat().st_size
-                table = _read_scratch(path)
-                self._write("train", kind, _encoded(table, features, self.vocabularies))
-                path.unlink()
-                with lock:
-                    bar.update(size)
-
-        with progress_bar("encode train", total, "B", disable=not self.progress) as bar:
-            running = [self.pool.submit(encode, "shared"), self.pool.submit(encode, "impressions")]
-            try:
-                for each in running:
-                    each.result()
-            finally:
-                stop.set()
+        group = common.group_of[shared_row[keep]]
+        table = table.append_column(GROUP_ID, pa.array(group))
+        return _Impressions(self._encoded("impressions", table), lines[unclicked], bad)
 
 
 @checks_choices
@@ -429,17 +318,11 @@ def prepare_ali_ccp(
         "max_bad_rows": max_bad_rows,
         "unclicked_purchases": unclicked_purchases,
     }
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-    with (
-        PreparedWriter(
-            out, id_features=FIELDS, columns=columns, source=source, min_count=min_count
-        ) as writer,
-        ThreadPoolExecutor(max(workers, 2)) as pool,
-    ):
+    with PreparedWriter(
+        out, id_features=FIELDS, columns=columns, source=source, min_count=min_count
+    ) as writer:
         preparation = _Preparation(
             writer=writer,
-            pool=pool,
-            workers=workers,
             unclicked_purchases=unclicked_purchases,
             bad_rows=BadRows(max_bad_rows),
             block_bytes=block_bytes,
@@ -447,9 +330,5 @@ def prepare_ali_ccp(
             truth=truth if truth.exists() else None,
             progress=progress,
         )
-        try:
-            writer.source["unclicked_conversion_rows"] = preparation.run(sources)
-        finally:
-            for each in sources.values():
-                each.close()
+        writer.source["unclicked_conversion_rows"] = preparation.run(sources)
     return PreparedDataSet.open(out)

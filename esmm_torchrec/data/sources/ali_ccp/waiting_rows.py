@@ -1,0 +1,105 @@
+"""Rows with raw ids that wait in scratch files until the ids of a split are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from esmm_torchrec.data.counting import SharedRowUse
+from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, SKELETON
+from esmm_torchrec.data.sources.ali_ccp.lines import array_of
+from esmm_torchrec.data.split_writer import RowKind
+from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
+from esmm_torchrec.schema import SHARED_ROW, IdFeature
+
+FEATURES: Mapping[RowKind, tuple[IdFeature, ...]] = {
+    "impressions": SKELETON.features,
+    "shared": COMMON.features,
+}
+
+
+class WaitingRows:
+    """The rows of a split and the counts of their ids, by impression.
+
+    Args:
+        folder: of the scratch files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[RowKind, list[Path]] = {kind: [] for kind in FEATURES}
+        self._counters = {feature.table: IdCounter("integer") for feature in FIELDS}
+        self._use = SharedRowUse()
+        self.num_rows = 0
+        """Of both kinds."""
+
+    def add(self, kind: RowKind, table: pa.Table) -> None:
+        """Appends rows: raw ids and weights in columns called as the fields, and whatever else
+        comes with them."""
+        if kind == "impressions":
+            self._count(FEATURES[kind], table, None)
+            self._use.add(array_of(table, SHARED_ROW).to_numpy())
+        files = self._files[kind]
+        files.append(self._folder / f"{kind}-{len(files)}.arrow")
+        # The high bytes of ids are zeros.
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with (
+            pa.OSFile(str(files[-1]), "wb") as file,
+            pa.ipc.new_file(file, table.schema, options=options) as writer,
+        ):
+            writer.write_table(table)
+        self.num_rows += len(table)
+
+    def vocabularies(self, min_count: int) -> dict[str, Vocabulary]:
+        """By table: of the ids that occur in `min_count` impressions or more."""
+        first = 0
+        for path in self._files["shared"]:
+            table = _read(path)
+            # A shared row counts once for each impression that uses it.
+            impressions = self._use.impressions(first + len(table))[first:]
+            self._count(FEATURES["shared"], table, impressions)
+            first += len(table)
+        return {table: counter.vocabulary(min_count) for table, counter in self._counters.items()}
+
+    def _count(
+        self, features: Sequence[IdFeature], table: pa.Table, impressions: np.ndarray | None
+    ) -> None:
+        for feature in features:
+            column, times = array_of(table, feature.name), impressions
+            if feature.multi_valued:
+                if times is not None:
+                    times = np.repeat(times, column.value_lengths().to_numpy())
+                column = column.flatten()
+            self._counters[feature.table].add(column, times)
+
+    def take(self, kind: RowKind) -> Iterator[pa.Table]:
+        """What was added, piece by piece; its files are removed."""
+        for path in self._files[kind]:
+            yield _read(path)
+            path.unlink()
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def encoded(
+    table: pa.Table, features: Sequence[IdFeature], vocabularies: Mapping[str, Vocabulary]
+) -> pa.Table:
+    """The table with rows of the embedding tables in place of raw ids."""
+    for feature in features:
+        column = array_of(table, feature.name)
+        vocabulary = vocabularies[feature.table]
+        if feature.multi_valued:
+            offsets = column.offsets.to_numpy()
+            rows = pa.array(vocabulary.encode(column.flatten()))
+            column = pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), rows)
+        else:
+            mask = column.is_null().to_numpy(False) if column.null_count else None
+            column = pa.array(vocabulary.encode(column), mask=mask)
+        table = table.set_column(table.column_names.index(feature.name), feature.name, column)
+    return table
