@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -50,8 +49,7 @@ class PreparedWriter:
     disk it is written beside its final name and renamed. In a store, dataset.json is written last,
     and what was written before it is deleted if the block fails.
 
-    Vocabularies come first: what is written next is checked against them. Impressions and shared
-    rows may then be written by a thread each.
+    Vocabularies come first: what is written next is checked against them.
 
     Example::
 
@@ -112,7 +110,6 @@ class PreparedWriter:
         self._num_embeddings: dict[str, int] = {}
         self._schema: Schema | None = None
         self._splits: dict[SplitName, SplitWriter] = {}
-        self._lock = threading.Lock()
         self._dense: dict[str, DenseTransform] = {}
         self._tables: dict[str, TableStatistics] = {}
         self._dropped: dict[SplitName, dict[str, int]] = {name: {} for name in SPLITS}
@@ -241,10 +238,9 @@ class PreparedWriter:
     def split_writer(self, split: SplitName) -> SplitWriter:
         """What writes the files of a split, once every vocabulary is written and every dense column
         recorded."""
-        with self._lock:
-            if split not in self._splits:
-                self._splits[split] = SplitWriter(self.root, split, self.schema, self.columns)
-            return self._splits[split]
+        if split not in self._splits:
+            self._splits[split] = SplitWriter(self.root, split, self.schema, self.columns)
+        return self._splits[split]
 
     def record_dense(self, column: str, transform: DenseTransform) -> None:
         """Notes what the values of a dense column are encoded with, before any are written."""
