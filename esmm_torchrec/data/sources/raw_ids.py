@@ -21,7 +21,7 @@ from esmm_torchrec.data.hashing import text_hashes
 from esmm_torchrec.data.sources.raw_values import (
     MAX_INT64,
     Fault,
-    describe_row,
+    describe,
     float32,
     floats,
     integers_in,
@@ -89,30 +89,35 @@ def read_ids(
         DataError: a column is of a type that cannot hold ids, or weights, of this form.
     """
     raw = _form(column, name, multi_valued, list_separator)
-    if weights is None:
+    faults: list[Fault] = []
+    raw_weights = None
+    if weights is not None:
+        assert weights_name is not None
+        raw_weights = _form(weights, weights_name, multi_valued, list_separator)
         if multi_valued:
-            return _list_ids(raw, name, kind)
-        ids, failed = _ids(raw, name, kind)
-        return ids, None, [Fault(name, failed, lambda row: _describe_id(raw, row))]
-    assert weights_name is not None
-    raw_weights = _form(weights, weights_name, multi_valued, list_separator)
-    if multi_valued:
-        return _weighted_lists(raw, name, kind, raw_weights, weights_name)
-    ids, failed = _ids(raw, name, kind)
-    missing = is_null(ids)
-    values = float32(floats(raw_weights, weights_name))
-    return (
-        ids,
-        pa.array(values, mask=missing),
-        [
-            Fault(name, failed, lambda row: _describe_id(raw, row)),
-            Fault(
-                weights_name,
-                ~np.isfinite(values) & ~missing,
-                lambda row: describe_row(raw_weights, row, "a finite weight"),
-            ),
-        ],
-    )
+            raw, raw_weights, unequal = _side_by_side(raw, name, raw_weights, weights_name)
+            faults.append(unequal)
+    flat = one_array(raw.flatten()) if multi_valued else raw
+    ids, failed = _ids(flat, name, kind)
+    offsets = _offsets(raw) if multi_valued else None
+    faults.append(Fault(name, _rows_with(failed, offsets), lambda row: _describe_id(raw, row)))
+    there = ~is_null(ids)
+    values = None
+    if raw_weights is not None:
+        flat_weights = raw_weights.flatten() if multi_valued else raw_weights
+        values = float32(floats(flat_weights, weights_name))
+        infinite = _rows_with(~np.isfinite(values) & there, offsets)
+        if multi_valued:
+            sentence = "the list holds a weight that is missing or not finite"
+            faults.append(Fault(weights_name, infinite, lambda _: sentence))
+        else:
+            faults.append(Fault.of(weights_name, infinite, raw_weights, "a finite weight"))
+    if offsets is None:
+        return ids, None if values is None else pa.array(values, mask=~there), faults
+    if not there.all():
+        offsets, ids = _before(there, offsets), ids.drop_null()
+        values = None if values is None else values[there]
+    return _bags(offsets, ids), None if values is None else _bags(offsets, values), faults
 
 
 def read_groups(
@@ -122,7 +127,7 @@ def read_groups(
     under a fixed key: the same on every machine and in every run), read as int64. Also the rows
     that cannot be used, and those without a group, bool (n,)."""
     ids, failed = _ids(one_array(column), name, kind)
-    fault = Fault(name, failed, lambda row: describe_row(column, row, "a group id"))
+    fault = Fault.of(name, failed, column, "a group id")
     if kind == "integer":
         return ids.fill_null(0).to_numpy(), fault, is_null(ids)
     return text_hashes(ids.fill_null("")).view(np.int64), fault, is_null(ids)
@@ -145,12 +150,10 @@ def read_tokens(column: pa.Array | pa.ChunkedArray, name: str) -> pa.ListArray:
     if not is_text(array.type):
         raise DataError(f"column {name!r} holds {array.type} instead of text; convert it")
     words = pc.split_pattern_regex(pc.utf8_lower(array), r"[^\p{L}\p{M}\p{N}]+")
-    lengths = _lengths(words)
-    parents = np.repeat(np.arange(len(words)), lengths)
     values = words.flatten()
-    is_word = pc.not_equal(values, "").to_numpy(zero_copy_only=False)
-    lengths = np.bincount(parents[is_word], minlength=len(words))
-    return pa.ListArray.from_arrays(_offsets(lengths), values.filter(pa.array(is_word)))
+    is_word = pc.not_equal(values, "")
+    offsets = _before(is_word.to_numpy(zero_copy_only=False), _offsets(words))
+    return _bags(offsets, values.filter(is_word))
 
 
 def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray]:
@@ -184,13 +187,13 @@ def _describe_id(array: pa.Array, row: int) -> str:
     with contextlib.suppress(ValueError, OverflowError):
         if abs(int(value)) > MAX_INT64:
             return f"the id {value} is over {MAX_INT64}; store such ids as text"
-    return describe_row(array, row, "an integer, as the ids of this column are")
+    return describe(value, "an integer, as the ids of this column are")
 
 
 def _form(
     column: pa.Array | pa.ChunkedArray, name: str, multi_valued: bool, list_separator: str | None
 ) -> pa.Array:
-    """Single values, or lists of them."""
+    """Single values, or lists of them as `pa.list_`."""
     array = one_array(column)
     if multi_valued and is_text(array.type) and list_separator is not None:
         array = split_lists(array, list_separator)
@@ -200,86 +203,50 @@ def _form(
             f"column {name!r} holds {array.type} instead of {form}; give it the form it had "
             "when the data was prepared"
         )
-    return array
-
-
-def _lists(array: pa.Array) -> pa.ListArray:
+    if not multi_valued:
+        return array
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), pa.list_(pa.string()))
     if pa.types.is_null(array.type.value_type):
         # pyarrow 26 loses values when it casts such lists.
-        values = pa.nulls(int(_lengths(array).sum()), pa.string())
-        return pa.ListArray.from_arrays(_offsets(_lengths(array)), values)
+        offsets = _offsets(array)
+        return _bags(offsets, pa.nulls(offsets[-1], pa.string()))
     return array.cast(pa.list_(array.type.value_type))
 
 
-def _lengths(lists: pa.Array) -> np.ndarray:
-    return pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
-
-
-def _offsets(lengths: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-
-
-def _list_ids(raw: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, None, list[Fault]]:
-    lists = _lists(raw)
-    lengths = _lengths(lists)
-    parents = np.repeat(np.arange(len(lists)), lengths)
-    ids, failed = _ids(one_array(lists.flatten()), name, kind)
-    bad = _any_of_rows(failed, parents, len(lists))
-    if ids.null_count:
-        lengths = np.bincount(parents[~is_null(ids)], minlength=len(lists))
-        ids = ids.drop_null()
-    faults = [Fault(name, bad, lambda row: _describe_id(lists, row))]
-    return pa.ListArray.from_arrays(_offsets(lengths), ids), None, faults
-
-
-def _weighted_lists(
-    raw: pa.Array, name: str, kind: IdKind, raw_weights: pa.Array, weights_name: str
-) -> tuple[pa.Array, pa.Array, list[Fault]]:
-    lists, weight_lists = _lists(raw), _lists(raw_weights)
-    lengths, weight_lengths = _lengths(lists), _lengths(weight_lists)
-    unequal = lengths != weight_lengths
-    faults = [
-        Fault(
-            weights_name,
-            unequal,
-            lambda row: f"{weight_lengths[row]} weights beside {lengths[row]} ids in {name!r}",
-        )
-    ]
-    if unequal.any():  # Without those rows, so that the rest lies side by side.
-        equal = pa.array(np.arange(len(lists)), mask=unequal)
-        lists, weight_lists = lists.take(equal), weight_lists.take(equal)
-    kept_lengths = _lengths(lists)
-    parents = np.repeat(np.arange(len(lists)), kept_lengths)
-    ids, failed = _ids(one_array(lists.flatten()), name, kind)
-    values = float32(floats(weight_lists.flatten(), weights_name))
-    there = ~is_null(ids)
-    infinite = ~np.isfinite(values) & there
-    faults += [
-        Fault(
-            name,
-            _any_of_rows(failed, parents, len(lists)),
-            lambda row: _describe_id(lists, row),
-        ),
-        Fault(
-            weights_name,
-            _any_of_rows(infinite, parents, len(lists)),
-            lambda _: "the list holds a weight that is missing or not finite",
-        ),
-    ]
-    if not there.all():
-        ids, values = ids.drop_null(), values[there]
-        kept_lengths = np.bincount(parents[there], minlength=len(lists))
-    offsets = _offsets(kept_lengths)
-    return (
-        pa.ListArray.from_arrays(offsets, ids),
-        pa.ListArray.from_arrays(offsets, pa.array(values)),
-        faults,
+def _side_by_side(
+    lists: pa.ListArray, name: str, weights: pa.ListArray, weights_name: str
+) -> tuple[pa.ListArray, pa.ListArray, Fault]:
+    """The lists and their weights, null in the rows where they are not equally long; these rows."""
+    of_ids, of_weights = np.diff(_offsets(lists)), np.diff(_offsets(weights))
+    unequal = of_ids != of_weights
+    fault = Fault(
+        weights_name,
+        unequal,
+        lambda row: f"{of_weights[row]} weights beside {of_ids[row]} ids in {name!r}",
     )
+    if unequal.any():
+        equal = pa.array(np.arange(len(lists)), mask=unequal)
+        lists, weights = lists.take(equal), weights.take(equal)
+    return lists, weights, fault
 
 
-def _any_of_rows(bad: np.ndarray, parents: np.ndarray, rows: int) -> np.ndarray:
-    of_rows = np.zeros(rows, np.bool_)
-    of_rows[parents[bad]] = True
-    return of_rows
+def _bags(offsets: np.ndarray, values: pa.Array | np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
+
+def _offsets(lists: pa.Array) -> np.ndarray:
+    """int64 (n + 1,), where the values of each of n lists begin among those of all; a null has
+    none."""
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _before(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 (n + 1,), how many of the flags of all lists are set before each offset."""
+    return np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])[offsets]
+
+
+def _rows_with(flags: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
+    """bool (n,), the lists in which a flag is set; without offsets, each flag is one of a row."""
+    return flags if offsets is None else np.diff(_before(flags, offsets)) > 0

@@ -5,22 +5,19 @@ In this file: n rows of a block.
 
 from __future__ import annotations
 
-import sys
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from esmm_torchrec.data.sources.raw_tables import BadRows, RawTable
 from esmm_torchrec.data.sources.raw_values import (
     Fault,
     cast_what_can_be,
-    describe,
-    is_number,
+    integers_in,
+    is_null,
     is_text,
     one_array,
-    read_integers,
 )
 from esmm_torchrec.errors import DataError
 
@@ -29,28 +26,20 @@ pc: Any = pyarrow.compute
 TimePart = Literal["hour", "weekday"]
 TIME_PARTS: tuple[TimePart, ...] = ("hour", "weekday")
 
-_ZONE = r"[0-9](Z|[+-][0-9]{2}:?[0-9]{2})$"
+_ZONE = r":[0-9.]*(Z|[+-][0-9]{2}:?[0-9]{2})$"
 _INTEGER = r"^\s*-?[0-9]+(\.0*)?\s*$"
 
 _UNITS = ((1, 1e8, 7.26e9), (1_000, 1e11, 7.26e12), (10**6, 1e14, 7.26e15), (10**9, 1e17, 7.26e18))
 """(per second, lowest, highest) of integers that are times between 1973 and 2200."""
 
 
-def time_form(table: RawTable, column: str) -> Literal["times", "integers"] | None:
-    """What the times of a raw table are, by the type of the column or by its first value; None if
-    that says nothing."""
-    kind = table.types([column])[column]
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return "times"
-    if not is_text(kind):
-        return "integers" if is_number(kind) else None
-    for rows in table.blocks([column], BadRows(sys.maxsize)):
-        values = one_array(rows.table.column(column)).drop_null()
-        if len(values):
-            is_integer = pc.match_substring_regex(values[:1], _INTEGER)[0].as_py()
-            return "integers" if is_integer else "times"
-    return None
+class _Times(NamedTuple):
+    values: pa.Array
+    """int64 (n,), null without a time."""
+    are_integers: np.ndarray
+    """bool (n,), times that stay as they are; the others are seconds."""
+    failed: np.ndarray
+    """bool (n,), values that are there and not times."""
 
 
 def read_times(
@@ -68,66 +57,10 @@ def read_times(
         DataError: the column is of a type that cannot hold times.
     """
     array = one_array(column)
-    kind = array.type
-    if pa.types.is_null(kind):
-        return _result(pa.nulls(len(array), pa.int64()), np.zeros(len(array), np.bool_), name)
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        if pa.types.is_date(kind):
-            array = array.cast(pa.timestamp("ms"))
-        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[array.type.unit]
-        ticks = array.view(pa.int64())
-        seconds = np.floor_divide(ticks.fill_null(0).to_numpy(), per_second)
-        return _result(
-            pa.array(seconds, mask=ticks.is_null().to_numpy(zero_copy_only=False)),
-            np.zeros(len(array), np.bool_),
-            name,
-        )
-    if not is_text(kind):
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            raise DataError(f"column {name!r} holds {kind} instead of times; convert it")
-        values, fault = read_integers(array, name)
-        missing = array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
-        return _result(
-            pa.array(values, mask=fault.rows), fault.rows & ~missing, name, lambda row: array[row]
-        )
-    is_integer = pc.match_substring_regex(array, _INTEGER).fill_null(False)
-    integers, fault = read_integers(pc.if_else(is_integer, array, None), name)
-    seconds, failed = _seconds_in(pc.if_else(is_integer, None, array))
-    there = is_integer.to_numpy(zero_copy_only=False)
-    merged = pc.coalesce(pa.array(integers, mask=fault.rows), seconds)
-    return _result(merged, failed | (there & fault.rows), name, lambda row: array[row])
-
-
-def _result(
-    times: pa.Array, failed: np.ndarray, name: str, value: Any = None
-) -> tuple[np.ndarray, np.ndarray, Fault]:
-    there = times.is_valid().to_numpy(zero_copy_only=False)
-    fault = Fault(
-        name,
-        failed,
-        lambda row: describe(
-            value(row).as_py(), "a time in ISO 8601 (2026-01-31 09:30) or an integer"
-        ),
-    )
-    return times.fill_null(0).to_numpy(), there, fault
-
-
-def _seconds_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Seconds in ISO 8601 texts, and a mask of the others."""
-    plain = pc.utf8_trim_whitespace(texts)
-    plain = pc.replace_substring_regex(plain, r"(\.[0-9]{6})[0-9]+", r"\1")
-    has_zone = pc.match_substring_regex(plain, r":[0-9.]*" + _ZONE).fill_null(False)
-    seconds, failed = [], np.zeros(len(texts), np.bool_)
-    for zoned, kind in ((False, pa.timestamp("us")), (True, pa.timestamp("us", "UTC"))):
-        mine = has_zone if zoned else pc.invert(has_zone)
-        if not pc.any(mine).as_py():
-            continue
-        times, missed = cast_what_can_be(pc.if_else(mine, plain, None), kind)
-        ticks = times.view(pa.int64())
-        floor = np.floor_divide(ticks.fill_null(0).to_numpy(), 10**6)
-        seconds.append(pa.array(floor, mask=ticks.is_null().to_numpy(zero_copy_only=False)))
-        failed |= missed
-    return (pc.coalesce(*seconds) if seconds else pa.nulls(len(texts), pa.int64())), failed
+    times = _read(array, name)
+    must_be = "a time in ISO 8601 (2026-01-31 09:30) or an integer"
+    fault = Fault.of(name, times.failed, array, must_be)
+    return times.values.fill_null(0).to_numpy(), ~is_null(times.values), fault
 
 
 def read_time_part(
@@ -138,25 +71,56 @@ def read_time_part(
     Integers are seconds, milliseconds, microseconds or nanoseconds since 1970-01-01 UTC, whichever
     gives a time between 1973 and 2200.
     """
-    times, there, fault = read_times(column, name)
-    seconds, rows = times, fault.rows
-    kind = one_array(column).type
-    if not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
-        is_integer = there.copy()
-        if is_text(kind):
-            is_integer &= (
-                pc.match_substring_regex(one_array(column), _INTEGER)
-                .fill_null(False)
-                .to_numpy(zero_copy_only=False)
-            )
-        fits = [(times >= low) & (times < high) for _, low, high in _UNITS]
-        scaled = np.select(fits, [times // per_second for per_second, _, _ in _UNITS], 0)
-        seconds = np.where(is_integer, scaled, times)
-        rows = rows | (is_integer & ~np.any(fits, axis=0))
-    value = seconds // 3600 % 24 if part == "hour" else (seconds // 86400 + 3) % 7 + 1
     array = one_array(column)
-    return pa.array(value, mask=~there), Fault(
-        name,
-        rows,
-        lambda row: describe(array[row].as_py(), "a time in ISO 8601 or since 1970"),
-    )
+    times = _read(array, name)
+    values, missing = times.values.fill_null(0).to_numpy(), is_null(times.values)
+    fits = [(values >= low) & (values < high) for _, low, high in _UNITS]
+    scaled = np.select(fits, [values // per_second for per_second, _, _ in _UNITS], 0)
+    seconds = np.where(times.are_integers, scaled, values)
+    failed = times.failed | (times.are_integers & ~missing & ~np.any(fits, axis=0))
+    value = seconds // 3600 % 24 if part == "hour" else (seconds // 86400 + 3) % 7 + 1
+    fault = Fault.of(name, failed, array, "a time in ISO 8601 or since 1970")
+    return pa.array(value, mask=missing), fault
+
+
+def are_integers(texts: pa.Array) -> pa.Array:
+    """Whether texts are integers rather than times, bool (n,)."""
+    return pc.match_substring_regex(texts, _INTEGER)
+
+
+def _read(array: pa.Array, name: str) -> _Times:
+    kind, no_row = array.type, np.zeros(len(array), np.bool_)
+    if pa.types.is_date(kind):
+        array = array.cast(pa.timestamp("ms"))
+    if pa.types.is_timestamp(array.type):
+        return _Times(_seconds(array), no_row, no_row)
+    if is_text(kind):
+        integer = are_integers(array).fill_null(False)
+        integers, failed = integers_in(pc.if_else(integer, array, None), name)
+        seconds, not_times = _seconds_in(pc.if_else(integer, None, array))
+        is_integer = integer.to_numpy(zero_copy_only=False)
+        return _Times(pc.coalesce(integers, seconds), is_integer, failed | not_times)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise DataError(f"column {name!r} holds {kind} instead of times; convert it")
+    integers, failed = integers_in(array, name)
+    return _Times(integers, ~no_row, failed)
+
+
+def _seconds_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Seconds in ISO 8601 texts, int64, and a mask of the others."""
+    plain = pc.utf8_trim_whitespace(texts)
+    plain = pc.replace_substring_regex(plain, r"(\.[0-9]{6})[0-9]+", r"\1")
+    # Arrow takes zones from all texts or from none, and none after a date.
+    no_zone = pc.if_else(pc.equal(pc.binary_length(plain), 10), " 00:00Z", "Z")
+    suffix = pc.if_else(pc.match_substring_regex(plain, _ZONE), "", no_zone)
+    zoned = pc.binary_join_element_wise(plain, suffix, "")
+    times, failed = cast_what_can_be(zoned, pa.timestamp("us", "UTC"))
+    return _seconds(times), failed
+
+
+def _seconds(times: pa.Array) -> pa.Array:
+    """Whole seconds, int64 (n,), of typed times."""
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[times.type.unit]
+    ticks = times.view(pa.int64())
+    seconds = np.floor_divide(ticks.fill_null(0).to_numpy(), per_second)
+    return pa.array(seconds, mask=is_null(ticks))

@@ -47,6 +47,13 @@ class Fault:
     describe: Callable[[int], str]
     """What is wrong with the value in a row: the end of a sentence."""
 
+    @classmethod
+    def of(
+        cls, column: str, rows: np.ndarray, values: pa.Array | pa.ChunkedArray, must_be: str
+    ) -> Fault:
+        """That of `values` (n,) which are not what they must be."""
+        return cls(column, rows, lambda row: describe(values[row].as_py(), must_be))
+
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether an Arrow type is one of strings."""
@@ -76,6 +83,11 @@ def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 def is_null(array: pa.Array) -> np.ndarray:
     """Which values are null, bool (n,)."""
     return array.is_null().to_numpy(zero_copy_only=False)
+
+
+def is_missing(array: pa.Array) -> np.ndarray:
+    """Which values are null or NaN, bool (n,)."""
+    return array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
 def cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
@@ -152,8 +164,7 @@ def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
         integers, failed = cast_what_can_be(
             pc.if_else(is_integer, plain, pa.scalar(None, pa.string())), pa.int64()
         )
-        not_one = pc.invert(is_integer).fill_null(False).to_numpy(zero_copy_only=False)
-        return integers, failed | not_one
+        return integers, failed | ~is_integer.fill_null(True).to_numpy(zero_copy_only=False)
     if not (is_number(array.type) or pa.types.is_null(array.type)):
         raise DataError(f"column {name!r} holds {array.type} instead of integers; convert it")
     if not pa.types.is_floating(array.type):
@@ -164,11 +175,6 @@ def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
     failed = (np.abs(floats) > exact) | (floats != np.floor(floats)) & ~np.isnan(floats)
     usable = ~failed & ~np.isnan(floats)
     return pa.array(np.where(usable, floats, 0).astype(np.int64), mask=~usable), failed
-
-
-def describe_row(array: pa.Array | pa.ChunkedArray, row: int, must_be: str) -> str:
-    """The end of a sentence on the value of a row that cannot be used."""
-    return describe(array[row].as_py(), must_be)
 
 
 def describe(value: object, must_be: str) -> str:
@@ -210,11 +216,8 @@ class LabelReader:
                 "leave the other one empty or remove its rows"
             )
         bad = ~np.isin(values, (0, 1, -1))
-        fault = Fault(
-            self.name, bad, lambda row: describe_row(column, row, "a label, 0 or 1, no or yes")
-        )
-        missing = array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
-        return (values == 1).astype(np.int8), fault, missing
+        fault = Fault.of(self.name, bad, column, "a label, 0 or 1, no or yes")
+        return (values == 1).astype(np.int8), fault, is_missing(array)
 
 
 LABEL_WORDS = ("no", "yes", "false", "true", "n", "y", "f", "t")
@@ -228,35 +231,29 @@ def read_numbers(
     values = floats(column, name)
     bad = ~np.isfinite(values)
     if may_be_missing and bad.any():
-        array = one_array(column)
-        missing = is_null(array)
-        if pa.types.is_floating(array.type):
-            missing |= np.isnan(values)
-        bad &= ~missing
-    return values, Fault(name, bad, lambda row: describe_row(column, row, "a finite number"))
+        bad &= ~is_missing(one_array(column))
+    return values, Fault.of(name, bad, column, "a finite number")
 
 
 def read_weights(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
     """float32 (n,), weights of impressions; each must be finite and 0 or more."""
     values = float32(floats(column, name))
     bad = ~((values >= 0) & np.isfinite(values))
-    return values, Fault(name, bad, lambda row: describe_row(column, row, "a weight, 0 or more"))
+    return values, Fault.of(name, bad, column, "a weight, 0 or more")
 
 
 def read_probabilities(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
     """float64 (n,) as `read_numbers`; each must lie in [0, 1]."""
     values = floats(column, name)
     bad = ~((values >= 0) & (values <= 1))
-    return values, Fault(name, bad, lambda row: describe_row(column, row, "a probability, 0 to 1"))
+    return values, Fault.of(name, bad, column, "a probability, 0 to 1")
 
 
 def read_integers(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
     """int64 (n,) from integers, floats without a fraction, or text; each must be there."""
     integers, failed = integers_in(one_array(column), name)
-    bad = failed | is_null(integers)
-    return integers.fill_null(0).to_numpy(), Fault(
-        name, bad, lambda row: describe_row(column, row, "an integer of 64 bits")
-    )
+    fault = Fault.of(name, failed | is_null(integers), column, "an integer of 64 bits")
+    return integers.fill_null(0).to_numpy(), fault
 
 
 def row_hashes(numbers: np.ndarray) -> np.ndarray:
