@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,6 @@ from esmm_torchrec.data.prepared_form import (
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
 from esmm_torchrec.data.sources.raw_tables import (
-    MAX_EXAMPLES,
     BadRows,
     Frame,
     RawRows,
@@ -55,30 +54,8 @@ class RowsToEncode:
     """int64 (n,)."""
     bad: np.ndarray
     """bool (n,), rows that cannot be used; what `features` holds for them is arbitrary."""
-    faults: Sequence[Fault]
-    kept: pa.Table = field(default_factory=lambda: pa.table({}))
+    kept: pa.Table
     """Columns to keep."""
-
-    def sentence(self, row: int, place: str) -> str:
-        """What is wrong with a bad row."""
-        fault = next(fault for fault in self.faults if fault.rows[row])
-        return f"{place}, column {fault.column!r}: {fault.describe(row)}"
-
-
-def _skip(read: RowsToEncode, table: RawTable, block: RawRows, bad_rows: BadRows | None) -> None:
-    """Counts the bad rows of a block, or raises a DataError on the first that may not be there."""
-
-    def sentence(row: int) -> str:
-        return read.sentence(row, table.place(int(block.numbers[row])))
-
-    bad = np.flatnonzero(read.bad).tolist()
-    if bad_rows is None:
-        raise DataError(sentence(bad[0]))
-    allowed = bad_rows.skip(len(bad))
-    for row in bad[:allowed][:MAX_EXAMPLES]:
-        bad_rows.note(sentence(row))
-    if allowed < len(bad):
-        raise bad_rows.error(sentence(bad[allowed]))
 
 
 class RowEncoder:
@@ -226,17 +203,19 @@ class RowEncoder:
             if sample_id is not None:
                 columns[sample_id] = None
             for block in table.blocks(list(columns), bad_rows):
-                read = self._read_block(block, table, first_row, sample_id)
-                if read.bad.any():
-                    _skip(read, table, block, bad_rows)
-                yield replace(read, kept=block.table.select(list(keep)))
+                yield self._read_block(block, table, first_row, sample_id, keep, bad_rows)
                 first_row += len(block.table)
 
     def _read_block(
-        self, block: RawRows, table: RawTable, first_row: int, sample_id: str | None
+        self,
+        block: RawRows,
+        table: RawTable,
+        first_row: int,
+        sample_id: str | None,
+        keep: Sequence[str],
+        bad_rows: BadRows | None,
     ) -> RowsToEncode:
-        size = len(block.table)
-        sample_ids = np.arange(first_row, first_row + size)
+        sample_ids = np.arange(first_row, first_row + len(block.table))
         with table.named_in_errors():
             features, faults = self.features.read(block.table)
             if sample_id is not None:
@@ -249,10 +228,10 @@ class RowEncoder:
                 Fault(self.features.column_of(name), too_far, lambda _: f"the value is {TOO_FAR}")
             )
             features.dense[name] = np.where(np.isinf(values) | too_far, np.nan, values)
-        bad = np.zeros(size, np.bool_)
-        for fault in faults:
-            bad |= fault.rows
-        return RowsToEncode(features, sample_ids, bad, faults)
+        is_good = (bad_rows or BadRows(0, by_option=False)).leave_out(
+            faults, lambda row: table.place(int(block.numbers[row]))
+        )
+        return RowsToEncode(features, sample_ids, ~is_good, block.table.select(list(keep)))
 
     def encode_blocks(self, rows: Frame | Sequence[Frame]) -> Iterator[pa.Table]:
         """The impressions columns of the prepared form, block by block in bounded memory.

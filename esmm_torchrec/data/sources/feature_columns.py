@@ -112,7 +112,7 @@ class FeatureColumns:
                 kind=self.kinds[name],
                 multi_valued=feature.multi_valued,
                 weights=None if weights_name is None else block.column(weights_name),
-                weights_name=weights_name,
+                weights_name=weights_name or "",
                 list_separator=self.list_separator,
             )
             features.ids[name] = ids

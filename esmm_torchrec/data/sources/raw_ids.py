@@ -66,7 +66,7 @@ def read_ids(
     kind: IdKind,
     multi_valued: bool,
     weights: pa.Array | pa.ChunkedArray | None = None,
-    weights_name: str | None = None,
+    weights_name: str = "",
     list_separator: str | None = None,
 ) -> tuple[pa.Array, pa.Array | None, list[Fault]]:
     """Ids and their weights.
@@ -92,7 +92,6 @@ def read_ids(
     faults: list[Fault] = []
     raw_weights = None
     if weights is not None:
-        assert weights_name is not None
         raw_weights = _form(weights, weights_name, multi_valued, list_separator)
         if multi_valued:
             raw, raw_weights, unequal = _side_by_side(raw, name, raw_weights, weights_name)

@@ -14,7 +14,7 @@ import fnmatch
 import glob
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.sources.delimited_text import COMPRESSIONS, DelimitedText, TextFormat
+from esmm_torchrec.data.sources.raw_values import Fault
 from esmm_torchrec.data.storage import Location, is_uri
 from esmm_torchrec.errors import DataError, OptionError
 
@@ -47,10 +48,12 @@ class BadRows:
 
     Args:
         limit: how many may be skipped; 0 stops at the first.
+        by_option: whether `max_bad_rows` sets the limit, of which an error tells then.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, by_option: bool = True) -> None:
         self.limit = limit
+        self._by_option = by_option
         self.count = 0
         self.examples: list[str] = []
 
@@ -67,12 +70,38 @@ class BadRows:
 
     def error(self, sentence: str) -> DataError:
         """What to raise for a row that may not be skipped."""
+        if not self._by_option:
+            return DataError(sentence)
         if self.limit:
             return DataError(
                 f"there are more than {self.limit} bad rows (`max_bad_rows`), the first one too "
                 f"many: {sentence}"
             )
         return DataError(f"{sentence}; fix it, or skip up to N bad rows with `max_bad_rows` N")
+
+    def leave_out(self, faults: Sequence[Fault], place: Callable[[int], str]) -> np.ndarray:
+        """The rows without a fault, bool (n,); counts the others.
+
+        Args:
+            faults: of n rows, at least one.
+            place: how a person finds a row.
+
+        Raises:
+            DataError: there is one bad row too many.
+        """
+        bad = np.zeros_like(faults[0].rows)
+        for fault in faults:
+            bad |= fault.rows
+        rows = np.flatnonzero(bad).tolist()
+        allowed = self.skip(len(rows))
+        too_many = rows[allowed : allowed + 1]
+        for row in too_many or rows[: MAX_EXAMPLES - len(self.examples)]:
+            fault = next(fault for fault in faults if fault.rows[row])
+            sentence = f"{place(row)}, column {fault.column!r}: {fault.describe(row)}"
+            if too_many:
+                raise self.error(sentence)
+            self.note(sentence)
+        return ~bad
 
 
 class RawRows(NamedTuple):
@@ -100,8 +129,8 @@ class RawTable(ABC):
     """Of a text file, how it was read, for a person."""
 
     @abstractmethod
-    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        """Arrow types of some columns."""
+    def type_of(self, column: str) -> pa.DataType:
+        """The Arrow type of a column."""
 
     @abstractmethod
     def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[RawRows]:
@@ -188,10 +217,8 @@ def open_raw_tables(
         raise DataError(f"there is no {what} file; give at least one")
     tables: list[RawTable] = []
     for frame in frames:
-        if isinstance(frame, pd.DataFrame):
-            tables.append(_DataFrame(frame, f"the {what} DataFrame"))
-        elif isinstance(frame, pa.Table):
-            tables.append(_ArrowTable(frame, f"the {what} table"))
+        if isinstance(frame, (pd.DataFrame, pa.Table)):
+            tables.append(_InMemory(frame, what))
         elif isinstance(frame, str) and is_uri(frame):
             tables += [_ParquetFile(file) for file in _files_in_store(frame)]
         elif isinstance(frame, (Path, str)):
@@ -296,36 +323,24 @@ def _open_file(path: Path, text_format: TextFormat) -> RawTable:
     return _TextFile(path, text_format)
 
 
-class _ArrowTable(RawTable):
-    def __init__(self, table: pa.Table, name: str) -> None:
-        self._table = table
-        self.name, self.file_name = name, "Table"
-        self.column_names = table.column_names
+class _InMemory(RawTable):
+    """An Arrow table or a DataFrame."""
 
-    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        return {name: self._table.schema.field(name).type for name in columns}
-
-    def blocks(
-        self,
-        columns: Sequence[str],
-        bad_rows: BadRows | None = None,  # noqa: ARG002
-    ) -> Iterator[RawRows]:
-        table = self._table.select(list(columns))
-        for start in range(0, len(table), ROWS_PER_BLOCK):
-            yield _numbered(table.slice(start, ROWS_PER_BLOCK), start)
-
-
-class _DataFrame(RawTable):
-    def __init__(self, frame: pd.DataFrame, name: str) -> None:
-        self._frame = frame
-        self.name, self.file_name = name, "DataFrame"
-        self.column_names = [str(label) for label in frame.columns]
+    def __init__(self, rows: pa.Table | pd.DataFrame, what: str) -> None:
+        self._rows = rows
+        is_arrow = isinstance(rows, pa.Table)
+        self.name = f"the {what} {'table' if is_arrow else 'DataFrame'}"
+        self.file_name = "Table" if is_arrow else "DataFrame"
+        names = rows.column_names if is_arrow else rows.columns
+        self.column_names = [str(name) for name in names]
         self._arrow: dict[str, pa.Array | pa.ChunkedArray] = {}
 
     def _column(self, name: str) -> Any:
         # Converted once, and only what is used: another column may hold what Arrow has no type for.
+        if isinstance(self._rows, pa.Table):
+            return self._rows.column(name)
         if name not in self._arrow:
-            values = self._frame.iloc[:, list(self.column_names).index(name)]
+            values = self._rows.iloc[:, list(self.column_names).index(name)]
             try:
                 self._arrow[name] = pa.Array.from_pandas(values)
             except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -336,15 +351,15 @@ class _DataFrame(RawTable):
                 ) from None
         return self._arrow[name]
 
-    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        return {name: self._column(name).type for name in columns}
+    def type_of(self, column: str) -> pa.DataType:
+        return self._column(column).type
 
     def blocks(
         self,
         columns: Sequence[str],
         bad_rows: BadRows | None = None,  # noqa: ARG002
     ) -> Iterator[RawRows]:
-        for start in range(0, len(self._frame), ROWS_PER_BLOCK):
+        for start in range(0, len(self._rows), ROWS_PER_BLOCK):
             block = {name: self._column(name).slice(start, ROWS_PER_BLOCK) for name in columns}
             yield _numbered(pa.table(block), start)
 
@@ -381,8 +396,8 @@ class _TypedFile(RawTable):
                 f"{self.name} is not {self.kind} file, or is damaged or cut short ({reason})"
             ) from None
 
-    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        return {name: self._schema.field(name).type for name in columns}
+    def type_of(self, column: str) -> pa.DataType:
+        return self._schema.field(column).type
 
     def blocks(
         self,
@@ -469,18 +484,17 @@ class _TextFile(RawTable):
     def place(self, number: int) -> str:
         return f"{self.name}, line {number}"
 
-    def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        return {name: pa.string() for name in columns}
+    def type_of(self, column: str) -> pa.DataType:  # noqa: ARG002
+        return pa.string()
 
     def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[RawRows]:
+        bad_rows = bad_rows or BadRows(0, by_option=False)
         for fields, misfits in self._text.blocks(columns):
             for misfit in misfits:
                 sentence = (
                     f"{self.place(misfit.line)}: {misfit.fields} fields, but the header has "
                     f"{len(self.column_names)}"
                 )
-                if bad_rows is None:
-                    raise DataError(sentence)
                 if not bad_rows.skip(1):
                     raise bad_rows.error(sentence)
                 bad_rows.note(sentence)

@@ -43,7 +43,7 @@ class _Times(NamedTuple):
 
 
 def read_times(
-    column: pa.Array | pa.ChunkedArray, name: str
+    column: pa.Array | pa.ChunkedArray, name: str, *, may_be_missing: bool = True
 ) -> tuple[np.ndarray, np.ndarray, Fault]:
     """Times, int64 (n,).
 
@@ -51,16 +51,18 @@ def read_times(
     UTC. Integers stay as they are.
 
     Returns:
-        The times; which rows hold one, bool (n,); rows whose value is there and not a time.
+        The times; which rows hold one, bool (n,); rows that hold something else, or nothing
+        unless it `may_be_missing`.
 
     Raises:
         DataError: the column is of a type that cannot hold times.
     """
     array = one_array(column)
     times = _read(array, name)
-    must_be = "a time in ISO 8601 (2026-01-31 09:30) or an integer"
-    fault = Fault.of(name, times.failed, array, must_be)
-    return times.values.fill_null(0).to_numpy(), ~is_null(times.values), fault
+    missing = is_null(times.values)
+    failed = times.failed if may_be_missing else missing
+    fault = Fault.of(name, failed, array, "a time in ISO 8601 (2026-01-31 09:30) or an integer")
+    return times.values.fill_null(0).to_numpy(), ~missing, fault
 
 
 def read_time_part(

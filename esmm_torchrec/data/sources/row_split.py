@@ -5,21 +5,22 @@ The rule looks at each row alone, so both halves are read from the same files in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
-import pandas.util
 import pyarrow as pa
 import pyarrow.compute
 
 from esmm_torchrec.choices import check_choices
+from esmm_torchrec.data.hashing import text_hashes
+from esmm_torchrec.data.sources.raw_tables import RawRows, RawTable
 from esmm_torchrec.data.sources.raw_times import read_times
 from esmm_torchrec.data.sources.raw_values import (
     Fault,
     integers_in,
+    is_null,
     is_number,
     is_text,
     one_array,
@@ -29,12 +30,8 @@ from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.errors import DataError, OptionError
 
 pc: Any = pyarrow.compute
-_hash_array: Any = pandas.util.hash_array
 
 SplitKind = Literal["time", "share", "group"]
-
-RawBlockOfTimes = tuple[pa.Table, Callable[[int], str]]
-"""Rows that hold the column, and how a person finds each."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +76,7 @@ class RowSplit:
         if self.kind != "time":
             return None
         assert self.column is not None
-        column = block.column(self.column)
-        _, there, fault = read_times(column, self.column)
-        missing = ~there & ~fault.rows
-        return Fault(
-            self.column,
-            ~there,
-            lambda row: (
-                "the time is missing, which the split needs"
-                if missing[row]
-                else fault.describe(row)
-            ),
-        )
+        return read_times(block.column(self.column), self.column, may_be_missing=False)[2]
 
     def is_train(
         self, block: pa.Table, numbers: np.ndarray, last_train_time: int | None
@@ -110,19 +96,15 @@ class RowSplit:
         hashes = row_hashes(numbers)
         if self.kind == "group":
             assert self.column is not None
-            encoded = _values(block.column(self.column), self.column).dictionary_encode()
-            groups = _spelled_alike(encoded.dictionary)
-            # The last one is that of rows without a group.
-            distinct = np.asarray([*groups.to_pylist(), None], dtype=object)
-            numbered = encoded.indices.fill_null(len(groups)).to_numpy()
-            there = (~pd.isna(distinct))[numbered]
-            of_rows = _hash_array(distinct, categorize=False)[numbered]
-            # A row without a group is a group of its own.
-            hashes = np.where(there, of_rows, hashes)
+            groups = _groups(block.column(self.column), self.column)
+            hashes = np.where(is_null(groups), hashes, text_hashes(groups.fill_null("")))
         return hashes / 2.0**64 < self.share
 
-    def last_train_time(self, blocks: Iterable[RawBlockOfTimes]) -> int:
+    def last_train_time(self, blocks: Iterable[tuple[RawTable, RawRows]]) -> int:
         """The time up to which rows are training, for "time".
+
+        Args:
+            blocks: all rows, with the column.
 
         Raises:
             DataError: all rows have one time, or none has one.
@@ -130,16 +112,17 @@ class RowSplit:
         assert self.column is not None
         counter = IdCounter()
         first_fault = None
-        for block, place in blocks:
-            times, there, fault = read_times(block.column(self.column), self.column)
+        for table, rows in blocks:
+            times, there, fault = read_times(rows.table.column(self.column), self.column)
             counter.add(times[there])
             if first_fault is None and fault.rows.any():
                 row = int(fault.rows.argmax())
-                first_fault = f"{place(row)}, column {self.column!r}: {fault.describe(row)}"
-        counted = counter.vocabulary(1)
-        times = np.asarray(counted.raw_ids)
+                place = table.place(int(rows.numbers[row]))
+                first_fault = f"{place}, column {self.column!r}: {fault.describe(row)}"
+        distinct, counts = counter.counts()
+        times = distinct.to_numpy()
         order = np.argsort(times)
-        times, counts = times[order], counted.counts[order]
+        times, counts = times[order], counts[order]
         if not len(times) and first_fault is not None:
             raise DataError(f"{first_fault}; rewrite the times")
         if len(times) < 2:
@@ -152,27 +135,24 @@ class RowSplit:
         return int(times[min(int(reached.argmax()), len(times) - 2)])
 
 
-def _values(column: pa.ChunkedArray, name: str) -> pa.Array:
-    """The values that name groups.
+def _groups(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """Groups as text, null if there is none. An integer has one spelling, whatever kind of column
+    it comes from, so that the rows of a group stay together; see `raw_ids`.
 
     Raises:
-        DataError: the column is of a type that cannot.
+        DataError: the column is of a type that cannot name groups.
     """
     array = one_array(column)
-    if pa.types.is_null(array.type):
-        return array.cast(pa.string())
-    if not (is_text(array.type) or is_number(array.type)):
+    kind = array.type
+    if not (is_text(kind) or is_number(kind) or pa.types.is_null(kind)):
         raise DataError(
-            f"column {name!r} holds {array.type}, by which rows cannot be split; name a column of "
+            f"column {name!r} holds {kind}, by which rows cannot be split; name a column of "
             "integers or text"
         )
-    return array
-
-
-def _spelled_alike(groups: pa.Array) -> pa.Array:
-    """Groups as text, null if there is none. An integer has one spelling, whatever kind of column
-    it comes from, so that the rows of a group stay together; see `raw_ids`."""
-    integers, _ = integers_in(groups, "")
-    if pa.types.is_floating(groups.type):
-        groups = pc.if_else(pc.is_nan(groups), pa.scalar(None, groups.type), groups)
-    return pc.coalesce(integers.cast(pa.string()), groups.cast(pa.string()))
+    encoded = array.dictionary_encode()
+    distinct = encoded.dictionary
+    integers, _ = integers_in(distinct, name)
+    if pa.types.is_floating(kind):
+        distinct = pc.if_else(pc.is_nan(distinct), pa.scalar(None, kind), distinct)
+    spelled = pc.coalesce(integers.cast(pa.string()), distinct.cast(pa.string()))
+    return spelled.take(encoded.indices)

@@ -1,19 +1,13 @@
-"""Which column of a raw table is what, and what the types of its files say of the id columns."""
+"""Which column of a raw table is what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
-
-from esmm_torchrec.data.sources.raw_ids import IdKind, id_kind, is_list
-from esmm_torchrec.data.sources.raw_tables import RawTable
 from esmm_torchrec.data.sources.raw_times import TIME_PARTS, TimePart
-from esmm_torchrec.data.sources.raw_values import is_text
 from esmm_torchrec.data.vocabulary import MAX_IDS
-from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import (
     CONVERSION_TIME,
     GROUP_ID,
@@ -254,47 +248,3 @@ class TableColumns:
             *((f"`weights` of {name!r}", column) for name, column in self.weights.items()),
             *(("`dense`", name) for name in self.dense),
         ]
-
-
-class IdForm(NamedTuple):
-    """What the type of an id column in one file says; None if it does not say."""
-
-    multi_valued: bool | None
-    kind: IdKind | None
-    where: str
-
-    @classmethod
-    def of(cls, table: RawTable, column: str, list_separator: str | None) -> IdForm:
-        """The form of a column of a file.
-
-        Raises:
-            DataError: its type is none of ids.
-        """
-        kind = table.types([column])[column]
-        if table.is_text:
-            multi_valued = None if list_separator else False
-            return cls(multi_valued, None, f"{table.name} has single values in column {column!r}")
-        where = f"{table.name} has {kind} in column {column!r}"
-        try:
-            found = id_kind(kind)
-        except TypeError:
-            raise DataError(f"{where}, but ids must be integers or text; convert it") from None
-        values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        unsure = pa.types.is_null(kind) or (list_separator is not None and is_text(values))
-        # A column without any value comes as floats from pandas; `raw_ids` finds out.
-        return cls(
-            None if unsure else is_list(kind), None if pa.types.is_floating(kind) else found, where
-        )
-
-
-def agreed(forms: Sequence[IdForm], what: Literal["multi_valued", "kind"]) -> Any:
-    """What those of the forms that say anything say; None if none does.
-
-    Raises:
-        DataError: two of them say different things; names their files.
-    """
-    said = [form for form in forms if getattr(form, what) is not None]
-    for form in said[1:]:
-        if getattr(form, what) != getattr(said[0], what):
-            raise DataError(f"{form.where} and {said[0].where}; give both one type")
-    return getattr(said[0], what) if said else None

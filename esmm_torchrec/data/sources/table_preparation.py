@@ -10,12 +10,13 @@ import pyarrow as pa
 from esmm_torchrec.data.dense import DenseFitter
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
+from esmm_torchrec.data.sources.column_forms import IdForm, agreed
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
 from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.raw_values import holds_integers, holds_text, one_array
 from esmm_torchrec.data.sources.table_blocks import TrainingCount, count_ids
-from esmm_torchrec.data.sources.table_columns import IdForm, TableColumns, agreed
+from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter
 from esmm_torchrec.errors import DataError
@@ -61,12 +62,18 @@ class Preparation:
         """Learns what the types of columns tell."""
         columns = self._columns
         self._lists |= {
-            name: agreed(self._forms([name], SPLITS), "multi_valued")
+            name: agreed(
+                ((form.multi_valued, form.where) for form in self._forms([name], SPLITS)), "type"
+            )
             for name in dict.fromkeys(columns.ids)
         }
         for family in self._families():
-            kind = agreed(self._forms(family, SPLITS[:1]), "kind")
-            agreed(self._forms(family, SPLITS), "kind")
+            train, test = (
+                [(form.kind, form.where) for form in self._forms(family, [split])]
+                for split in SPLITS
+            )
+            kind: IdKind | None = agreed(train, "type")
+            agreed([*train, *test], "type")
             self._kinds |= dict.fromkeys(family, kind or "integer")
             if kind is None:
                 self._guessed.append(family)

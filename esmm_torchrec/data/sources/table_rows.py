@@ -12,10 +12,11 @@ import pyarrow as pa
 
 from esmm_torchrec.data.hashing import splitmix64
 from esmm_torchrec.data.prepared_form import SplitName
+from esmm_torchrec.data.sources.column_forms import agreed, time_form
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind, read_groups
-from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows, RawTable
-from esmm_torchrec.data.sources.raw_times import read_times, time_form
+from esmm_torchrec.data.sources.raw_tables import BadRows, RawTable
+from esmm_torchrec.data.sources.raw_times import read_times
 from esmm_torchrec.data.sources.raw_values import (
     Fault,
     LabelReader,
@@ -117,7 +118,9 @@ class TableRows:
         times = [columns.timestamp, columns.conversion_time]
         if split is not None and split.kind == "time":
             times.append(split.column)
-        _check_forms_of_times(every, [name for name in dict.fromkeys(times) if name is not None])
+        # Integers stay as they are and other times become seconds.
+        for name in dict.fromkeys(name for name in times if name is not None):
+            agreed((time_form(table, name) for table in every), "form")
 
     def find_last_train_time(self) -> None:
         """Reads the times that rows are split by, if they are."""
@@ -126,7 +129,7 @@ class TableRows:
         assert self._split.column is not None
         columns = [self._split.column]
         self._last_train_time = self._split.last_train_time(
-            (rows.table, lambda row, table=table, rows=rows: table.place(int(rows.numbers[row])))
+            (table, rows)
             for table in self.tables["train"]
             for rows in table.blocks(columns, BadRows(self.max_bad_rows))
         )
@@ -192,7 +195,9 @@ class TableRows:
         """The rows of a block that become impressions; `kinds` are those of raw id columns."""
         with block.table.named_in_errors():
             scalars, values, faults = self._values(block, features, kinds)
-        keep = self._without_faults(block, faults, skipped.bad_rows)
+        keep = skipped.bad_rows.leave_out(
+            faults, lambda row: block.table.place(int(block.places[row]))
+        )
         out_of_order = self._out_of_order(block, scalars, keep)
         if out_of_order.any():
             skipped.unclicked_conversions += int(out_of_order.sum())
@@ -271,8 +276,7 @@ class TableRows:
             if role == GROUP_ID:
                 scalars[role], fault = _groups(block, name, kinds[name])
             elif role == TIMESTAMP:
-                scalars[role], there, fault = read_times(values, name)
-                fault = _required(fault, there)
+                scalars[role], _, fault = read_times(values, name, may_be_missing=False)
             elif role == CONVERSION_TIME:
                 scalars[role], fault = self._conversion_times(scalars, values, name)
             elif role == WEIGHT:
@@ -306,25 +310,6 @@ class TableRows:
         times = np.where(converted, times, NEVER)
         return times, Fault(name, fault.rows | wrong, describe)
 
-    def _without_faults(
-        self, block: RawBlock, faults: Sequence[Fault], bad_rows: BadRows
-    ) -> np.ndarray:
-        keep = np.ones(len(block.rows), np.bool_)
-        for fault in faults:
-            keep &= ~fault.rows
-        bad = np.flatnonzero(~keep).tolist()
-        allowed = bad_rows.skip(len(bad))
-        too_many = bad[allowed : allowed + 1]
-        named = too_many or bad[: MAX_EXAMPLES - len(bad_rows.examples)]
-        for row in named:
-            place = block.table.place(int(block.places[row]))
-            fault = next(fault for fault in faults if fault.rows[row])
-            sentence = f"{place}, column {fault.column!r}: {fault.describe(row)}"
-            if too_many:
-                raise bad_rows.error(sentence)
-            bad_rows.note(sentence)
-        return keep
-
 
 def _groups(block: RawBlock, name: str, kind: IdKind) -> tuple[np.ndarray, Fault]:
     """The groups that rows belong to by a column, int64 (n,), and the values that cannot be used.
@@ -333,34 +318,3 @@ def _groups(block: RawBlock, name: str, kind: IdKind) -> tuple[np.ndarray, Fault
     # The hash of a small number may be small itself.
     alone = row_hashes((1 << 62) + 2 * block.numbers + (block.split == "test"))
     return np.where(missing, alone.view(np.int64), groups), fault
-
-
-def _required(fault: Fault, there: np.ndarray) -> Fault:
-    """The fault, and the rows whose value is missing."""
-    return replace(
-        fault,
-        rows=~there,
-        describe=lambda row: (
-            fault.describe(row) if fault.rows[row] else "the value is missing and must be a time"
-        ),
-    )
-
-
-def _check_forms_of_times(tables: Sequence[RawTable], columns: Sequence[str]) -> None:
-    """Integers stay as they are and other times become seconds, so a column must not have both.
-
-    Raises:
-        DataError: a file has times in another form than an earlier one.
-    """
-    for column in columns:
-        first: tuple[RawTable, str] | None = None
-        for table in tables:
-            form = time_form(table, column)
-            if form is None:
-                continue
-            if first is not None and form != first[1]:
-                raise DataError(
-                    f"{table.name} has {form} in column {column!r} and {first[0].name} has "
-                    f"{first[1]}; give both one form"
-                )
-            first = first or (table, form)
