@@ -34,13 +34,7 @@ from esmm_torchrec.data.prepared_form import (
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind
-from esmm_torchrec.data.sources.raw_tables import (
-    MAX_EXAMPLES,
-    Frame,
-    RawTable,
-    files_of_both,
-    open_raw_tables,
-)
+from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, Frame
 from esmm_torchrec.data.sources.spark_tasks import Session
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_passes import count_training_rows, write_rows
@@ -106,13 +100,10 @@ def append_table(
         if root.local is None and left.size() is not None:  # of one that was killed
             left.delete()
         reading = made.reading
-        train_tables = open_raw_tables(train, what="train", text_format=reading.text_format)
-        test_tables: list[RawTable] = []
-        if test is not None:
-            test_tables = open_raw_tables(test, what="test", text_format=reading.text_format)
         rows = TableRows(
-            {"train": train_tables, "test": test_tables},
-            split=None,
+            train,
+            test,
+            text_format=reading.text_format,
             columns=made.columns,
             unclicked_conversions=made.unclicked_conversions,
             max_bad_rows=made.max_bad_rows,
@@ -127,14 +118,7 @@ def append_table(
             group_kinds=made.group_kinds,
         )
         counted = count_training_rows(preparation, engine, progress=progress)
-        source = dict(whole.source)
-        opened = [*train_tables, *test_tables]
-        source["files_of_both_splits"] = files_of_both(train_tables, test_tables)
-        source["text_forms"] = sorted({table.form for table in opened if table.form})
-        source["files"] = {
-            "train": [table.file_name for table in train_tables],
-            "test": [table.file_name for table in test_tables],
-        }
+        source = {**whole.source, **rows.files}
         with PreparedWriter(
             root / DAYS / day,
             id_features=whole.schema.id_features,

@@ -61,7 +61,7 @@ class FeatureColumns:
     dense: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     """By feature that is not called as its raw column: the raw column."""
-    texts: frozenset[str] = frozenset()
+    texts: tuple[str, ...] = ()
     """Id features whose ids are the words of a text."""
     time_parts: Mapping[str, TimePart] = field(default_factory=dict)
     """By id feature that is a part of a time: which."""

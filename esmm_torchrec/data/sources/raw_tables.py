@@ -30,14 +30,15 @@ from esmm_torchrec.data.storage import Location, is_uri
 from esmm_torchrec.errors import DataError, OptionError
 
 Frame = Path | str | pd.DataFrame | pa.Table
-"""A path to a file, a folder or a pattern of files, such a URI of Parquet files, or rows in memory.
-"""
+"""Path of a file, a folder or a pattern, such a URI of Parquet files, or rows in memory."""
 
 ROWS_PER_BLOCK = 1 << 16
 
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _ARROW_SUFFIXES = (".arrow", ".feather")
+_COMPRESSED = tuple(text + suffix for text in _TEXT_SUFFIXES for suffix in COMPRESSIONS)
+_SUFFIXES = (*_TEXT_SUFFIXES, *_COMPRESSED, *_PARQUET_SUFFIXES, *_ARROW_SUFFIXES)
 
 MAX_EXAMPLES = 10
 """Bad rows that are named in the end."""
@@ -57,30 +58,25 @@ class BadRows:
         self.count = 0
         self.examples: list[str] = []
 
-    def skip(self, rows: int) -> int:
-        """Counts broken rows; how many of them may be skipped."""
+    def skip(self, rows: int, sentence: Callable[[int], str]) -> None:
+        """Counts broken rows.
+
+        Args:
+            rows: how many they are.
+            sentence: what is wrong with the n-th of them, from 0.
+
+        Raises:
+            DataError: there is one too many.
+        """
         allowed = min(rows, self.limit - self.count)
-        self.count += allowed
-        return allowed
-
-    def note(self, sentence: str) -> None:
-        """Keeps a sentence on a skipped row, if it is among the first."""
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(sentence)
-
-    def error(self, sentence: str) -> DataError:
-        """What to raise for a row that may not be skipped."""
-        if not self._by_option:
-            return DataError(sentence)
-        if self.limit:
-            return DataError(
-                f"there are more than {self.limit} bad rows (`max_bad_rows`), the first one too "
-                f"many: {sentence}"
-            )
-        return DataError(f"{sentence}; fix it, or skip up to N bad rows with `max_bad_rows` N")
+        if allowed < rows:
+            raise self._error(sentence(allowed))
+        self.count += rows
+        for row in range(min(rows, MAX_EXAMPLES - len(self.examples))):
+            self.examples.append(sentence(row))
 
     def leave_out(self, faults: Sequence[Fault], place: Callable[[int], str]) -> np.ndarray:
-        """The rows without a fault, bool (n,); counts the others.
+        """The rows without a fault, bool (n,); skips the others.
 
         Args:
             faults: of n rows, at least one.
@@ -93,15 +89,24 @@ class BadRows:
         for fault in faults:
             bad |= fault.rows
         rows = np.flatnonzero(bad).tolist()
-        allowed = self.skip(len(rows))
-        too_many = rows[allowed : allowed + 1]
-        for row in too_many or rows[: MAX_EXAMPLES - len(self.examples)]:
+
+        def sentence(number: int) -> str:
+            row = rows[number]
             fault = next(fault for fault in faults if fault.rows[row])
-            sentence = f"{place(row)}, column {fault.column!r}: {fault.describe(row)}"
-            if too_many:
-                raise self.error(sentence)
-            self.note(sentence)
+            return f"{place(row)}, column {fault.column!r}: {fault.describe(row)}"
+
+        self.skip(len(rows), sentence)
         return ~bad
+
+    def _error(self, sentence: str) -> DataError:
+        if not self._by_option:
+            return DataError(sentence)
+        if self.limit:
+            return DataError(
+                f"there are more than {self.limit} bad rows (`max_bad_rows`), the first one too "
+                f"many: {sentence}"
+            )
+        return DataError(f"{sentence}; fix it, or skip up to N bad rows with `max_bad_rows` N")
 
 
 class RawRows(NamedTuple):
@@ -228,23 +233,11 @@ def open_raw_tables(
             raise DataError(
                 f"a {type(frame).__name__} is not a table; give paths, DataFrames or Arrow tables"
             )
-    met: set[str] = set()
-    for table in tables:
-        if table.absolute in met:
-            raise DataError(f"{table.name} is given twice as a {what} file; give it once")
-        met |= {table.absolute} if table.absolute is not None else set()
+    for absolute, times in Counter(table.absolute for table in tables).items():
+        if absolute is not None and times > 1:
+            name = next(table.name for table in reversed(tables) if table.absolute == absolute)
+            raise DataError(f"{name} is given twice as a {what} file; give it once")
     return tables
-
-
-def files_of_both(train: Iterable[RawTable], test: Iterable[RawTable]) -> list[str]:
-    """Names of the files that are both in training and in test."""
-    trained_on = {table.absolute for table in train} - {None}
-    return [table.file_name for table in test if table.absolute in trained_on]
-
-
-def _suffixes() -> list[str]:
-    compressed = [text + suffix for text in _TEXT_SUFFIXES for suffix in COMPRESSIONS]
-    return [*_TEXT_SUFFIXES, *compressed, *_PARQUET_SUFFIXES, *_ARROW_SUFFIXES]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -256,7 +249,7 @@ def files_of(path: Path) -> list[Path]:
             for file in path.iterdir()
             if file.is_file()
             and not file.name.startswith(".")
-            and file.name.lower().endswith(tuple(_suffixes()))
+            and file.name.lower().endswith(_SUFFIXES)
         )
         if not files:
             raise DataError(
@@ -265,11 +258,11 @@ def files_of(path: Path) -> list[Path]:
             )
         return files
     if glob.has_magic(str(path)) and not path.exists():
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-        if not files:
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
             raise DataError(f"no file matches {path}; check the pattern")
-        found = [file for each in files for file in (files_of(each) if each.is_dir() else [each])]
-        return list({file.resolve(): file for file in found}.values())
+        files = [file for one in matches for file in (files_of(one) if one.is_dir() else [one])]
+        return list({file.resolve(): file for file in files}.values())
     return [path]
 
 
@@ -306,7 +299,7 @@ def _files_in_store(uri: str) -> list[Location]:
 
 def _open_file(path: Path, text_format: TextFormat) -> RawTable:
     name = path.name.lower()
-    if not name.endswith(tuple(_suffixes())):
+    if not name.endswith(_SUFFIXES):
         kinds = ", ".join(_TEXT_SUFFIXES + _PARQUET_SUFFIXES + _ARROW_SUFFIXES)
         raise DataError(
             f"{path} has an unknown file type; its name must end in one of {kinds}; text may be "
@@ -490,14 +483,12 @@ class _TextFile(RawTable):
     def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[RawRows]:
         bad_rows = bad_rows or BadRows(0, by_option=False)
         for fields, misfits in self._text.blocks(columns):
-            for misfit in misfits:
-                sentence = (
-                    f"{self.place(misfit.line)}: {misfit.fields} fields, but the header has "
-                    f"{len(self.column_names)}"
-                )
-                if not bad_rows.skip(1):
-                    raise bad_rows.error(sentence)
-                bad_rows.note(sentence)
+            sentences = [
+                f"{self.place(misfit.line)}: {misfit.fields} fields, but the header has "
+                f"{len(self.column_names)}"
+                for misfit in misfits
+            ]
+            bad_rows.skip(len(misfits), sentences.__getitem__)
             yield RawRows(fields.table, fields.lines)
 
 

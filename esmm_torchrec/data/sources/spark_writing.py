@@ -29,7 +29,7 @@ from esmm_torchrec.data.prepared_form import (
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns
 from esmm_torchrec.data.sources.raw_ids import IdKind
-from esmm_torchrec.data.sources.raw_tables import BadRows
+from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
 from esmm_torchrec.data.sources.spark_tasks import (
     Failure,
     Session,
@@ -37,7 +37,7 @@ from esmm_torchrec.data.sources.spark_tasks import (
     pieces_on,
     states_of,
 )
-from esmm_torchrec.data.sources.table_blocks import encode_block, record_skipped
+from esmm_torchrec.data.sources.table_blocks import encode_block, noted
 from esmm_torchrec.data.sources.table_rows import Skipped, TableRows
 from esmm_torchrec.data.split_writer import SplitWriter
 from esmm_torchrec.data.storage import Location
@@ -100,7 +100,8 @@ def write_table_on_spark(
     if root.local is not None:
         root = Location.of(root.local.absolute())  # tasks run in folders of their own
     version = uuid4().hex
-    bad_rows, unclicked = BadRows(rows.max_bad_rows), dict.fromkeys(SPLITS, 0)
+    bad_rows = BadRows(rows.max_bad_rows)
+    writer.source["unclicked_conversion_rows"] = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         encoding = _Encoding(
             rows.pieces(split),
@@ -116,23 +117,17 @@ def write_table_on_spark(
         )
         if not encoding.pieces:
             continue
-        skipped = _write_split(spark, writer, encoding, total=rows.rows_read(split))
-        of_split, noted = Skipped(bad_rows), len(bad_rows.examples)
-        before = bad_rows.count
-        for piece in skipped:
-            found = piece.skipped.bad_rows
-            if found.count > bad_rows.limit - bad_rows.count:
-                raise bad_rows.error(found.examples[0])
-            bad_rows.skip(found.count)
-            for sentence in found.examples:
-                bad_rows.note(sentence)
-            of_split.unclicked_conversions += piece.skipped.unclicked_conversions
-            for name, missing in piece.missing_dense.items():
-                writer.record_missing_dense(split, name, missing)
-        unclicked[split] = of_split.unclicked_conversions
-        examples = bad_rows.examples[noted:]
-        record_skipped(writer, rows, split, of_split, bad_rows.count - before, examples)
-    writer.source["unclicked_conversion_rows"] = unclicked
+        pieces = _write_split(spark, writer, encoding, total=rows.rows_read(split))
+        with noted(writer, rows, split, bad_rows) as skipped:
+            for piece in pieces:
+                found, examples = piece.skipped, piece.skipped.bad_rows.examples
+                bad_rows.skip(
+                    found.bad_rows.count,
+                    lambda row, examples=examples: examples[min(row, MAX_EXAMPLES - 1)],
+                )
+                skipped.unclicked_conversions += found.unclicked_conversions
+                for name, missing in piece.missing_dense.items():
+                    writer.record_missing_dense(split, name, missing)
     writer.source["train_rows"] = rows.rows_read("train")
     _remove_others(writer)
 

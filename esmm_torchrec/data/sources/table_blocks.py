@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -115,14 +116,15 @@ def write_table(
         train_rows: how many rows of training there are, for the progress bar.
         progress: whether to show one.
     """
-    types = impression_columns(writer.schema, writer.columns)
-    bad_rows, unclicked = BadRows(rows.max_bad_rows), dict.fromkeys(SPLITS, 0)
+    types, bad_rows = impression_columns(writer.schema, writer.columns), BadRows(rows.max_bad_rows)
+    writer.source["unclicked_conversion_rows"] = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
-        skipped, noted = Skipped(bad_rows), len(bad_rows.examples)
-        bad_before = bad_rows.count
         total = train_rows if split == "train" else None
-        with progress_bar(f"encode {split}", total, "rows", disable=not progress) as bar:
-            for block in rows.blocks(split, skipped.bad_rows):
+        with (
+            noted(writer, rows, split, bad_rows) as skipped,
+            progress_bar(f"encode {split}", total, "rows", disable=not progress) as bar,
+        ):
+            for block in rows.blocks(split, bad_rows):
                 encoded = encode_block(
                     rows, block, encoder, types, group_kinds=group_kinds, skipped=skipped
                 )
@@ -130,25 +132,19 @@ def write_table(
                 for name, count in encoded.missing_dense.items():
                     writer.record_missing_dense(split, name, count)
                 bar.update(len(block.rows))
-        unclicked[split] = skipped.unclicked_conversions
-        examples = bad_rows.examples[noted:]
-        record_skipped(writer, rows, split, skipped, bad_rows.count - bad_before, examples)
-    writer.source["unclicked_conversion_rows"] = unclicked
     writer.source["train_rows"] = rows.rows_read("train")
 
 
-def record_skipped(
-    writer: PreparedWriter,
-    rows: TableRows,
-    split: SplitName,
-    skipped: Skipped,
-    bad_rows: int,
-    examples: Sequence[str],
-) -> None:
-    """Notes what was left out of a split: `bad_rows`, with sentences on some of them, and what the
-    option for conversions without a click says."""
-    if bad_rows:
-        writer.record_dropped(split, BAD_ROWS, bad_rows, examples)
-    if rows.unclicked_conversions == "drop" and skipped.unclicked_conversions:
-        reason = writer.schema.tasks.out_of_order
-        writer.record_dropped(split, reason, skipped.unclicked_conversions)
+@contextmanager
+def noted(
+    writer: PreparedWriter, rows: TableRows, split: SplitName, bad_rows: BadRows
+) -> Iterator[Skipped]:
+    """What is left out of a split while it is written; `writer` notes it in the end."""
+    skipped, count, examples = Skipped(bad_rows), bad_rows.count, len(bad_rows.examples)
+    yield skipped
+    if bad_rows.count > count:
+        writer.record_dropped(split, BAD_ROWS, bad_rows.count - count, bad_rows.examples[examples:])
+    unclicked = skipped.unclicked_conversions
+    if rows.unclicked_conversions == "drop" and unclicked:
+        writer.record_dropped(split, writer.schema.tasks.out_of_order, unclicked)
+    writer.source["unclicked_conversion_rows"][split] = unclicked

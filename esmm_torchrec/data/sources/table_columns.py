@@ -198,7 +198,7 @@ class TableColumns:
     def table_of(self, feature: str) -> str:
         """The embedding table of an id feature."""
         for table, columns in self.shared_tables.items():
-            if self.id_features[feature] in columns:
+            if self.id_features[feature] in columns and feature not in self.time_parts:
                 return table
         return feature
 

@@ -124,42 +124,36 @@ class Preparation:
         """How features are read, as far as is known."""
         if self._settled is not None:
             return self._settled
-        columns, parts = self._columns, self._columns.time_parts
-        id_features = {
-            name: IdFeature(
-                name,
-                table=columns.table_of(name),
-                multi_valued=column in columns.texts or bool(self._lists.get(column))
-                if name not in parts
-                else False,
-                weighted=column in columns.weights and name not in parts,
+        columns = self._columns
+        id_features: list[IdFeature] = []
+        kinds: dict[str, IdKind] = {}
+        weights: dict[str, str] = {}
+        texts: list[str] = []
+        for name, column in columns.id_features.items():
+            table, is_list = columns.table_of(name), False
+            if name in columns.time_parts:
+                kinds[name] = "integer"
+            else:
+                kinds[name] = self._kinds[column]
+                is_list = column in columns.texts or bool(self._lists.get(column))
+                if column in columns.texts:
+                    texts.append(name)
+                if column in columns.weights:
+                    weights[name] = columns.weights[column]
+            id_features.append(
+                IdFeature(name, table, multi_valued=is_list, weighted=name in weights)
             )
-            for name, column in columns.id_features.items()
-        }
         if not id_features:
-            id_features = {CONSTANT: IdFeature(CONSTANT, table=CONSTANT)}
+            id_features, kinds = [IdFeature(CONSTANT, CONSTANT)], {CONSTANT: "integer"}
         renamed = columns.id_features | columns.dense_features
         return FeatureColumns(
-            id_features=tuple(id_features.values()),
-            kinds={
-                name: "integer"
-                if name in parts or name == CONSTANT
-                else self._kinds[columns.id_features[name]]
-                for name in id_features
-            },
-            weights={
-                name: columns.weights[columns.id_features[name]]
-                for name, feature in id_features.items()
-                if feature.weighted
-            },
+            id_features=tuple(id_features),
+            kinds=kinds,
+            weights=weights,
             dense=tuple(columns.dense_features),
             columns={name: column for name, column in renamed.items() if name != column},
-            texts=frozenset(
-                name
-                for name, column in columns.id_features.items()
-                if column in columns.texts and name not in parts
-            ),
-            time_parts=parts,
+            texts=tuple(texts),
+            time_parts=columns.time_parts,
             list_separator=self._list_separator,
         )
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from esmm_torchrec.data.hashing import splitmix64
-from esmm_torchrec.data.prepared_form import SplitName
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName
 from esmm_torchrec.data.sources.column_forms import agreed, time_form
+from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind, read_groups
-from esmm_torchrec.data.sources.raw_tables import BadRows, RawTable
+from esmm_torchrec.data.sources.raw_tables import BadRows, Frame, RawTable, open_raw_tables
 from esmm_torchrec.data.sources.raw_times import read_times
 from esmm_torchrec.data.sources.raw_values import (
     Fault,
@@ -78,28 +79,36 @@ class TableRows:
     """The rows of raw tables.
 
     Args:
-        tables: by split. With a rule, those of both splits are the same.
-        split: the rule that divides them.
+        train: files or rows in memory, one or several.
+        test: in the same form; None: there are none, or `split` says which they are.
+        text_format: how text files are written.
+        split: the rule that divides the training rows into both splits.
         columns: what the columns are.
         unclicked_conversions: what becomes of rows with a task and not the one before it.
         max_bad_rows: how many may be skipped.
         first_train_row: the number of the first training row.
 
     Raises:
-        DataError: a column is not there, or has times in two forms.
+        DataError: a file cannot be opened, a column is not there, or it has times in two forms.
     """
 
     def __init__(
         self,
-        tables: Mapping[SplitName, Sequence[RawTable]],
+        train: Frame | Sequence[Frame],
+        test: Frame | Sequence[Frame] | None,
         *,
-        split: RowSplit | None,
+        text_format: TextFormat,
+        split: RowSplit | None = None,
         columns: TableColumns,
         unclicked_conversions: UnclickedConversions,
         max_bad_rows: int,
         first_train_row: int = 0,
     ) -> None:
-        self.tables = tables
+        tables = open_raw_tables(train, what="train", text_format=text_format)
+        tests = [] if split is None else tables
+        if test is not None:
+            tests = open_raw_tables(test, what="test", text_format=text_format)
+        self.tables: dict[SplitName, list[RawTable]] = {"train": tables, "test": tests}
         self._split = split
         self._columns = columns
         self.unclicked_conversions: UnclickedConversions = unclicked_conversions
@@ -112,7 +121,7 @@ class TableRows:
         if split is not None and split.column is not None:
             wanted = [*wanted, ("`split`", split.column)]
         self._raw_columns = list(dict.fromkeys(name for _, name in wanted))
-        every = list(dict.fromkeys([*tables["train"], *tables["test"]]))
+        every = list(dict.fromkeys([*tables, *tests]))
         for table in every:
             table.check_columns(wanted)
         times = [columns.timestamp, columns.conversion_time]
@@ -121,6 +130,20 @@ class TableRows:
         # Integers stay as they are and other times become seconds.
         for name in dict.fromkeys(name for name in times if name is not None):
             agreed((time_form(table, name) for table in every), "form")
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """What a data set says of its files."""
+        splits = SPLITS if self._split is None else ("train",)
+        opened = [table for name in splits for table in self.tables[name]]
+        trained_on = {table.absolute for table in self.tables["train"]} - {None}
+        return {
+            "files": {name: [table.file_name for table in self.tables[name]] for name in splits},
+            "text_forms": sorted({table.form for table in opened if table.form}),
+            "files_of_both_splits": []
+            if self._split is not None
+            else [t.file_name for t in self.tables["test"] if t.absolute in trained_on],
+        }
 
     def find_last_train_time(self) -> None:
         """Reads the times that rows are split by, if they are."""

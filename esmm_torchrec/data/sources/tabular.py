@@ -15,16 +15,10 @@ from typing import Any
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.dense import DENSE_METHODS, DenseMethod
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SPLITS, SplitName
 from esmm_torchrec.data.prepared_writer import PreparedWriter, refuse_existing
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import RawReading
-from esmm_torchrec.data.sources.raw_tables import (
-    Frame,
-    RawTable,
-    files_of_both,
-    open_raw_tables,
-)
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.data.sources.row_split import RowSplit
 from esmm_torchrec.data.sources.spark_tasks import Session
 from esmm_torchrec.data.sources.table_columns import TableColumns
@@ -167,34 +161,24 @@ def prepare_table(
     refuse_existing(Location.of(out))
     rule = RowSplit.parse(split) if isinstance(split, str) else split
     text_format = text_format or TextFormat()
-    train_tables = open_raw_tables(train, what="train", text_format=text_format)
-    tables: dict[SplitName, list[RawTable]] = {
-        "train": train_tables,
-        "test": train_tables
-        if test is None
-        else open_raw_tables(test, what="test", text_format=text_format),
-    }
+    rows = TableRows(
+        train,
+        test,
+        text_format=text_format,
+        split=rule,
+        columns=columns,
+        unclicked_conversions=unclicked_conversions,
+        max_bad_rows=max_bad_rows,
+    )
     source: dict[str, Any] = {
         "kind": "table",
-        "files": {
-            name: [table.file_name for table in tables[name]]
-            for name in (SPLITS if rule is None else ("train",))
-        },
-        "text_forms": sorted({table.form for of in tables.values() for table in of if table.form}),
-        "files_of_both_splits": [] if rule else files_of_both(tables["train"], tables["test"]),
+        **rows.files,
         "split": None if rule is None else asdict(rule),
         "columns": asdict(columns),
         "dense_methods": methods,
         "max_bad_rows": max_bad_rows,
         "unclicked_conversions": unclicked_conversions,
     }
-    rows = TableRows(
-        tables,
-        split=rule,
-        columns=columns,
-        unclicked_conversions=unclicked_conversions,
-        max_bad_rows=max_bad_rows,
-    )
     preparation = Preparation(rows, columns, list_separator=list_separator, min_count=min_count)
     counted = count_training_rows(preparation, engine, progress=progress)
     features = preparation.features

@@ -385,3 +385,29 @@ def test_text_is_read_for_scoring_as_it_was_for_training(tmp_path: Path) -> None
     )
     (encoded,) = RowEncoder.load(data_set.path).encode_blocks(path)
     assert encoded["city"].to_pylist() == [1] * 400
+
+
+def test_parts_of_a_time_do_not_look_up_the_table_of_its_column(tmp_path: Path) -> None:
+    frame = log().assign(start=lambda rows: rows["when"].map(lambda when: int(when.timestamp())))
+    data_set = prepare(
+        tmp_path / "out",
+        frame,
+        frame,
+        ids=["user", "start"],
+        time_features=["start"],
+        shared_tables={"numbers": ["user", "start"]},
+    )
+    tables = {feature.name: feature.table for feature in data_set.schema.id_features}
+    assert tables == {
+        "user": "numbers",
+        "start": "numbers",
+        "start__hour": "start__hour",
+        "start__weekday": "start__weekday",
+    }
+
+
+def test_columns_of_text_are_stored_in_their_order(tmp_path: Path) -> None:
+    names = [f"title{number}" for number in range(8)]
+    frame = log(20).assign(**dict.fromkeys(names, "red shoes"))
+    data_set = prepare(tmp_path / "out", frame, frame, texts=names)
+    assert data_set.source["reading"]["features"]["texts"] == names
