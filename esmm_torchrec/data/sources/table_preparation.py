@@ -68,12 +68,8 @@ class Preparation:
             for name in dict.fromkeys(columns.ids)
         }
         for family in self._families():
-            train, test = (
-                [(form.kind, form.where) for form in self._forms(family, [split])]
-                for split in SPLITS
-            )
-            kind: IdKind | None = agreed(train, "type")
-            agreed([*train, *test], "type")
+            kind = self._agreed_kind(family, SPLITS[:1])
+            self._agreed_kind(family, SPLITS)
             self._kinds |= dict.fromkeys(family, kind or "integer")
             if kind is None:
                 self._guessed.append(family)
@@ -85,6 +81,11 @@ class Preparation:
             features.dense,
             columns.tasks,
         )
+
+    def _agreed_kind(self, family: Sequence[str], splits: Sequence[SplitName]) -> IdKind | None:
+        forms = self._forms(family, splits)
+        kinds: list[tuple[IdKind | None, str]] = [(form.kind, form.where) for form in forms]
+        return agreed(kinds, "type")
 
     def _families(self) -> list[tuple[str, ...]]:
         """Raw columns whose ids are of one kind: those that share a table; the group ids."""
