@@ -1,7 +1,7 @@
 """Times programs against each other in one run.
 
-The speed of a machine drifts with its load and its temperature by more than what is to be
-measured, so contenders take turns, and a ratio is taken within each turn.
+The speed of a machine drifts with its load and temperature by more than the differences of
+interest, so contenders take turns, and ratios are taken within each turn.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class Timings:
 
     rates: Mapping[str, list[float]]
     cpu_seconds: Mapping[str, list[float]]
-    """CPU seconds of all threads of this process for a million units of work."""
+    """CPU seconds of all threads of this process per million units of work."""
     load_average: tuple[float, float]
-    """Of one minute, before and after."""
+    """One-minute load averages before and after."""
 
     def rate(self, name: str) -> float:
-        """Median over the turns."""
+        """Returns the median over the turns."""
         return statistics.median(self.rates[name])
 
     def ratios(self, name: str, baseline: str) -> list[float]:
-        """Ratio in each turn."""
+        """Returns the ratio in each turn."""
         pairs = zip(self.rates[name], self.rates[baseline], strict=True)
         return [rate / base for rate, base in pairs]
 
     def table(self, baseline: str, *, unit: str) -> str:
-        """Median rate of each contender; its ratio to the baseline: median, lowest to highest;
-        CPU seconds for a million, which the load of the machine moves least."""
+        """Formats the median rate of each contender, its ratio to the baseline (median, lowest to
+        highest), and CPU seconds per million, which the load of the machine affects least."""
         width = max(map(len, self.rates)) + 2
         lines = [f"{'':{width}}{unit:>16}{'ratio':>8}{'spread':>14}{'CPU s/M':>9}"]
         for name in self.rates:
@@ -54,7 +54,7 @@ class Timings:
         return "\n".join(lines)
 
     def to_dict(self, baseline: str) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the timings for JSON."""
         return {
             "rates": dict(self.rates),
             "cpu_seconds_per_million": dict(self.cpu_seconds),
@@ -70,8 +70,8 @@ def alternate(contenders: Mapping[str, Callable[[], int]], *, turns: int) -> Tim
     """Lets each contender work once in every turn, in an order that rotates.
 
     Args:
-        contenders: name → what does a piece of work and says how much it was.
-        turns: how often.
+        contenders: name → function that does a piece of work and returns its amount.
+        turns: number of turns.
     """
     before = os.getloadavg()[0]
     rates: dict[str, list[float]] = {name: [] for name in contenders}
@@ -88,12 +88,11 @@ def alternate(contenders: Mapping[str, Callable[[], int]], *, turns: int) -> Tim
 
 
 PEAK_SIZE = 2048
-"""Rows and columns of the product that `matrix_peak` times."""
+"""Rows and columns of the matrices that `matrix_peak` multiplies."""
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s that the threads of this process reach in one large matrix product, the best of
-    three."""
+    """Returns this process's peak GFLOP/s in a large matrix product, the best of three."""
     left, right = (torch.rand(PEAK_SIZE, PEAK_SIZE).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(3):
@@ -104,8 +103,8 @@ def matrix_peak(dtype: torch.dtype) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on and with. The peaks are those of this moment: other tenants
-    of a machine lower them as they do the other figures."""
+    """Describes hardware and software. The peaks are measured now: other tenants of a machine lower
+    them as they lower the other figures."""
     capabilities = torch.cpu.get_capabilities()
     wanted = ("avx512_f", "avx512_bf16", "amx_bf16", "bf16")
     return {
@@ -120,12 +119,12 @@ def environment() -> dict[str, Any]:
 
 
 def publish(figures: Mapping[str, Any], out: Path | None, **also: str) -> None:
-    """Prints what figures were measured on and with, and writes both as JSON.
+    """Prints the environment of the figures, and writes both as JSON.
 
     Args:
-        figures: what a benchmark measured.
-        out: the file; None writes none.
-        also: versions of what else took part.
+        figures: results of a benchmark.
+        out: output file; None writes none.
+        also: versions of other programs that took part.
     """
     facts = environment() | also
     print(", ".join(f"{name} {value}" for name, value in facts.items()))

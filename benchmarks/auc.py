@@ -2,9 +2,9 @@
 
     python benchmarks/auc.py [--impressions 43000000] [--report] [--out auc.json]
 
-Scores are drawn with Ali-CCP's rates (3.9 % clicks, 0.5 % conversions among them), float32
-logits and int8 labels as the evaluator keeps them. `--report` measures every figure of
-metrics.json as well, grouped AUC over users of 58 impressions on average included.
+Scores are drawn with Ali-CCP's rates (3.9 % clicks, 0.5 % conversions among them), float32 logits
+and int8 labels as the evaluator keeps them. `--report` measures every figure of metrics.json as
+well, including grouped AUC over users of 58 impressions on average.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Options:
     seed: int = 0
     """Seed of the drawn scores."""
     out: Path | None = None
-    """Where to write the figures as JSON."""
+    """Output file for the figures, as JSON."""
 
 
 def draw(options: Options) -> ScoredImpressions:
-    """Impressions whose scores know something of their labels."""
+    """Draws impressions whose scores are informative of their labels."""
     random = np.random.default_rng(options.seed)
     n = options.impressions
     click = (random.random(n, np.float32) < CLICK_RATE).astype(np.int8)
@@ -71,7 +71,7 @@ def draw(options: Options) -> ScoredImpressions:
 
 
 def peak_bytes() -> int:
-    """The process's peak resident memory so far."""
+    """Returns the process's peak resident memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -79,7 +79,7 @@ Row = dict[str, Any]
 
 
 def timed(figure: str, call: Callable[[], object]) -> tuple[object, Row]:
-    """The call's result and a row of what it took."""
+    """Returns the result of the call, and a row with its time and memory."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     return result, {

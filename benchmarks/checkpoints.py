@@ -1,9 +1,9 @@
-"""How long a save keeps training waiting, and how long a checkpoint takes to be complete.
+"""Time that a save blocks training, and time until its checkpoint is complete.
 
     python benchmarks/checkpoints.py [--rows 1000000] [--turns 5] [--out checkpoints.json]
 
-One table with row-wise Adagrad on one rank; saves that write at once and saves that write from a
-thread take turns. Between two saves nothing is trained, so the thread has the cores for itself.
+One table with row-wise Adagrad on one rank; synchronous saves and saves from a thread take turns.
+Nothing trains between two saves, so the thread has the cores to itself.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from esmm_torchrec.training.trainer import Trainer  # noqa: E402
 
 @dataclass(frozen=True)
 class Options:
-    """Measure how long a save keeps training waiting."""
+    """Measure how long a save blocks training."""
 
     rows: int = 1_000_000
     """Rows of the table."""
     embedding_dim: int = 64
-    """Columns of the table."""
+    """Embedding dimension of the table."""
     turns: int = 5
-    """Saves of each kind."""
+    """Number of saves of each kind."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, list[float]]:
-    """Seconds of each save, and until its checkpoint was complete."""
+    """Measures seconds until each save returns, and until its checkpoint is complete."""
     schema = Schema((Table("item", options.rows),), (IdFeature("item", "item"),))
     train_options = TrainOptions(embedding_dim=options.embedding_dim, device="cpu")
     trainer = Trainer(
@@ -72,7 +72,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, list[floa
 
 
 def main(options: Options) -> None:
-    """Measures and publishes."""
+    """Measures and publishes the figures."""
     with process_group("cpu") as ranks, tempfile.TemporaryDirectory() as folder:
         seconds = measure(options, ranks, Path(folder))
     weights = options.rows * (options.embedding_dim + 1) * 4

@@ -1,11 +1,11 @@
-"""A week of training day by day, beside training on all days from nothing every day.
+"""A week of daily continued training, against training from scratch on all days every day.
 
     python benchmarks/daily.py [--days 7] [--impressions 6000] [--out daily.json]
 
 Tastes drift from day to day, and every day brings new items. Each evening one model continues on
-the day alone (`prepare append`, `train --from`), another one is trained on all days so far, and a
-third is that of the first day. All are measured on the next day: on all its impressions, on those
-of items that were new today, and on those of items that were there from the start.
+that day alone (`prepare append`, `train --from`), another is trained on all days so far, and a
+third remains that of the first day. All are measured on the next day: on all its impressions, on
+those of items new today, and on those of items that existed from the start.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class Options:
     """Options of this benchmark."""
 
     days: int = 7
-    """Days of training."""
+    """Number of days of training."""
     impressions: int = 6000
-    """Of a day."""
+    """Impressions per day."""
     new_items: int = 30
-    """Of each day, beside 300 at the start."""
+    """Number of new items per day, in addition to 300 at the start."""
     drift: float = 0.15
-    """Standard deviation of the daily change of a taste, whose own is 1."""
+    """Standard deviation of the daily change of a taste; that of the taste itself is 1."""
     seed: int = 0
-    """Of the world and of the models."""
+    """Seed of the world and of the models."""
     batch_size: int = 64
-    """Impressions of a step."""
+    """Impressions per step."""
     out: Path | None = None
-    """Where to write the figures as JSON."""
+    """Output file for the figures, as JSON."""
 
 
 class World:
@@ -69,7 +69,7 @@ class World:
         self._items = self._random.normal(size=(2, FIRST_ITEMS, LATENT + 1))
 
     def day(self) -> pd.DataFrame:
-        """The impressions of the next day, in random order of users and items."""
+        """Draws the impressions of the next day, in random order of users and items."""
         random, n = self._random, self._options.impressions
         user = random.integers(0, USERS, n)
         num_items = self._items.shape[1]
@@ -103,12 +103,12 @@ class World:
 
 
 def measured(run: Path, rows: pd.DataFrame, known_items: Sequence[int]) -> dict[str, float]:
-    """AUC of clicks, and of clicks that convert, over rows of the next day.
+    """Returns the AUC of clicks, and of clicks that convert, over rows of the next day.
 
     Args:
-        run: of the model.
+        run: run folder of the model.
         rows: impressions.
-        known_items: how many items there were on the first day, until today, and today.
+        known_items: number of items on the first day, until today, and today.
     """
     scores = Predictor(run).score(rows)
     parts = {
@@ -125,7 +125,7 @@ def measured(run: Path, rows: pd.DataFrame, known_items: Sequence[int]) -> dict[
 
 
 def week(options: Options, folder: Path) -> list[dict[str, Any]]:
-    """The figures of every evening."""
+    """Returns the figures of every evening."""
     world = World(options)
     days = [world.day()]
     training = TrainOptions(
@@ -164,7 +164,7 @@ def week(options: Options, folder: Path) -> list[dict[str, Any]]:
 
 
 def line(evening: dict[str, Any]) -> str:
-    """Figures for the table of docs/daily.md."""
+    """Formats an evening as a row of the table in docs/daily.md."""
     cells = [str(evening["day"])]
     cells += [f"{evening['seconds'][name]:.1f}" for name in ("daily", "scratch")]
     names = ("daily", "scratch", "first")

@@ -1,10 +1,10 @@
-"""DFM, FNW and ES-DFM beside what is done without them, where the delays are known.
+"""DFM, FNW and ES-DFM against the usual alternatives, on data with known delays.
 
     python benchmarks/delayed_feedback.py --seeds 5 --out delayed_feedback.json
 
-For each seed a world is drawn whose conversions come late (`comparison.worlds.delays`). Every
-method is trained once through the training split in time order, and measured on the test split with
-the conversions that there will ever be. Intervals are 95 % t-intervals over the worlds.
+For each seed, a world with delayed conversions is drawn (`comparison.worlds.delays`). Every method
+is trained once through the training split in time order, and measured on the test split with all
+conversions, however late. Intervals are 95 % t-intervals over the worlds.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from esmm_torchrec.training.options import TrainOptions
 MIN_COUNT = 5
 BATCH_SIZE = 128
 FIGURES = {"cvr_auc": "CVR AUC", "cvr_log_loss": "log loss", "cvr_pcoc": "PCOC"}
-"""On the clicks of the test split, by the names of metrics.json."""
+"""Figures on the clicks of the test split, by their names in metrics.json."""
 REFERENCE = "wait a day"
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared."""
+    """A method to compare."""
 
     rows: Rows
     objective: Objective
@@ -75,12 +75,12 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Compare methods for delayed feedback on worlds whose delays are known."""
+    """Compare methods for delayed feedback on worlds with known delays."""
 
     out: Path
-    """File of the figures of every world."""
+    """Output file for the figures of every world."""
     impressions: int = 200_000
-    """Of a world, both halves together."""
+    """Impressions per world, both splits together."""
     ctr: float = 0.09
     """Clicks per impression."""
     cvr: float = 0.18
@@ -88,7 +88,7 @@ class Options:
     mean_delay: float = 2.0
     """Days from a click to its conversion in the median category."""
     seeds: int = 5
-    """Worlds."""
+    """Number of worlds."""
 
 
 def main(options: Options) -> None:
@@ -108,7 +108,7 @@ def main(options: Options) -> None:
 
 
 def _of_world(train: MappedSplit, test: MappedSplit, *, seed: int) -> dict[str, dict[str, float]]:
-    """Method → its figures; "true pCVR" is the best that any score can have."""
+    """Returns method → its figures; "true pCVR" is the best that any score can reach."""
     found: dict[str, dict[str, float]] = {}
     best = 0.0
     test = only_ids_of(test, train, np.flatnonzero(train.scalars[CLICK]))
@@ -134,7 +134,7 @@ def _of_world(train: MappedSplit, test: MappedSplit, *, seed: int) -> dict[str, 
 
 
 def _trained(train: MappedSplit, options: TrainOptions) -> TrainTask:
-    """One pass through the rows in time order, unsharded: the models are small."""
+    """Trains for one pass through the rows in time order, unsharded, since the models are small."""
     part = training_part(train, options)
     task = build_train_task(
         train.schema,
@@ -178,7 +178,7 @@ def _scored(task: TrainTask, test: MappedSplit, clicks: np.ndarray) -> ScoredImp
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: means, and paired differences from waiting a day."""
+    """Formats means, and paired differences from waiting a day, as Markdown."""
     heading = ["method", *FIGURES.values()]
     heading += [f"{FIGURES[name]} − {REFERENCE}" for name in ("cvr_auc", "cvr_log_loss")]
     rows = [heading, ["---"] * len(heading)]
@@ -192,7 +192,7 @@ def table(figures: dict[str, dict[str, list[float]]]) -> str:
 
 
 def _difference(ours: list[float], others: list[float]) -> str:
-    """Mean and 95 % interval over the worlds."""
+    """Formats the mean difference and its 95 % interval over the worlds."""
     of = paired_difference(ours, others)
     if of.low is None or of.high is None:
         return f"{of.mean:+.4f}"

@@ -1,10 +1,10 @@
-"""What each Parquet encoding, compression and row group costs: disk, and CPU to write and to read.
+"""Cost of Parquet encodings, compressions and row groups: disk, and CPU to write and to read.
 
     python benchmarks/encodings.py [--impressions 500000] [--out encodings.json]
 
-For the impressions of `write_impressions` (23 single ids each) and for the users of
-`write_histories` (613 weighted ids each). The prepared form writes ids as byte planes under zstd,
-weights with a dictionary, 131 072 impressions or 8 192 users a row group.
+Measured on the impressions of `write_impressions` (23 single ids each) and the users of
+`write_histories` (613 weighted ids each). A prepared data set has ids as byte planes under zstd,
+weights with a dictionary, and 131 072 impressions or 8 192 users per row group.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Options:
     """Measure encodings."""
 
     impressions: int = 500_000
-    """Impressions; a 58th of them users."""
+    """Number of impressions; there are 1/58 as many users."""
     repeats: int = 5
-    """Times that each is written and read, in turns; the median counts."""
+    """Number of times that each is written and read, in turns; the median counts."""
     out: Path | None = None
     """JSON file for the figures."""
 
@@ -51,7 +51,7 @@ class Choice:
     row_group: int
 
     def settings(self, columns: pa.Schema) -> dict[str, Any]:
-        """For `pyarrow.parquet.write_table`."""
+        """Returns the arguments for `pyarrow.parquet.write_table`."""
         leaves = {
             f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name: column
             for column in columns
@@ -76,7 +76,7 @@ class Choice:
 
 
 def choices(kind: str) -> list[Choice]:
-    """The chosen way, and every way that differs from it in one respect."""
+    """Returns the library's way of writing, and every way that differs from it in one respect."""
     row_group = CHOSEN[kind]
     ways = [Choice(encoding, "zstd", row_group) for encoding in ENCODINGS]
     ways += [Choice("byte planes", compression, row_group) for compression in COMPRESSIONS]

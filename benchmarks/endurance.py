@@ -1,9 +1,9 @@
-"""Whether a long training stays as it began: memory, open files, threads and speed.
+"""Stability of a long training: memory, open files, threads and speed.
 
     python benchmarks/endurance.py [--steps 20000] [--checkpoint-every 200] [--out endurance.json]
 
-A small model is trained on made-up impressions, and a checkpoint is saved every so many steps; the
-last three are kept. At each checkpoint a thread notes what the process uses.
+A small model is trained on synthetic impressions with regular checkpoints, of which the last three
+are kept. At each checkpoint a thread records the resources of the process.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class Options:
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     batch_size: int = 100
-    """Impressions of a step."""
+    """Impressions per step."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """What the process uses when a checkpoint is complete."""
+    """Resources that the process uses when a checkpoint is complete."""
 
     step: int
     seconds: float
-    """Since the first checkpoint."""
+    """Seconds since the first checkpoint."""
     resident_bytes: int
     open_files: int
     threads: int
 
 
 def made_up(seed: int) -> pd.DataFrame:
-    """Impressions of 500 users and 300 items; a click depends on the item."""
+    """Draws impressions of 500 users and 300 items; a click depends on the item."""
     rng = np.random.default_rng(seed)
     item = rng.integers(300, size=IMPRESSIONS)
     click = rng.random(IMPRESSIONS) < 0.1 + 0.3 * (item % 3 == 0)
@@ -76,7 +76,7 @@ def made_up(seed: int) -> pd.DataFrame:
 
 
 def watch(checkpoints: Path, noted: list[Use], ended: threading.Event) -> None:
-    """Notes what the process uses each time there is a new checkpoint."""
+    """Records the resources of the process at each new checkpoint."""
     started = time.perf_counter()
     while not ended.wait(0.02):
         step = max(checkpoint_folders(checkpoints), default=0)

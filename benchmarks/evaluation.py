@@ -40,13 +40,13 @@ class Options:
     """Measure the speed of evaluation."""
 
     turns: int = 5
-    """Turns that every contender takes."""
+    """Number of turns of every contender."""
     impressions: int = 200_000
-    """Impressions scored in a turn."""
+    """Impressions scored per turn."""
     batch_size: int = 4096
-    """Impressions in a step."""
+    """Impressions per step."""
     steps: int = 18
-    """Steps trained in a turn."""
+    """Steps trained per turn."""
     out: Path | None = None
     """JSON file for the figures."""
 

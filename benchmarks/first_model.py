@@ -1,11 +1,11 @@
-"""The first model on a log: `train` at its defaults beside scikit-learn on the same columns.
+"""The first model on a log: `train` at its defaults against scikit-learn on the same columns.
 
 python benchmarks/first_model.py --logs FOLDER --out bench/first-model
 
 For each set, the AUC on the test split of clicks (all rows), conversions (clicked rows) and clicks
 with a conversion (all rows), as a mean over seeds. `first_model_sets` generates sets,
-`first_model_logs` reads real ones, `first_model_references` fits the models of scikit-learn.
-Writes results.json and table.md.
+`first_model_logs` reads real ones, `first_model_references` fits the models of scikit-learn. Writes
+results.json and table.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from esmm_torchrec.training.run import train  # noqa: E402
 
 FIGURES = ("ctr", "cvr", "ctcvr")
 MARGIN = 0.005
-"""Below the better reference, at most."""
+"""Maximum shortfall of an AUC from that of the better reference."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,22 @@ class Options:
     """Compare the defaults of `train` with logistic regression and gradient boosting."""
 
     out: Path = Path("bench/first-model")
-    """Folder for the sets, the runs and the results. Finished parts are not done again."""
+    """Folder for the sets, the runs and the results; finished parts are not repeated."""
     logs: tuple[Path, ...] = ()
-    """Folders with real logs, as they are published; `first_model_logs.LOGS` names the files."""
+    """Folders with real logs, as published; `first_model_logs.LOGS` lists the file names."""
     sets: tuple[str, ...] = ()
-    """Names of the sets to compare on; all if none is given."""
+    """Names of the sets to compare on; all if empty."""
     seeds: int = 3
     full: bool = False
-    """Adds a table of 5 million rows."""
+    """Add a table of 5 million rows."""
     ranks: tuple[int, ...] = (1,)
     """Numbers of ranks to train on."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further options of `train`, to try something else than the defaults."""
+    """Further options of `train`, to try something other than the defaults."""
 
 
 def log_sets(options: Options, folder: Path) -> Iterator[LogSet]:
-    """The sets of the options."""
+    """Yields the sets of the options."""
     for name, make in real_sets(options.logs, folder):
         if _wanted(options, name):
             yield make()
@@ -88,7 +88,7 @@ def _wanted(options: Options, name: str) -> bool:
 
 
 def our_aucs(log: LogSet, options: Options, *, ranks: int, seed: int) -> dict[str, float]:
-    """What `train` reaches at its defaults."""
+    """Returns the AUCs that `train` reaches at its defaults."""
     out = options.out / "runs" / f"{log.name}-{ranks}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     if ranks == 1 and not options.options:
@@ -114,7 +114,7 @@ def our_aucs(log: LogSet, options: Options, *, ranks: int, seed: int) -> dict[st
 
 
 def main(options: Options) -> None:
-    """Compares on every set, and writes what is known after each."""
+    """Compares on every set, and writes the results so far after each."""
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -141,7 +141,7 @@ def main(options: Options) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean AUCs of every set as a Markdown table, and the differences to the better reference."""
+    """Formats mean AUCs of every set and differences from the better reference as Markdown."""
     kinds = sorted({kind for found in results.values() for kind in found if _is_kind(kind)})
     lines = [
         "| set (training rows, clicks, conversions) | "
@@ -181,8 +181,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def apart(results: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Set → the largest difference of CTR, CVR and CTCVR AUC between runs of one seed on several
-    numbers of ranks."""
+    """Returns set → largest difference of CTR, CVR and CTCVR AUC between runs of one seed on
+    different numbers of ranks."""
     found = {}
     for name, of_set in results.items():
         runs = [of_set[kind] for kind in of_set if kind.startswith("ours")]

@@ -1,4 +1,4 @@
-"""The real logs of `first_model.py`: public tables with one binary label nested in another."""
+"""Real logs of `first_model.py`: public tables with one binary label nested in another."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.first_model_sets import CLICK, CONVERSION, LogSet, table_set
 
 @dataclass(frozen=True)
 class RealLog:
-    """A public log, and what is a click and a conversion in it."""
+    """A public log, and its definitions of click and conversion."""
 
     file: str
-    """Its name below the folders that are given, as it is published."""
+    """File name as published, below one of the given folders."""
     labels: Callable[[pd.DataFrame], tuple[Any, Any]]
-    """Click, and what is a conversion if there is a click."""
+    """Function that returns click, and conversion if clicked."""
     ids: str
-    """Names of columns, as those that follow."""
+    """Names of the id columns; the fields below are column names too."""
     dense: str
     lists: str = ""
     read: Callable[[Path], pd.DataFrame] = pd.read_csv
@@ -137,7 +137,7 @@ LOGS = {
 
 
 def real_sets(folders: tuple[Path, ...], out: Path) -> Iterator[tuple[str, Callable[[], LogSet]]]:
-    """Name and maker of each real log that is in one of the folders, or below."""
+    """Yields name and maker of each real log found in or below one of the folders."""
     for name, log in LOGS.items():
         path = next((path for folder in folders for path in folder.rglob(log.file)), None)
         if path is not None:

@@ -1,4 +1,4 @@
-"""What `first_model.py` compares with: scikit-learn on the same columns.
+"""References of `first_model.py`: scikit-learn on the same columns.
 
 Three classifiers are fitted for each kind: click on all rows, conversion on clicked rows, and click
 and conversion together on all rows.
@@ -30,12 +30,12 @@ from benchmarks.first_model_sets import CLICK, CONVERSION, LogSet
 
 
 def reference_aucs(kind: str, log: LogSet, seed: int) -> dict[str, float]:
-    """CTR, CVR and CTCVR AUC on the test split.
+    """Returns CTR, CVR and CTCVR AUC on the test split.
 
     Args:
         kind: "logistic regression" or "gradient boosting".
-        log: what to fit and to test on.
-        seed: of the classifier.
+        log: data to fit and to test on.
+        seed: seed of the classifier.
     """
     encode, classifier = KINDS[kind]
     train, test = encode(log)

@@ -1,8 +1,8 @@
-"""The generated data sets of `first_model.py`: tables and worlds.
+"""Generated data sets of `first_model.py`: tables and worlds.
 
 A generated table has dense columns, some with heavy tails, id columns with Zipf frequencies, and
-missing values. Click and conversion are drawn from logits that add effects of dense values and ids,
-a product of two dense columns, a step, and the match of two ids' hidden vectors.
+missing values. Clicks and conversions are drawn from logits that sum effects of dense values and
+ids, a product of two dense columns, a step function, and the match of two ids' latent vectors.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ CLICK, CONVERSION = "click", "conversion"
 
 @dataclass(frozen=True)
 class LogSet:
-    """A log in two halves, prepared for the library and as frames for scikit-learn."""
+    """A log in two splits, prepared for the library and as frames for scikit-learn."""
 
     name: str
     prepared: Path
     train: pd.DataFrame
     test: pd.DataFrame
     ids: tuple[str, ...]
-    """Columns of one id per row."""
+    """Columns with one id per row."""
     lists: tuple[str, ...]
-    """Columns of several ids per row."""
+    """Columns with several ids per row."""
     dense: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """A generated table; rows are those of both halves together."""
+    """A generated table; its rows include both splits."""
 
     name: str
     rows: int
     dense: int
     heavy: int
-    """How many of the dense columns are log-normal, with sigma 1.5."""
+    """Number of dense columns that are log-normal, with sigma 1.5."""
     ids: tuple[int, ...]
-    """Distinct values of each id column."""
+    """Number of distinct values of each id column."""
     ctr: float = 0.12
     cvr: float = 0.12
     match: float = 0.0
-    """Standard deviation of the match of the first two ids in the logits."""
+    """Standard deviation of the match between the first two ids in the logits."""
     nonlinear: float = 0.4
-    """Standard deviation of the product and of the step of dense columns."""
+    """Standard deviation of the product and of the step function of dense columns."""
     missing: float = 0.05
 
 
@@ -77,7 +77,7 @@ WORLDS = {
 
 
 def generated_table(shape: TableShape, seed: int) -> pd.DataFrame:
-    """The rows of a table."""
+    """Draws the rows of a table."""
     rng = np.random.default_rng([seed, len(shape.name), shape.rows])
     frame: dict[str, np.ndarray] = {}
     inputs = rng.normal(size=(shape.rows, shape.dense))
@@ -130,7 +130,7 @@ def _intercept(logit: np.ndarray, rate: float) -> float:
 
 
 def halves(frame: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two random halves."""
+    """Returns two random halves."""
     order = np.random.default_rng(seed).permutation(len(frame))
     middle = len(frame) // 2
     return (
@@ -165,7 +165,7 @@ def table_set(
 
 
 def world_set(name: str, world: World, folder: Path) -> LogSet:
-    """Generates a world in Ali-CCP's raw form and prepares it; scikit-learn gets its fields, the
+    """Generates a world in raw Ali-CCP form and prepares it; scikit-learn gets its fields, with the
     histories as lists without their weights."""
     prepared = folder / name
     if not prepared.exists():

@@ -1,10 +1,10 @@
-"""How fast `esmm-torchrec generate` is, and that its memory does not grow with impressions.
+"""Speed of `esmm-torchrec generate`, and its memory, which does not grow with impressions.
 
     python benchmarks/generate.py --impressions 1000000 4000000 --history-scale 0.07 1.0
 
-Writes worlds with the command itself, each in a process of its own, into a temporary folder, and
-prints impressions and megabytes of files per second and the peak resident set size. With --out
-the figures are written as JSON too.
+Writes worlds with the command itself, each in a separate process, into a temporary folder, and
+prints impressions and megabytes of files per second and the peak resident set size. With --out, it
+also writes the figures as JSON.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Options:
     """Measure esmm-torchrec generate."""
 
     impressions: tuple[int, ...] = (1_000_000, 4_000_000)
-    """Sizes to write."""
+    """Numbers of impressions to write."""
     history_scale: tuple[float, ...] = (0.07, 1.0)
-    """Lengths of histories to write each size with."""
+    """History scales to write each number with."""
     repeats: int = 3
-    """Runs of each; the fastest counts."""
+    """Number of runs of each; the fastest counts."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One size and history length."""
+    """Figures for one number of impressions and one history scale."""
 
     impressions: int
     history_scale: float
     megabytes: float
     seconds: float
-    """Of the whole process, start of Python included."""
+    """Wall time of the whole process, including the start of Python."""
     impressions_per_second: float
     peak_rss_bytes: int
 

@@ -1,13 +1,13 @@
-"""ESMM on generated worlds: beside a plain-PyTorch ESMM, a network of clicks alone, and the oracle.
+"""ESMM on generated worlds, against ESMM in plain PyTorch, BASE and the oracle.
 
-For each seed a world of its own is generated, prepared and split by time. Three models of the same
+For each seed, a separate world is generated, prepared and split by time. Three models of the same
 shape are trained for one epoch on its training split: ESMM by this library, ESMM in plain PyTorch
 (below; it shares no code with the library and reads the Parquet files itself), and BASE, the
 conversion tower with its embeddings on clicked impressions alone.
 
     python benchmarks/ground_truth.py --out bench/ground-truth
 
-With --defaults the library trains as its command line does by default, on two ranks, beside plain
+With --defaults, the library trains at the defaults of its command line on two ranks, and plain
 PyTorch with Adam at 1e-3 for tables and towers and batches of 1,024:
 
     python benchmarks/ground_truth.py --out bench/4m --impressions 4000000 --seeds 0 --defaults
@@ -51,28 +51,28 @@ class Options:
     """Train ESMM, a plain-PyTorch ESMM and BASE on generated worlds."""
 
     out: Path
-    """Folder for worlds, runs and ground_truth.json; what is there already is used again."""
+    """Folder for worlds, runs and ground_truth.json; existing parts are reused."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One world each."""
+    """Seeds, one world each."""
     impressions: int = 1_000_000
-    """Of each world, half to train on."""
+    """Impressions per world, half of them to train on."""
     batch_size: int = 4096
-    """Of all three models."""
+    """Batch size of all three models."""
     tower: tuple[int, ...] = (360, 200, 80)
-    """Of all three models."""
+    """Widths of the hidden layers of each tower, in all three models."""
     defaults: bool = False
-    """The library at its defaults on two ranks; plain PyTorch with Adam and small batches."""
+    """Use the library at its defaults on two ranks; plain PyTorch with Adam and small batches."""
 
 
 class Feature(NamedTuple):
-    """Bags of all rows, as nn.EmbeddingBag wants them."""
+    """Bags of all rows, in the form of nn.EmbeddingBag."""
 
     ids: np.ndarray
     offsets: np.ndarray
     weights: np.ndarray | None
 
     def rows(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """ids, offsets and weights of some rows."""
+        """Returns ids, offsets and weights of some rows."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         ends = np.cumsum(lengths)
@@ -82,7 +82,7 @@ class Feature(NamedTuple):
 
 
 class PlainEsmm(nn.Module):
-    """One EmbeddingBag a feature, two multi-layer perceptrons, nothing else."""
+    """One EmbeddingBag per feature, two multi-layer perceptrons, nothing else."""
 
     def __init__(
         self, rows: Mapping[str, int], dim: int, tower: tuple[int, ...], priors: tuple[float, float]
@@ -106,7 +106,7 @@ class PlainEsmm(nn.Module):
             self.towers.append(nn.Sequential(*layers, last))
 
     def forward(self, bags: Mapping[str, tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        """Logits of pCTR and pCVR."""
+        """Returns the logits of pCTR and pCVR."""
         pooled = [
             table(ids, offsets, per_sample_weights=weights)
             for (ids, offsets, weights), table in zip(
@@ -118,7 +118,7 @@ class PlainEsmm(nn.Module):
 
 
 def read_split(folder: Path, split: str) -> tuple[pa.Table, dict[str, Feature], np.ndarray]:
-    """Impressions, features, and for each impression the shared row it uses."""
+    """Returns impressions, features, and the shared row of each impression."""
     description = json.loads((folder / "dataset.json").read_text())
     tables = {
         kind: pa.concat_tables(
@@ -208,7 +208,8 @@ def plain_run(folder: Path, options: Options, seed: int) -> dict[str, float]:
         impressions.column(name).to_numpy() for name in ("click", "conversion", "true_cvr")
     )
     clicked = click == 1
-    # The true probability as a label: every row once as a positive and once as a negative.
+    # Each row counts once as a positive and once as a negative, weighted by its true
+    # probability.
     twice = np.r_[np.ones(len(pcvr)), np.zeros(len(pcvr))]
     return {
         "ctr_auc": float(roc_auc_score(click, pctr)),
@@ -222,7 +223,7 @@ def plain_run(folder: Path, options: Options, seed: int) -> dict[str, float]:
 
 
 def library_run(folder: Path, out: Path, options: Options, seed: int, method: str) -> dict:
-    """metrics.json of the library's own training, on one rank or, at its defaults, on two."""
+    """Returns metrics.json of the library's training, on one rank or, at its defaults, on two."""
     arguments = ["train", "--data", folder, "--out", out, "--method", method, "--seed", seed]
     if not options.defaults:
         arguments += ["--batch-size", options.batch_size, "--tower", *options.tower]
@@ -238,7 +239,7 @@ def _command(*arguments: object, ranks: int = 1) -> None:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Figures of each model, one per seed."""
+    """Returns the figures of each model, one per seed."""
     runs: dict[str, list[dict[str, float | None]]] = {
         name: [] for name in ("ESMM", "ESMM in plain PyTorch", "BASE", "the data's own oracle")
     }
@@ -261,7 +262,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """Mean ± standard deviation over the seeds, as Markdown."""
+    """Formats mean ± standard deviation over the seeds as Markdown."""
     runs = results["runs"]
     lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
     for key, (_, label) in FIGURES.items():

@@ -1,11 +1,11 @@
-"""The data sets behind the benchmarks.
+"""Data sets of the benchmarks.
 
 `write_impressions`: 23 single-valued features. Tables halve in size, 3.4 million rows in all; ids
-are Zipf-distributed; clicks and conversions depend on them, so that an AUC says whether two
-programs learn the same.
+are Zipf-distributed; clicks and conversions depend on them, so that AUCs show whether two programs
+learn the same.
 
 `write_histories`: users with four weighted histories as long as Ali-CCP's, in tables as large as
-the ranges of its ids, which is the most that they can have. Labels are drawn by chance.
+the ranges of its ids, an upper bound of their sizes. Labels are random.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ HISTORIES = {
     "127_14": (330_000, 155),
     "150_14": (70_000, 136),
 }
-"""Feature → rows of its table, mean length of a history."""
+"""Feature → rows of its table, mean length of its histories."""
 LARGEST_TABLE = 1_700_000
 ROWS_PER_BLOCK = 1 << 17
 
 
 def write_impressions(path: Path, *, train: int, test: int, seed: int = 0) -> PreparedDataSet:
-    """Writes the prepared data set, zstd Parquet like any other, and opens it."""
+    """Writes the prepared data set, as zstd Parquet like any other, and opens it."""
     random = np.random.default_rng(seed)
     sizes = {f"f{i:02}": max(10, LARGEST_TABLE >> i) for i in range(NUM_FEATURES)}
     effects = {name: random.normal(0, 0.35, (2, size + 1)) for name, size in sizes.items()}

@@ -1,10 +1,10 @@
-"""Sets of impressions generated, prepared by Spark and streamed through one epoch on two ranks.
+"""Large sets: generated, prepared by Spark and streamed for one epoch on two ranks.
 
     python benchmarks/large_set.py FOLDER [--impressions 5000000 50000000] [--out large_set.json]
 
-Every step is a command of the library in processes of its own, whose CPU seconds and memory are
-sampled. A step whose figures are in FOLDER/figures.json is not repeated, so that a measurement that
-was interrupted continues; with --delete, FOLDER is removed in the end. The log holds Zipf-like ids
+Every step is a command of the library in separate processes, whose CPU seconds and memory are
+sampled. A step whose figures are in FOLDER/figures.json is not repeated, so an interrupted
+measurement continues; with --delete, FOLDER is removed at the end. The log contains Zipf-like ids
 of users, items and contexts, a history of items, and two dense columns; clicks and conversions
 depend on user and item. It is generated, and read, a row group at a time.
 """
@@ -41,19 +41,19 @@ class Options:
     """Measure how a large set is prepared and trained on."""
 
     folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
-    """Where the data go: about 110 bytes an impression."""
+    """Folder for the data, about 110 bytes per impression."""
     impressions: tuple[int, ...] = (5_000_000, 50_000_000)
-    """Training impressions of each set; there are 2 % as many of test."""
+    """Training impressions of each set; it has 2 % as many test impressions."""
     ranks: int = 2
-    """That train."""
+    """Number of ranks that train."""
     lanes: int = 8
-    """Of the stream."""
+    """Lanes of the stream."""
     window: int = 131_072
-    """Of the stream."""
+    """Window of the stream."""
     batch_size: int = 16_384
-    """Impressions in a step, over all ranks."""
+    """Impressions per step, over all ranks."""
     delete: bool = False
-    """Remove FOLDER in the end."""
+    """Remove FOLDER at the end."""
     out: Path | None = None
     """JSON file for the figures."""
 
@@ -101,7 +101,7 @@ def generate(folder: Path, rows: int, seed: int) -> None:
 
 
 def _sampled(root: int) -> tuple[dict[int, float], int]:
-    """CPU seconds of each process below one, and anonymous bytes of all."""
+    """Returns CPU seconds of each process below `root`, and anonymous bytes of all."""
     parents: dict[int, int] = {}
     used: dict[int, float] = {}
     memory: dict[int, int] = {}
@@ -127,7 +127,7 @@ def _sampled(root: int) -> tuple[dict[int, float], int]:
 
 
 def run(*command: object) -> dict[str, Any]:
-    """Runs a program, and says what it and its processes took."""
+    """Runs a program, and returns the time and memory that it and its processes took."""
     started = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -155,12 +155,12 @@ def run(*command: object) -> dict[str, Any]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files."""
+    """Returns the bytes of all files."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def measure(options: Options, rows: int, step: Callable[..., dict[str, Any]]) -> None:
-    """Takes the steps of one set."""
+    """Runs the steps of one set."""
     folder = options.folder / str(rows)
     raw, prepared, trained = folder / "raw", folder / "prepared", folder / "run"
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -194,7 +194,7 @@ def measure(options: Options, rows: int, step: Callable[..., dict[str, Any]]) ->
         return figures | json.loads(out.read_text())["reading"][0]
 
     def train() -> dict[str, Any]:
-        # A run that was interrupted is resumed; its seconds are those of all its parts.
+        # An interrupted run is resumed; its seconds include all its parts.
         figures = run(
             *(*torchrun, "-m", "esmm_torchrec", "train", "--data", prepared, "--out", trained),
             *("--read", "stream", *stream, "--batch-size", options.batch_size, "--epochs", 1),

@@ -1,10 +1,10 @@
-"""Memory of a training run, and that it does not grow over ten thousand steps.
+"""Memory of a training run, which does not grow over ten thousand steps.
 
     python benchmarks/memory.py [--steps 10000] [--out memory.json]
 
-Runs `esmm-torchrec train` in a process of its own and samples its anonymous resident memory, which
-leaves out the pages of the mapped data set, beside the step it is at. The measure is what must be
-there: the tables, the state of their optimiser, and one GiB for Python, torch and the batches.
+Runs `esmm-torchrec train` in a separate process and samples its anonymous resident memory, which
+excludes the pages of the mapped data set, along with its current step. The expected memory is that
+of the tables, the state of their optimiser, and one GiB for Python, torch and the batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from esmm_torchrec.sharding.planner import SparseOptimizerOption
 
 GIB = 1 << 30
 STATE_VALUES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 16, "adam": 32}
-"""Values of optimiser state beside the 16 of each row."""
+"""Values of optimiser state per row, in addition to its 16 weights."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Options:
     """Measure the memory of training."""
 
     steps: int = 10_000
-    """Steps to train."""
+    """Number of steps to train."""
     batch_size: int = 256
-    """Impressions in a step."""
+    """Impressions per step."""
     sparse_optimizer: SparseOptimizerOption = "adagrad"
     """Optimiser of the tables."""
     out: Path | None = None
@@ -45,14 +45,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Sample:
-    """The process at one moment."""
+    """Step and memory of the process at one moment."""
 
     step: int
     anonymous_bytes: int
 
 
 def run(data: Path, folder: Path, options: Options) -> list[Sample]:
-    """Trains, and samples a few times a second until the process ends."""
+    """Trains, and samples several times per second until the process ends."""
     command = [sys.executable, "-m", "esmm_torchrec", "train", "--data", str(data)]
     command += ["--out", str(folder), "--batch-size", str(options.batch_size)]
     command += ["--sparse-optimizer", options.sparse_optimizer, "--device", "cpu", "--epochs", "1"]

@@ -1,13 +1,12 @@
-"""When is ESMM worth it? Three methods on a grid of worlds.
+"""Three methods on a grid of worlds: when is ESMM worth it?
 
     python benchmarks/methods_grid.py --settings paper --out bench/methods-grid
 
-The worlds differ in the conversions per click, in the correlation of the tastes for clicking and
+The worlds differ in conversions per click, in the correlation of the tastes for clicking and
 converting, and in volume, counted in training conversions. Every method keeps the settings that
-`compare` chose for it in the folder of --settings, so that a cell shows the world and not the luck
-of a tuning on few conversions. Writes grid.json, grid.md and a map of
-each pair of methods. Rerun the command to resume
-a run that was stopped, or to add seeds.
+`compare` chose for it in the folder of --settings, so that a cell shows the effect of the world,
+not the luck of tuning on few conversions. Writes grid.json, grid.md and a map of each pair of
+methods. Rerun the command to resume a stopped run or to add seeds.
 """
 
 from __future__ import annotations
@@ -51,28 +50,28 @@ class Options:
     """Compare methods on a grid of worlds."""
 
     out: Path
-    """Folder of the results."""
+    """Output folder."""
     cvrs: tuple[float, ...] = (0.005, 0.02, 0.08, 0.18)
     """Conversions per click."""
     correlations: tuple[float, ...] = (-0.3, 0.0, 0.3, 0.6, 0.9)
-    """Of the tastes for clicking and converting."""
+    """Correlations of the tastes for clicking and converting."""
     conversions: tuple[int, ...] = (600, 2500)
     """Expected training conversions."""
     methods: tuple[str, ...] = ("base", "esmm", "shared-bottom")
-    """What is compared."""
+    """Methods to compare."""
     seeds: int = 3
-    """Worlds of each cell."""
+    """Number of worlds per cell."""
     settings: Path = Path("paper")
-    """Folder of the comparison whose choices are used."""
+    """Folder of the comparison whose settings are used."""
     processes: int = usable_cores()
-    """That share the cells."""
+    """Number of processes that share the cells."""
     world: World = DEFAULT_WORLD
-    """What the worlds share."""
+    """Settings that the worlds share."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A place on the grid."""
+    """A cell of the grid."""
 
     cvr: float
     correlation: float
@@ -83,7 +82,7 @@ class Cell:
         return f"cvr-{self.cvr:g}-correlation-{self.correlation:g}-conversions-{self.conversions}"
 
     def world(self, options: Options, seed: int) -> World:
-        """A world with that many expected training conversions."""
+        """Returns a world with the cell's expected number of training conversions."""
         impressions = 2 * round(self.conversions / (options.world.ctr * self.cvr))
         return replace(
             options.world,
@@ -95,7 +94,7 @@ class Cell:
 
 
 def cells_of(options: Options) -> list[Cell]:
-    """The grid, small worlds first."""
+    """Returns the cells of the grid, small worlds first."""
     return [
         Cell(cvr, correlation, conversions)
         for conversions in sorted(options.conversions)
@@ -105,7 +104,7 @@ def cells_of(options: Options) -> list[Cell]:
 
 
 def work(ranks: Ranks, options: Options) -> None:
-    """Compares in every cell, one seed after the other, with the other processes."""
+    """Compares in every cell, one seed after the other; the processes share the cells."""
     settings = json.loads((options.settings / "results.json").read_text())
     comparison = ComparisonOptions(methods=options.methods, seeds=1, processes=1)
 
@@ -135,12 +134,12 @@ def work(ranks: Ranks, options: Options) -> None:
 
 
 def folder_of(options: Options, cell: Cell, seed: int) -> Path:
-    """Where the comparison of a world is."""
+    """Returns the folder of the comparison on a world."""
     return options.out / cell.name / f"seed-{seed}"
 
 
 def read_cells(options: Options) -> list[dict[str, Any]]:
-    """Figures of each cell, with one run for each seed."""
+    """Returns the figures of each cell, with one run per seed."""
     cells = []
     for cell in cells_of(options):
         of_seeds = [
@@ -164,13 +163,13 @@ def read_cells(options: Options) -> list[dict[str, Any]]:
 
 
 def difference(cell: dict[str, Any], metric: str, pair: tuple[str, str]) -> Difference:
-    """Of the first method from the second, over the worlds of a cell."""
+    """Returns the difference of the first method from the second, over the worlds of a cell."""
     first, second = (cell["methods"][name][metric] for name in pair)
     return paired_difference(first, second)
 
 
 def markdown(cells: Sequence[dict[str, Any]]) -> str:
-    """One row per cell: differences with their 95 % intervals."""
+    """Formats differences and their 95 % intervals as Markdown, one row per cell."""
     titles = [f"{a} − {b}, {title}" for a, b in PAIRS for title in METRICS.values()]
     lines = [
         "| CVR | conversions | correlation | " + " | ".join(titles) + " |",
@@ -191,7 +190,7 @@ def markdown(cells: Sequence[dict[str, Any]]) -> str:
 def plot(
     cells: Sequence[dict[str, Any]], options: Options, pair: tuple[str, str], out: Path
 ) -> None:
-    """A map of the mean differences of a pair: a column per metric, a row per volume."""
+    """Draws a map of the mean differences of a pair: a column per metric, a row per volume."""
     volumes = sorted(options.conversions)
     figure = Figure(figsize=(8.2, 2.7 * len(volumes) + 0.9), layout="constrained")
     grid = figure.subplots(len(volumes), len(DRAWN), squeeze=False)
@@ -250,7 +249,7 @@ def _panel(
 
 
 def main() -> None:
-    """Compares, then writes what was found."""
+    """Compares, then writes the results."""
     configure_threads()
     options = tyro.cli(Options)
     with (

@@ -1,11 +1,11 @@
-"""Speed of training against torch-rechub and DeepCTR-Torch, each used as it documents itself.
+"""Speed of training against torch-rechub and DeepCTR-Torch, each used as its documentation shows.
 
     python benchmarks/other_libraries.py [--turns 5] [--out other_libraries.json]
 
-The other libraries are installed into a virtual environment of their own (`--environment`, made
-once). The same impressions, tables, towers and batch size for all; each library keeps the
-optimiser that it defaults to, which for the other two is Adam over all rows of all tables. They
-train in processes of their own that wait, without a spinning thread, while another has its turn.
+The other libraries are installed into a separate virtual environment (`--environment`, created
+once). Impressions, tables, towers and batch size are the same for all; each library uses its
+default optimiser, which for the other two is Adam over all rows of all tables. They train in
+separate processes, which wait without a spinning thread while another contender has its turn.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Options:
     """Measure the speed of training against other libraries."""
 
     turns: int = 5
-    """Turns that every contender takes."""
+    """Number of turns of every contender."""
     steps: int = 8
-    """Steps in a turn."""
+    """Steps per turn."""
     batch_size: int = 4096
-    """Impressions in a step."""
+    """Impressions per step."""
     environment: Path = Path("bench/other-libraries")
     """Virtual environment with the other libraries; created if it does not exist."""
     out: Path | None = None
@@ -62,21 +62,21 @@ class Options:
 
 
 def install(folder: Path) -> Path:
-    """The Python that has the other libraries."""
+    """Returns the Python interpreter of an environment with the other libraries."""
     python, done = folder / "bin" / "python", folder / ".installed"
     if not done.exists():
         print(f"installing {', '.join(OTHERS)} into {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         wanted = OTHERS | {name: version(name).partition("+")[0] for name in ("torch", "numpy")}
         pinned = [f"{name}=={number}" for name, number in wanted.items()]
-        pinned.append("requests")  # DeepCTR-Torch imports it without saying so
+        pinned.append("requests")  # a dependency that DeepCTR-Torch does not declare
         subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
         done.touch()
     return python
 
 
 def write_arrays(train: MappedSplit, folder: Path) -> None:
-    """The impressions and the tables as the worker of another library loads them."""
+    """Writes the impressions and the tables in the form that the worker loads."""
     whole = ImpressionReader(train, batch_size=train.impressions, shuffle=False)
     features = next(iter(whole)).features.sparse_features
     assert features is not None
@@ -92,7 +92,7 @@ def write_arrays(train: MappedSplit, folder: Path) -> None:
 def worker(
     python: Path, library: str, folder: Path, options: Options
 ) -> Iterator[Callable[[int], int]]:
-    """A process that trains with another library: steps → impressions trained."""
+    """Starts a process that trains with another library: steps → impressions trained."""
     script = Path(__file__).with_name("other_libraries_worker.py")
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -1,10 +1,10 @@
-"""Trains the ESMM of another library; run by `other_libraries.py` with the Python that has it.
+"""Trains the ESMM of another library; run by `other_libraries.py` in that library's environment.
 
     python other_libraries_worker.py torch-rechub|deepctr-torch FOLDER BATCH_SIZE
 
-FOLDER holds impressions.npz, a column each, and tables.json, the rows of each feature's table.
-The library is used as its own documentation uses it: its data loader, its trainer, Adam. Each line
-of input is a number of steps to train; the answer is a line with the loss.
+FOLDER contains impressions.npz, one array per column, and tables.json, the rows of each feature's
+table. The library is used as its own documentation uses it: its data loader, its trainer, Adam.
+Each input line is a number of steps to train; the reply is a line with the loss.
 """
 
 # ruff: noqa: PLC0415 - one of the libraries is there, and one is asked for
@@ -38,7 +38,7 @@ def torch_rechub(tables: dict[str, int], batch_size: int) -> Callable[..., objec
     trainer = MTLTrainer(model, ["classification"] * 3)
 
     def train(ids: dict[str, np.ndarray], click: np.ndarray, conversion: np.ndarray) -> object:
-        # Its labels: conversion tower, click tower, both; the first has no loss.
+        # The library's labels: conversion tower, click tower, both; the first has no loss.
         labels = np.stack([conversion, click, conversion], axis=1)
         loader, *_ = DataGenerator(ids, labels).generate_dataloader(
             x_val=ids, y_val=labels, x_test=ids, y_test=labels, batch_size=batch_size
@@ -70,7 +70,7 @@ def main(library: str, folder: Path, batch_size: int) -> None:
     tables = json.loads((folder / "tables.json").read_text())
     data = dict(np.load(folder / "impressions.npz"))
     click, conversion = data.pop("click"), data.pop("conversion")
-    with contextlib.redirect_stdout(sys.stderr):  # what the libraries print is not an answer
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for replies only
         train = LIBRARIES[library](tables, batch_size)
     first = 0
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""From how many rows on is one pass enough? Held-out figures after each pass, by training rows.
+"""Held-out figures after each pass, by training rows: when is one pass enough?
 
     python benchmarks/passes_by_rows.py --out bench/passes-by-rows
 
@@ -6,7 +6,7 @@ Two kinds of logs: worlds in Ali-CCP's form, whose users have about a hundred im
 tables whose number of ids grows with their rows. A tenth of the users (of the rows, in tables) is
 held out; `train` takes a fixed number of passes at its other defaults. The figure is the one that
 the search for the number of passes minimises: the mean of the normalised entropies of click,
-conversion if click, and both.
+conversion given a click, and both.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from esmm_torchrec.training.run import train  # noqa: E402
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what further passes give."""
+    """Measure the benefit of further passes."""
 
     out: Path = Path("bench/passes-by-rows")
-    """Folder for the logs and the figures; finished parts are not done again."""
+    """Folder for the logs and the figures; finished parts are not repeated."""
     rows: tuple[int, ...] = (125_000, 250_000, 500_000, 1_000_000)
-    """Training rows, held-out ones included."""
+    """Numbers of training rows, held-out ones included."""
     passes: int = 3
 
 
 def world(folder: Path, rows: int) -> Path:
-    """A prepared world."""
+    """Returns a prepared world."""
     prepared = folder / f"world-{rows}"
     if not prepared.exists():
         raw = folder / f"world-{rows}-raw"
@@ -58,7 +58,7 @@ def world(folder: Path, rows: int) -> Path:
 
 
 def table(folder: Path, rows: int) -> Path:
-    """A prepared table."""
+    """Returns a prepared table."""
     ids = (rows // 20, rows // 120, 100, 12)
     name = f"table-{rows}"
     shape = TableShape(name, 2 * rows, dense=8, heavy=3, ids=ids, ctr=0.06, match=0.5)

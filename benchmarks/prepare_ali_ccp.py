@@ -1,9 +1,9 @@
-"""How fast `esmm-torchrec prepare ali-ccp` is, and how much memory it takes.
+"""Speed and memory of `esmm-torchrec prepare ali-ccp`.
 
     python benchmarks/prepare_ali_ccp.py --megabytes 1000 --out prepare_ali_ccp.json
 
-Writes raw files in the proportions of the real ones (600 features a common row, 58 impressions to
-share it, 13 features each), prepares them in a process of its own and prints MB of raw text a
+Writes raw files in the proportions of the real ones (600 features per common row, 58 impressions
+that share it, 13 features each), prepares them in a separate process and prints MB of raw text per
 second and the peak resident set size of that process. The raw files are removed afterwards.
 """
 
@@ -28,13 +28,13 @@ COMMON_ROWS_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Field:
-    """One field of the raw data: its range of ids, and how rows hold them."""
+    """One field of the raw data: its range of ids and its occurrence in rows."""
 
     name: str
     first_id: int
     distinct: int
     share: float
-    """Of rows that have it."""
+    """Share of rows that have the field."""
     mean_values: float = 1.0
     weighted: bool = False
 
@@ -69,7 +69,7 @@ SKELETON = (
 
 
 def _writer_of(fields: tuple[Field, ...]) -> Callable[[np.random.Generator, int], list[str]]:
-    """A function of (random numbers, rows) that gives `feature_num,feature_list` of each row."""
+    """Returns a function (random numbers, rows) → `feature_num,feature_list` of each row."""
     texts = [
         np.array([f"{f.name}\x02{f.first_id + i}\x03" for i in range(f.distinct)], object)
         for f in fields
@@ -98,7 +98,7 @@ def _writer_of(fields: tuple[Field, ...]) -> Callable[[np.random.Generator, int]
 
 
 def write_raw(folder: Path, *, megabytes: int, seed: int = 0) -> int:
-    """Writes the four raw files, half of the bytes training, half test; returns their bytes."""
+    """Writes the four raw files, half of the bytes for training; returns their bytes."""
     random = np.random.default_rng(seed)
     common, skeleton = _writer_of(COMMON), _writer_of(SKELETON)
     total = 0
@@ -131,9 +131,9 @@ class Options:
     """Measure esmm-torchrec prepare ali-ccp."""
 
     megabytes: int = 1000
-    """Raw text to write and read."""
+    """Megabytes of raw text to write and read."""
     folder: Path | None = None
-    """Where to write; a temporary folder if not given."""
+    """Folder for the raw files; a temporary one if not given."""
     out: Path | None = None
     """JSON file for the figures."""
 

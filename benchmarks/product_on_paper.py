@@ -2,7 +2,8 @@
 
     python benchmarks/product_on_paper.py [--gpus 64] [--rows-per-cpu-second 300000] …
 
-Nothing of this size is run. Each rate is an option, and its default is named with its source.
+Nothing of this size is run. Each rate is an option whose description names the source of its
+default.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ class Options:
     users_and_items: float = 48e6 + 23.5e6
     """Distinct users and items (the same table)."""
     gpus: int = 64
-    """Ranks."""
+    """Number of ranks."""
     gpus_per_node: int = 8
-    """Ranks of one machine."""
+    """Ranks per machine."""
     parquet_bytes: float = 34.3
-    """Per impression of 10 ids, 2 lists of 11 ids and 3 dense features, zstd byte planes."""
+    """Bytes per impression of 10 ids, 2 lists of 11 ids and 3 dense features, zstd byte planes."""
     mapped_bytes: float = 190.7
-    """Per impression of the same, laid out."""
+    """Bytes of the mapped copy per such impression."""
     spark_core_seconds: float = 24.0
-    """Per million impressions prepared by Spark in local mode, the JVM's warm-up included."""
+    """Core seconds per million impressions prepared by Spark in local mode, with JVM warm-up."""
     prepare_rows_per_second: float = 285_000
-    """Of `prepare table`, one thread."""
+    """Rate of `prepare table`, one thread."""
     layout_rows_per_second: float = 508_000
-    """Of writing the mapped copy, one thread."""
+    """Rate of writing the mapped copy, one thread."""
     rows_per_cpu_second: float = 300_000
-    """Of the streaming reader, from Parquet to batches (docs/scale.md, the lower figure)."""
+    """Rate of the streaming reader, from Parquet to batches (docs/scale.md, the lower figure)."""
     rows_per_gpu_second: float = 300_000
-    """Trained on one GPU: an assumption, no rate of this library on so many."""
+    """Training rate of one GPU: an assumption, not measured with this library on so many."""
     lanes: int = 64
-    """Of the stream."""
+    """Lanes of the stream."""
     window: int = 1 << 20
-    """Of the stream."""
+    """Window of the stream."""
     embedding_dim: int = 20
-    """Columns of each table."""
+    """Embedding dimension of each table."""
     checkpoint_bytes_per_second: float = 500e6
-    """Written by one rank to shared storage: an assumption."""
+    """Rate at which one rank writes to shared storage; an assumption."""
 
 
 def rows(options: Options) -> list[tuple[str, str]]:
-    """What is needed, each with how much."""
+    """Returns each requirement with its amount."""
     nodes = options.gpus / options.gpus_per_node
     impressions = options.impressions
     stored, mapped = impressions * options.parquet_bytes, impressions * options.mapped_bytes
@@ -58,7 +59,7 @@ def rows(options: Options) -> list[tuple[str, str]]:
     rows_of_window = options.lanes / options.gpus * options.window
     window = 2 * rows_of_window * options.mapped_bytes
     first = rows_of_window / options.rows_per_cpu_second
-    # float32 rows and one float32 of row-wise Adagrad for each.
+    # Rows are float32, with one float32 of row-wise Adagrad state each.
     tables = options.users_and_items * (options.embedding_dim + 1) * 4
     written = tables / options.gpus
     from_store = f"{stored / 1e9:,.0f} GB, {stored / epoch / 1e9:.2f} GB/s"

@@ -1,10 +1,10 @@
-"""What `prepare` should suggest: `train` as one process or on two ranks, by the rows of the table.
+"""`train` as one process or on two ranks, by the rows of the table: which should `prepare` suggest?
 
     python benchmarks/ranks_by_rows.py --out bench/ranks-by-rows --prepare     # makes the tables
     python benchmarks/ranks_by_rows.py --out bench/ranks-by-rows
 
-Times whole commands, from start-up to metrics.json, in turn: one pass at the defaults, one process
-with all cores and two ranks. Prints the medians of the turns, and their ratio.
+Times whole commands, from start-up to metrics.json, in turns: one pass at the defaults, with one
+process on all cores and with two ranks. Prints the medians of the turns, and their ratio.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Options:
     out: Path = Path("bench/ranks-by-rows")
     """Folder for the tables and the figures."""
     rows: tuple[int, ...] = (20_000, 100_000, 500_000)
-    """Training rows of each table; a tenth as many test."""
+    """Training rows of each table, which has a tenth as many test rows."""
     turns: int = 2
-    """Runs of each."""
+    """Number of runs of each."""
     prepare: bool = False
-    """Make the tables and stop."""
+    """Prepare the tables and stop."""
 
 
 def table(options: Options, rows: int) -> Path:
-    """A prepared table of that many training rows, made if it is not there."""
+    """Returns a prepared table with `rows` training rows, created if it does not exist."""
     prepared = options.out / f"table-{rows}"
     if not prepared.exists():
         shape = TableShape("ranks", rows + rows // 10, dense=8, heavy=3, ids=(20_000, 3_000, 100))
@@ -64,7 +64,7 @@ def table(options: Options, rows: int) -> Path:
 
 
 def seconds(prepared: Path, out: Path, launcher: list[str]) -> float:
-    """Wall time of a `train` command of one pass."""
+    """Returns the wall time of a `train` command of one pass."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", *launcher, "esmm_torchrec", "train", "--epochs", "1"]
     command += ["--data", str(prepared), "--out", str(out), "--device", "cpu"]
@@ -74,7 +74,7 @@ def seconds(prepared: Path, out: Path, launcher: list[str]) -> float:
 
 
 def main(options: Options) -> None:
-    """Times every table in turn."""
+    """Times every table in turns."""
     options.out.mkdir(parents=True, exist_ok=True)
     tables = {rows: table(options, rows) for rows in options.rows}
     if options.prepare:

@@ -1,14 +1,14 @@
-"""What reading costs: training through the reader against training over batches made beforehand.
+"""Cost of reading: training through the reader against training on batches built in advance.
 
     python benchmarks/reading.py [--impressions 1000000] [--out reading.json]
     python benchmarks/reading.py --ranks 1 8 64 512
 
-Both contenders are the library's trainer on one process, with bfloat16 towers, where a step is
-shortest; they take turns. The one reads through the memory-mapped copy of the data set in random
-order, the other finds every batch in memory, a KeyedJaggedTensor already. It also shows the rates
-of the reader alone and of laying the copy out, and the disk that each form takes. With --ranks, it
-measures instead what the first of so many ranks spends on a batch of 1024, whose sums come from an
-exchange with the others that is simulated, or from looking up the rows of all.
+Both contenders are the library's trainer on one process, with bfloat16 towers, which have the
+shortest steps; they take turns. One reads the memory-mapped copy of the data set in random order,
+the other has every batch in memory as a KeyedJaggedTensor. The rates of the reader alone and of
+writing the copy, and the disk space of each form, are printed too. With --ranks, it measures
+instead the time that the first of that many ranks takes for a batch of 1024, whose sums come from a
+simulated exchange with the others, or from looking up the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ IN_MEMORY, THROUGH_READER = "batches in memory", "through the reader"
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what reading costs."""
+    """Measure the cost of reading."""
 
     impressions: int = 1_000_000
-    """Training impressions."""
+    """Number of training impressions."""
     turns: int = 7
-    """Turns that both contenders take."""
+    """Number of turns of both contenders."""
     steps: int = 30
-    """Steps in a turn."""
+    """Steps per turn."""
     batch_size: int = 4096
-    """Impressions in a step."""
+    """Impressions per step."""
     ranks: tuple[int, ...] = ()
-    """Measure the reader of one rank of so many instead."""
+    """Measure one rank's reader with these numbers of ranks instead."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 class SimulatedExchange:
-    """Ranks that all have what this one has."""
+    """Exchange with ranks that all have the same as this one."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -76,7 +76,7 @@ class SimulatedExchange:
 
 
 def measure_ranks(options: Options, folder: Path) -> dict[str, Any]:
-    """CPU milliseconds for a batch of a rank, by the number of ranks."""
+    """Measures CPU milliseconds for a batch of one rank, by number of ranks."""
     split = MappedSplit.open(write_impressions(folder, train=options.impressions, test=1), "train")
     figures: dict[str, Any] = {}
     print(f"{'ranks':>6}{'exchange':>12}{'all rows':>12}   CPU ms for a batch")
@@ -105,7 +105,7 @@ def measure_ranks(options: Options, folder: Path) -> dict[str, Any]:
 
 
 class BatchesInMemory(ImpressionReader):
-    """A reader whose batches of one epoch are all made beforehand."""
+    """A reader whose batches of one epoch are all built in advance."""
 
     def make(self) -> None:
         self.batches = list(super().__iter__())

@@ -1,10 +1,10 @@
-"""Speed and memory of `esmm-torchrec score` on a folder of Parquet files, beside training.
+"""Speed and memory of `esmm-torchrec score` on a folder of Parquet files, against training.
 
     python benchmarks/score_files.py [--rows 400000] [--files 8] [--out score_files.json]
 
 The model and its data are those of serving.py; training is one pass in batches of `--batch-size`.
-Each model scores the folder in this process, then one file and all files in processes of their own:
-memory must not follow the number of rows.
+Each model scores the folder in this process, then one file and all files in separate processes:
+memory must not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Options:
     """Score a day's log."""
 
     rows: int = 400_000
-    """Impressions to train on, and to score."""
+    """Number of impressions to train on, and to score."""
     files: int = 8
-    """Files that the impressions to score are in."""
+    """Number of files with the impressions to score."""
     batch_size: int = 4096
-    """Of training."""
+    """Batch size of training."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 def peak_megabytes(arguments: list[str]) -> float:
-    """Of a process of its own."""
+    """Runs a command in a separate process and returns its peak memory."""
     program = subprocess.Popen(
         [sys.executable, "-m", "esmm_torchrec", *arguments],
         stdout=subprocess.DEVNULL,
@@ -58,7 +58,7 @@ def peak_megabytes(arguments: list[str]) -> float:
 
 
 def main(options: Options) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the figures."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = prepared_models(

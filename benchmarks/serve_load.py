@@ -1,10 +1,10 @@
-"""Load on `esmm-torchrec serve` over loopback, with and without exchange of the model.
+"""Load on `esmm-torchrec serve` over loopback, with and without reloads of the model.
 
     python benchmarks/serve_load.py PACKAGE [--seconds 20] [--clients 32] [--reloads 20]
 
-Clients send requests of `--rows` impressions each one after the other over connections that stay
-open, from one process beside the server: the machine needs a core for each. While they do, a link
-is pointed to a copy of the package and back, `--reloads` times; every request must be answered 200.
+Clients in one process send requests of `--rows` impressions one after the other over persistent
+connections; that process and the server need a core each. Under this load, a link is switched to a
+copy of the package and back, `--reloads` times; every response must have status 200.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ class Options:
     package: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="PACKAGE")]]
     """An exported model."""
     seconds: float = 20.0
-    """How long requests are sent for the figures."""
+    """Duration of the measurement."""
     clients: int = 32
-    """Connections."""
+    """Number of connections."""
     rows: int = 1
     """Impressions per request."""
     reloads: int = 20
-    """Times that the model is exchanged under load, afterwards."""
+    """Number of reloads of the model under load, after the measurement."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 class Seen(NamedTuple):
-    """A request and its answer."""
+    """A request and its response."""
 
     seconds: float
     status: int
-    """0: the connection was lost."""
+    """HTTP status; 0 if the connection was lost."""
     model: str
 
 
 async def ask(
     address: tuple[str, int], request: bytes, until: asyncio.Event, seen: list[Seen]
 ) -> None:
-    """Sends requests one after the other over one connection, by as little code as can be: the
-    client has the other core of the machine."""
+    """Sends requests one after the other over one connection, with minimal code, since the client
+    has only the other core of the machine."""
     reader, writer = await asyncio.open_connection(*address)
     while not until.is_set():
         start, status, model = time.perf_counter(), 0, ""
@@ -78,12 +78,12 @@ async def ask(
 async def load(
     options: Options, address: tuple[str, int], request: bytes, link: Path, targets: list[Path]
 ) -> dict[str, Any]:
-    """The figures, and then the reloads."""
+    """Measures the figures, and then the reloads."""
     until, seen = asyncio.Event(), []
     clients = [
         asyncio.create_task(ask(address, request, until, seen)) for _ in range(options.clients)
     ]
-    await asyncio.sleep(2)  # to warm up
+    await asyncio.sleep(2)  # warm-up
     seen.clear()
     start = time.perf_counter()
     await asyncio.sleep(options.seconds)
@@ -116,7 +116,7 @@ async def load(
 
 
 def main(options: Options) -> None:
-    """Starts the server, measures, prints and writes."""
+    """Starts the server, measures, prints and writes the figures."""
     example = json.loads((options.package / "example.json").read_text())["request"]
     row = {name: values[0] for name, values in example.items()}
     body = json.dumps({"rows": [row] * options.rows}).encode()

@@ -3,7 +3,7 @@
     python benchmarks/serving.py [--tower 360 200 80] [--turns 9] [--out serving.json]
 
 A model of 16 single-valued features (2 of them text), 2 lists and 4 dense columns, with the default
-towers of `train` if no others are given. A request has 1 or 512 impressions as columns. The
+towers of `train` unless --tower is given. A request has 1 or 512 impressions as columns. The
 contenders take turns:
 
     TorchRec module    the run's own model, from encoded ids and lengths (no raw values, no scores)
@@ -12,7 +12,7 @@ contenders take turns:
     compiled program   `Predictor` of a package of --format aoti
     encoding           raw values to tensors alone
 
-CPU time per request is what other work on the machine moves least.
+CPU time per request is the figure that other work on the machine affects least.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Options:
     """Measure requests."""
 
     turns: int = 9
-    """Turns that every contender takes."""
+    """Number of turns of every contender."""
     requests: int = 100
-    """Requests of one impression in a turn; a fifth of that of 512."""
+    """Requests of one impression per turn; there are a fifth as many of 512."""
     rows: int = 20_000
-    """Impressions to train on."""
+    """Number of impressions to train on."""
     tower: tuple[int, ...] = (360, 200, 80)
     """Widths of the hidden layers of each tower."""
     out: Path | None = None
@@ -63,7 +63,7 @@ class Options:
 
 
 def impressions(rows: int, seed: int) -> pd.DataFrame:
-    """Rows as a ranker has them."""
+    """Draws rows in the form that a ranker has them."""
     random = np.random.default_rng(seed)
     columns: dict[str, Any] = {
         f"id_{n}": random.integers(0, 4000, rows) ** 2 // 4000 for n in range(SINGLE)
@@ -85,7 +85,7 @@ def impressions(rows: int, seed: int) -> pd.DataFrame:
 def prepared_models(
     folder: Path, rows: int, tower: tuple[int, ...], *train: str
 ) -> dict[str, Path]:
-    """A run of one pass, with further options of `train`, and its packages."""
+    """Trains for one pass, with further options of `train`; returns the run and its packages."""
     impressions(rows, 0).to_parquet(folder / "train.parquet")
     impressions(2000, 1).to_parquet(folder / "test.parquet")
     names = [name for name in impressions(1, 0) if name not in ("click", "conversion")]
@@ -103,7 +103,7 @@ def prepared_models(
 
 
 def torchrec_module(run: Path, predictor: Predictor, request: dict[str, Any]) -> Callable[[], Any]:
-    """The run's model by TorchRec, on inputs that are ready."""
+    """Returns a call of the run's model in TorchRec, on encoded inputs."""
     folder = RunFolder.open(run)
     task = build_train_task(folder.schema, folder.model_options, embedding_device="cpu").eval()
     inputs = predictor.encode(request)
@@ -133,12 +133,12 @@ def torchrec_module(run: Path, predictor: Predictor, request: dict[str, Any]) ->
 
 
 def main(options: Options) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the figures."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = prepared_models(folder, options.rows, options.tower)
-        torch.set_num_threads(1)  # training has set its own
+        torch.set_num_threads(1)  # training set its own number
         predictors = {name: Predictor(path) for name, path in models.items()}
         compiled = predictors["compiled"]
         rows = pd.read_parquet(folder / "test.parquet")[list(compiled.encoder.raw_columns)]

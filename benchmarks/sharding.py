@@ -1,16 +1,16 @@
-"""What a sharding plan really costs on the machines at hand, beside what was estimated.
+"""Measured cost of sharding plans on the available machines, next to their estimates.
 
     torchrun --nproc-per-node 2 benchmarks/sharding.py --out DIR
     torchrun --nproc-per-node 8 benchmarks/sharding.py --tables F.yaml --gpu h100 --out DIR
 
-For each strategy the tables are planned as `esmm-torchrec plan` does, sharded, and trained on
-random ids, and the parts of a step are timed one by one with a barrier before each: ids to the
-rows, look-ups, embeddings to their impressions, towers, gradients to the rows, the look-ups'
-backward pass, in which fused kernels update, and the update of dense ones. On a GPU the clock is
-CUDA's events and the memory is the allocator's peak.
+For each strategy, the tables are planned as `esmm-torchrec plan` does, sharded, and trained on
+random ids. The parts of a step are timed one by one with a barrier before each: ids to the rows,
+look-ups, embeddings to their impressions, towers, gradients to the rows, the look-ups' backward
+pass, which includes the update of fused kernels, and the update of dense kernels. On a GPU, times
+come from CUDA events and memory is the allocator's peak.
 
-DIR/sharding.json holds measured beside estimated. DIR/hardware.yaml is the machine with what was
-measured: `esmm-torchrec plan --hardware DIR/hardware.yaml` estimates with it.
+DIR/sharding.json contains measurements and estimates. DIR/hardware.yaml describes the machine by
+its measured rates: `esmm-torchrec plan --hardware DIR/hardware.yaml` estimates with it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ from esmm_torchrec.sharding.table_placement import DATA_TYPES
 from esmm_torchrec.training.optimizers import dense_table_optimizer, fuse_optimizer
 
 BATCHES = 4
-"""Different batches that the steps go through in turn."""
+"""Number of different batches that the steps cycle through."""
 
 WARM_UP_STEPS = 3
 
@@ -83,19 +83,19 @@ PARTS = (
     "backward",
     "update",
 )
-"""Parts of a step as they are timed, named as in StepParts; `towers` includes their all-reduce,
-`backward` the update of fused kernels and the all-reduce of data_parallel's gradients, `update` is
+"""Parts of a step as they are timed, named as in StepParts: `towers` includes their all-reduce,
+`backward` the update of fused kernels and the all-reduce of data_parallel's gradients; `update` is
 that of dense kernels."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure sharding strategies on the ranks at hand, beside their estimates."""
+    """Measure sharding strategies on the available ranks, next to their estimates."""
 
     out: Path
-    """Folder for sharding.json and hardware.yaml."""
+    """Output folder for sharding.json and hardware.yaml."""
     tables: Path | None = None
-    """YAML list of tables; without it, nine tables that fit a laptop."""
+    """YAML list of tables; without it, nine tables that fit on a laptop."""
     strategies: tuple[Strategy, ...] = (
         "table_wise",
         "row_wise",
@@ -108,30 +108,30 @@ class Options:
     gpu: str | None = None
     """Preset to estimate with; without it and --hardware, h100 on GPUs and cpu elsewhere."""
     hardware: Path | None = None
-    """Machine to estimate with."""
+    """Hardware file of the machine to estimate with."""
     batch_size: int | None = None
-    """Impressions per rank and step; else the list's, else 4096."""
+    """Impressions per rank and step; without it, the list's batch size, else 4096."""
     sparse_optimizer: SparseOptimizerOption = "adagrad"
-    """Optimiser of the tables; adagrad exists for every kernel."""
+    """Optimiser of the tables; every kernel has adagrad."""
     tower: tuple[int, ...] = (360, 200, 80)
     """Widths of the hidden layers of each tower."""
     tower_dtype: TowerDtype = "float32"
-    """What the towers compute in."""
+    """Data type in which the towers compute."""
     column_width: int = 32
-    """Narrowest strip of column_wise."""
+    """Minimum width of the shards of column_wise."""
     steps: int = 10
-    """Steps to time in a round; the median over all rounds counts."""
+    """Number of steps to time per round; the median over all rounds counts."""
     rounds: int = 3
-    """Times to go through all cases, so that what else the machine does meanwhile meets each."""
+    """Number of rounds through all cases, so that other load on the machine affects each."""
     round_seconds: float = 20.0
-    """Steps of a case end earlier if a round of it would take longer."""
+    """Maximum seconds of a case's round; its steps end early."""
     device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
+    """Device to measure on; auto: CUDA if there is a GPU for each rank."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds of the parts of a step: of each rank the median, of those the largest."""
+    """Milliseconds of each part of a step: the largest of the ranks' medians."""
 
     input_comms: float
     forward: float
@@ -141,22 +141,22 @@ class Measurement:
     backward: float
     update: float
     step_of_rounds: tuple[float, ...]
-    """The step in each round; their spread is the noise."""
+    """Milliseconds of the step in each round; their spread is the noise."""
     weights_bytes: tuple[int, ...]
-    """Of each rank's parts of the tables."""
+    """Bytes of each rank's shards."""
     peak_bytes: tuple[int, ...]
-    """Of each rank: the allocator's peak on a GPU, else the peak resident set of the process,
-    cases before this one included."""
+    """Peak memory of each rank: the allocator's peak on a GPU, else the peak resident set of the
+    process, earlier cases included."""
 
     @property
     def step(self) -> float:
-        """Its parts in sum; see `_step`."""
+        """Sum of its parts; see `_step`."""
         return _step({name: getattr(self, name) for name in PARTS})
 
 
 def default_tables() -> TableList:
-    """One busy table, which table_wise gives to one rank, and quiet ones; small enough for a
-    laptop."""
+    """Returns one busy table, which table_wise places on one rank, and quiet ones, small enough for
+    a laptop."""
 
     def table(name: str, rows: int, factor: float) -> PlannedTable:
         return PlannedTable(name, rows, 64, (PlannedFeature(name, factor),))
@@ -168,7 +168,7 @@ def default_tables() -> TableList:
 
 
 class Clock:
-    """Times parts of a step on one rank, all ranks entering each together."""
+    """Times parts of a step on one rank, with all ranks entering each part together."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -191,17 +191,17 @@ class Clock:
         self._milliseconds[part][-1] += elapsed
 
     def next_step(self) -> None:
-        """Ends a step; a part timed more than once in it was added up."""
+        """Ends a step; a part timed several times within it was summed."""
         for values in self._milliseconds.values():
             values.append(0.0)
 
     def steps(self) -> dict[str, list[float]]:
-        """Milliseconds of each part in every step that ended."""
+        """Returns the milliseconds of each part in every completed step."""
         return {part: values[:-1] for part, values in self._milliseconds.items()}
 
 
 class Benchmark:
-    """A sharded list of tables with two towers behind it, trained on random ids."""
+    """A sharded list of tables followed by two towers, trained on random ids."""
 
     def __init__(self, scenario: Scenario, plan: PlanFile, ranks: Ranks) -> None:
         self._tables, self._ranks = scenario.tables, ranks
@@ -243,7 +243,7 @@ class Benchmark:
     def _random_batch(
         self, generator: torch.Generator
     ) -> dict[str, tuple[KeyedJaggedTensor, torch.Tensor | None]]:
-        """Collection → its features, and for each impression its bag if they share bags."""
+        """Returns collection → its features, and each impression's bag if they share bags."""
         batch: dict[str, tuple[KeyedJaggedTensor, torch.Tensor | None]] = {}
         for name, tables in self._tables.collections.items():
             shared_by = tables[0].shared_by
@@ -272,7 +272,7 @@ class Benchmark:
         return batch
 
     def step(self, number: int, clock: Clock) -> None:
-        """One step, its parts timed."""
+        """Runs one step and times its parts."""
         batch = self._batches[number % BATCHES]
         looked_up: list[torch.Tensor] = []
         cut: list[torch.Tensor] = []
@@ -283,7 +283,8 @@ class Benchmark:
                 ids = collection.input_dist(context, batch[name][0]).wait().wait()
             with clock("forward"):
                 outputs = collection.compute(context, ids)
-            # Cutting the graph here lets the two halves of the backward pass be timed apart.
+            # Cutting the graph here allows the two halves of the backward pass to be
+            # timed separately.
             leaves = [output.detach().requires_grad_() for output in outputs]
             with clock("forward_comms"):
                 pooled.append(collection.output_dist(context, leaves).wait().values())
@@ -324,21 +325,21 @@ class _Both(nn.Module):
 
 
 def _lengths(mean: float, bags: int, generator: torch.Generator) -> torch.Tensor:
-    """Lengths of bags: 0 or 1 up to a mean of 1, Poisson above."""
+    """Draws lengths of bags: 0 or 1 for a mean up to 1, else Poisson."""
     if mean <= 1:
         return (torch.rand(bags, generator=generator) < mean).long()
     return torch.poisson(torch.full((bags,), mean), generator=generator).long()
 
 
 class Samples:
-    """What one rank saw of a case so far."""
+    """Measurements of a case on one rank so far."""
 
     def __init__(self) -> None:
         self.rounds: list[dict[str, list[float]]] = []
         self.peak_bytes = 0
 
     def add_round(self, scenario: Scenario, plan: PlanFile, ranks: Ranks, options: Options) -> None:
-        """Shards the tables by a plan and trains some steps, all ranks together."""
+        """Shards the tables by a plan and trains for some steps, all ranks together."""
         on_gpu = ranks.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(ranks.device)
@@ -363,7 +364,7 @@ class Samples:
         gc.collect()
 
     def summary(self, plan: PlanFile, ranks: Ranks) -> Measurement:
-        """What all ranks saw."""
+        """Summarises the measurements of all ranks."""
         held = sum(
             shard.size[0] * shard.size[1] * DATA_TYPES[table.data_type][1]
             for table in plan.tables.values()
@@ -386,7 +387,7 @@ class Samples:
 
 
 def _slowest(rounds_of_ranks: Sequence[Sequence[Mapping[str, list[float]]]]) -> dict[str, float]:
-    """Part → of each rank the median over all steps of its rounds, of those the largest."""
+    """Returns part → the largest of the ranks' medians over all their steps."""
     return {
         part: max(
             statistics.median(value for steps in rounds for value in steps[part])
@@ -397,7 +398,8 @@ def _slowest(rounds_of_ranks: Sequence[Sequence[Mapping[str, list[float]]]]) -> 
 
 
 def _step(parts: Mapping[str, float]) -> float:
-    """All but the ids' way, which TorchRec's pipeline hides on a GPU: what is estimated."""
+    """Sums all parts except the input distribution, which TorchRec's pipeline hides on a GPU and
+    which the estimates leave out."""
     return sum(value for name, value in parts.items() if name != "input_comms")
 
 
@@ -418,15 +420,15 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """Human-readable name."""
         return f"{self.strategy}, {self.kernel}"
 
 
 def calibrate(base: Hardware, cases: Sequence[Case], scenario: Scenario, ranks: Ranks) -> Hardware:
-    """The machine with what was measured in the place of peaks.
+    """Returns the machine with measured rates in place of peaks.
 
-    A part that no case measured keeps its number. Bandwidths are those at which TorchRec's
-    formulas give the measured times in sum over the cases.
+    A part that no case measured keeps its value. Bandwidths are those at which TorchRec's formulas
+    yield the measured times, summed over the cases.
     """
     fused = [case for case in cases if case.kernel == "fused" and case.strategy != "data_parallel"]
     memory = _ratio(fused, lambda parts: parts.forward, lambda m: m.forward) or 1.0
@@ -443,7 +445,7 @@ def calibrate(base: Hardware, cases: Sequence[Case], scenario: Scenario, ranks: 
     reached = _reached_bandwidths(base, machine, cases, scenario, ranks)
     machine = replace(machine, **_links(machine, reached, ranks))
 
-    # What the links take of the towers' time is known by now.
+    # The links' share of the towers' time is known by now.
     towers = [case.estimated.towers for case in cases]
     measured = sum(case.measured.towers for case in cases)
     all_reduces = sum(
@@ -467,19 +469,19 @@ def _ratio(
     estimated: Callable[[StepParts], float],
     measured: Callable[[Measurement], float],
 ) -> float | None:
-    """Estimated over measured: by how much a bandwidth was taken too low (or too high)."""
+    """Returns estimated over measured time: how much a bandwidth was underestimated (or over-)."""
     estimate = sum(estimated(case.parts) for case in cases)
     took = sum(measured(case.measured) for case in cases)
     return estimate / took if estimate > 0 and took > 0 else None
 
 
 def _host_link(base: Hardware, cases: Sequence[Case], memory: float) -> dict[str, float]:
-    """Between a GPU and its host's memory, by the kernels that keep rows there."""
+    """Returns the bandwidth between GPU and host memory, from the kernels that keep rows there."""
     uvm = [case for case in cases if case.kernel == "fused_uvm"]
     link = _ratio(uvm, lambda parts: parts.forward, lambda m: m.forward)
     if link is None:
         caching = [case for case in cases if case.kernel == "fused_uvm_caching"]
-        # Filling the cache is part of the forward pass that is timed.
+        # The timed forward pass includes filling the cache.
         looked_up = sum(case.parts.forward for case in caching) / memory
         fetching = sum(case.measured.forward for case in caching) - looked_up
         if caching and fetching > 0:
@@ -490,11 +492,11 @@ def _host_link(base: Hardware, cases: Sequence[Case], memory: float) -> dict[str
 def _reached_bandwidths(
     base: Hardware, machine: Hardware, cases: Sequence[Case], scenario: Scenario, ranks: Ranks
 ) -> dict[CollectiveType, float]:
-    """Bytes of a rank's output per ms, for each collective that a case used alone.
+    """Returns bytes of a rank's output per ms, for each collective that a case used alone.
 
     Args:
-        base: with which the cases were estimated.
-        machine: the same with what was measured of its memory.
+        base: machine with which the cases were estimated.
+        machine: the same machine with its measured memory bandwidths.
     """
     memory = machine.memory_gb_s / base.memory_gb_s
     backward = machine.backward_multiplier / base.backward_multiplier / memory
@@ -517,7 +519,7 @@ def _reached_bandwidths(
     def before(kind: CollectiveType) -> float:
         return base.bandwidths.get_bw(ranks.local_world_size, ranks.world_size, kind)
 
-    # Backward, TorchRec adds a copy at the memory's bandwidth to the all-gather.
+    # In the backward pass, TorchRec adds a copy at memory bandwidth to the all-gather.
     scatter_to_gather = before(CollectiveType.REDUCE_SCATTER) / before(CollectiveType.ALL_GATHER)
     gathers = sum(case.parts.forward_comms for case in by_row) * scatter_to_gather
     copies = (sum(case.parts.backward_comms for case in by_row) - gathers) / memory
@@ -539,12 +541,12 @@ def _reached_bandwidths(
 def _links(
     machine: Hardware, reached: Mapping[CollectiveType, float], ranks: Ranks
 ) -> dict[str, float]:
-    """Links as fast as the fastest collective on them, and the share that each one reaches."""
+    """Returns links as fast as the fastest collective on them, and each one's share of that."""
     world, local = ranks.world_size, ranks.local_world_size
     if world == 1 or not reached:
         return {}
     intra, inter = machine.intra_host_gb_s * BYTES_PER_MS, machine.inter_host_gb_s * BYTES_PER_MS
-    # What of a ring's output passes each link, whatever the collective.
+    # Bytes per ms that pass each link of a ring, whatever the collective.
     rings = {
         kind: speed * (world - 1) / world
         for kind, speed in reached.items()
@@ -560,8 +562,8 @@ def _links(
         own = [] if to_all is None else [to_all * (world - 1) / world]
         intra = max([*rings.values(), *own])
     else:
-        # The link between hosts is the one in question; that within a host keeps its number
-        # unless something was faster.
+        # The inter-host link is being measured; the intra-host link keeps its value unless
+        # something was faster.
         intra = max(intra, *rings.values())
         needed = [speed / local for speed in rings.values()]
         if to_all is not None:
@@ -582,7 +584,8 @@ def _links(
 
 
 def machine_at_hand(options: Options, ranks: Ranks) -> Hardware:
-    """What to estimate with: as asked, else a preset with this machine's memory and ranks."""
+    """Returns the hardware to estimate with: that of the options, else a preset with this machine's
+    memory and ranks."""
     if options.gpu is not None and options.hardware is not None:
         raise OptionError("give either --gpu NAME or --hardware FILE")
     if options.gpu is not None:
@@ -614,14 +617,14 @@ class Pairs:
     """Pairs of cases, compared by their steps."""
 
     in_order: int
-    """Estimated in the measured order."""
+    """Number of pairs whose estimates have the measured order."""
     wrong: tuple[str, ...]
     ties: tuple[str, ...]
-    """Pairs whose rounds overlap: the measurement itself does not order them."""
+    """Pairs whose rounds overlap, so that the measurement itself does not order them."""
 
 
 def pairs(rounds: Mapping[str, Sequence[float]], estimated: Mapping[str, float]) -> Pairs:
-    """Whether the estimates rank the cases as they were measured.
+    """Compares the order of the estimates with the order of the measurements.
 
     Args:
         rounds: case → its measured step in each round.
@@ -642,8 +645,8 @@ def pairs(rounds: Mapping[str, Sequence[float]], estimated: Mapping[str, float])
 
 
 def run(options: Options) -> None:
-    """Measures every strategy with every kernel and writes what was found."""
-    # TorchRec says for each table, and torch for each case, what is known here.
+    """Measures every strategy with every kernel and writes the results."""
+    # TorchRec warns for each table, and torch for each case, of things known here.
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch(rec)?\.")
     with process_group(options.device) as ranks:
@@ -651,7 +654,7 @@ def run(options: Options) -> None:
 
 
 def benchmark_all(options: Options, ranks: Ranks) -> None:
-    """As `run`, inside a process group."""
+    """Does the work of `run` inside a process group."""
     tables = read_tables(options.tables) if options.tables else default_tables()
     base = machine_at_hand(options, ranks)
     scenario = Scenario(

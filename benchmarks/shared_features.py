@@ -1,16 +1,16 @@
-"""Pooling a user's features once per user of a batch, against writing them out per impression.
+"""Pooling a user's features once per user of a batch, against repeating them per impression.
 
     python benchmarks/shared_features.py [--tables world] [--out shared_features.json]
     python benchmarks/shared_features.py --accuracy [--seeds 3]
 
 Users have four histories, 613 weighted ids in all as in Ali-CCP, shared by 58 impressions. The
-model is trained end to end on one process with the histories pooled once and written out, over the
-same batches, the latter also with fbgemm's gradient of the ids' weights, which TorchRec leaves on
-and this library turns off; for several `--shuffle-chunk` K: up to K impressions of a user stay
-together when rows are shuffled. U is the number of distinct users in a batch. Its share at K = 1
-falls with the number of users; many impressions bring it near one user an impression.
+model is trained end to end on one process over the same batches, with the histories pooled once and
+repeated; the latter also with fbgemm's gradient of the ids' weights, which TorchRec leaves on and
+this library turns off. All this for several `--shuffle-chunk` K: up to K impressions of a user stay
+together when rows are shuffled. U is the number of distinct users in a batch. With K = 1 and many
+impressions, U approaches one user per impression.
 
-What a look-up costs depends on the size of its table. `--tables ali-ccp` draws ids of tables as
+The cost of a look-up depends on the size of its table. `--tables ali-ccp` draws ids for tables as
 large as Ali-CCP's id ranges (400 000 shops); `--tables world` generates a world with Ali-CCP's
 histories, whose tables of a few thousand rows fit a core's cache.
 
@@ -54,33 +54,34 @@ from esmm_torchrec.training.fit import build_trainer, fit, training_part  # noqa
 from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 
 MIN_COUNT = 2
-"""Low, or a small world would lose half of its histories to row 0."""
+"""Minimum count of an id; low, since a small world would otherwise lose half of its histories to
+row 0."""
 
 AUCS = ("ctr_auc", "cvr_auc", "ctcvr_auc")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what shared features cost."""
+    """Measure the cost of shared features."""
 
     impressions: int = 400_000
-    """Half of them to train on."""
+    """Number of impressions, half of them to train on."""
     tables: Literal["ali-ccp", "world"] = "ali-ccp"
-    """How large the tables of the histories are."""
+    """Size of the histories' tables."""
     chunks: tuple[int, ...] = (1, 4, 8, 16)
     """Values of K."""
     turns: int = 5
-    """Turns that every contender takes."""
+    """Number of turns of every contender."""
     steps: int = 2
-    """Steps in a turn."""
+    """Steps per turn."""
     batch_size: int = 4096
-    """Impressions in a step."""
+    """Impressions per step."""
     dtype: DtypeOption = "bfloat16"
-    """What the towers compute in."""
+    """Data type in which the towers compute."""
     accuracy: bool = False
-    """Measure AUCs over K instead of speed."""
+    """Measure AUCs by K instead of speed."""
     seeds: int = 3
-    """Trainings for each K, with --accuracy."""
+    """Number of trainings for each K, with --accuracy."""
     out: Path | None = None
     """JSON file for the figures."""
 
@@ -101,7 +102,7 @@ ONCE, WRITTEN_OUT, AS_TORCHREC = "pooled once", "written out", "written out, as 
 
 
 def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
-    """Every way for every K, in turns."""
+    """Measures every way for every K, in turns."""
 
     def contender(chunk: int, way: str) -> Contender:
         shared_features: SharedFeatures = "once" if way == ONCE else "expanded"
@@ -162,8 +163,8 @@ def speed(train: MappedSplit, ranks: Ranks, options: Options) -> dict[str, Any]:
 
 
 def _differentiate_by_weights(model: nn.Module) -> None:
-    """Undoes what `Trainer` does: fbgemm's kernels again find the gradient of every id's weight,
-    which nobody asks for and which TorchRec leaves on."""
+    """Undoes a change of `Trainer`: fbgemm's kernels again compute the gradient of every id's
+    weight, which is not needed but which TorchRec leaves on."""
     for collection in model.modules():
         for lookup in getattr(collection, "_lookups", ()):
             for module in lookup.modules():
@@ -172,7 +173,7 @@ def _differentiate_by_weights(model: nn.Module) -> None:
 
 
 def _compared(timings: Timings, once: str, other: str) -> dict[str, Any]:
-    """Speed of one way, and how much faster pooling once is."""
+    """Returns the speed of one way, and the speed-up of pooling once."""
     ratios = timings.ratios(once, other)
     cpu = [
         slow / fast
@@ -187,7 +188,7 @@ def _compared(timings: Timings, once: str, other: str) -> dict[str, Any]:
 
 
 def _distinct_users(train: MappedSplit, chunk: int, options: Options) -> float:
-    """Mean over the batches of an epoch, the last one left out."""
+    """Returns the mean over the batches of an epoch except the last."""
     reader = ImpressionReader(train, batch_size=options.batch_size, shuffle_chunk=chunk)
     sizes = []
     for batch in reader:
@@ -199,7 +200,7 @@ def _distinct_users(train: MappedSplit, chunk: int, options: Options) -> float:
 def accuracy(
     splits: dict[str, MappedSplit], ranks: Ranks, options: Options
 ) -> list[dict[str, Any]]:
-    """Test AUCs of every seed for every K."""
+    """Returns test AUCs of every seed for every K."""
     print(f"{'K':>3}" + "".join(f"{name:>20}" for name in AUCS))
     rows = []
     for chunk in options.chunks:
@@ -237,7 +238,7 @@ def accuracy(
 
 
 def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Makes the world and measures on it."""
+    """Creates the world and measures on it."""
     half = options.impressions // 2
     if options.tables == "ali-ccp" and not options.accuracy:
         dataset = write_histories(folder / "prepared", train=half, test=1 << 12)

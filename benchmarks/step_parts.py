@@ -1,11 +1,11 @@
-"""What the parts of a training step cost: towers, look-ups, and updates by fbgemm's kernels.
+"""Cost of the parts of a training step: towers, look-ups, and updates by fbgemm's kernels.
 
     python benchmarks/step_parts.py [--turns 20] [--out step_parts.json]
 
-The towers are those of the paper over 23 embeddings of 16 columns, float32, as the library has
-them, with both first layers in one product, and compiled. The tables are those of
-`training_speed.py`; their ids are as uneven. Each update is timed as one kernel on one thread and
-as two kernels on two threads. All take turns.
+The towers are those of the paper over 23 embeddings of 16 columns, float32: as in the library, with
+both first layers in one product, and compiled. Tables and ids are distributed as in
+`training_speed.py`. Each update is timed as one kernel on one thread and as two kernels on two
+threads. All take turns.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Options:
     """Measure the parts of a training step."""
 
     turns: int = 20
-    """Turns that every part takes."""
+    """Number of turns of every part."""
     batch_size: int = 4096
-    """Impressions in a step."""
+    """Impressions per step."""
     out: Path | None = None
     """JSON file for the figures."""
 
@@ -84,7 +84,7 @@ class OneProduct(nn.Module):
 
 
 def towers(model: Callable[..., Any], features: torch.Tensor) -> None:
-    """Forward and backward."""
+    """Runs a forward and a backward pass."""
     logits = model(features.detach().requires_grad_())
     values = list(logits if isinstance(logits, list) else logits.values())
     torch.autograd.backward(values, [torch.ones_like(value) for value in values])
@@ -153,7 +153,7 @@ def main(options: Options) -> None:
             prepare()
             started = time.perf_counter()
             work()
-            if turn >= 2:  # the first ones warm up and compile
+            if turn >= 2:  # the first ones are warm-up and compilation
                 milliseconds[name].append((time.perf_counter() - started) * 1e3)
     medians = {name: statistics.median(values) for name, values in milliseconds.items()}
     print(f"{'':30}{'ms, median':>12}{'lowest':>10}")

@@ -1,12 +1,12 @@
-"""What streaming costs: its first batch, its memory, its speed beside that of the mapped copy.
+"""Cost of streaming: time to the first batch, memory, and speed against the mapped copy.
 
     python benchmarks/streaming.py [--impressions 500000 2000000] [--out streaming.json]
     torchrun --nproc-per-node 2 benchmarks/streaming.py [--out streaming.json]
     torchrun --nproc-per-node 2 benchmarks/streaming.py --data PREPARED
 
 Reads data sets of two sizes from Parquet into batches, then trains on the larger one, with bfloat16
-towers, where a step is shortest: the streamed and the mapped reader take turns. Laying out the
-mapped copy is timed beside them and not counted. With --data, a data set that is there is read, and
+towers, which have the shortest steps: the streamed and the mapped reader take turns. Writing the
+mapped copy is timed separately and not counted. With --data, existing data sets are read, and
 nothing is trained.
 """
 
@@ -44,30 +44,30 @@ MAPPED, STREAMED = "mapped copy", "streamed"
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what streaming costs."""
+    """Measure the cost of streaming."""
 
     impressions: tuple[int, ...] = (500_000, 2_000_000)
     """Training impressions of each data set, ascending."""
     data: tuple[str, ...] = ()
-    """Instead: prepared data sets to read."""
+    """Prepared data sets to read instead."""
     turns: int = 7
-    """Turns that both contenders take."""
+    """Number of turns of both contenders."""
     steps: int = 20
-    """Steps in a turn."""
+    """Steps per turn."""
     batch_size: int = 4096
-    """Impressions in a step, over all ranks."""
+    """Impressions per step, over all ranks."""
     lanes: int = 8
-    """Of the stream."""
+    """Lanes of the stream."""
     window: int = 32_768
-    """Of the stream."""
+    """Window of the stream."""
     tower: tuple[int, ...] = (360, 200, 80)
-    """Widths of the towers; with small ones a step is short, and reading weighs more."""
+    """Widths of the hidden layers of each tower; small ones make reading weigh more."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is not mapped from files."""
+    """Returns the memory of this process that is not mapped from files."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
@@ -98,7 +98,7 @@ def read_all(split: StreamedSplit, settings: TrainOptions, ranks: Ranks) -> dict
 def contender(
     split: Split, settings: TrainOptions, ranks: Ranks, dataset: PreparedDataSet
 ) -> Callable[[int], int]:
-    """Trains on a split, some steps at a time."""
+    """Returns a function that trains on a split for a number of steps."""
     reader = training_reader(split, settings, ranks, rows_per_step=int(settings.batch_size))
     trainer = build_trainer(
         split,
@@ -166,7 +166,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def show(reading: list[dict[str, float]], ranks: Ranks) -> None:
-    """Prints what was read."""
+    """Prints the figures of reading."""
     print(f"{ranks.world_size} ranks, {os.cpu_count()} cores")
     for of in reading:
         print(

@@ -2,13 +2,13 @@
 
     python benchmarks/training_speed.py [--turns 7] [--out training_speed.json]
 
-The library reads zstd Parquet from disk (laid out once for random access; the seconds that takes
-are shown apart), shuffles, makes batches, and trains through TorchRec's pipeline, its
+The library reads zstd Parquet from disk (through a mapped copy, whose seconds are shown
+separately), shuffles, makes batches, and trains through TorchRec's pipeline, its
 DistributedModelParallel and fbgemm's fused row-wise Adagrad, the default. "train" has all
-callbacks of `esmm-torchrec train`, its metrics and logs among them; "step" has none. The plain loop
+callbacks of `esmm-torchrec train`, including its metrics and logs; "step" has none. The plain loop
 has every batch ready in memory as one tensor of ids, one concatenated nn.Embedding with sparse
-gradients, torch's Adagrad for it and fused Adam for the towers. Same model, same start, same
-batches in the same order; one process. All contenders take turns. The test AUCs at the end show
+gradients, torch's Adagrad for it and fused Adam for the towers. Model, initial weights, batches and
+their order are the same, on one process. All contenders take turns. The test AUCs at the end show
 that they learned the same.
 """
 
@@ -64,23 +64,23 @@ class Options:
     """Measure the speed of training."""
 
     turns: int = 5
-    """Turns that every contender takes."""
+    """Number of turns of every contender."""
     steps: int = 49
-    """Steps in a turn. The figures of a run are computed every 98 steps of 4096."""
+    """Steps per turn. The figures of a run are computed every 98 steps of 4096."""
     batch_size: int = 4096
-    """Impressions in a step."""
+    """Impressions per step."""
     dtypes: tuple[DtypeOption, ...] = ("float32", "bfloat16")
-    """What the towers compute in. bfloat16 is slow on a processor without its instructions."""
+    """Data types in which the towers compute; bfloat16 is slow on CPUs without its instructions."""
     threads: int = 0
-    """Threads of torch; 0: as many as there are cores."""
+    """Threads of torch; 0: one per core."""
     test_impressions: int = 200_000
-    """Impressions that AUCs are measured on."""
+    """Number of impressions to measure AUCs on."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
 class PlainEsmm(nn.Module):
-    """ESMM as one writes it without a library: one table for all features, two towers."""
+    """ESMM as written without a library: one table for all features, two towers."""
 
     def __init__(self, table: torch.Tensor, towers: list[list[nn.Linear]]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class PlainLoop:
     ) -> None:
         self.model = PlainEsmm(table, towers)
         self.dtype = dtype
-        # Said of torch's own Adagrad by torch.
+        # torch warns of this about its own Adagrad.
         warnings.filterwarnings("ignore", message="Sparse invariant checks")
         dense = [*self.model.click.parameters(), *self.model.conversion.parameters()]
         self.optimizers = [
@@ -124,7 +124,7 @@ class PlainLoop:
         for ids, click, conversion in batches:
             click_logit, conversion_logit = self.logits(ids)
             log_ctcvr = F.logsigmoid(click_logit) + F.logsigmoid(conversion_logit)
-            # log(1 - p) of the product, from its logarithm.
+            # log(1 - p) of the product, from its log-probability.
             log_not_ctcvr = torch.log(-torch.expm1(log_ctcvr))
             loss = F.binary_cross_entropy_with_logits(click_logit, click)
             loss -= torch.lerp(log_not_ctcvr, log_ctcvr, conversion).mean()
@@ -140,9 +140,9 @@ class Contender:
     """One program that trains the model."""
 
     steps: Iterator[Any]
-    """Trains one step for each `next`, as many as there are batches in an epoch."""
+    """Iterator that trains one step for each `next`, as many as an epoch has batches."""
     score: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Click and conversion scores of the test split, after training."""
+    """Function that returns click and conversion scores of the test split, after training."""
 
     def take(self, num_steps: int) -> int:
         for _ in range(num_steps):
@@ -160,7 +160,7 @@ def library(
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad",
     callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Contender]:
-    """The library, as `esmm-torchrec train` uses it; with the callbacks of a run, or without."""
+    """Returns the library as `esmm-torchrec train` uses it, with or without its callbacks."""
     settings = TrainOptions(
         batch_size=options.batch_size,
         sparse_optimizer=sparse_optimizer,
@@ -176,7 +176,7 @@ def library(
         settings,
         ranks,
         part=training_part(train, settings),
-        epochs=1000,  # a long run, whose figures are logged as seldom as they ever are
+        epochs=1000,  # a long run, whose figures are logged at the lowest rate
         callbacks=callbacks,
     )
     trainer = loop.trainer
@@ -192,7 +192,7 @@ def library(
 
 
 def of_a_run(folder: Path) -> tuple[Callback, ...]:
-    """What takes part in the training of `esmm-torchrec train`, between checkpoints."""
+    """Returns the callbacks of `esmm-torchrec train` between checkpoints."""
     folder.mkdir()
     return (
         ScheduleLearningRates("constant", warmup_steps=0),
@@ -203,12 +203,12 @@ def of_a_run(folder: Path) -> tuple[Callback, ...]:
 
 
 def flops_per_impression(towers: list[list[nn.Linear]]) -> int:
-    """Of the matrix products of a training step: each layer once forward and twice backward."""
+    """Counts FLOPs of a step's matrix products: each layer once forward, twice backward."""
     return sum(6 * layer.weight.numel() for layers in towers for layer in layers)
 
 
 def copy_of_towers(trainer: Trainer) -> list[list[nn.Linear]]:
-    """The layers of each tower, copied."""
+    """Returns a copy of the layers of each tower."""
     state = trainer.model.state_dict()
     towers: list[list[nn.Linear]] = []
     for tower in ("click", "conversion"):
@@ -229,7 +229,7 @@ def plain(
     *,
     dtype: torch.dtype,
 ) -> Contender:
-    """The plain loop, from the start of a trainer that has not trained yet."""
+    """Returns the plain loop, starting from the weights of a trainer that has not trained yet."""
     tables = [
         value.local_shards()[0].tensor
         for name, value in trainer.model.state_dict().items()
@@ -249,7 +249,7 @@ def plain(
 def in_memory(
     batches: Iterator[ImpressionBatch], dataset: PreparedDataSet
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches as the plain loop wants them: ids of the concatenated table (B, F), labels."""
+    """Returns batches for the plain loop: ids of the concatenated table (B, F), labels."""
     rows = torch.tensor([table.num_embeddings for table in dataset.schema.tables])
     first_row = rows.cumsum(0) - rows
     plain_batches = []

@@ -2,9 +2,9 @@
 
     python benchmarks/two_ranks.py [--turns 3] [--out two_ranks.json]
 
-Jobs of one and of two ranks follow each other; each trains the same model over the same batches
-with every sharding in turn. Start-up is not timed. CPU seconds are those of all ranks together;
-twice those of one rank over those of two ("at best") would be the speed-up with no rank waiting.
+Jobs of one and of two ranks alternate; each trains the same model over the same batches with every
+sharding in turn. Start-up is not timed. CPU seconds are summed over ranks; twice those of one rank
+over those of two ("at best") would be the speed-up if no rank waited.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from esmm_torchrec.training.options import TrainOptions  # noqa: E402
 
 WARM_UP_STEPS = 4
 ROUNDS = 3
-"""Rounds in which the shardings of one job take turns."""
+"""Number of rounds in which the shardings of one job take turns."""
 
 
 @dataclass(frozen=True)
@@ -52,33 +52,33 @@ class Options:
     """Measure two ranks against one."""
 
     turns: int = 3
-    """Jobs of each number of ranks."""
+    """Number of jobs of each number of ranks."""
     steps: int = 8
-    """Steps that a sharding trains in each of a job's rounds."""
+    """Steps that a sharding trains in each round of a job."""
     global_batch: int = 4096
-    """Impressions in a step over all ranks."""
+    """Impressions per step over all ranks."""
     dtype: DtypeOption = "bfloat16"
-    """What the towers compute in."""
+    """Data type in which the towers compute."""
     shardings: tuple[ShardingOption, ...] = ("auto", "table_wise", "row_wise")
     """Shardings on two ranks."""
     out: Path | None = None
     """JSON file for the figures."""
     data: Path | None = None
-    """Given to the ranks of a job: the data set."""
+    """Data set; set only for the ranks of a job."""
     result: Path | None = None
-    """Given to the ranks of a job: where the first one writes what it measured."""
+    """File for the measurements of the first rank; set only for the ranks of a job."""
 
 
 @dataclass
 class Rates:
-    """What one sharding did, one entry a round."""
+    """Measurements of one sharding, one entry per round."""
 
     impressions_per_second: list[float] = field(default_factory=list)
     cpu_seconds_per_million: list[float] = field(default_factory=list)
 
 
 def work(options: Options, ranks: Ranks) -> dict[str, Rates]:
-    """What every rank of a job does."""
+    """Does the work of every rank of a job."""
     torch.set_num_threads(1)
     assert options.data is not None
     split = MappedSplit.open(PreparedDataSet.open(options.data), "train")
@@ -126,7 +126,7 @@ def work(options: Options, ranks: Ranks) -> dict[str, Rates]:
 
 
 def job(options: Options) -> None:
-    """One rank of one job."""
+    """Runs one rank of one job."""
     with process_group("cpu") as ranks:
         rates = work(options, ranks)
         if ranks.is_first:
@@ -135,7 +135,7 @@ def job(options: Options) -> None:
 
 
 def run_job(num_ranks: int, options: Options, folder: Path) -> dict[str, Any]:
-    """Starts a job and waits for what it measured."""
+    """Starts a job and returns its measurements."""
     result = folder / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", __file__]
