@@ -1,4 +1,4 @@
-"""The smallest use: a batch made from tensors, no data set, no ranks."""
+"""The smallest use: a batch of tensors, without a data set or a process group."""
 
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor

@@ -1,12 +1,12 @@
-"""ESMM's towers and loss behind a deep & cross network: they do not care what pooled the features.
+"""ESMM's towers and loss behind a deep & cross network: any pooled features will do.
 
 python examples/dcn_towers.py
 torchrun --nproc-per-node 8 examples/dcn_towers.py        # raw ids over eight GPUs
 
-The model is TorchRec's LowRankCrossNet between pooled embeddings and the two towers. One table
-serves two features, and a batch may have its keys in any order. With `managed=True` raw 64-bit ids
-go in, and TorchRec's managed collision finds each a row of the table as it comes; over several
-ranks TorchRec shards that on GPUs only, by rows, with a plan made by hand and a sharder of its own.
+The model has TorchRec's LowRankCrossNet between pooled embeddings and the two towers. One table
+serves two features, and a batch may have its keys in any order. With `managed=True` the inputs are
+raw 64-bit ids, and TorchRec's managed collision assigns each a table row on arrival. Over several
+ranks, TorchRec shards such tables on GPUs only, by rows, with a hand-made plan and its own sharder.
 
 Shapes: B impressions, F pooled features.
 """
@@ -55,14 +55,14 @@ USERS, ITEMS, SEEN = 60, 40, 4
 EMBEDDING_DIM = 8
 KEYS = ["user", "item", "seen"]
 RAW_ID = 1_000_003
-"""Factor that makes raw ids of row numbers, for `managed`."""
+"""Factor that turns row numbers into raw ids, for `managed`."""
 
 BATCH_SIZE, STEPS = 1024, 150
 TEST_ROWS = 20_000
 
 
 class ManagedFeatures(nn.Module):
-    """Pooled embeddings of raw ids, float32 (B, F): what PooledFeatures is for rows of tables."""
+    """Pooled embeddings of raw ids, float32 (B, F); PooledFeatures does this for table rows."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class ManagedFeatures(nn.Module):
         )
 
     def forward(self, features: BatchFeatures) -> torch.Tensor:
-        """Ids are assigned to rows in training only."""
+        """Pools the features; ids are assigned to rows in training only."""
         pooled, _remapped = self.collection(features.sparse_features)
         return KeyedTensor.regroup([pooled], [KEYS])[0]
 
 
 class CrossedEsmm(nn.Module):
-    """Any pooled features, crossed, before ESMM's towers.
+    """ESMM's towers on the crossed output of any module that pools features.
 
     Args:
         features: maps the `BatchFeatures` of B impressions to float32 (B, F).
@@ -107,7 +107,7 @@ class CrossedEsmm(nn.Module):
         self.towers = EsmmTowers(in_features, layer_sizes=(32, 16))
 
     def forward(self, features: BatchFeatures) -> Logits:
-        """Logits of B impressions."""
+        """Returns the logits of B impressions."""
         return self.towers(self.cross(self.features(features)))
 
 
@@ -117,17 +117,17 @@ def crossed_esmm(
     device: torch.device = CPU,
     table_device: torch.device | None = None,
 ) -> CrossedEsmm:
-    """The model over two tables, of which one serves two features.
+    """Returns the model over two tables, one of which serves two features.
 
     Args:
-        managed: for raw ids.
-        device: of everything.
-        table_device: of the tables alone, where another: "meta" before they are sharded.
+        managed: whether ids are raw.
+        device: device of the model.
+        table_device: device of the tables if different: "meta" before they are sharded.
     """
     tables = [
         EmbeddingBagConfig(
             name="t_item",
-            num_embeddings=ITEMS + 1,  # managed ids without a row yet share the last one
+            num_embeddings=ITEMS + 1,  # managed ids without a row share the last one
             embedding_dim=EMBEDDING_DIM,
             feature_names=["item", "seen"],
         ),
@@ -153,8 +153,9 @@ def crossed_esmm(
 def managed_plan(
     module: nn.Module, *, world_size: int, local_world_size: int, device_type: str
 ) -> ShardingPlan:
-    """Rows of every table of raw ids over all ranks, the only way that TorchRec has: a rank finds
-    rows for the ids that hash to its part. TorchRec's planner does not count such tables."""
+    """Returns a plan that shards tables of raw ids by rows over all ranks, the only way that
+    TorchRec supports: a rank assigns rows to the ids that hash to its part. TorchRec's planner
+    ignores such tables."""
     return ShardingPlan(
         {
             path: construct_module_sharding_plan(
@@ -177,8 +178,8 @@ def managed_plan(
 
 
 def sharded_on_raw_ids(ranks: Ranks) -> DistributedModelParallel:
-    """The train task over raw ids, its tables divided over GPUs and updated by row-wise Adagrad in
-    their backward pass.
+    """Returns the train task over raw ids, with tables sharded over GPUs and updated by row-wise
+    Adagrad in their backward pass.
 
     Raises:
         OptionError: the ranks are on a CPU, for which TorchRec has no sharded managed collision.
@@ -208,7 +209,7 @@ def sharded_on_raw_ids(ranks: Ranks) -> DistributedModelParallel:
 
 
 def train_sharded(ranks: Ranks) -> float:
-    """Trains on raw ids, every rank on batches of its own, and gives the last loss."""
+    """Trains on raw ids, every rank on its own batches, and returns the last loss."""
     model = sharded_on_raw_ids(ranks)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     optimizer = torch.optim.Adam(dense.values(), lr=0.01)
@@ -223,7 +224,7 @@ def train_sharded(ranks: Ranks) -> float:
 
 
 def made_up_batch(seed: int, rows: int = BATCH_SIZE, *, raw_ids: bool = False) -> ImpressionBatch:
-    """A click needs an item that goes with the user; a conversion, one that was seen before."""
+    """Draws impressions: clicks depend on the match of user and item, conversions on items seen."""
     random = torch.Generator().manual_seed(seed)
     user = torch.randint(USERS, (rows,), generator=random)
     item = torch.randint(ITEMS, (rows,), generator=random)
@@ -250,7 +251,7 @@ def made_up_batch(seed: int, rows: int = BATCH_SIZE, *, raw_ids: bool = False) -
 def train(
     model: CrossedEsmm, *, raw_ids: bool = False, device: torch.device = CPU
 ) -> dict[str, float | None]:
-    """Trains, and gives the AUCs of rows it has not seen."""
+    """Trains, and returns the AUCs of held-out rows."""
     task = EsmmTrainTask(model)
     optimizer = torch.optim.Adam(task.parameters(), lr=0.01)
     for step in range(STEPS):
@@ -273,7 +274,7 @@ def train(
 
 
 def main() -> None:
-    """Both kinds of ids alone; under torchrun, raw ids over all ranks."""
+    """Trains with both kinds of ids on one rank; under torchrun, with raw ids over all ranks."""
     with process_group("auto") as ranks:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank}, raw ids: loss {train_sharded(ranks):.4f}")

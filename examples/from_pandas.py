@@ -1,8 +1,8 @@
-"""A pandas DataFrame in, a trained model out, scores back as a DataFrame.
+"""Trains on a pandas DataFrame and returns scores as a DataFrame.
 
 python examples/from_pandas.py
 
-The rows are made up here; with a log of your own, name its columns instead.
+The log is synthetic; for a log of your own, replace the column names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from esmm_torchrec import Predictor, TrainOptions, prepare_table, process_group,
 
 
 def made_up_log(rows: int, seed: int) -> pd.DataFrame:
-    """Impressions of 200 users and 50 items; every item has its own rates."""
+    """Draws impressions of 200 users and 50 items; every item has its own rates."""
     rng = np.random.default_rng(seed)
     item = rng.integers(0, 50, rows)
     visit = rng.random(rows) < 0.1 + 0.4 * (item % 5) / 5

@@ -1,13 +1,13 @@
-"""ESMM in a TorchRec training script of the usual kind, where DLRM would be.
+"""ESMM in a typical TorchRec training script, in the place of DLRM.
 
     python examples/plug_into_torchrec.py                                 one rank
-    torchrun --nproc-per-node 2 examples/plug_into_torchrec.py            two
+    torchrun --nproc-per-node 2 examples/plug_into_torchrec.py            two ranks
     … --steps 100 --save FOLDER             and later, on any number of ranks:
     … --steps 200 --load FOLDER
 
 Everything around the model is TorchRec's own: planner, DistributedModelParallel, an optimiser in
-the backward pass, the pipeline, the metrics, torch's distributed checkpoints. docs/plug_in.md shows
-the lines that differ from a script that trains DLRM.
+the backward pass, the pipeline, the metrics; checkpoints are those of torch.distributed.
+docs/plug_in.md shows the lines that differ from a script that trains DLRM.
 
 Shapes: B impressions per rank, W ranks.
 """
@@ -53,25 +53,25 @@ FEATURES = {"user": USERS, "item": ITEMS, "history": ITEMS}
 
 @dataclass(frozen=True)
 class Options:
-    """Train ESMM in a TorchRec pipeline on made-up impressions."""
+    """Train ESMM in a TorchRec pipeline on synthetic impressions."""
 
     steps: int = 200
-    """Steps to train up to, those of a state that was loaded included."""
+    """Total number of steps, including those of a loaded state."""
     batch_size: int = 512
     """Impressions per rank and step."""
     report_every: int = 50
-    """Steps between two lines of figures, which are those of the steps between them."""
+    """Steps between two lines of figures; each line covers the steps since the one before."""
     load: Path | None = None
-    """Folder of a state to resume from."""
+    """Folder of a saved state to resume from."""
     save: Path | None = None
     """Folder to save the state in at the end."""
 
 
 def made_up_batches(first: int, batch_size: int) -> Iterator[ImpressionBatch]:
-    """This rank's part of the global batches `first`, `first` + 1, …
+    """Yields this rank's part of the global batches `first`, `first` + 1, …
 
     Clicks depend on the item and a dense feature, conversions of clicked impressions on the user
-    and on how long the history is. Put your own loader here.
+    and on the length of the history. Put your own loader here.
     """
     mine = slice(dist.get_rank() * batch_size, (dist.get_rank() + 1) * batch_size)
     rows = dist.get_world_size() * batch_size
@@ -120,7 +120,7 @@ def train(options: Options, device: torch.device) -> None:
         towers=EsmmTowers(len(FEATURES) * EMBEDDING_DIM + DENSE_FEATURES, (64, 32), device=device),
     )
     task = EsmmTrainTask(esmm)
-    # A new dict: apply_optimizer_in_backward changes the one it is given.
+    # A new dict, since apply_optimizer_in_backward changes its argument.
     apply_optimizer_in_backward(RowWiseAdagrad, esmm.features.parameters(), {"lr": 0.1})
 
     planner = EmbeddingShardingPlanner(
@@ -133,8 +133,8 @@ def train(options: Options, device: torch.device) -> None:
         ),
         batch_size=options.batch_size,
         storage_reservation=FixedPercentageStorageReservation(0.15),
-        # Left to itself the planner makes small tables data_parallel, which has no fused row-wise
-        # Adagrad. On GPUs, row_wise and table_row_wise belong in this list too.
+        # By default, the planner makes small tables data_parallel, which has no fused
+        # row-wise Adagrad. On GPUs, row_wise and table_row_wise belong in this list too.
         constraints={
             table.name: ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value])
             for table in tables
@@ -157,7 +157,7 @@ def train(options: Options, device: torch.device) -> None:
         return {"model": model.state_dict(), "optimizer": optimizer_state, "progress": progress}
 
     if options.load is not None:
-        # Adam's moments exist only after a step, and load silently skips what is not there to load.
+        # Adam's moments exist only after a step, and load silently skips missing entries.
         dense_optimizer.init_state()
         loaded = state()
         load(loaded, checkpoint_id=options.load)
@@ -196,7 +196,7 @@ def train(options: Options, device: torch.device) -> None:
 
 
 def main(options: Options) -> None:
-    """Joins the process group that torchrun describes, or one of this process alone."""
+    """Joins the process group that torchrun describes, or creates one for this process alone."""
     on_gpu = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -208,7 +208,7 @@ def main(options: Options) -> None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     train(options, device)
-    # A DistributedModelParallel that is alive when its group goes now and then aborts the process.
+    # If a DistributedModelParallel outlives its group, the process sometimes aborts.
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()

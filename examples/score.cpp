@@ -1,4 +1,4 @@
-// Scores the inputs of a file by a compiled package: score EXPORTED/model.pt2 inputs.pt
+// Scores the inputs in a file with a compiled package: score EXPORTED/model.pt2 inputs.pt
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_ali_ccp.py --raw RAW            the raw files
     torchrun --nproc-per-node 2 examples/train_ali_ccp.py --data PREPARED      a prepared data set
 
-One rank generates and prepares, once, while the others wait; what is there already is used again.
+One rank generates and prepares the data while the others wait; existing data are reused.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Options(MethodOptions, TrainOptions):
     """Train ESMM on Ali-CCP, on generated impressions in its form, or on prepared data."""
 
     raw: Path | None = None
-    """Folder with the raw Ali-CCP files or archives; prepared beside it, as RAW-prepared."""
+    """Folder with the raw Ali-CCP files or archives; prepared next to it, as RAW-prepared."""
     data: Path | None = None
-    """Instead: a prepared data set."""
+    """Prepared data set to use instead."""
     out: Path | None = None
-    """The run folder; runs/<time> if not given."""
+    """Run folder; runs/<time> if not given."""
     impressions: int = 1_000_000
-    """With neither --raw nor --data: how many impressions are generated into generated/, half to
-    train on and half to test on."""
+    """Number of impressions to generate into generated/ without --raw and --data, half to train on
+    and half to test on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,11 +48,11 @@ class Options(MethodOptions, TrainOptions):
 
 
 def prepared_data(options: Options) -> Path:
-    """The prepared data set of the options, created first if it does not exist."""
+    """Returns the prepared data set of the options, created first if it does not exist."""
     if options.data is not None:
         return options.data
     if options.raw is not None:
-        raw = options.raw.resolve()  # "." has no name to put "-prepared" behind
+        raw = options.raw.resolve()  # "." has no name to append "-prepared" to
     else:
         raw = Path(f"generated/ali-ccp-{options.impressions}")
         if not raw.exists():
@@ -64,7 +64,7 @@ def prepared_data(options: Options) -> Path:
 
 
 def main(options: Options, ranks: Ranks) -> None:
-    """What every rank does."""
+    """Does the work of every rank."""
     started = time.strftime("%Y-%m-%d-%H%M%S")
     data, out = ranks.from_first(
         lambda: (prepared_data(options), options.out or Path("runs") / started)
@@ -73,7 +73,7 @@ def main(options: Options, ranks: Ranks) -> None:
 
 
 def run(options: Options) -> None:
-    """Does the whole job on the ranks torchrun started."""
+    """Runs the whole example on the ranks that torchrun started."""
     with process_group(options.device) as ranks:
         main(options, ranks)
 
