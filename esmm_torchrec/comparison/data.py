@@ -100,7 +100,7 @@ class Source:
         self.drawn = drawn
         """File that exists once the data set can be opened; None: it always can."""
         self.draw = draw
-        """Function that writes `drawn`; called on every rank, in one process."""
+        """Function that writes `drawn`; called on every rank of one process group."""
         self._open_data = open_data
         self._remove = remove
 
@@ -128,7 +128,7 @@ class Source:
 
 
 def prepared_source(path: Path, *, held_out_by: HeldOutBy, test_impressions: int) -> Source:
-    """Returns one data set as the source of all seeds."""
+    """Returns a prepared data set as the source for all seeds."""
     dataset = PreparedDataSet.open(path)
 
     def open_data() -> ComparisonData:
@@ -154,7 +154,7 @@ def with_users(train: MappedSplit, held_out_by: HeldOutBy) -> MappedSplit:
     separately if no feature is shared.
 
     Raises:
-        OptionError: the data set has no such column.
+        OptionError: the data set lacks the column that `held_out_by` needs.
     """
     if held_out_by == "auto":
         held_out_by = "shared-row" if SHARED_ROW in train.scalars else "impression"

@@ -1,4 +1,4 @@
-"""From comparison to model: the `train` command of a method with the choices of tuning."""
+"""From comparison to model: the `train` command of a method with its tuned settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chosen_options(
     Args:
         options: options of the comparison.
         method: name in `METHODS`.
-        chosen: choice of tuning for the method.
+        chosen: result of tuning the method.
         batch_size: rows per step, which the comparison derived from the updates per pass.
     """
     return replace(
@@ -81,6 +81,6 @@ def best_method(chosen: Mapping[str, Chosen]) -> str:
     """Returns the method with the best score on the held-out users; the test split is not used.
 
     Args:
-        chosen: method → choice of tuning.
+        chosen: method → result of tuning.
     """
     return max(chosen, key=lambda method: chosen[method].score)

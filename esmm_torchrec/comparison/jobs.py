@@ -22,7 +22,7 @@ from esmm_torchrec.training.fit import TrainingPart
 from esmm_torchrec.training.options import TrainOptions
 
 COMMON_CTR_SEED = 500_009
-"""Offset of the seed of the common click network, which makes it differ from any method's own."""
+"""Offset of the common click network's seed, so that it is no method's own click network."""
 
 MAX_OPEN_STAGES = 3
 """Maximum number of stages that a process keeps; counting their ids takes a pass over the data."""
@@ -65,7 +65,7 @@ class Jobs:
             source: data to tune on.
             round_: the round.
             trials: method → its trials.
-            chosen: choice for the click network, unless it is being tuned.
+            chosen: results of tuning; contains the click network unless that is being tuned.
 
         Returns:
             the jobs, and the path of the record of each method and trial.
@@ -230,7 +230,7 @@ class Jobs:
             jobs: jobs of the trainings; appended to.
             source: data to train on.
             stage: stage of the source.
-            chosen: choices of tuning, among them that for the click network.
+            chosen: results of tuning, including that of the click network.
             key: identity of the stage.
             seed: offset from the seed of the training.
             scores: function that returns the scores to keep.

@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def training(self) -> dict[str, Any]:
-        """The fields that are training options, by name."""
+        """Fields that are options of a training, by name."""
         return {name: value for name, value in asdict(self).items() if name != "min_count"}
 
 
@@ -111,7 +111,7 @@ class Round(NamedTuple):
     epochs: int
     """Number of passes; the model is measured after each."""
     trials: int
-    """Number of trials, the best ones of the round before."""
+    """Number of trials; after the first round, the best of the round before."""
 
 
 def rounds_of(trials: int, epochs: int) -> tuple[Round, ...]:

@@ -31,11 +31,11 @@ OTHER_COLOUR, OTHER_MARKER = "#17becf", "."
 """Style of a method that is not listed above."""
 
 FALLS_OUT = "DIVISION"
-"""Method that may leave the panels of volume: with few conversions it is so far below that the
-others would merge into one line."""
+"""Method that may drop below the panels of the volume figure: with few conversions it is so far
+below that the others would merge into one line."""
 
 WITH_BAND = ("BASE", "ESMM", "shared-bottom")
-"""Methods drawn thick and with a band in the panels of volume."""
+"""Methods drawn thick and with a band in the volume figure."""
 
 HEADLINE = {
     "cvr_auc": "CVR AUC, clicked impressions",

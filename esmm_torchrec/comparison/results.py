@@ -92,7 +92,7 @@ def assemble(
     Args:
         options: options of the comparison.
         records: one record per method, seed and fraction.
-        chosen: title of a method → choice of tuning.
+        chosen: title of a method → result of tuning.
         tuning: title of a method → what was tried and chosen.
         tuning_networks: name of a network that tuning needed → its seconds.
         source: {"world": settings} or {"data": folder}.
@@ -233,8 +233,7 @@ def _difference(runs: Records, baseline: Records, metric: str) -> dict[str, Any]
         return None
     row = paired_difference(values, others)._asdict()  # pyright: ignore[reportArgumentType]
     if "bootstrap" in runs[0] and metric in runs[0]["bootstrap"]:
-        # Resampling r draws the same users for every model, so average over the seeds
-        # first.
+        # Resampling r draws the same users for every model, so seeds are averaged first.
         mine, theirs = (
             zip(*(run["bootstrap"][metric] for run in of), strict=True) for of in (runs, baseline)
         )

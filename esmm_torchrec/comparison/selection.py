@@ -1,4 +1,4 @@
-"""Choice of a trial and a number of passes in tuning, and its place in the results."""
+"""Selection of a trial and a number of passes in tuning, and its form in results.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esmm_torchrec.models.methods import METHODS
 
 @dataclass(frozen=True)
 class Chosen:
-    """Choice of tuning for a method."""
+    """Result of tuning a method."""
 
     trial: Trial
     epochs: int
@@ -44,7 +44,7 @@ class Tried:
 
 def best(tried: Sequence[Tried], number: int) -> list[Tried]:
     """Returns the best `number` trials of a round, each after its best number of passes, best
-    first. The first of equals wins, so that the order of trials decides and not rounding."""
+    first. Ties go to the earlier trial, so that the order of trials decides and not rounding."""
     of_trial: dict[Trial, Tried] = {}
     for one in tried:
         known = of_trial.get(one.trial)
@@ -66,7 +66,7 @@ def described(chosen: Chosen, tried: Sequence[Tried]) -> dict[str, Any]:
 
 
 def chosen_in(results: Mapping[str, Any]) -> dict[str, Chosen]:
-    """Returns the choices of a comparison for each of its methods, from its results.json.
+    """Returns the tuning results of a comparison, by method, from its results.json.
 
     Raises:
         OptionError: they are not the results of a comparison, or are of another version.
@@ -94,9 +94,9 @@ def _values(trial: Trial) -> dict[str, Any]:
 
 
 def at_edge(chosen: Chosen, tried: Sequence[Tried]) -> list[str]:
-    """Returns the names of choices at the end of their searched range, beyond which better values
-    may lie: "epochs" at the maximum number of passes; a setting or an option of the method at its
-    lowest or highest value."""
+    """Returns the names of chosen values at the end of their searched range, beyond which better
+    ones may lie: "epochs" at the maximum number of passes; a setting or an option of the method at
+    its lowest or highest value."""
     edges = []
     if chosen.epochs == max(one.epochs for one in tried):
         edges.append("epochs")
@@ -105,7 +105,7 @@ def at_edge(chosen: Chosen, tried: Sequence[Tried]) -> list[str]:
         if not all(isinstance(one, int | float) for one in values):
             continue  # strings have no order
         lowest = min(values)
-        # A weight decay below 0 or a count below 1 does not exist.
+        # Nothing lies below a weight decay of 0 or a count of 1.
         natural = NATURAL_ENDS.get(name)
         if len(values) > 1 and ((value == lowest and value != natural) or value == max(values)):
             edges.append(name)
@@ -125,7 +125,7 @@ def shown(value: Any) -> str:
 
 
 def tuned_line(name: str, chosen: Chosen) -> str:
-    """Formats a choice of tuning as a line for a terminal."""
+    """Formats a tuning result as a line for a terminal."""
     own = "".join(f", {option} {shown(value)}" for option, value in chosen.trial.own)
     setting = chosen.trial.setting
     return (

@@ -3,7 +3,7 @@
 Runs of two methods with the same seed share data and initial weights, so they are compared in pairs
 with Student's t on the differences. The comparisons made on one figure form one family, and Holm's
 step-down correction bounds the chance of any false finding within it. Seeds that share one data set
-carry no information about other data; there, the users of the test split are resampled as well.
+carry no information about other data, so the users of the test split are resampled as well.
 
 Shapes: n test impressions, U their users, R resamplings.
 """
@@ -180,7 +180,7 @@ class UserBootstrap:
 
         Impressions are grouped, lowest scores first: those that tie, or neighbours of one class,
         whose order does not matter. One matrix, groups by users, contains the positive mass,
-        another the negative mass. Their products with the draw counts of the users are the masses
+        another the negative mass. Multiplied by the draw counts of the users, they yield the masses
         of the groups in each resampling.
         """
         order = np.argsort(scores, kind="stable")

@@ -202,7 +202,7 @@ def _study(
     world: World,
     settings: Mapping[str, Any] | None,
 ) -> _Study:
-    """Same arguments as `compare`."""
+    """Takes the same arguments as `compare`."""
 
     def source(of_world: World) -> Source:
         return world_source(
@@ -237,7 +237,7 @@ def _help(ranks: Ranks, *arguments: Any) -> None:
 
 
 def _check_tasks(options: ComparisonOptions, tasks: TaskChain) -> None:
-    """Fails before the long work, since not every objective supports every chain of tasks."""
+    """Rejects unsuitable methods before the long work: not every objective supports every chain."""
     unfit: set[str] = set()
     for method in COMPARED:
         try:
@@ -289,7 +289,7 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
 
 
 def _log_time(out: Path, seconds: float) -> None:
-    """Appends the seconds since this start; a comparison that was stopped has several entries."""
+    """Appends the seconds since this start; a stopped comparison has several entries."""
     with (out / "time.jsonl").open("a") as file:
         file.write(json.dumps({"seconds": round(seconds, 1)}) + "\n")
 

@@ -270,7 +270,7 @@ def _markdown(rows: Rows) -> str:
 
 
 def metric_rows(results: Results, metrics: Sequence[str]) -> Rows:
-    """Returns mean and standard deviation of those of the figures that are known."""
+    """Returns mean and standard deviation of those `metrics` that are known."""
     known = [metric for metric in metrics if _is_known(results, metric)]
     rows = [["method", *(TITLES[metric] for metric in known)]]
     for name in results["methods"]:
@@ -316,7 +316,7 @@ def training_rows(results: Results) -> Rows:
 
 
 def tuning_rows(results: Results) -> Rows:
-    """Returns the choices for each method; * marks a value at the end of its searched range."""
+    """Returns the tuned settings of each method; * marks a value at the end of its range."""
     settings = ("sparse_lr", "dense_lr", "weight_decay", "min_count", "init_scale")
     rows = [["method", "trials", "table lr", "tower lr", "tower weight decay", "min count"]]
     rows[0] += ["init scale", "own options", "passes", "score"]

@@ -49,8 +49,8 @@ are sampled, each has a larger weight. All clicked ones are scored."""
 class Stage:
     """Rows to train on and rows to score.
 
-    With only a part of the training users, ids that are too rare in its rows for a vocabulary
-    become the unknown id for every method, as if that part had been prepared separately.
+    If only a part of the training users is used, ids too rare in its rows for a vocabulary become
+    the unknown id for every method, as if that part had been prepared separately.
     """
 
     train: MappedSplit
@@ -109,7 +109,7 @@ class Stage:
         return count_ids(self.train, self.train_rows)
 
     def clicked_train_rows(self) -> np.ndarray:
-        """Returns the clicked ones of the rows to train on, ascending."""
+        """Returns the clicked training rows, ascending."""
         rows = np.flatnonzero(self.train.scalars[self.train.schema.tasks[0].label])
         return rows if self.train_rows is None else np.intersect1d(rows, self.train_rows)
 
@@ -217,7 +217,7 @@ class Training:
         return None if scored is None else scored.scores["ctr"].values
 
     def clicked_pctr(self) -> np.ndarray:
-        """Returns pCTR of the clicked training rows, out of fold, in their order."""
+        """Returns out-of-fold pCTR of the clicked training rows, in their order."""
         pctr = out_of_fold_pctr(
             self.stage.train,
             self.options,

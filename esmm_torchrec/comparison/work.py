@@ -96,7 +96,8 @@ def _lock_file(job: Job) -> Path:
 
 
 def _claim(job: Job) -> int | None:
-    """Returns an open file that holds the lock of a job; None if another process does or did it."""
+    """Returns an open file with the lock of a job; None if it is done or another process does
+    it."""
     path = _lock_file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -106,8 +107,7 @@ def _claim(job: Job) -> int | None:
         os.close(file)
         return None
     if job.result.exists():
-        # Finished by another process after the check; its lock file may be gone, so remove
-        # this one.
+        # Finished after the check; its lock file may be gone, so remove this one.
         path.unlink(missing_ok=True)
         os.close(file)
         return None
