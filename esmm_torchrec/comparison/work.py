@@ -96,8 +96,7 @@ def _lock_file(job: Job) -> Path:
 
 
 def _claim(job: Job) -> int | None:
-    """Returns an open file with the lock of a job; None if it is done or another process does
-    it."""
+    """Returns an open file with the lock of a job; None if another process does or did it."""
     path = _lock_file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
