@@ -146,7 +146,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "| set (training rows, clicks, conversions) | "
         + " | ".join(f"{kind}: CTR / CVR / CTCVR" for kind in kinds)
-        + " | passes | to the better reference |",
+        + " | passes | difference from the better reference |",
         "|" + "---|" * (len(kinds) + 3),
     ]
     differences = []
@@ -169,7 +169,7 @@ def table(results: dict[str, Any]) -> str:
         mean = " / ".join(f"{value:+.3f}" for value in np.mean(differences, axis=0))
         missed = int((np.array(differences) < -MARGIN).sum())
         lines.append(
-            f"\nMean difference to the better reference {mean}. Figures more than {MARGIN} below "
+            f"\nMean difference from the better reference {mean}. Figures more than {MARGIN} below "
             f"it: {missed} of {3 * len(differences)}."
         )
     lines += [""] if apart(results) else []

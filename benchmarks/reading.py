@@ -172,7 +172,7 @@ def measure(options: Options, ranks: Ranks, folder: Path) -> dict[str, Any]:
         f"at this speed\n"
         f"laid out for random access: {options.impressions / layout_seconds:,.0f} impressions/s, "
         f"{layout_cpu_seconds / options.impressions * 1e6:.2f} CPU s for a million, once\n"
-        f"disk: {parquet / options.impressions:.0f} bytes an impression of zstd Parquet, "
+        f"disk: {parquet / options.impressions:.0f} bytes per impression of zstd Parquet, "
         f"{mapped / (options.impressions + (1 << 12)):.0f} laid out\n"
         f"load {timings.load_average[0]:.1f} before, {timings.load_average[1]:.1f} after"
     )

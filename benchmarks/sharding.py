@@ -695,7 +695,7 @@ def benchmark_all(options: Options, ranks: Ranks) -> None:
         if expected.placed is not None
     ]
     if not cases:
-        raise OptionError("no strategy that was asked for can be measured here")
+        raise OptionError("none of --strategies can be measured here")
     calibrated = calibrate(base, cases, scenario, ranks)
     again = {
         case.name: estimate(

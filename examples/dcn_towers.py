@@ -186,7 +186,7 @@ def sharded_on_raw_ids(ranks: Ranks) -> DistributedModelParallel:
     """
     if ranks.device.type != "cuda":
         raise OptionError(
-            "TorchRec shards raw ids on GPUs only; on CPU ranks give ids rows of a table before "
+            "TorchRec shards raw ids on GPUs only; on CPU ranks, map ids to table rows before "
             "the batch, as esmm-torchrec prepare does"
         )
     meta = torch.device("meta")
