@@ -22,7 +22,7 @@ from esmm_torchrec.training.fit import TrainingPart
 from esmm_torchrec.training.options import TrainOptions
 
 COMMON_CTR_SEED = 500_009
-"""Offset of the common click network's seed, so that it is no method's own click network."""
+"""Offset of the common click network's seed, which makes it differ from any method's own."""
 
 MAX_OPEN_STAGES = 3
 """Maximum number of stages that a process keeps; counting their ids takes a pass over the data."""
