@@ -218,7 +218,7 @@ def tables_of_model(
     )
 
 
-class _TableForm(Form):
+class _TableForm(Form, frozen=True):
     name: Annotated[str, Meta(min_length=1)]
     num_embeddings: PositiveInt
     embedding_dim: PositiveInt
@@ -231,7 +231,7 @@ class _TableForm(Form):
     count: Count = 1
 
 
-class _ListForm(Form):
+class _ListForm(Form, frozen=True):
     tables: Annotated[list[Any], Meta(min_length=1)]
     """Each a `_TableForm`, checked one by one so that messages name the table."""
     batch_size: PositiveInt | None = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from esmm_torchrec.errors import PlanError
-from esmm_torchrec.sharding.table_placement import either
 
 T = TypeVar("T")
 
@@ -16,7 +16,9 @@ PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 
 
-class Form(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class Form(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
+):
     """Base of what a file holds. A field that is not one of the form's is an error."""
 
 
@@ -43,3 +45,9 @@ def checked(values: Any, form: type[T], where: str) -> T:
             message += f"; use {either(get_type_hints(form))}"
         message = message[0].lower() + message[1:].replace("`", "'")
         raise PlanError(f"{where}: {f'{name}: ' if name else ''}{message}") from None
+
+
+def either(values: Iterable[Any]) -> str:
+    """Values as a sentence offers them: "a, b or c"."""
+    names = [str(value) for value in values]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

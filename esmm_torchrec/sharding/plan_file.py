@@ -27,7 +27,7 @@ from esmm_torchrec.sharding.table_placement import (
     DATA_TYPES,
     Shard,
     TablePlacement,
-    check_placement,
+    completed,
 )
 
 
@@ -44,8 +44,6 @@ class PlanFile:
     """What messages call the plan: its file."""
 
     def __post_init__(self) -> None:
-        if self.world_size < 1 or self.local_world_size < 1:
-            raise PlanError(f"{self.source}: world_size and local_world_size must be at least 1")
         if self.device not in ("cpu", "cuda"):
             raise PlanError(f"{self.source}: device must be 'cpu' or 'cuda', not {self.device!r}")
         if self.world_size % self.local_world_size:
@@ -53,11 +51,15 @@ class PlanFile:
                 f"{self.source}: {self.world_size} ranks do not divide into hosts of "
                 f"{self.local_world_size}; correct world_size or local_world_size"
             )
+        tables: dict[str, TablePlacement] = {}
         for name, table in self.tables.items():
             try:
-                check_placement(table, self.world_size, self.local_world_size)
+                tables[name] = completed(
+                    table, world_size=self.world_size, local_world_size=self.local_world_size
+                )
             except PlanError as error:
                 raise PlanError(f"{self.source}: table {name!r}: {error}") from None
+        object.__setattr__(self, "tables", tables)
 
     @classmethod
     def from_sharding_plan(
@@ -80,7 +82,7 @@ class PlanFile:
         for module_plan in plan.plan.values():
             assert isinstance(module_plan, EmbeddingModuleShardingPlan)
             for name, parameter in module_plan.items():
-                placements[name] = _placement_of(parameter, configs[name], world_size)
+                placements[name] = _placement_of(parameter, configs[name])
         return cls(
             world_size=world_size,
             local_world_size=local_world_size,
@@ -218,13 +220,9 @@ def _data_type_name(data_type: DataType) -> str:
     return next(names, data_type.value)
 
 
-def _placement_of(
-    parameter: ParameterSharding, config: EmbeddingBagConfig, world_size: int
-) -> TablePlacement:
-    whole = (config.num_embeddings, config.embedding_dim)
-    if parameter.sharding_spec is None:
-        shards = tuple(Shard(rank, (0, 0), whole) for rank in range(world_size))
-    else:
+def _placement_of(parameter: ParameterSharding, config: EmbeddingBagConfig) -> TablePlacement:
+    shards: tuple[Shard, ...] = ()
+    if parameter.sharding_spec is not None:  # it is None under data_parallel
         assert isinstance(parameter.sharding_spec, EnumerableShardingSpec)
         assert parameter.ranks is not None
         shards = tuple(

@@ -15,6 +15,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
+from msgspec import structs
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -98,7 +99,7 @@ def _trainer(
     if kernels == {placement.kernel}:
         return trainer
     tables = {
-        name: replace(table, compute_kernel=placement.kernel)
+        name: structs.replace(table, compute_kernel=placement.kernel)
         for name, table in trainer.plan.tables.items()
     }
     plan = folder / f"{placement.name}-{ranks.world_size}.json"
@@ -279,7 +280,7 @@ def _save_column_wise(folder: Path) -> None:
     def one(ranks: Ranks) -> None:
         trainer = _trainer(placement, folder, ranks)
         tables = {
-            name: replace(table, ranks=(0, 1), shards=_halves(table))
+            name: structs.replace(table, ranks=(0, 1), shards=_halves(table))
             for name, table in trainer.plan.tables.items()
         }
         plan = folder / "halves.json"

@@ -32,7 +32,7 @@ from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables
 from esmm_torchrec.sharding.plan_json import read_plan, write_plan
 from esmm_torchrec.sharding.plan_text import compare_plans, format_plan, plan_warnings
 from esmm_torchrec.sharding.sharders import sharders
-from esmm_torchrec.sharding.table_placement import derive_shards
+from esmm_torchrec.sharding.table_placement import Shard, TablePlacement, derive_shards
 
 
 def collection(
@@ -90,14 +90,10 @@ def torchrec_plan(module: nn.Module, sharding_type: str) -> ShardingPlan:
 def test_the_planners_plan_survives_the_file(tmp_path: Path, sharding_type: str) -> None:
     module = TwoCollections()
     plan = torchrec_plan(module, sharding_type)
-    written = write_plan(
-        plan,
-        tmp_path / "plan.json",
-        tables=embedding_tables(module).values(),
-        world_size=16,
-        local_world_size=8,
-        device="cuda",
+    written = PlanFile.from_sharding_plan(
+        plan, embedding_tables(module).values(), world_size=16, local_world_size=8, device="cuda"
     )
+    write_plan(written, tmp_path / "plan.json")
     read = read_plan(tmp_path / "plan.json")
     assert read == written
     assert "shards" not in (tmp_path / "plan.json").read_text()
@@ -131,14 +127,14 @@ def test_shards_left_out_are_those_of_torchrecs_helpers(
     expected = construct_module_sharding_plan(
         module, {"item": torchrecs}, local_size=2, world_size=4, device_type="cpu"
     )["item"]
-    shards = derive_shards(
-        sharding_type,
+    table = TablePlacement(
         num_embeddings=10,
         embedding_dim=32,
-        ranks=ranks,
-        world_size=4,
-        local_world_size=2,
+        sharding_type=sharding_type,
+        compute_kernel="fused",
+        ranks=tuple(ranks),
     )
+    shards = derive_shards(table, world_size=4, local_world_size=2)
     assert [shard.rank for shard in shards] == expected.ranks
     if expected.sharding_spec is not None:
         metadata = expected.sharding_spec.shards  # pyright: ignore[reportAttributeAccessIssue]
@@ -163,14 +159,14 @@ def test_derived_shards_hold_every_cell_once(
         "column_wise": [block % world for block in range(blocks)],
         "grid_shard": [rank for block in range(blocks) for rank in _host(block % hosts, local)],
     }[sharding_type]
-    shards = derive_shards(
-        sharding_type,
+    table = TablePlacement(
         num_embeddings=rows,
         embedding_dim=16,
-        ranks=ranks,
-        world_size=world,
-        local_world_size=local,
+        sharding_type=sharding_type,
+        compute_kernel="fused",
+        ranks=tuple(ranks),
     )
+    shards = derive_shards(table, world_size=world, local_world_size=local)
     held = torch.zeros(rows, 16, dtype=torch.int)
     for shard in shards:
         (row, column), (height, width) = shard.offset, shard.size
@@ -213,12 +209,13 @@ def write_values(path: Path, values: Any) -> Path:
 
 def test_a_plan_changed_by_hand_moves_the_table(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    before = write_plan(read_plan(write_values(path, plan_values())), path)
+    before = read_plan(write_values(path, plan_values()))
+    write_plan(before, path)
     text = path.read_text()
     assert '"ranks": [0]' in text
     path.write_text(text.replace('"ranks": [0]', '"ranks": [1]'))
     after = read_plan(path)
-    assert after.tables["item"].shards == ((1, (0, 0), (1001, 64)),)
+    assert after.tables["item"].shards == (Shard(1, (0, 0), (1001, 64)),)
     assert after.tables["shop"].ranks == (0, 1)
     assert compare_plans(before, after) == "table 'item': ranks 0 -> 1"
     assert compare_plans(after, after) == "the plans are the same"
@@ -230,7 +227,8 @@ def test_a_plan_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "plan.json"
-    before = write_plan(read_plan(write_values(path, plan_values())), path)
+    before = read_plan(write_values(path, plan_values()))
+    write_plan(before, path)
 
     def disk_full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -253,7 +251,8 @@ def test_uneven_columns_are_kept(tmp_path: Path) -> None:
     ]
     values = plan_values(sharding_type="column_wise", ranks=[0, 1], shards=shards)
     path = write_values(tmp_path / "plan.json", values)
-    plan = write_plan(read_plan(path), path)
+    plan = read_plan(path)
+    write_plan(plan, path)
     assert [shard.size for shard in read_plan(path).tables["item"].shards] == [
         (1001, 48),
         (1001, 16),
@@ -283,6 +282,10 @@ MISTAKES = {
     "columns that do not divide": (
         {"sharding_type": "column_wise", "ranks": [0, 1, 0]},
         "cannot cut 64 columns into 3 equal parts",
+    ),
+    "columns that cannot be divided": (
+        {"sharding_type": "column_wise", "ranks": [0, 1], "embedding_dim": 18},
+        "multiple of 4; use table_wise",
     ),
     "a gap": (
         {"shards": [{"rank": 0, "offset": [0, 0], "size": [1000, 64]}]},
