@@ -24,8 +24,7 @@ from esmm_torchrec.models.scores import read_scores
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import GROUP_ID, TRUE_CTR, TRUE_CVR, WEIGHT
-from esmm_torchrec.sharding.exchange import RankExchange
-from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.sharding.process_group import RankExchange, Ranks
 from esmm_torchrec.tasks import TaskChain
 
 MAX_GATHERED = 1 << 26

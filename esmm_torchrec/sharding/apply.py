@@ -21,8 +21,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.id_range import check_ids, looked_up
-from esmm_torchrec.sharding.planner import embedding_bag_collections_of
 from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.sharding.search import embedding_bag_collections_of
 from esmm_torchrec.sharding.sharders import sharders
 
 DRAWN_ROWS = 1 << 18
@@ -58,18 +58,17 @@ def shard(
     The ids of each batch are checked against the rows of their tables, see `models.id_range`.
     """
     sources: dict[str, torch.Tensor | EmbeddingBagConfig] = {}
+    tables = {}
+    # These check ids themselves.
+    own = {path for path, child in module.named_modules() if isinstance(child, PooledFeatures)}
     for path, collection in embedding_bag_collections_of(module).items():
-        for config in collection.embedding_bag_configs():
+        configs = collection.embedding_bag_configs()
+        for config in configs:
             weight = collection.embedding_bags.get_parameter(f"{config.name}.weight")
             key = f"{path}.embedding_bags.{config.name}.weight"
             sources[key] = config if weight.is_meta else weight.detach()
-    # These check ids themselves.
-    own = {path for path, child in module.named_modules() if isinstance(child, PooledFeatures)}
-    tables = {
-        path: looked_up(collection.embedding_bag_configs())
-        for path, collection in embedding_bag_collections_of(module).items()
-        if path.rpartition(".")[0] not in own
-    }
+        if path.rpartition(".")[0] not in own:
+            tables[path] = looked_up(configs)
     parallel = DistributedModelParallel(module, device=ranks.device, plan=plan, sharders=sharders())
     state = parallel.state_dict()
     with torch.no_grad():

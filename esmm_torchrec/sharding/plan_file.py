@@ -22,7 +22,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.types import DataType
 
 from esmm_torchrec.errors import PlanError
-from esmm_torchrec.sharding.planner import embedding_bag_collections_of
+from esmm_torchrec.sharding.search import embedding_bag_collections_of
 from esmm_torchrec.sharding.table_placement import (
     DATA_TYPES,
     Shard,

@@ -16,14 +16,19 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ShardingPlan, ShardingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.models.embeddings import DIM_MULTIPLE
 from esmm_torchrec.sharding.host import usable_memory
 from esmm_torchrec.sharding.process_group import Ranks
-from esmm_torchrec.sharding.search import NoPlanError, TableOptions, Workload, search
+from esmm_torchrec.sharding.search import (
+    NoPlanError,
+    TableOptions,
+    Workload,
+    embedding_bag_collections_of,
+    search,
+)
 from esmm_torchrec.sharding.table_placement import every_part_has_a_row
 
 ShardingOption = Literal[
@@ -41,15 +46,6 @@ SparseOptimizerOption = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 
 STORAGE_MARGIN = 0.15
 """Share of memory left to everything the planner does not count."""
-
-
-def embedding_bag_collections_of(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
-    """Path → every unsharded EmbeddingBagCollection below a module."""
-    return {
-        path: child
-        for path, child in module.named_modules()
-        if isinstance(child, EmbeddingBagCollection)
-    }
 
 
 def choose_kernel(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
@@ -102,6 +103,29 @@ def on_every_rank(work: Callable[[], T], *, group: dist.ProcessGroup | None = No
         if error is not None:
             raise error
     return [result for result, _ in outcomes]
+
+
+class RankExchange:
+    """Combines arrays of all ranks, which make it together and call its methods in the same order
+    with the same shapes."""
+
+    def __init__(self) -> None:
+        # TorchRec's evaluation pipeline asks for batches in a thread of its own, where collectives
+        # of the default group would mix with those of the model.
+        self._group = dist.new_group(backend="gloo")
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """float64, the sums over all ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        """float64, the maxima over all ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
+        reduced = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(reduced, operation, group=self._group)
+        return reduced.numpy()
 
 
 def choose_device(option: DeviceOption, local_rank: int, local_world_size: int = 1) -> torch.device:

@@ -36,7 +36,7 @@ from torchrec.distributed.planner.types import (
     Storage,
     Topology,
 )
-from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
+from torchrec.distributed.types import CacheParams, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.types import DataType
 
@@ -182,7 +182,7 @@ def _plan(
 ) -> list[ShardingOption]:
     constraints = _constraints(module, options, workload)
     dense = {name for name, option in options.items() if option.compute_kernels == (_DENSE,)}
-    enumerator = _EnumeratedOnce(
+    enumerator = EmbeddingEnumerator(
         topology,
         batch_size=workload.rows_per_rank,
         constraints=constraints,
@@ -194,11 +194,6 @@ def _plan(
     proposers: list[Proposer] = [_UniformWithExceptions(topology)]
     if len(options) * topology.world_size <= MAX_GREEDY_SHARDS:
         proposers.append(GreedyProposer(threshold=50))
-    with _planner_log_off():
-        space = enumerator.enumerate(module, sharders())
-    misfit = _misfit(space, topology)
-    if misfit is not None:
-        raise misfit
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=workload.rows_per_rank,
@@ -231,6 +226,15 @@ def _plan(
     return selected
 
 
+def embedding_bag_collections_of(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
+    """Path → every unsharded EmbeddingBagCollection below a module."""
+    return {
+        path: child
+        for path, child in module.named_modules()
+        if isinstance(child, EmbeddingBagCollection)
+    }
+
+
 @contextmanager
 def _planner_log_off() -> Iterator[None]:
     """TorchRec's planner logs at length what `NoPlanError` says in a sentence."""
@@ -247,8 +251,7 @@ def _constraints(
     module: nn.Module, options: Mapping[str, TableOptions], workload: Workload
 ) -> dict[str, ParameterConstraints]:
     constraints: dict[str, ParameterConstraints] = {}
-    collections = (m for m in module.modules() if isinstance(m, EmbeddingBagCollection))
-    for collection in collections:
+    for collection in embedding_bag_collections_of(module).values():
         for config in collection.embedding_bag_configs():
             option, features = options[config.name], config.feature_names
             kernels = option.compute_kernels
@@ -270,19 +273,6 @@ def _constraints(
                 cache_params=option.cache,
             )
     return constraints
-
-
-class _EnumeratedOnce(EmbeddingEnumerator):
-    """Enumerates a module's options once: the planner copies what it changes of them."""
-
-    _space: list[ShardingOption] | None = None
-
-    def enumerate(
-        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
-    ) -> list[ShardingOption]:
-        if self._space is None:
-            self._space = super().enumerate(module, sharders)
-        return self._space
 
 
 class _PerShape(ShardEstimator):
@@ -363,7 +353,7 @@ class _UniformWithExceptions(Proposer):
     """
 
     def __init__(self, topology: Topology) -> None:
-        self._capacity = topology.devices[0].storage
+        self._topology = topology
         self._waiting: list[list[ShardingOption]] = []
 
     def load(
@@ -376,6 +366,10 @@ class _UniformWithExceptions(Proposer):
         by_table: dict[str, list[ShardingOption]] = {}
         for option in search_space:
             by_table.setdefault(option.name, []).append(option)
+        misfit = _misfit(by_table, self._topology)
+        if misfit is not None:
+            raise misfit
+        capacity = self._topology.devices[0].storage
         smallest = {name: min(options, key=largest_shard) for name, options in by_table.items()}
         proposals = [
             [
@@ -383,8 +377,7 @@ class _UniformWithExceptions(Proposer):
                     (
                         option
                         for option in options
-                        if option.sharding_type == kind
-                        and largest_shard(option).fits_in(self._capacity)
+                        if option.sharding_type == kind and largest_shard(option).fits_in(capacity)
                     ),
                     key=lambda option: max(
                         shard.perf.total for shard in option.shards if shard.perf
@@ -418,13 +411,12 @@ def largest_shard(option: ShardingOption) -> Storage:
     return Storage(max(s.hbm for s in storages), max(s.ddr for s in storages))
 
 
-def _misfit(space: Sequence[ShardingOption], topology: Topology) -> NoPlanError | None:
+def _misfit(
+    by_table: Mapping[str, Sequence[ShardingOption]], topology: Topology
+) -> NoPlanError | None:
     """Why even the options with the smallest shards do not fit, if they do not."""
     on_gpu = topology.compute_device == "cuda"
     capacity = topology.devices[0].storage
-    by_table: dict[str, list[ShardingOption]] = {}
-    for option in space:
-        by_table.setdefault(option.name, []).append(option)
     fitting = {
         name: [option for option in options if largest_shard(option).fits_in(capacity)]
         for name, options in by_table.items()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingDist
 from torchrec.distributed.types import (
+    Awaitable,
     ModuleSharder,
     ParameterSharding,
     ShardingEnv,
@@ -18,7 +25,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from esmm_torchrec.sharding.unequal_batches import allow_unequal_batches
+OutputDist = Callable[[torch.Tensor, EmbeddingShardingContext | None], Awaitable[torch.Tensor]]
 
 
 class AnyDeviceSharder(EmbeddingBagCollectionSharder):
@@ -36,7 +43,7 @@ class AnyDeviceSharder(EmbeddingBagCollectionSharder):
         """The sharded collection."""
         sharded = super().shard(module, params, env, device, module_fqn)
         if env.process_group is not None:
-            allow_unequal_batches(sharded, env.process_group)
+            _allow_unequal_batches(sharded, env.process_group)
         return sharded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -50,3 +57,39 @@ class AnyDeviceSharder(EmbeddingBagCollectionSharder):
 def sharders() -> list[ModuleSharder[nn.Module]]:
     """What a planner and DistributedModelParallel take as `sharders`."""
     return [cast(ModuleSharder[nn.Module], AnyDeviceSharder())]
+
+
+def _allow_unequal_batches(
+    sharded: ShardedEmbeddingBagCollection, group: dist.ProcessGroup
+) -> None:
+    """Lets the row-wise tables of a sharded collection take another number of bags on each rank.
+
+    They sum parts of pooled embeddings over ranks and scatter them, each rank getting the bags that
+    it asked for. With unequal numbers of bags TorchRec can do that on NCCL alone; on gloo it fails
+    with "allgather: invalid tensor size". Every rank knows the numbers of all from the exchange of
+    ids, so shorter batches are filled up with zeros here, and the result is cut to size.
+    """
+    if dist.get_backend(group) != dist.Backend.GLOO:
+        return
+    # A list, which sharded.modules() does not enter.
+    for module in sharded._output_dists:
+        if isinstance(module, RwPooledEmbeddingDist | TwRwPooledEmbeddingDist):
+            padded = _padded(module.forward, dist.get_rank(group))
+            module.forward = padded  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _padded(output_dist: OutputDist, rank: int) -> OutputDist:
+    def forward(
+        embeddings: torch.Tensor, sharding_ctx: EmbeddingShardingContext | None = None
+    ) -> Awaitable[torch.Tensor]:
+        """(bags of all ranks, columns) → (bags of this rank, columns)."""
+        sizes = [] if sharding_ctx is None else sharding_ctx.batch_size_per_rank
+        if len(set(sizes)) < 2 or sharding_ctx is None or sharding_ctx.variable_batch_per_feature:
+            return output_dist(embeddings, sharding_ctx)
+        parts = nn.utils.rnn.pad_sequence(list(embeddings.split(sizes)), batch_first=True)
+        equal = replace(sharding_ctx, batch_size_per_rank=[max(sizes)] * len(sizes))
+        awaitable = output_dist(parts.flatten(0, 1), equal)
+        awaitable.callbacks.append(lambda scattered: scattered[: sizes[rank]])
+        return awaitable
+
+    return forward

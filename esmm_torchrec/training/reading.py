@@ -12,8 +12,7 @@ from esmm_torchrec.data.reader import ImpressionReader, Selection
 from esmm_torchrec.data.stream import Split, StreamedSplit, StreamReader
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.models.rows.everything import AllRows
-from esmm_torchrec.sharding.exchange import RankExchange
-from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.sharding.process_group import RankExchange, Ranks
 from esmm_torchrec.training.options import TrainOptions
 
 MAX_MAPPED_BYTES = 40 << 30
