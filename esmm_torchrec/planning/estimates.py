@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 from torchrec.distributed.planner.planners import to_sharding_plan
+from torchrec.distributed.planner.types import ShardingOption, Topology
 
+from esmm_torchrec.errors import PlanError
 from esmm_torchrec.planning.hardware import PRESETS
-from esmm_torchrec.planning.placement import Misfit, Placement, place
+from esmm_torchrec.planning.placement import place
 from esmm_torchrec.planning.scenario import (
     Capacity,
     Constraint,
@@ -28,7 +30,7 @@ from esmm_torchrec.planning.scenario import (
 )
 from esmm_torchrec.sharding.plan_file import PlanFile, embedding_tables
 from esmm_torchrec.sharding.plan_text import plan_warnings
-from esmm_torchrec.sharding.search import imbalance
+from esmm_torchrec.sharding.search import NoPlanError, imbalance
 
 MAX_RANKS_TRIED = 1024
 
@@ -53,17 +55,25 @@ class StepParts:
     so it is not part of the sum."""
 
     @property
+    def counted(self) -> dict[str, float]:
+        """The parts that count towards the step, by name."""
+        return {name: value for name, value in vars(self).items() if name != "input_comms"}
+
+    @property
     def step(self) -> float:
         """All that counts towards the step."""
-        return (
-            self.forward
-            + self.forward_comms
-            + self.backward
-            + self.backward_comms
-            + self.prefetch
-            + self.towers
-            + self.towers_all_reduce
-        )
+        return sum(self.counted.values())
+
+
+_PERF_FIELDS = {
+    "forward": "fwd_compute",
+    "forward_comms": "fwd_comms",
+    "backward": "bwd_compute",
+    "backward_comms": "bwd_comms",
+    "prefetch": "prefetch_compute",
+    "input_comms": "input_dist_comms",
+}
+"""Part of a step → its name in TorchRec."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,17 @@ class Estimate:
         """Over all ranks."""
         return self.batch_size * self.world_size / self.step_ms * 1e3
 
+    @property
+    def fullest_rank_bytes(self) -> int:
+        """Bytes in use on the fullest rank, the reserve not counted."""
+        assert self.placed is not None
+        return int(self.placed.table_bytes.sum(axis=0).max()) + self.capacity.towers
+
+    @property
+    def plan_file(self) -> str:
+        """Name of the file with the plan."""
+        return f"plan-{self.strategy}-{self.world_size}.json"
+
     def to_dict(self) -> dict[str, Any]:
         """The entry of plans.json."""
         capacity = self.capacity
@@ -152,13 +173,8 @@ class Estimate:
         return entry | {
             "step_ms_estimate": parts.step,
             "parts_ms_estimate": {
-                "embedding_forward": parts.forward,
-                "embedding_forward_comms": parts.forward_comms,
-                "embedding_backward": parts.backward,
-                "embedding_backward_comms": parts.backward_comms,
-                "embedding_prefetch": parts.prefetch,
-                "towers": parts.towers,
-                "towers_all_reduce": parts.towers_all_reduce,
+                name if name.startswith("towers") else f"embedding_{name}": value
+                for name, value in parts.counted.items()
             },
             "input_comms_ms_estimate_not_in_step": parts.input_comms,
             "impressions_per_second_estimate": self.impressions_per_second,
@@ -177,7 +193,6 @@ def estimate(scenario: Scenario, strategy: Strategy, world_size: int) -> Estimat
         OptionError: the ranks do not fill their hosts.
     """
     towers = estimate_towers(scenario, world_size)
-    found = place(scenario, strategy, world_size)
     result = Estimate(
         strategy=strategy,
         world_size=world_size,
@@ -186,15 +201,26 @@ def estimate(scenario: Scenario, strategy: Strategy, world_size: int) -> Estimat
         capacity=scenario.capacity(world_size),
         towers=towers,
     )
-    if isinstance(found, Placement):
-        return replace(result, placed=_placed(scenario, found, towers))
-    may_help = found.tables or found.towers
-    remedies = _remedies(scenario, strategy, world_size, found) if may_help else ()
-    return replace(result, reason=found.sentence, remedies=tuple(remedies))
+    try:
+        options = place(scenario, strategy, world_size)
+    except PlanError as refusal:
+        return replace(result, reason=str(refusal))
+    except NoPlanError as misfit:
+        remedies = tuple(_remedies(scenario, strategy, world_size, misfit))
+        return replace(result, reason=str(misfit), remedies=remedies)
+    return replace(result, placed=_placed(scenario, options, scenario.topology(world_size), towers))
+
+
+def _fits(scenario: Scenario, strategy: Strategy, world_size: int) -> bool:
+    try:
+        place(scenario, strategy, world_size)
+    except (PlanError, NoPlanError):
+        return False
+    return True
 
 
 def _remedies(
-    scenario: Scenario, strategy: Strategy, world_size: int, misfit: Misfit
+    scenario: Scenario, strategy: Strategy, world_size: int, misfit: NoPlanError
 ) -> Iterator[str]:
     """Changes after which the planner finds a place for everything, each of them tried."""
     names = misfit.tables
@@ -209,7 +235,7 @@ def _remedies(
 
     def first(tried: Iterable[tuple[str, Scenario, int]]) -> Iterator[str]:
         for text, changed, count in tried:
-            if isinstance(place(changed, strategy, count), Placement):
+            if _fits(changed, strategy, count):
                 yield text
                 return
 
@@ -279,15 +305,14 @@ def _escape(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _placed(scenario: Scenario, found: Placement, towers: TowerEstimate) -> Placed:
-    options, topology = found.options, found.topology
+def _placed(
+    scenario: Scenario, options: list[ShardingOption], topology: Topology, towers: TowerEstimate
+) -> Placed:
     world_size = topology.world_size
     on_gpu = topology.compute_device == "cuda"
     order = {table.name: number for number, table in enumerate(scenario.tables.tables)}
     shape = (len(order), world_size)
     memory, host, times = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    fields = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "prefetch_compute")
-    parts = {name: np.zeros(world_size) for name in (*fields, "input_dist_comms")}
     for option in options:
         row = order[option.name]
         for shard in option.shards:
@@ -296,12 +321,10 @@ def _placed(scenario: Scenario, found: Placement, towers: TowerEstimate) -> Plac
             memory[row, shard.rank] += shard.storage.hbm if on_gpu else shard.storage.ddr
             host[row, shard.rank] += shard.storage.ddr if on_gpu else 0
             times[row, shard.rank] += shard.perf.total
-            for name, values in parts.items():
-                values[shard.rank] += getattr(shard.perf, name)
     slowest = int(times.sum(axis=0).argmax())
-    on_slowest = {name: float(values[slowest]) for name, values in parts.items()}
+    on_slowest = [s.perf for option in options for s in option.shards if s.rank == slowest]
     plan = PlanFile.from_sharding_plan(
-        to_sharding_plan(list(options), topology),
+        to_sharding_plan(options, topology),
         embedding_tables(scenario.tables.to_module()).values(),
         world_size=world_size,
         local_world_size=topology.local_world_size,
@@ -312,14 +335,12 @@ def _placed(scenario: Scenario, found: Placement, towers: TowerEstimate) -> Plac
     return Placed(
         plan=plan,
         parts=StepParts(
-            forward=on_slowest["fwd_compute"],
-            forward_comms=on_slowest["fwd_comms"],
-            backward=on_slowest["bwd_compute"],
-            backward_comms=on_slowest["bwd_comms"],
-            prefetch=on_slowest["prefetch_compute"],
+            **{
+                name: sum((getattr(perf, field) for perf in on_slowest), 0.0)
+                for name, field in _PERF_FIELDS.items()
+            },
             towers=towers.compute_ms,
             towers_all_reduce=towers.all_reduce_ms,
-            input_comms=on_slowest["input_dist_comms"],
         ),
         names=tuple(order),
         table_bytes=memory,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from esmm_torchrec.planning.estimates import Estimate, Placed
 from esmm_torchrec.planning.scenario import STRATEGIES, Scenario, Strategy
+from esmm_torchrec.sharding.plan_text import aligned
 from esmm_torchrec.sharding.search import gib
 
 
@@ -46,10 +47,14 @@ class Experiment:
         feasible = [e for e in self.estimates if e.placed and e.world_size == count]
         return min(feasible, key=lambda e: e.step_ms, default=None)
 
-
-def plan_file_name(estimate: Estimate) -> str:
-    """Name of the file with the plan of an estimate."""
-    return f"plan-{estimate.strategy}-{estimate.world_size}.json"
+    @property
+    def misfits(self) -> dict[tuple[Strategy, str, tuple[str, ...]], list[int]]:
+        """(strategy, reason, remedies) → numbers of ranks."""
+        counts: dict[tuple[Strategy, str, tuple[str, ...]], list[int]] = {}
+        for e in self.estimates:
+            if e.reason is not None:
+                counts.setdefault((e.strategy, e.reason, e.remedies), []).append(e.world_size)
+        return counts
 
 
 def milliseconds(value: float) -> str:
@@ -66,16 +71,9 @@ def rate(value: float) -> str:
 
 def comparison(experiment: Experiment) -> str:
     """The estimates as plain text, a line each."""
-    header: tuple[str, ...] = (
-        experiment.noun + "s",
-        "strategy",
-        "step",
-        "impressions",
-        f"memory per {experiment.noun}",
-        "imbalance",
-        "tables",
-    )
-    lines: list[tuple[str, ...]] = [header]
+    noun = experiment.noun
+    header = (f"{noun}s", "strategy", "step", "impressions", f"memory per {noun}")
+    lines: list[tuple[str, ...]] = [(*header, "imbalance", "tables")]
     for count in experiment.counts:
         fastest = experiment.fastest(count)
         for strategy in experiment.strategies:
@@ -91,25 +89,14 @@ def comparison(experiment: Experiment) -> str:
                     strategy + mark,
                     milliseconds(estimate.step_ms),
                     rate(estimate.impressions_per_second),
-                    f"{gib(fullest_rank_bytes(estimate))} of {gib(estimate.capacity.total)}",
+                    f"{gib(estimate.fullest_rank_bytes)} of {gib(estimate.capacity.total)}",
                     f"{placed.memory_imbalance:.2f} memory, {placed.time_imbalance:.2f} time",
                     placements(placed),
                 )
             )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-    return "\n".join(text)
+    return aligned(lines)
 
 
 def placements(placed: Placed) -> str:
     """How many tables have which sharding type and kernel."""
     return "; ".join(f"{number} {kind}" for kind, number in placed.placements.items())
-
-
-def fullest_rank_bytes(estimate: Estimate) -> int:
-    """Bytes in use on the fullest rank, the reserve not counted."""
-    assert estimate.placed is not None
-    return int(estimate.placed.table_bytes.sum(axis=0).max()) + estimate.capacity.towers

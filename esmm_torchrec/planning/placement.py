@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -12,10 +11,11 @@ from torch import nn
 from torchrec import optim as torchrec_optim
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
-from torchrec.distributed.planner.types import ShardingOption, Topology
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import CacheParams, CacheStatistics, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from esmm_torchrec.errors import PlanError
 from esmm_torchrec.planning.scenario import Scenario, Strategy
 from esmm_torchrec.planning.table_list import PlannedTable, TableList
 from esmm_torchrec.sharding.planner import SparseOptimizerOption, sharding_types
@@ -32,30 +32,7 @@ _OPTIMIZERS = {
 }
 
 
-@dataclass(frozen=True)
-class Misfit:
-    """Why there is no placement."""
-
-    sentence: str
-    """Which table does not fit where and by how much, or what forbids the strategy."""
-    tables: tuple[str, ...] = ()
-    """Tables of which one shard alone exceeds a rank's memory; all, if only their sum does; none,
-    if memory is not the reason."""
-    alone: bool = False
-    """Whether `tables` are too large alone."""
-    towers: bool = False
-    """Whether the towers alone are too large."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Every table's chosen option, its shards with ranks."""
-
-    options: Sequence[ShardingOption]
-    topology: Topology
-
-
-def place(scenario: Scenario, strategy: Strategy, world_size: int) -> Placement | Misfit:
+def place(scenario: Scenario, strategy: Strategy, world_size: int) -> list[ShardingOption]:
     """Lets TorchRec place the tables.
 
     Args:
@@ -63,34 +40,30 @@ def place(scenario: Scenario, strategy: Strategy, world_size: int) -> Placement 
         strategy: for tables without a constraint.
         world_size: number of ranks.
 
+    Returns:
+        every table's chosen option, its shards with ranks.
+
     Raises:
         OptionError: the ranks do not fill their hosts.
+        PlanError: something forbids the strategy, whatever the memory.
+        NoPlanError: the memory is too small.
     """
     capacity = scenario.capacity(world_size)
     if capacity.for_tables <= 0:
-        return Misfit(
+        raise NoPlanError(
             f"the towers and their activations alone need {gib(capacity.towers)} of the "
-            f"{gib(capacity.total - capacity.reserved)} of a rank",
-            towers=True,
+            f"{gib(capacity.total - capacity.reserved)} of a rank"
         )
     tables = scenario.tables.tables
     options = {t.name: _table_options(scenario, strategy, world_size, t) for t in tables}
     for table in tables:
-        refused = _refusal(scenario, table, options[table.name])
-        if refused is not None:
-            return Misfit(refused)
-    topology = scenario.hardware.topology(
-        world_size,
-        memory_bytes=capacity.for_tables,
-        host_memory_bytes=capacity.host_for_tables,
+        _check_trainable(scenario, table, options[table.name])
+    return search(
+        _module(scenario.tables, scenario.sparse_optimizer),
+        options,
+        topology=scenario.topology(world_size),
+        workload=scenario.tables.workload(scenario.batch_size),
     )
-    workload = scenario.tables.workload(scenario.batch_size)
-    try:
-        module = _module(scenario.tables, scenario.sparse_optimizer)
-        found = search(module, options, topology=topology, workload=workload)
-    except NoPlanError as error:
-        return Misfit(str(error), error.tables, alone=error.alone)
-    return Placement(found, topology)
 
 
 @lru_cache(maxsize=2)
@@ -144,11 +117,8 @@ def _table_options(
 def _existing(scenario: Scenario, kernels: tuple[str, ...]) -> tuple[str, ...]:
     """Those in which the optimiser exists; all if it exists in none. dense is alone: the planner
     takes it as fused, and only the memory of its gradient is its own."""
-    if scenario.sparse_optimizer == "rowwise_adagrad":
-        return tuple(kernel for kernel in kernels if kernel != _DENSE) or kernels
-    if scenario.sparse_optimizer == "adam" and scenario.hardware.device == "cpu":
-        return tuple(kernel for kernel in kernels if kernel == _DENSE) or kernels
-    return tuple(kernel for kernel in kernels if kernel != _DENSE) or kernels
+    needs_dense = scenario.sparse_optimizer == "adam" and scenario.hardware.device == "cpu"
+    return tuple(kernel for kernel in kernels if (kernel == _DENSE) == needs_dense) or kernels
 
 
 def _cache(
@@ -196,34 +166,33 @@ class EvenLookups(CacheStatistics):
         return 0.5
 
 
-def _refusal(scenario: Scenario, table: PlannedTable, options: TableOptions) -> str | None:
-    """Why a table cannot be trained so, whatever the memory."""
+def _check_trainable(scenario: Scenario, table: PlannedTable, options: TableOptions) -> None:
+    """Raises PlanError if a table cannot be trained so, whatever the memory."""
     device, optimizer = scenario.hardware.device, scenario.sparse_optimizer
     device_name = "GPU" if device == "cuda" else "CPU"
     sharder = AnyDeviceSharder()
     for name in options.sharding_types:
         if name not in sharder.sharding_types(device):
-            return f"TorchRec has no {name} on a {device_name}"
+            raise PlanError(f"TorchRec has no {name} on a {device_name}")
         kernels = {*sharder.compute_kernels(name, device), _DENSE}
         if not kernels & set(options.compute_kernels):
-            return (
+            raise PlanError(
                 f"table {table.name!r}: TorchRec has no {name} with the kernel "
                 f"{' or '.join(options.compute_kernels)} on a {device_name}"
             )
         if name == ShardingType.GRID_SHARD.value and table.pooling == "mean":
-            return (
+            raise PlanError(
                 f"table {table.name!r} has mean pooling, which TorchRec's grid_shard computes "
                 "wrongly"
             )
-    if options.compute_kernels == (_DENSE,):
-        if optimizer == "rowwise_adagrad":
-            return (
-                f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad "
-                "does not exist; use `sparse_optimizer` adagrad, sgd or adam"
-            )
-    elif device == "cpu" and optimizer == "adam":
-        return (
+    is_dense = options.compute_kernels == (_DENSE,)
+    if is_dense and optimizer == "rowwise_adagrad":
+        raise PlanError(
+            f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad does not "
+            "exist; use `sparse_optimizer` adagrad, sgd or adam"
+        )
+    if not is_dense and device == "cpu" and optimizer == "adam":
+        raise PlanError(
             "adam does not exist in the fused kernel on a CPU; use `kernels` dense or another "
             "`sparse_optimizer`"
         )
-    return None

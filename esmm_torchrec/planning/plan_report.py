@@ -13,10 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from esmm_torchrec.planning.experiment import (
     Experiment,
-    fullest_rank_bytes,
     milliseconds,
     placements,
-    plan_file_name,
     rate,
 )
 from esmm_torchrec.planning.plan_plots import TABLES_NAMED, draw_plots, ranks_plot_name
@@ -68,29 +66,17 @@ def _page(experiment: Experiment, images: dict[str, bytes]) -> str:
         tables=sorted(experiment.scenario.tables.tables, key=lambda table: -table.nbytes),
         images={name: base64.b64encode(image).decode() for name, image in images.items()},
         prefetched=any(e.placed and e.placed.parts.prefetch > 0 for e in placed),
-        misfits=_misfits(experiment),
         cut_strategies=dict.fromkeys(e.strategy for e in placed if e.placed and e.placed.warnings),
         hardware_rows=_hardware_rows(experiment),
         strategy_text=STRATEGY_TEXT,
         max_tables=MAX_TABLES_LISTED,
         tables_named=TABLES_NAMED,
-        fullest=fullest_rank_bytes,
         gib=gib,
         milliseconds=milliseconds,
         placements=placements,
-        plan_file_name=plan_file_name,
         ranks_plot_name=ranks_plot_name,
         rate=rate,
     )
-
-
-def _misfits(experiment: Experiment) -> dict[tuple[str, str, tuple[str, ...]], list[int]]:
-    """(strategy, reason, remedies) → numbers of ranks."""
-    counts: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
-    for e in experiment.estimates:
-        if e.placed is None:
-            counts.setdefault((e.strategy, e.reason or "", e.remedies), []).append(e.world_size)
-    return counts
 
 
 def _hardware_rows(experiment: Experiment) -> list[tuple[str, str]]:

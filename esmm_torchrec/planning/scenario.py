@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Literal, get_args
 
+from torchrec.distributed.planner.types import Topology
+
 from esmm_torchrec.choices import check_choices
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.planning.hardware import Hardware, TowerDtype
@@ -157,6 +159,15 @@ class Scenario:
             and fnmatchcase(table.name, other.pattern)
             for table in self.tables.tables
             for other in self.constraints
+        )
+
+    def topology(self, world_size: int) -> Topology:
+        """The machines as TorchRec's planner takes them, with the memory that it may fill."""
+        capacity = self.capacity(world_size)
+        return self.hardware.topology(
+            world_size,
+            memory_bytes=capacity.for_tables,
+            host_memory_bytes=capacity.host_for_tables,
         )
 
     def capacity(self, world_size: int) -> Capacity:

@@ -273,7 +273,11 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
             f"{where}: TorchRec cannot hold a table of the name {name!r}, which is taken in its "
             f"modules; call it {legal!r}"
         )
-    _check_dim(dim, f"{where}: embedding_dim {dim}")
+    if dim % DIM_MULTIPLE:
+        raise PlanError(
+            f"{where}: embedding_dim {dim} is not a positive multiple of {DIM_MULTIPLE}, which the "
+            "fused kernels require; take the next one up"
+        )
     if rows * dim > MAX_TABLE_VALUES:
         raise PlanError(
             f"{where}: num_embeddings {rows} of embedding_dim {dim} are more than the "
@@ -313,11 +317,3 @@ def _tables_of(entry: Any, where: str) -> list[PlannedTable]:
         )
         for suffix in suffixes
     ]
-
-
-def _check_dim(dim: int, what: str) -> None:
-    if dim < DIM_MULTIPLE or dim % DIM_MULTIPLE:
-        raise PlanError(
-            f"{what} is not a positive multiple of {DIM_MULTIPLE}, which the fused kernels "
-            "require; take the next one up"
-        )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torchrec.distributed.types import (
-    ShardingType,
-)
+from collections.abc import Collection, Sequence
 
 from esmm_torchrec.sharding.plan_file import PlanFile
 from esmm_torchrec.sharding.table_placement import DATA_TYPES, TablePlacement
@@ -20,17 +16,12 @@ def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
     """
     if optimizer != "rowwise_adagrad":
         return []
-    cut = (
-        ShardingType.COLUMN_WISE.value,
-        ShardingType.TABLE_COLUMN_WISE.value,
-        ShardingType.GRID_SHARD.value,
-    )
     return [
         f"table {name!r} is cut into columns ({table.sharding_type}) and rowwise_adagrad keeps one "
         "momentum per row and shard, so it trains differently from an uncut table; this is by "
         "design, and adagrad or table_wise avoid it"
         for name, table in plan.tables.items()
-        if table.sharding_type in cut and len({shard.offset[1] for shard in table.shards}) > 1
+        if any(shard.offset[1] for shard in table.shards)
     ]
 
 
@@ -52,21 +43,30 @@ def format_plan(plan: PlanFile) -> str:
         )
         for shard in table.shards:
             held[shard.rank] += shard.size[0] * shard.size[1] * DATA_TYPES[table.data_type][1]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    right = {1, 2, 3}
-    text = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    text = [aligned(lines, right=(1, 2, 3))]
     ranks = f"{plan.world_size} ranks" if plan.world_size > 1 else "1 rank"
     text.append(
         f"{len(plan.tables)} tables on {ranks} ({plan.device}); weights per rank: "
         f"{min(held) / 1e6:,.1f} to {max(held) / 1e6:,.1f} MB"
     )
     return "\n".join(text)
+
+
+def aligned(lines: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Lines of cells as columns of equal width.
+
+    Args:
+        lines: with a cell for each column.
+        right: columns whose cells are aligned at their right edge.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def format_ranks(ranks: Sequence[int]) -> str:

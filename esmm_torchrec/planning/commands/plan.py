@@ -12,11 +12,7 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.errors import OptionError, PlanError, for_command_line
 from esmm_torchrec.models.methods import ModelOptions, build_train_task
 from esmm_torchrec.planning.estimates import Estimate, estimate
-from esmm_torchrec.planning.experiment import (
-    Experiment,
-    comparison,
-    plan_file_name,
-)
+from esmm_torchrec.planning.experiment import Experiment, comparison
 from esmm_torchrec.planning.hardware import Hardware, TowerDtype, preset, read_hardware
 from esmm_torchrec.planning.plan_report import write_report
 from esmm_torchrec.planning.scenario import (
@@ -99,7 +95,7 @@ def run(options: Options) -> None:
         EsmmTorchrecError: an option, the list of tables or the machine cannot be used, or nothing
             fits.
     """
-    tables, scenario = _scenario(options)
+    scenario = _scenario(options)
     counts = sorted(set(options.gpus))
     if not counts or not options.strategies:
         raise OptionError("--gpus and --strategies need at least one value each")
@@ -117,7 +113,7 @@ def run(options: Options) -> None:
                 bar.update(1)
     experiment = Experiment(scenario=scenario, estimates=tuple(found))
     options.out.mkdir(parents=True, exist_ok=True)
-    _write(experiment, tables, options.out)
+    _write(experiment, options.out)
     print(_summary(experiment, options.out))
     if not any(result.placed for result in found):
         raise PlanError(
@@ -127,13 +123,13 @@ def run(options: Options) -> None:
         )
 
 
-def _scenario(options: Options) -> tuple[TableList, Scenario]:
+def _scenario(options: Options) -> Scenario:
     if options.batch_size is not None:
         check_positive(batch_size=options.batch_size)
     if (options.tables is None) == (options.data is None):
         raise OptionError("give either --tables FILE or --data PREPARED")
     tables = read_tables(options.tables) if options.tables else _tables_of_data(options)
-    return tables, Scenario(
+    return Scenario(
         tables=tables,
         hardware=_hardware(options),
         batch_size=options.batch_size or tables.batch_size or DEFAULT_BATCH_SIZE,
@@ -156,8 +152,7 @@ def _hardware(options: Options) -> Hardware:
 
 def _tables_of_data(options: Options) -> TableList:
     assert options.data is not None
-    if options.shuffle_chunk < 1:
-        raise OptionError(f"--shuffle-chunk {options.shuffle_chunk} is not at least 1")
+    check_positive(shuffle_chunk=options.shuffle_chunk)
     data = PreparedDataSet.open(options.data, data_files=False)
     counts, rows_per_rank = data.splits["train"], options.batch_size or DEFAULT_BATCH_SIZE
     shared_by = 1.0
@@ -180,15 +175,16 @@ def _tables_of_data(options: Options) -> TableList:
     )
 
 
-def _write(experiment: Experiment, tables: TableList, out: Path) -> None:
+def _write(experiment: Experiment, out: Path) -> None:
     entries: list[dict[str, Any]] = []
     for result in experiment.estimates:
         entry = result.to_dict()
         if result.placed is not None:
-            entry["plan_file"] = plan_file_name(result)
-            write_plan(result.placed.plan, out / plan_file_name(result))
+            entry["plan_file"] = result.plan_file
+            write_plan(result.placed.plan, out / result.plan_file)
         entries.append(entry)
     scenario = experiment.scenario
+    tables = scenario.tables
     fastest = {count: experiment.fastest(count) for count in experiment.counts}
     values = {
         "format_version": FORMAT_VERSION,
@@ -218,15 +214,10 @@ def _write(experiment: Experiment, tables: TableList, out: Path) -> None:
 def _summary(experiment: Experiment, out: Path) -> str:
     lines = [comparison(experiment)]
     noun = experiment.noun
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for result in experiment.estimates:
-        if result.reason:
-            would = f"; would fit: {', or '.join(result.remedies)}" if result.remedies else ""
-            text = result.reason + would
-            reasons.setdefault((result.strategy, text), []).append(str(result.world_size))
-    for (strategy, text), counts in reasons.items():
-        where = f"{', '.join(counts)} {noun}s"
-        lines.append(f"no plan for {strategy} on {where}: {for_command_line(text)}")
+    for (strategy, reason, remedies), counts in experiment.misfits.items():
+        where = f"{', '.join(map(str, counts))} {noun}s"
+        would = f"; would fit: {', or '.join(remedies)}" if remedies else ""
+        lines.append(f"no plan for {strategy} on {where}: {for_command_line(reason + would)}")
     lines.append("All numbers are estimates, made without the machines; * marks the shortest step.")
     obstacle = experiment.scenario.tables.not_trainable
     purpose = "the plans for 'train --plan'"
