@@ -6,38 +6,37 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from esmm_torchrec.data.sources.ali_ccp.fields import INDEX, USER
+from esmm_torchrec.data.sources.ali_ccp.fields import INDEX
+from esmm_torchrec.data.sources.ali_ccp.files import RawFile
 from esmm_torchrec.data.sources.ali_ccp.lines import array_of
 from esmm_torchrec.errors import DataError
+from esmm_torchrec.schema import GROUP_ID
 
 
 class CommonRows:
-    """Index → common row, and the user of each.
+    """Index → common row, and the group of each.
 
     Args:
-        path: of the file, for errors.
-        table: index and user, in the order of the file.
+        file: which they are of.
+        table: index and group, in the order of the file.
         lines: int64, of each row in the file.
 
     Raises:
         DataError: an index occurs twice.
     """
 
-    def __init__(self, path: str, table: pa.Table, lines: np.ndarray) -> None:
-        index, user = array_of(table, INDEX).to_numpy(), array_of(table, USER)
+    def __init__(self, file: RawFile, table: pa.Table, lines: np.ndarray) -> None:
+        self.name = file.name
+        index = array_of(table, INDEX).to_numpy()
         self._rows = pd.Index(index)
         if not self._rows.is_unique:
             again = int(self._rows.duplicated().argmax())
             first = int((index == index[again]).argmax())
             raise DataError(
-                f"{path}, line {lines[again]}: {INDEX} {index[again]:016x} is already in line "
+                f"{file.path}, line {lines[again]}: {INDEX} {index[again]:016x} is already in line "
                 f"{lines[first]}; remove one of them"
             )
-        # Users have no negative ids: a row without a user is a group of its own.
-        alone = (index | np.uint64(1 << 63)).view(np.int64)
-        self.group_of = np.where(
-            user.is_valid().to_numpy(False), user.fill_null(0).to_numpy(), alone
-        )
+        self.group_of = array_of(table, GROUP_ID).to_numpy()
         """int64, of each row."""
 
     def find(self, index: np.ndarray) -> np.ndarray:

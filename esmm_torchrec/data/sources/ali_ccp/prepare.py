@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -66,29 +66,14 @@ UNCLICKED_CONVERSIONS = "conversions without a click"
 BLOCK_BYTES = 16 << 20
 
 
-class _Common(NamedTuple):
-    """Common rows of a block that can be used."""
+class _Rows(NamedTuple):
+    """The rows of a block that can be used."""
 
     table: pa.Table
-    """As it is stored."""
-    keys: pa.Table
-    """Index and user."""
+    """Common rows with their index and group, or impressions, which are joined to them."""
     lines: np.ndarray
-    """int64, of each row."""
+    """int64: of common rows, where each is; of impressions, the purchases without a click."""
     bad: list[BadRow]
-
-
-class _Impressions(NamedTuple):
-    """Impressions of a block that can be used, joined to their common rows."""
-
-    table: pa.Table
-    """As it is stored, apart from true probabilities."""
-    unclicked: np.ndarray
-    """int64, the lines of purchases without a click."""
-    bad: list[BadRow]
-
-
-B = TypeVar("B", _Common, _Impressions)
 
 
 @dataclass
@@ -144,19 +129,22 @@ class _Preparation:
             return self._read_skeleton(source, split, store, common)
 
     def _read(
-        self, source: Folder | Archive, split: SplitName, layout: Layout, work: Callable[[Block], B]
-    ) -> Generator[tuple[RawFile, B], None, None]:
-        """Each block of a file; its bad rows are noted."""
+        self,
+        source: Folder | Archive,
+        split: SplitName,
+        layout: Layout,
+        finish: Callable[[ParsedLines], _Rows],
+    ) -> Generator[tuple[RawFile, _Rows], None, None]:
+        """Each block of a file, `finish` being what threads do last; its bad rows are noted."""
+
+        def work(block: Block) -> tuple[_Rows, int]:
+            return finish(parse_block(block, layout, self.bad_rows.limit)), len(block.text)
+
         name = layout.file(split)
         with (
             source.open(name) as file,
             progress_bar(name, file.size, "B", disable=not self.progress) as bar,
-            contextlib.closing(
-                in_order(
-                    lambda block: (work(block), len(block.text)),
-                    read_blocks(file, self.block_bytes),
-                )
-            ) as blocks,
+            contextlib.closing(in_order(work, read_blocks(file, self.block_bytes))) as blocks,
         ):
             for rows, size in blocks:
                 self._note_bad(split, layout, file, rows.bad)
@@ -182,19 +170,22 @@ class _Preparation:
         split: SplitName,
         store: Callable[[RowKind, pa.Table], None],
     ) -> CommonRows:
-        def work(block: Block) -> _Common:
-            table, lines, bad = parse_block(block, COMMON, self.bad_rows.limit)
-            features = self._encoded("shared", table.drop_columns([INDEX]))
-            return _Common(features, table.select([INDEX, USER]), lines, bad)
-
-        path, keys, lines = "", [], []
-        with contextlib.closing(self._read(source, split, COMMON, work)) as blocks:
+        parts: list[tuple[RawFile, pa.Table, np.ndarray]] = []
+        with contextlib.closing(self._read(source, split, COMMON, self._grouped)) as blocks:
             for file, rows in blocks:
-                path = file.path
-                keys.append(rows.keys)
-                lines.append(rows.lines)
-                store("shared", rows.table)
-        return CommonRows(path, pa.concat_tables(keys), np.concatenate(lines))
+                parts.append((file, rows.table.select([INDEX, GROUP_ID]), rows.lines))
+                store("shared", rows.table.drop_columns([INDEX, GROUP_ID]))
+        files, keys, lines = zip(*parts, strict=True)
+        return CommonRows(files[0], pa.concat_tables(keys), np.concatenate(lines))
+
+    def _grouped(self, parsed: ParsedLines) -> _Rows:
+        table, lines, bad = parsed
+        index, user = array_of(table, INDEX).to_numpy(), array_of(table, USER)
+        # Users have no negative ids: a row without a user is a group of its own.
+        alone = (index | np.uint64(1 << 63)).view(np.int64)
+        group = np.where(user.is_valid().to_numpy(False), user.fill_null(0).to_numpy(), alone)
+        table = table.append_column(GROUP_ID, pa.array(group))
+        return _Rows(self._encoded("shared", table), lines, bad)
 
     def _read_skeleton(
         self,
@@ -203,21 +194,18 @@ class _Preparation:
         store: Callable[[RowKind, pa.Table], None],
         common: CommonRows,
     ) -> int:
-        def work(block: Block) -> _Impressions:
-            parsed = parse_block(block, SKELETON, self.bad_rows.limit)
-            return self._join(parsed, common, COMMON.file(split))
-
         unclicked = 0
         with contextlib.ExitStack() as stack:
             truth = None
             if self.truth is not None:
                 truth = stack.enter_context(contextlib.closing(Truth(self.truth, split)))
-            blocks = self._read(source, split, SKELETON, work)
-            for file, impressions in stack.enter_context(contextlib.closing(blocks)):
-                if len(impressions.unclicked):
-                    self._note_unclicked(split, file, impressions.unclicked)
-                    unclicked += len(impressions.unclicked)
-                table = impressions.table
+            join = partial(self._join, common)
+            blocks = self._read(source, split, SKELETON, join)
+            for file, rows in stack.enter_context(contextlib.closing(blocks)):
+                if len(rows.lines):
+                    self._note_unclicked(split, file, rows.lines)
+                    unclicked += len(rows.lines)
+                table = rows.table
                 if truth is not None:
                     probabilities = truth.take(array_of(table, SAMPLE_ID).to_numpy())
                     for column, values in probabilities.items():
@@ -234,7 +222,7 @@ class _Preparation:
         if self.unclicked_purchases == "drop":
             self.writer.record_dropped(split, UNCLICKED_CONVERSIONS, len(lines))
 
-    def _join(self, parsed: ParsedLines, common: CommonRows, common_file: str) -> _Impressions:
+    def _join(self, common: CommonRows, parsed: ParsedLines) -> _Rows:
         table, lines, bad = parsed
         index = array_of(table, INDEX).to_numpy()
         click, conversion = (array_of(table, name).to_numpy() for name in (CLICK, CONVERSION))
@@ -243,7 +231,7 @@ class _Preparation:
         if lost.any():
             named = zip(lines[lost].tolist(), index[lost], strict=True)
             bad = bad + [
-                BadRow(line, f"{INDEX} {of_line:016x} is not in {common_file}")
+                BadRow(line, f"{INDEX} {of_line:016x} is not in {common.name}")
                 for line, of_line in itertools.islice(named, self.bad_rows.limit + 1)
             ]
             bad.sort()
@@ -257,7 +245,7 @@ class _Preparation:
             table = table.filter(pa.array(keep)).combine_chunks()
         group = common.group_of[shared_row[keep]]
         table = table.append_column(GROUP_ID, pa.array(group))
-        return _Impressions(self._encoded("impressions", table), lines[unclicked], bad)
+        return _Rows(self._encoded("impressions", table), lines[unclicked], bad)
 
 
 @checks_choices
