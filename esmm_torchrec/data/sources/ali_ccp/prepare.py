@@ -43,7 +43,7 @@ from esmm_torchrec.data.sources.ali_ccp.lines import (
 )
 from esmm_torchrec.data.sources.ali_ccp.truth import Truth
 from esmm_torchrec.data.sources.ali_ccp.waiting_rows import FEATURES, WaitingRows, encoded
-from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
+from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.split_writer import RowKind
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError, OptionError
@@ -152,17 +152,14 @@ class _Preparation:
                 bar.update(size)
 
     def _note_bad(self, split: SplitName, layout: Layout, file: RawFile, bad: list[BadRow]) -> None:
-        if not bad:
-            return
-        allowed = self.bad_rows.skip(len(bad))
-        if allowed < len(bad):
-            raise self.bad_rows.error(f"{file.path}, line {bad[allowed].line}: {bad[allowed].what}")
-        room = MAX_EXAMPLES - len(self.bad_rows.examples)
-        # These go into the data set, where no path of this machine belongs.
-        examples = [f"{file.name}, line {row.line}: {row.what}" for row in bad[:room]]
-        for sentence in examples:
-            self.bad_rows.note(sentence)
-        self.writer.record_dropped(split, layout.reason, len(bad), examples)
+        noted = len(self.bad_rows.examples)
+        # Sentences go into the data set, where no path of this machine belongs.
+        self.bad_rows.skip(
+            len(bad), lambda row: f"{file.name}, line {bad[row].line}: {bad[row].what}"
+        )
+        if bad:
+            examples = self.bad_rows.examples[noted:]
+            self.writer.record_dropped(split, layout.reason, len(bad), examples)
 
     def _read_common(
         self,
