@@ -13,8 +13,8 @@ from esmm_torchrec.cli.terminal import percentage
 from esmm_torchrec.comparison.worlds import GeneratedWorld, World, generate
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(World):
     """Write impressions whose p(click) and p(conversion) are known, in raw Ali-CCP form.
 
     Writes the four raw files to OUT, along with truth.parquet (the two probabilities of every
@@ -24,36 +24,6 @@ class Options:
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to create."""
-
-    impressions: int = World.impressions
-    """Number of impressions; the earlier half is for training, the later half for testing."""
-
-    seed: int = World.seed
-    """Random seed; the same seed and options give the same bytes."""
-
-    ctr: float = World.ctr
-    """Clicks per impression."""
-
-    cvr: float = World.cvr
-    """Conversions per click."""
-
-    correlation: float = World.correlation
-    """Correlation of the taste for clicking with the taste for converting, from -1 to 1."""
-
-    rare_share: float = World.rare_share
-    """Share of impressions whose item is drawn uniformly from all items, so mostly a rare one."""
-
-    position_effect: float = World.position_effect
-    """Decrease of the click logit per position; conversions are not affected."""
-
-    confounding: float = World.confounding
-    """Weight, in both logits, of a standard normal factor per impression that is not logged."""
-
-    noise: float = World.noise
-    """Standard deviation of independent noise on each logit, which is not logged either."""
-
-    history_scale: float = World.history_scale
-    """Scale of the users' history lengths; 1 gives those of Ali-CCP, 70 to 252 values per field."""
 
 
 def report(generated: GeneratedWorld, out: Path, seconds: float) -> str:

@@ -8,16 +8,25 @@ way values are written are those of the real files.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from esmm_torchrec.comparison.worlds.catalogue import PROFILE_VALUES, Catalogue, Ints
-from esmm_torchrec.comparison.worlds.exposure import MAX_TIMES, Counts
-from esmm_torchrec.comparison.worlds.raw_ids import WEIGHTED_FIELDS, RawIds
+from esmm_torchrec.comparison.worlds.catalogue import Catalogue, Ints
+from esmm_torchrec.comparison.worlds.exposure import MAX_TIMES
+from esmm_torchrec.comparison.worlds.fields import (
+    RawIds,
+    Values,
+    impression_values,
+    item_values,
+    visit_values,
+)
 from esmm_torchrec.comparison.worlds.world import Block
+from esmm_torchrec.data.sources.ali_ccp.fields import FIELDS
+from esmm_torchrec.schema import IdFeature
 
 LABELS = pa.array([",0,0,", ",1,0,", ",1,1,"])
 """Click and conversion by their sum: there is no conversion without a click."""
@@ -34,111 +43,82 @@ class AliCcpText:
     def __init__(self, catalogue: Catalogue, *, num_users: int, seed: int) -> None:
         self._catalogue = catalogue
         self._weights = pa.array(["", *map(weight_text, range(1, MAX_TIMES + 1))])
-        self._ids = RawIds(catalogue, num_users=num_users, seed=seed)
-        self._weighted = {field: self._starts(field) for field in WEIGHTED_FIELDS}
-        self._one_hot = {field: self._features(field) for field in (*PROFILE_VALUES, "101", "301")}
-        self._items = self._item_texts()
-        self._item_features = 3 + (catalogue.brand >= 0) + catalogue.nodes.lengths
+        ids = RawIds(catalogue, num_users=num_users, seed=seed)
+        self._features = {of.name: _feature_texts(of, ids.of(of.name)) for of in FIELDS}
+        items = item_values(catalogue, np.arange(catalogue.num_items))
+        self._items = _in_turns(self._texts(items))
+        self._item_lengths = _total_lengths(items)
 
     def skeleton(self, block: Block, index: pa.Array) -> pa.Array:
         """(impressions,) rows of sample_skeleton_*.csv, newline included.
 
         `index` holds the (visits,) common_feature_index.
         """
-        exposure, catalogue = block.exposure, self._catalogue
-        first, item = exposure.first_impression, exposure.item
-        crosses = {
-            "508": (catalogue.category[item], exposure.category_times),
-            "509": (catalogue.shop[item], exposure.shop_times),
-            "702": (catalogue.brand[item], exposure.brand_times),
-        }
-        counts = 1 + self._item_features[item] + np.diff(exposure.node_hits.offsets)
-        cross_texts: list[pa.Array] = []
-        for field, (value, times) in crosses.items():
-            there = times > 0
-            counts += there
-            cross_texts += [
-                _take(self._weighted[field], np.where(there, value, -1)),
-                self._weights.take(pa.array(times)),
-            ]
+        exposure = block.exposure
+        first, item = exposure.first_impression + 1, exposure.item
+        values = impression_values(self._catalogue, exposure)
+        lengths = self._item_lengths[item] + _total_lengths(values)
         return _joined(
-            pa.array(np.arange(first + 1, first + 1 + len(item))).cast(pa.string()),
+            pa.array(np.arange(first, first + len(item))).cast(pa.string()),
             LABELS.take(pa.array(block.click + block.conversion)),
             index.take(pa.array(exposure.visit)),
             ",",
-            pa.array(counts).cast(pa.string()),
+            pa.array(lengths).cast(pa.string()),
             ",",
             self._items.take(pa.array(item)),
-            *cross_texts,
-            self._lists("853", exposure.node_hits),
-            self._one_hot["301"].take(pa.array(exposure.position)),
+            *self._texts(values),
             "\n",
         )
 
     def common(self, block: Block, index: pa.Array) -> pa.Array:
         """(visits,) rows of common_features_*.csv, newline included; `index` as above."""
-        exposure = block.exposure
-        user = np.where(exposure.user_logged, exposure.user, -1)
-        one_hot = {"101": user, **exposure.profile}
-        histories = {
-            "109_14": exposure.categories,
-            "110_14": exposure.shops,
-            "127_14": exposure.brands,
-            "150_14": exposure.nodes,
-        }
-        counts = sum(values >= 0 for values in one_hot.values())
-        counts = counts + sum(np.diff(history.offsets) for history in histories.values())
-        features = _joined(
-            *(_take(self._one_hot[field], values) for field, values in one_hot.items()),
-            *(self._lists(field, history) for field, history in histories.items()),
-        )
+        values = visit_values(block.exposure)
+        lengths = _total_lengths(values)
         return _joined(
             index,
             ",",
-            pa.array(counts).cast(pa.string()),
+            pa.array(lengths).cast(pa.string()),
             ",",
-            _without_first_separator(features),
+            _without_first_separator(_joined(*self._texts(values))),
             "\n",
         )
 
-    def _starts(self, field: str) -> pa.Array:
-        """(values + 1,) features up to their weight, a separator first; nothing for -1."""
-        raw = pa.array(self._ids.of(field)).cast(pa.string())
-        texts = _joined(f"\x01{field}\x02", raw, "\x03")
-        return pa.concat_arrays([texts, pa.array([""])])
+    def _texts(self, values: Mapping[str, Values]) -> list[pa.Array]:
+        """(n,) features of each field, a separator before each."""
+        texts = []
+        for field, of in values.items():
+            features = self._features[field]
+            missing = len(features) - 1
+            text = features.take(pa.array(np.where(of.numbers < 0, missing, of.numbers)))
+            if of.times is not None:
+                text = _joined(text, self._weights.take(pa.array(of.times)))
+            texts.append(text if of.offsets is None else _joined_lists(of.offsets, text))
+        return texts
 
-    def _features(self, field: str) -> pa.Array:
-        """(values + 1,) one-hot features, a separator first; nothing for -1."""
-        texts = _joined(self._starts(field)[:-1], "1.0")
-        return pa.concat_arrays([texts, pa.array([""])])
 
-    def _lists(self, field: str, counts: Counts) -> pa.Array:
-        """(lists,) weighted features of each list in a row, a separator before each."""
-        texts = _joined(
-            self._weighted[field].take(pa.array(counts.values)),
-            self._weights.take(pa.array(counts.times)),
-        )
-        return _joined_lists(counts.offsets, texts)
+def _total_lengths(values: Mapping[str, Values]) -> Ints:
+    return np.sum([of.lengths for of in values.values()], axis=0)
 
-    def _item_texts(self) -> pa.Array:
-        """(items,) what every impression of an item has, without a separator first."""
-        catalogue = self._catalogue
-        nodes = _take(self._features("210"), catalogue.nodes.values)
-        parts = [
-            self._features("205")[:-1],
-            _take(self._features("206"), catalogue.category),
-            _take(self._features("207"), catalogue.shop),
-            _joined_lists(catalogue.nodes.offsets, nodes),
-            _take(self._features("216"), catalogue.brand),
-        ]
-        # The real rows follow no order of fields, so no reader may count on one.
-        items = [np.arange(turn, catalogue.num_items, len(parts)) for turn in range(len(parts))]
-        texts = [
-            _joined(*(part.take(pa.array(turned)) for part in parts[turn:] + parts[:turn]))
-            for turn, turned in enumerate(items)
-        ]
-        back = np.argsort(np.concatenate(items))
-        return _without_first_separator(pa.concat_arrays(texts)).take(pa.array(back))
+
+def _feature_texts(feature: IdFeature, raw_ids: Ints) -> pa.Array:
+    """(values + 1,) features, a separator first, up to their weight if they have one; the last one
+    is nothing."""
+    end = "\x03" if feature.weighted else "\x031.0"
+    ids = pa.array(raw_ids).cast(pa.string())
+    return pa.concat_arrays([_joined(f"\x01{feature.name}\x02", ids, end), pa.array([""])])
+
+
+def _in_turns(parts: Sequence[pa.Array]) -> pa.Array:
+    """The parts of each item end to end, without a separator first. The real rows follow no order
+    of fields, so no reader may count on one: each item begins with another part."""
+    turns = range(len(parts))
+    items = [pa.array(np.arange(turn, len(parts[0]), len(parts))) for turn in turns]
+    texts = [
+        _joined(*(part.take(items[turn]) for part in (*parts[turn:], *parts[:turn])))
+        for turn in turns
+    ]
+    back = np.argsort(np.concatenate(items))
+    return _without_first_separator(pa.concat_arrays(texts)).take(pa.array(back))
 
 
 def index_texts(index: npt.NDArray[np.uint64]) -> pa.Array:
@@ -153,11 +133,6 @@ def text_bytes(texts: pa.Array) -> memoryview:
     _, offsets, characters = texts.buffers()
     end = int(np.frombuffer(offsets, dtype=np.int32)[len(texts)])
     return memoryview(characters)[:end]
-
-
-def _take(texts: pa.Array, numbers: Ints) -> pa.Array:
-    """The texts of the numbers; of -1 the last one."""
-    return texts.take(pa.array(np.where(numbers < 0, len(texts) - 1, numbers)))
 
 
 def _joined(*parts: pa.Array | str) -> pa.Array:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +22,9 @@ import pyarrow.parquet as pq
 from esmm_torchrec.comparison.worlds.ali_ccp_text import AliCcpText, index_texts, text_bytes
 from esmm_torchrec.comparison.worlds.catalogue import SPLITS, Split, Streams
 from esmm_torchrec.comparison.worlds.world import VISITS_PER_BLOCK, Block, Simulation, World
+from esmm_torchrec.data.in_order import in_order
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 TRUTH_FILE = "truth.parquet"
 WORLD_FILE = "world.json"
@@ -42,7 +37,6 @@ TRUTH_SCHEMA = pa.schema(
         pa.field("conversion_if_clicked", pa.int8(), nullable=False),
     ]
 )
-MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ def _write(world: World, folder: Path, visits_per_block: int) -> GeneratedWorld:
             common = _CommonRows(folder / f"common_features_{split}.csv")
             with (folder / f"sample_skeleton_{split}.csv").open("wb") as skeleton, common:
                 stretches = simulation.stretches(split, visits_per_block)
-                for rendered in ordered_map(render, stretches):
+                for rendered in in_order(render, stretches):
                     skeleton.write(text_bytes(rendered.skeleton))
                     common.add(rendered.common, rendered.common_index)
                     truth.write_table(_truth(rendered.block))
@@ -264,20 +258,3 @@ class _Ranking:
             return None
         below = np.cumsum(self._negative) - self._negative / 2
         return float(self._positive @ below / pairs)
-
-
-def ordered_map(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
-    """`function` of each input, on several threads, in order, few results ahead."""
-    threads = min(os.cpu_count() or 1, MAX_THREADS)
-    pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for value in inputs:
-                pending.append(pool.submit(function, value))
-                if len(pending) > threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +47,9 @@ class World:
     """
 
     impressions: int = 1_000_000
-    """Impressions of both halves together; the earlier half trains, the later one tests."""
+    """Number of impressions; the earlier half is for training, the later half for testing."""
     seed: int = 0
-    """The same seed and settings give the same bytes."""
+    """Random seed; the same seed and settings give the same bytes."""
     ctr: float = 0.06
     """Clicks per impression."""
     cvr: float = 0.08
@@ -57,15 +57,15 @@ class World:
     correlation: float = 0.6
     """Correlation of the taste for clicking with the taste for converting, from -1 to 1."""
     rare_share: float = 0.1
-    """Share of impressions whose item is drawn evenly from all items: mostly a rare one."""
+    """Share of impressions whose item is drawn uniformly from all items, so mostly a rare one."""
     position_effect: float = 0.5
-    """Decrease of the click logit with each position (field 301); conversions are not affected."""
+    """Decrease of the click logit per position (field 301); conversions are not affected."""
     confounding: float = 0.0
     """Weight, in both logits, of a standard normal factor per impression that is not logged."""
     noise: float = 0.25
-    """Standard deviation of the independent noise of each logit, which is not logged either."""
+    """Standard deviation of independent noise on each logit, which is not logged either."""
     history_scale: float = 0.07
-    """Length of the users' histories; 1 gives those of Ali-CCP, 70 to 252 values per field."""
+    """Scale of the users' history lengths; 1 gives those of Ali-CCP, 70 to 252 values per field."""
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
@@ -80,10 +80,10 @@ class World:
             "noise": (0, 3),
             "history_scale": (0.01, 2),
         }
-        for field in fields(self):
-            value, (low, high) = getattr(self, field.name), ranges[field.name]
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
             if not low <= value <= high:
-                raise OptionError(f"`{field.name}` is {value}; it must be from {low:,} to {high:,}")
+                raise OptionError(f"`{name}` is {value}; it must be from {low:,} to {high:,}")
 
     @property
     def split_impressions(self) -> dict[Split, int]:

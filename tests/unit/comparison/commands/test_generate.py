@@ -1,19 +1,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from esmm_torchrec.cli.main import main
-from esmm_torchrec.comparison.commands.generate import Options
 from esmm_torchrec.comparison.worlds import World
-
-
-def test_options_are_the_settings_of_the_world() -> None:
-    options = {field.name: field.default for field in fields(Options) if field.name != "out"}
-    assert options == {field.name: field.default for field in fields(World)}
 
 
 def test_writes_the_world_asked_for_and_says_what_is_in_it(
