@@ -15,16 +15,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from esmm_torchrec.comparison.worlds.catalogue import Catalogue, Ints
+from esmm_torchrec.comparison.worlds.catalogue import Ints
 from esmm_torchrec.comparison.worlds.exposure import MAX_TIMES
 from esmm_torchrec.comparison.worlds.fields import (
-    RawIds,
     Values,
     impression_values,
     item_values,
+    raw_ids,
     visit_values,
 )
-from esmm_torchrec.comparison.worlds.world import Block
+from esmm_torchrec.comparison.worlds.world import Block, Simulation
 from esmm_torchrec.data.sources.ali_ccp.fields import FIELDS
 from esmm_torchrec.schema import IdFeature
 
@@ -40,11 +40,11 @@ def weight_text(times: int) -> str:
 class AliCcpText:
     """Writes blocks of one world; the seed decides which raw id a number of the world gets."""
 
-    def __init__(self, catalogue: Catalogue, *, num_users: int, seed: int) -> None:
-        self._catalogue = catalogue
+    def __init__(self, simulation: Simulation) -> None:
+        self._catalogue = catalogue = simulation.catalogue
         self._weights = pa.array(["", *map(weight_text, range(1, MAX_TIMES + 1))])
-        ids = RawIds(catalogue, num_users=num_users, seed=seed)
-        self._features = {of.name: _feature_texts(of, ids.of(of.name)) for of in FIELDS}
+        ids = raw_ids(simulation)
+        self._features = {of.name: _feature_texts(of, ids[of.name]) for of in FIELDS}
         items = item_values(catalogue, np.arange(catalogue.num_items))
         self._items = _in_turns(self._texts(items))
         self._item_lengths = _total_lengths(items)
@@ -100,12 +100,12 @@ def _total_lengths(values: Mapping[str, Values]) -> Ints:
     return np.sum([of.lengths for of in values.values()], axis=0)
 
 
-def _feature_texts(feature: IdFeature, raw_ids: Ints) -> pa.Array:
+def _feature_texts(feature: IdFeature, ids: Ints) -> pa.Array:
     """(values + 1,) features, a separator first, up to their weight if they have one; the last one
     is nothing."""
     end = "\x03" if feature.weighted else "\x031.0"
-    ids = pa.array(raw_ids).cast(pa.string())
-    return pa.concat_arrays([_joined(f"\x01{feature.name}\x02", ids, end), pa.array([""])])
+    texts = _joined(f"\x01{feature.name}\x02", pa.array(ids).cast(pa.string()), end)
+    return pa.concat_arrays([texts, pa.array([""])])
 
 
 def _in_turns(parts: Sequence[pa.Array]) -> pa.Array:

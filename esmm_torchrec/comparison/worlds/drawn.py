@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from esmm_torchrec.comparison.worlds.ali_ccp_text import weight_text
-from esmm_torchrec.comparison.worlds.catalogue import Ints, Split, Streams
+from esmm_torchrec.comparison.worlds.catalogue import Ints, Split
 from esmm_torchrec.comparison.worlds.exposure import MAX_TIMES
 from esmm_torchrec.comparison.worlds.fields import (
-    RawIds,
     Values,
     impression_values,
     item_values,
+    raw_ids,
     visit_values,
 )
 from esmm_torchrec.comparison.worlds.world import VISITS_PER_BLOCK, Simulation, World
@@ -76,10 +76,9 @@ def draw_mapped(world: World, folder: Path, *, min_count: int) -> DrawnWorld:
     scratch = folder / "scratch"
     scratch.mkdir(parents=True)
     simulation = Simulation(world)
-    ids = RawIds(simulation.catalogue, num_users=simulation.num_users, seed=world.seed)
-    raw_ids = {feature.name: ids.of(feature.name) for feature in FIELDS}
+    ids = raw_ids(simulation)
     with progress_bar(f"draw world {world.seed}", world.impressions, "impressions") as bar:
-        waiting, train = WaitingRows(scratch), _Rows(simulation, "train", raw_ids, bar.update)
+        waiting, train = WaitingRows(scratch), _Rows(simulation, "train", ids, bar.update)
         for table in train.impressions():
             waiting.add("impressions", table)
         for table in train.shared():
@@ -108,7 +107,7 @@ def draw_mapped(world: World, folder: Path, *, min_count: int) -> DrawnWorld:
             )
 
         lay_out("train", waiting.take("impressions"), waiting.take("shared"))
-        test = _Rows(simulation, "test", raw_ids, bar.update)
+        test = _Rows(simulation, "test", ids, bar.update)
         lay_out("test", test.impressions(), test.shared())
     scratch.rmdir()
     return DrawnWorld(folder, schema)
@@ -121,17 +120,15 @@ class _Rows:
         self,
         simulation: Simulation,
         split: Split,
-        raw_ids: Mapping[str, Ints],
+        ids: Mapping[str, Ints],
         on_impressions: Callable[[int], object],
     ) -> None:
         self._simulation = simulation
         self._split: Split = split
-        self._raw_ids = raw_ids
+        self._raw_ids = ids
         self._on_impressions = on_impressions
         num_visits = simulation.num_visits(split)
-        streams = Streams(simulation.world.seed)
-        index = streams.generator("index", simulation.visits.place(split, 0))
-        self._index = index.bit_generator.random_raw(num_visits)
+        self._index = simulation.visit_index(split, 0, num_visits)
         # Common rows are written in the order of their index.
         self._order = np.argsort(self._index)
         self._shared_row = np.empty(num_visits, np.int32)

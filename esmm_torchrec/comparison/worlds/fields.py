@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esmm_torchrec.comparison.worlds.catalogue import PROFILE_VALUES, Catalogue, Ints, Streams
+from esmm_torchrec.comparison.worlds.catalogue import PROFILE_VALUES, Catalogue, Ints
 from esmm_torchrec.comparison.worlds.exposure import POSITION_SHARES, Counts, Exposure
+from esmm_torchrec.comparison.worlds.world import Simulation
 
 
 class Values(NamedTuple):
@@ -101,26 +102,21 @@ ID_RANGES: Mapping[str, tuple[int, int]] = {
 """Field → first id, end of ids. Each field has a range of its own, near that of the real files."""
 
 
-class RawIds:
-    """Raw ids of one world; the seed decides which one a number gets."""
-
-    def __init__(self, catalogue: Catalogue, *, num_users: int, seed: int) -> None:
-        self._streams = Streams(seed)
-        categories, shops = catalogue.num_categories, catalogue.num_shops
-        brands, nodes = catalogue.num_brands, catalogue.num_nodes
-        self._num_values = {
-            "101": num_users,
-            **dict.fromkeys(("109_14", "206", "508"), categories),
-            **dict.fromkeys(("110_14", "207", "509"), shops),
-            **dict.fromkeys(("127_14", "216", "702"), brands),
-            **dict.fromkeys(("150_14", "210", "853"), nodes),
-            "205": catalogue.num_items,
-            "301": len(POSITION_SHARES),
-            **PROFILE_VALUES,
-        }
-
-    def of(self, field: str) -> Ints:
-        """(values,) the raw id of each number of a field."""
-        low, end = ID_RANGES[field]
-        generator = self._streams.generator(f"ids of {field}")
-        return low + generator.choice(end - low, self._num_values[field], replace=False)
+def raw_ids(simulation: Simulation) -> dict[str, Ints]:
+    """By field: (values,) the raw id of each number; the seed decides which one it is."""
+    catalogue = simulation.catalogue
+    num_values = {
+        "101": simulation.visits.num_users,
+        **dict.fromkeys(("109_14", "206", "508"), catalogue.num_categories),
+        **dict.fromkeys(("110_14", "207", "509"), catalogue.num_shops),
+        **dict.fromkeys(("127_14", "216", "702"), catalogue.num_brands),
+        **dict.fromkeys(("150_14", "210", "853"), catalogue.num_nodes),
+        "205": catalogue.num_items,
+        "301": len(POSITION_SHARES),
+        **PROFILE_VALUES,
+    }
+    ids = {}
+    for field, (low, end) in ID_RANGES.items():
+        generator = simulation.streams.generator(f"ids of {field}")
+        ids[field] = low + generator.choice(end - low, num_values[field], replace=False)
+    return ids

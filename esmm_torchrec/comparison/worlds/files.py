@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.comparison.worlds.ali_ccp_text import AliCcpText, index_texts, text_bytes
-from esmm_torchrec.comparison.worlds.catalogue import SPLITS, Split, Streams
+from esmm_torchrec.comparison.worlds.catalogue import SPLITS, Split
 from esmm_torchrec.comparison.worlds.world import VISITS_PER_BLOCK, Block, Simulation, World
 from esmm_torchrec.data.in_order import in_order
 from esmm_torchrec.errors import DataError
@@ -112,14 +112,10 @@ class _Rendered(NamedTuple):
 
 def _write(world: World, folder: Path, visits_per_block: int) -> GeneratedWorld:
     simulation = Simulation(world)
-    text = AliCcpText(simulation.catalogue, num_users=simulation.num_users, seed=world.seed)
-    streams = Streams(world.seed)
+    text = AliCcpText(simulation)
 
     def render(stretch: tuple[Split, int, int]) -> _Rendered:
-        split, first_visit, num_visits = stretch
-        block = simulation.block(split, first_visit, num_visits)
-        place = simulation.visits.place(split, first_visit)
-        index = streams.generator("index", place).bit_generator.random_raw(num_visits)
+        block, index = simulation.block(*stretch), simulation.visit_index(*stretch)
         texts = index_texts(index)
         return _Rendered(block, text.skeleton(block, texts), text.common(block, texts), index)
 
@@ -143,7 +139,7 @@ def _write(world: World, folder: Path, visits_per_block: int) -> GeneratedWorld:
             splits[split] = tally.result()
     generated = GeneratedWorld(
         world=world,
-        users=simulation.num_users,
+        users=simulation.visits.num_users,
         items=simulation.catalogue.num_items,
         **splits,
         file_bytes={path.name: path.stat().st_size for path in sorted(folder.iterdir())},

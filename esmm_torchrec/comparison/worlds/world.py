@@ -7,7 +7,6 @@ can be drawn by itself, in any order and on any thread, and comes out the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -161,17 +160,19 @@ class Simulation:
         self._exposer = Exposer(
             self.catalogue, self.visits, rare_share=world.rare_share, seed=world.seed
         )
-        self._streams = Streams(world.seed)
+        self.streams = Streams(world.seed)
         self._calibrate()
-
-    @property
-    def num_users(self) -> int:
-        """Users of the world."""
-        return self.visits.num_users
 
     def num_visits(self, split: Split) -> int:
         """Visits, that is common rows, of a split."""
         return len(self.visits.user[split])
+
+    def visit_index(
+        self, split: Split, first_visit: int, num_visits: int
+    ) -> npt.NDArray[np.uint64]:
+        """(num_visits,) the common_feature_index of visits of a split."""
+        index = self.streams.generator("index", self.visits.place(split, first_visit))
+        return index.bit_generator.random_raw(num_visits)
 
     def stretches(self, split: Split, visits_per_block: int) -> list[tuple[Split, int, int]]:
         """The arguments of `block` that cover a split once."""
@@ -188,8 +189,8 @@ class Simulation:
         true_ctr = _sigmoid(click_logit + self._click_intercept).astype(np.float32)
         true_cvr = _sigmoid(conversion_logit + self._conversion_intercept).astype(np.float32)
         place = self.visits.impression_place(split, exposure.first_impression)
-        click = self._streams.uniform("click", place, len(true_ctr)) < true_ctr
-        converts = self._streams.uniform("conversion", place, len(true_ctr)) < true_cvr
+        click = self.streams.uniform("click", place, len(true_ctr)) < true_ctr
+        converts = self.streams.uniform("conversion", place, len(true_ctr)) < true_cvr
         return Block(
             exposure=exposure,
             true_ctr=true_ctr,
@@ -229,7 +230,7 @@ class Simulation:
             for taste, component in enumerate((match[:, :LATENT_DIM], match[:, LATENT_DIM:]))
         ]
         place = self.visits.impression_place(exposure.split, exposure.first_impression)
-        chance = self._streams.normal("noise", place, len(visit), width=4)
+        chance = self.streams.normal("noise", place, len(visit), width=4)
         hidden = world.confounding * chance[:, 0]
         return _Tastes(
             click=by_taste[0],
@@ -249,17 +250,6 @@ class Simulation:
             CLICK_SCALE * click + tastes.click_shift,
             CONVERSION_SCALE * conversion + tastes.conversion_shift,
         )
-
-
-def draw(world: World, *, visits_per_block: int = VISITS_PER_BLOCK) -> Iterator[Block]:
-    """All impressions of a world, train then test, a block at a time.
-
-    The size of the blocks changes nothing but the memory they take.
-    """
-    simulation = Simulation(world)
-    for split in SPLITS:
-        for stretch in simulation.stretches(split, visits_per_block):
-            yield simulation.block(*stretch)
 
 
 def _sigmoid(logit: Floats) -> Floats:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from esmm_torchrec.comparison.worlds import Block, GeneratedWorld, Simulation, World, draw, generate
+from esmm_torchrec.comparison.worlds import Block, GeneratedWorld, Simulation, World, generate
+from esmm_torchrec.comparison.worlds.catalogue import Split
 from esmm_torchrec.errors import DataError, OptionError
 
 SMALL = World(impressions=20_000, seed=5)
 HALF = 10_000
-SPLITS = ("train", "test")
+SPLITS: tuple[Split, ...] = ("train", "test")
 RAW_FILES = [f"{kind}_{s}.csv" for kind in ("sample_skeleton", "common_features") for s in SPLITS]
 
 PUBLISHED_RANGES = {
@@ -124,6 +126,13 @@ class Columns:
     @property
     def conversion_logit(self) -> npt.NDArray[Any]:
         return np.log(self.true_cvr / (1 - self.true_cvr))
+
+
+def draw(world: World, visits_per_block: int = 512) -> Iterator[Block]:
+    simulation = Simulation(world)
+    for split in SPLITS:
+        for stretch in simulation.stretches(split, visits_per_block):
+            yield simulation.block(*stretch)
 
 
 def columns(world: World) -> Columns:
