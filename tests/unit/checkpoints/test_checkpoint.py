@@ -163,7 +163,7 @@ def _whole(of_ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _write_all(folder: Path, *, go_on: bool) -> dict[str, Any]:
+def _write_all(folder: Path, go_on: bool) -> dict[str, Any]:
     """Trains every placement to its checkpoint; with `go_on` beyond it, and gives the weights."""
     weights = {}
 
@@ -187,14 +187,6 @@ def _write_all(folder: Path, *, go_on: bool) -> dict[str, Any]:
         for placement in (*ADAM, *ADAGRAD, *OTHERS):
             one(placement, ranks)
     return weights
-
-
-def _write_on_one(folder: Path) -> dict[str, Any]:
-    return _write_all(folder, go_on=True)
-
-
-def _write_on_two(folder: Path) -> dict[str, Any]:
-    return _write_all(folder, go_on=False)
 
 
 def _go_on_all(folder: Path, written_on: int) -> dict[str, Any]:
@@ -246,8 +238,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Placement → weights of one rank that never stopped; the checkpoints are there, too."""
-    (by_placement,) = run_on_ranks(1, _write_on_one, folder)
-    run_on_ranks(2, _write_on_two, folder)
+    (by_placement,) = run_on_ranks(1, _write_all, folder, True)
+    run_on_ranks(2, _write_all, folder, False)
     return {name: _whole([parts]) for name, parts in by_placement.items()}
 
 
