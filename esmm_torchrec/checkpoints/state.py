@@ -190,18 +190,16 @@ def _check_forms(state: State, path: Path) -> None:
     except Exception as error:  # whatever unpickling makes of a damaged file
         raise broken(path, f".metadata: {type(error).__name__}") from error
     for key, tensors in sorted(state["optimizer"]["state"].items()):
+        weight = saved.get(f"model.{key}")
+        if not isinstance(weight, TensorStorageMetadata):
+            continue
+        if key not in state["model"] or weight.size[1:] != _size(state["model"][key])[1:]:
+            continue  # another model, which `_load` reports
+        rows, rows_here = weight.size[0], _size(state["model"][key])[0]
         for name, tensor in tensors.items():
             entry = saved.get(f"optimizer.state.{key}.{name}")
-            weight = saved.get(f"model.{key}")
-            if not isinstance(entry, TensorStorageMetadata):
-                continue
-            if not isinstance(weight, TensorStorageMetadata):
-                continue
-            if key not in state["model"] or weight.size[1:] != _size(state["model"][key])[1:]:
-                continue  # another model, which `_load` reports
-            if not len(entry.size):
+            if not isinstance(entry, TensorStorageMetadata) or not len(entry.size):
                 continue  # a number of the whole optimiser
-            rows, rows_here = weight.size[0], _size(state["model"][key])[0]
             per_row, per_row_here = entry.size[0] / rows, _size(tensor)[0] / rows_here
             table = key.removesuffix(".weight").rpartition(".")[2]
             if rows != rows_here and per_row != 1:

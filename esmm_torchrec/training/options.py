@@ -24,12 +24,9 @@ from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 
 NonfiniteOption = Literal["stop", "skip"]
-ReadOption = Literal["auto", "mapped", "stream"]
 
 ScheduleOption = Literal["constant", "linear", "cosine"]
 """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
-
-AverageOption = Literal["auto", "on", "off"]
 
 ValidationOption = Literal["hash", "time"]
 """hash: users drawn by a hash, all of their impressions. time: the latest impressions."""
@@ -106,7 +103,7 @@ class TrainOptions:
     """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly."""
-    average_weights: AverageOption = "auto"
+    average_weights: Literal["auto", "on", "off"] = "auto"
     """Whether the model has an exponential average of the weights of its steps instead of those of
     the last step. It helps with few rows and needs memory for a copy of the model. auto: on if the
     number of passes is searched."""
@@ -137,7 +134,7 @@ class TrainOptions:
     on_nonfinite: NonfiniteOption = "stop"
     """If the loss of a step is not finite: stop the run and save the batch for replay, or skip the
     step, which costs a synchronisation of the ranks in every step."""
-    read: ReadOption = "auto"
+    read: Literal["auto", "mapped", "stream"] = "auto"
     """mapped: at random from an uncompressed copy of the data set. stream: in shuffled windows from
     the Parquet files on a disk or in a store. auto: mapped if the data set is on a disk and its
     files have less than 40 GiB."""

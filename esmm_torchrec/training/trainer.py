@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -53,16 +54,10 @@ class Trainer:
         self.objective = options.parts.objective
         """What the task is trained for."""
         optimizer = options.sparse_optimizer
+        fuse = partial(fuse_optimizer, task, optimizer, lr=options.sparse_lr, device=ranks.device)
         if options.plan is None:
             kernel = choose_kernel(optimizer, sharding=options.sharding, device=ranks.device)
-            kernels = dict.fromkeys(embedding_tables(task), str(kernel))
-            fuse_optimizer(
-                task,
-                optimizer,
-                lr=options.sparse_lr,
-                kernels=kernels,
-                device=ranks.device,
-            )
+            fuse(kernels=dict.fromkeys(embedding_tables(task), str(kernel)))
             plan = make_plan(
                 task, ranks=ranks, sharding=options.sharding, kernel=kernel, workload=workload
             )
@@ -81,14 +76,8 @@ class Trainer:
                 local_world_size=ranks.local_world_size,
                 device=ranks.device.type,
             )
-            kernels = {name: table.compute_kernel for name, table in self.plan.tables.items()}
-            fuse_optimizer(
-                task,
-                optimizer,
-                lr=options.sparse_lr,
-                kernels=kernels,
-                device=ranks.device,
-            )
+            tables = self.plan.tables.items()
+            fuse(kernels={name: table.compute_kernel for name, table in tables})
         update_threads = torch.get_num_threads() if ranks.device.type == "cpu" else 1
         group_tables(task, update_threads, workload=workload)
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed, zero_row=UNKNOWN_ROW)
