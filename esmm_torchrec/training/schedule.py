@@ -51,5 +51,6 @@ class ScheduleLearningRates(Callback):
             return first + (1 - first) * step / max(1, self._warmup_steps - 1)
         if self._schedule == "constant":
             return 1.0
-        done = step / self._last_step
-        return 1 - done if self._schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        if self._schedule == "linear":
+            return 1 - step / self._last_step
+        return 0.5 * (1 + math.cos(math.pi * step / self._last_step))
