@@ -53,6 +53,7 @@ def run_report(
         loader=PackageLoader("esmm_torchrec.training"), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["figure"] = _figure
+    plan = run.path / "plan.json"
     return environment.get_template("run.html.jinja").render(
         run=run,
         step=step,
@@ -81,7 +82,7 @@ def run_report(
             for name, values in fields.items()
         },
         importances=importances,
-        plan=_json(run, "plan.json"),
+        plan=plan.read_text() if plan.exists() else None,
         config=json.dumps(run.config, indent=2),
     )
 
@@ -90,11 +91,6 @@ def _figure(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _json(run: RunFolder, name: str) -> str | None:
-    path = run.path / name
-    return json.dumps(json.loads(path.read_text()), indent=1) if path.exists() else None
 
 
 def _inline(figures: Sequence[Figure], title: str) -> list[Markup]:
