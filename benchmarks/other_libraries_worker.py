@@ -7,7 +7,7 @@ table. The library is used as its own documentation uses it: its data loader, it
 Each input line is a number of steps to train; the reply is a line with the loss.
 """
 
-# ruff: noqa: PLC0415 - one of the libraries is there, and one is asked for
+# ruff: noqa: PLC0415 - only the library under test is imported
 # pyright: reportMissingImports=false
 
 from __future__ import annotations

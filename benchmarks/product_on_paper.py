@@ -38,7 +38,7 @@ class Options:
     rows_per_cpu_second: float = 300_000
     """Rate of the streaming reader, from Parquet to batches (docs/scale.md, the lower figure)."""
     rows_per_gpu_second: float = 300_000
-    """Training rate of one GPU: an assumption, not measured with this library on so many."""
+    """Training rate of one GPU: an assumption, not measured at this scale."""
     lanes: int = 64
     """Lanes of the stream."""
     window: int = 1 << 20

@@ -1,4 +1,4 @@
-"""From comparison to model: the `train` command of a method with its tuned settings."""
+"""Options and command with which `train` repeats a method with its tuned settings."""
 
 from __future__ import annotations
 
