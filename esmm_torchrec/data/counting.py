@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.prepared_form import as_array
 from esmm_torchrec.schema import UNKNOWN_ROW
 
 
@@ -52,24 +53,22 @@ class IdCounts:
         for name in vars(other):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def add(self, column: pa.ChunkedArray, impressions: np.ndarray | None) -> None:
+    def add(self, column: pa.ChunkedArray, impressions: np.ndarray | None = None) -> None:
         """Counts stored rows, each of which counts as 1 or as `impressions` of them."""
-        first = 0
-        for chunk in column.chunks:
-            times = None if impressions is None else impressions[first : first + len(chunk)]
-            first += len(chunk)
-            if pa.types.is_list(chunk.type):
-                lengths, ids = np.diff(chunk.offsets.to_numpy()), chunk.flatten().to_numpy()
-            else:
-                lengths = chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
-                ids = chunk.drop_null().to_numpy()
-            unknown = ids == UNKNOWN_ROW
-            if times is None:
-                self.ids += len(ids)
-                self.unknown_ids += int(np.count_nonzero(unknown))
-                self.missing += int(np.count_nonzero(lengths == 0))
-            else:
-                times_of_id = np.repeat(times, lengths)
-                self.ids += int(times_of_id.sum())
-                self.unknown_ids += int(times_of_id[unknown].sum())
-                self.missing += int(times[lengths == 0].sum())
+        rows = as_array(column)
+        if pa.types.is_list(rows.type):
+            lengths, ids = np.diff(rows.offsets.to_numpy()), rows.flatten().to_numpy()
+        else:
+            lengths = rows.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
+            ids = rows.drop_null().to_numpy()
+        self.stored_ids += len(ids)
+        unknown, missing = ids == UNKNOWN_ROW, lengths == 0
+        if impressions is None:
+            self.ids += len(ids)
+            self.unknown_ids += int(np.count_nonzero(unknown))
+            self.missing += int(np.count_nonzero(missing))
+        else:
+            times_of_id = np.repeat(impressions, lengths)
+            self.ids += int(times_of_id.sum())
+            self.unknown_ids += int(times_of_id[unknown].sum())
+            self.missing += int(impressions[missing].sum())

@@ -10,8 +10,8 @@ A folder:
     days/<day>/                          what `prepare append` added: a data set of its own, whose
                                          files dataset.json names beside those above
 
-An impression's `shared_row`, with its part's `first_shared_row` added, is a row over all shared
-files of its split, in the order in which dataset.json lists them. Ids are table rows, 0 (unknown)
+An impression's `shared_row` is a row over all shared files of its split, in the order in which
+dataset.json lists them. Ids are table rows, 0 (unknown)
 to num_embeddings - 1. A missing value of a single-valued feature is null, of a multi-valued one the
 empty list. Weights are as in the raw data.
 
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -46,9 +45,9 @@ from esmm_torchrec.data.prepared_form import (
     Part,
     SplitName,
     check_values,
-    first_true,
     impression_columns,
     partial_folder,
+    refuse,
     same_columns,
     shared_columns,
 )
@@ -252,9 +251,10 @@ class PreparedDataSet(Description):
                     where = f"{file}, row group {group}"
                     check_values(table, self.schema, expected, where=where)
                     if SHARED_ROW in expected.names:
-                        table = counted_over_split(
-                            table, part.first_shared_row, of_split.shared_rows, where=where
-                        )
+                        rows, total = table.column(SHARED_ROW).to_numpy(), of_split.shared_rows
+                        outside = f"{{}} is outside the {total} shared rows of the split"
+                        bad = (rows < 0) | (rows >= total)
+                        refuse(bad, outside, rows, where=where, column=SHARED_ROW)
                     yield from table.to_batches()
 
     def verify(self) -> None:
@@ -299,31 +299,6 @@ class PreparedDataSet(Description):
 @dataclass(frozen=True)
 class _Version:
     format_version: int
-
-
-def counted_over_split(table: pa.Table, first: int, shared_rows: int, *, where: str) -> pa.Table:
-    """Impressions whose `shared_row` counts over all shared files of the split.
-
-    Args:
-        table: as they are stored.
-        first: the `first_shared_row` of their part.
-        shared_rows: of the split.
-        where: begins the sentence of an error.
-
-    Raises:
-        DataError: a row is not one of the split.
-    """
-    place = table.column_names.index(SHARED_ROW)
-    rows = table.column(place).to_numpy()
-    bad = first_true((rows < 0) | (rows >= shared_rows - first))
-    if bad is not None:
-        raise DataError(
-            f"{where}, column {SHARED_ROW!r}, row {bad}: {rows[bad]} is outside the {shared_rows} "
-            "shared rows of the split"
-        )
-    if first == 0:
-        return table
-    return table.set_column(place, table.field(place), pa.array(rows + np.int32(first), pa.int32()))
 
 
 def _part_of(root: Location, name: str) -> Part:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from esmm_torchrec.data.dense import DenseTransform
 from esmm_torchrec.data.vocabulary import IdKind
@@ -34,9 +35,13 @@ from esmm_torchrec.schema import (
     WEIGHT,
     IdFeature,
     Schema,
+    Table,
     missing_column,
     weight_column,
 )
+from esmm_torchrec.tasks import TaskChain
+
+pc: Any = pyarrow.compute
 
 FORMAT_VERSION = 3
 """Since 2, ids are counted per impression, and dense columns are clipped and may be logged. Since
@@ -81,9 +86,6 @@ class Part:
     bytes: Count
     happened: Mapping[str, Count] = field(default_factory=dict)
     """Of a file of impressions, by name of the task: impressions with it and all tasks before."""
-    first_shared_row: Count = 0
-    """What is added to the `shared_row` of its impressions to get a row over all shared files of
-    the split: parts that were written independently of each other count from 0 each."""
 
     @property
     def rows(self) -> int:
@@ -329,105 +331,105 @@ def same_columns(found: pa.Schema, expected: pa.Schema) -> str | None:
     return None
 
 
-def first_true(mask: np.ndarray) -> int | None:
-    """Where the first True of a mask is, if there is one."""
-    place = int(mask.argmax()) if len(mask) else 0
-    return place if len(mask) and mask[place] else None
+def as_array(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, which is a copy only of several chunks."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def check_values(table: pa.Table, schema: Schema, expected: pa.Schema, *, where: str) -> None:
     """Raises DataError for the first value that a prepared data set must not hold. Names and
     types are right already; `where` begins the sentence. Rows are counted from 0."""
-
-    def fail(column: str, row: int, what: str) -> DataError:
-        return DataError(f"{where}, column {column!r}, row {row}: {what}")
-
     for name in expected.names:
         column = table.column(name)
         if not expected.field(name).nullable and column.null_count:
-            raise fail(name, first_true(column.is_null().to_numpy()) or 0, "a value is missing")
+            refuse(column.is_null().to_numpy(), "a value is missing", where=where, column=name)
         if pa.types.is_float32(column.type):
-            bad = first_true(~np.isfinite(column.fill_null(0).to_numpy()))
-            if bad is not None:
-                raise fail(name, bad, f"{column[bad].as_py()} is not a finite number")
-
+            values = column.fill_null(0).to_numpy()
+            what = "{} is not a finite number"
+            refuse(~np.isfinite(values), what, values, where=where, column=name)
     if SAMPLE_ID in expected.names:
-        labels = {name: table.column(name).to_numpy() for name in schema.tasks.labels}
-        for name, values in labels.items():
-            bad = first_true((values != 0) & (values != 1))
-            if bad is not None:
-                raise fail(name, bad, f"the label {values[bad]} is neither 0 nor 1")
-        for task, before in schema.tasks.links:
-            bad = first_true(labels[task.label] > labels[before.label])
-            if bad is not None:
-                raise fail(task.label, bad, f"{task.name} without {before.name}")
-        if CONVERSION_TIME in expected.names:
-            times = table.column(CONVERSION_TIME).to_numpy()
-            bad = first_true((labels[schema.tasks[-1].label] == 1) != (times != NEVER))
-            if bad is not None:
-                raise fail(CONVERSION_TIME, bad, "a time without a conversion, or the reverse")
-        for name in (TRUE_CTR, TRUE_CVR):
-            if name in expected.names:
-                truth = table.column(name).to_numpy()
-                bad = first_true((truth < 0) | (truth > 1))
-                if bad is not None:
-                    raise fail(name, bad, f"{truth[bad]} is not a probability")
-        if WEIGHT in expected.names:
-            given = table.column(WEIGHT).to_numpy()
-            bad = first_true(given < 0)
-            if bad is not None:
-                raise fail(WEIGHT, bad, f"the weight {given[bad]} is negative")
-
+        _check_numbers(table, schema.tasks, where)
     for feature in schema.id_features:
-        if feature.name not in expected.names:
-            continue
-        num_embeddings = schema.table(feature.table).num_embeddings
-        for chunk, weights, first_row in _chunks_beside(table, feature):
-            values = chunk.flatten() if feature.multi_valued else chunk
-            ids = values.fill_null(0) if values.null_count else values
-            if values.null_count and feature.multi_valued:
-                raise fail(feature.name, first_row, "a list holds a null")
-            rows = ids.to_numpy()
-            bad = first_true((rows < 0) | (rows >= num_embeddings))
-            if bad is not None:
-                row = _list_of(chunk, bad) if feature.multi_valued else bad
-                raise fail(
-                    feature.name,
-                    first_row + row,
-                    f"id {rows[bad]} is outside table {feature.table!r} of {num_embeddings} rows",
-                )
-            if weights is None:
-                continue
-            column = weight_column(feature.name)
-            if not feature.multi_valued:
-                if not weights.is_null().equals(chunk.is_null()):
-                    raise fail(column, first_row, "an id without a weight, or the reverse")
-                continue
-            if not np.array_equal(np.diff(weights.offsets), np.diff(chunk.offsets)):
-                raise fail(column, first_row, f"not as many weights as ids in {feature.name!r}")
-            flat = weights.flatten()
-            if flat.null_count or not np.isfinite(flat.to_numpy()).all():
-                raise fail(column, first_row, "a weight is not a finite number")
+        if feature.name in expected.names:
+            _check_ids(table, feature, schema.table(feature.table), where)
 
 
-def _chunks_beside(
-    table: pa.Table, feature: IdFeature
-) -> Iterator[tuple[pa.Array, pa.Array | None, int]]:
-    """Pieces of an id column, the weights beside each, and the piece's first row."""
-    first_row = 0
-    for chunk in table.column(feature.name).chunks:
-        weights = None
-        if feature.weighted:
-            column = table.column(weight_column(feature.name))
-            weights = column.slice(first_row, len(chunk)).combine_chunks()
-        yield chunk, weights, first_row
-        first_row += len(chunk)
+def refuse(
+    bad: np.ndarray,
+    what: str,
+    values: np.ndarray | None = None,
+    *,
+    where: str,
+    column: str,
+    lists: pa.ListArray | None = None,
+) -> None:
+    """Raises DataError for the first row that is bad, if one is.
+
+    Args:
+        bad: bool (n,).
+        what: is wrong; "{}" in it becomes the value.
+        values: (n,).
+        where: begins the sentence.
+        column: to be named.
+        lists: rows, if `bad` is of the n values in them.
+    """
+    if not bad.any():
+        return
+    row = place = int(bad.argmax())
+    if lists is not None:
+        offsets = lists.offsets.to_numpy()
+        row = int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
+    if values is not None:
+        what = what.replace("{}", str(values[place]), 1)
+    raise DataError(f"{where}, column {column!r}, row {row}: {what}")
 
 
-def _list_of(lists: pa.ListArray, place: int) -> int:
-    """Which list the flattened value at `place` is in."""
-    offsets = lists.offsets.to_numpy()
-    return int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
+def _check_numbers(table: pa.Table, tasks: TaskChain, where: str) -> None:
+    names = (*tasks.labels, CONVERSION_TIME, TRUE_CTR, TRUE_CVR, WEIGHT)
+    columns = {n: table.column(n).to_numpy() for n in names if n in table.column_names}
+
+    def check(name: str, bad: np.ndarray, what: str) -> None:
+        refuse(bad, what, columns[name], where=where, column=name)
+
+    for label in tasks.labels:
+        values = columns[label]
+        check(label, (values != 0) & (values != 1), "the label {} is neither 0 nor 1")
+    for task, before in tasks.links:
+        bad = columns[task.label] > columns[before.label]
+        check(task.label, bad, f"{task.name} without {before.name}")
+    if CONVERSION_TIME in columns:
+        bad = (columns[tasks[-1].label] == 1) != (columns[CONVERSION_TIME] != NEVER)
+        check(CONVERSION_TIME, bad, "a time without a conversion, or the reverse")
+    for name in (TRUE_CTR, TRUE_CVR):
+        if name in columns:
+            check(name, (columns[name] < 0) | (columns[name] > 1), "{} is not a probability")
+    if WEIGHT in columns:
+        check(WEIGHT, columns[WEIGHT] < 0, "the weight {} is negative")
+
+
+def _check_ids(table: pa.Table, feature: IdFeature, of: Table, where: str) -> None:
+    stored = as_array(table.column(feature.name))
+    lists = stored if feature.multi_valued else None
+    ids = stored if lists is None else lists.flatten()
+    if lists is not None:
+        nulls = ids.is_null().to_numpy(zero_copy_only=False)
+        refuse(nulls, "a list holds a null", where=where, column=feature.name, lists=lists)
+    rows = ids.fill_null(0).to_numpy()
+    outside = (rows < 0) | (rows >= of.num_embeddings)
+    what = f"id {{}} is outside table {of.name!r} of {of.num_embeddings} rows"
+    refuse(outside, what, rows, where=where, column=feature.name, lists=lists)
+    if not feature.weighted:
+        return
+    column = weight_column(feature.name)
+    weights = as_array(table.column(column))
+    if lists is None:
+        unpaired = pc.xor(weights.is_null(), stored.is_null()).to_numpy(zero_copy_only=False)
+        refuse(unpaired, "an id without a weight, or the reverse", where=where, column=column)
+        return
+    differ = np.diff(weights.offsets) != np.diff(lists.offsets)
+    refuse(differ, f"not as many weights as ids in {feature.name!r}", where=where, column=column)
+    bad = ~np.isfinite(weights.flatten().fill_null(np.nan).to_numpy())
+    refuse(bad, "a weight is not a finite number", where=where, column=column, lists=weights)
 
 
 def vocabulary_file(table: str) -> str:

@@ -262,18 +262,16 @@ class PreparedWriter:
         for split, order in self._key_orders.items():
             for table in order.sorted():
                 self.split_writer(split).append("impressions", table)
-        for name in SPLITS:
-            self._checksums.update(self.split_writer(name).finish().checksums)
-            self._check_split(name)
+        splits: dict[SplitName, Split] = {name: self._finish_split(name) for name in SPLITS}
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         description = Description(
             source=self.source,
             min_count=self._min_count,
             schema=self.schema,
-            splits={name: self._split(name) for name in SPLITS},
+            splits=splits,
             columns=frozenset(self.columns),
-            statistics=self._statistics(),
+            statistics=self._statistics(splits),
             dropped=self._dropped,
             dropped_rows={name: tuple(self._dropped_rows[name]) for name in SPLITS},
             checksums=self._checksums,
@@ -283,54 +281,53 @@ class PreparedWriter:
         if self.root.local is not None and self._final.local is not None:
             publish(self.root.local, self._final.local)
 
-    def _split(self, name: SplitName) -> Split:
+    def _finish_split(self, name: SplitName) -> Split:
         writer = self.split_writer(name)
-        counts, shared_parts = writer.counts, writer.parts("shared")
-        return Split(
-            impressions=counts.impressions,
-            happened={name: counts.happened[name] for name in self._tasks.names},
+        self._checksums.update(writer.finish().checksums)
+        parts, shared_parts = writer.parts("impressions"), writer.parts("shared")
+        tasks = self._tasks.names
+        split = Split(
+            impressions=sum(part.rows for part in parts),
+            happened={task: sum(part.happened[task] for part in parts) for task in tasks},
             shared_rows=sum(part.rows for part in shared_parts),
-            impression_parts=writer.parts("impressions"),
+            impression_parts=parts,
             shared_parts=shared_parts,
         )
-
-    def _check_split(self, name: SplitName) -> None:
-        split, highest = self._split(name), self.split_writer(name).counts.shared_row_use.highest
         if split.impressions == 0:
             raise DataError(f"the {name} split has no impressions; check its input files")
+        highest = writer.counts.shared_row_use.highest
         if highest >= split.shared_rows:
             raise DataError(
                 f"{name}: an impression points to shared row {highest}, but there are "
                 f"{split.shared_rows}"
             )
-        first = self._tasks[0].name
+        first = tasks[0]
         if name == "train" and not split.happened[first]:
             raise DataError(
                 f"the train split has {split.impressions} impressions but no {first} to learn "
                 f"from; check the {first} column or use more data"
             )
+        return split
 
-    def _statistics(self) -> Statistics:
-        for split in SPLITS:
-            self._count_shared_ids(split)
-        train, counts = self._split("train"), self.split_writer("train").counts
+    def _statistics(self, splits: Mapping[SplitName, Split]) -> Statistics:
+        missing: dict[str, dict[SplitName, float]] = {}
+        unknown: dict[str, dict[SplitName, float]] = {}
+        for name, split in splits.items():
+            self._count_shared_ids(name, split)
+            counts = self.split_writer(name).counts
+            for feature, ids in counts.ids.items():
+                missing.setdefault(feature, {})[name] = ids.missing / split.impressions
+                unknown.setdefault(feature, {})[name] = ids.unknown_ids / max(1, ids.ids)
+            for column in self._dense_features:
+                share = counts.missing_dense[column] / split.impressions
+                missing.setdefault(column, {})[name] = share
+        train, counts = splits["train"], self.split_writer("train").counts
         means = {
             feature.name: counts.ids[feature.name].stored_ids
             / max(1, train.shared_rows if feature.shared else train.impressions)
             for feature in self._id_features
         }
         used = int(np.count_nonzero(counts.shared_row_use.impressions(train.shared_rows)))
-        missing: dict[str, dict[SplitName, float]] = {}
-        unknown: dict[str, dict[SplitName, float]] = {}
-        for split in SPLITS:
-            of_split = self.split_writer(split).counts
-            for name, of_feature in of_split.ids.items():
-                missing.setdefault(name, {})[split] = of_feature.missing / of_split.impressions
-                share = of_feature.unknown_ids / max(1, of_feature.ids)
-                unknown.setdefault(name, {})[split] = share
-            for name in self._dense_features:
-                share = of_split.missing_dense[name] / of_split.impressions
-                missing.setdefault(name, {})[split] = share
         return Statistics(
             mean_values_per_bag=means,
             impressions_per_shared_row=train.impressions / used if used else None,
@@ -340,15 +337,14 @@ class PreparedWriter:
             unknown=unknown,
         )
 
-    def _count_shared_ids(self, split: SplitName) -> None:
+    def _count_shared_ids(self, name: SplitName, split: Split) -> None:
         """Reads the shared rows back: only now is it known how many impressions use each."""
-        writer, first = self.split_writer(split), 0
-        counts = writer.counts
-        impressions = counts.shared_row_use.impressions(self._split(split).shared_rows)
-        for part in writer.parts("shared"):
-            with (self.root / part.file).open_input() as source, pq.ParquetFile(source) as file:
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group)
+        counts, first = self.split_writer(name).counts, 0
+        impressions = counts.shared_row_use.impressions(split.shared_rows)
+        for file in split.shared_files:
+            with (self.root / file).open_input() as source, pq.ParquetFile(source) as parquet:
+                for group in range(parquet.num_row_groups):
+                    table = parquet.read_row_group(group)
                     times = impressions[first : first + len(table)]
                     first += len(table)
                     for feature in self._id_features:

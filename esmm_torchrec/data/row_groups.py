@@ -45,7 +45,7 @@ class RowGroups:
     def impressions(
         self, order: np.ndarray, ends: np.ndarray, first: int, last: int, *, keeper: int
     ) -> list[pa.Table]:
-        """The rows [first, last) of a sequence of row groups; `shared_row` counts over the split.
+        """The rows [first, last) of a sequence of row groups.
 
         Args:
             order: int (groups,), the sequence.
@@ -66,7 +66,8 @@ class RowGroups:
             end = min(last, int(ends[place]))
             kept = self._kept.get(keeper)
             if kept is None or kept[0] != group:
-                kept = (group, self._read_impressions(self._groups[group]))
+                columns = self._dataset.impression_columns
+                kept = (group, self._read(self._groups[group], columns))
                 self._kept[keeper] = kept
             tables.append(kept[1].slice(first - start, end - first))
             first, place = end, place + 1
@@ -114,15 +115,6 @@ class RowGroups:
             table = self._read(group, columns)
             tables.append(table.take(rows[group_of == place] - start).cast(columns))
         return pa.concat_tables(tables)
-
-    def _read_impressions(self, group: _Group) -> pa.Table:
-        table = self._read(group, self._dataset.impression_columns)
-        first = group.part.first_shared_row
-        if first == 0 or SHARED_ROW not in table.column_names:
-            return table
-        place = table.column_names.index(SHARED_ROW)
-        counted = table.column(place).to_numpy().astype(np.int64) + first
-        return table.set_column(place, SHARED_ROW, pa.array(counted))
 
     def _read(
         self, group: _Group, columns: pa.Schema, *, only: Sequence[str] | None = None
