@@ -99,9 +99,8 @@ class BatchReader(ABC):
         """Steps from a position to the end of the epoch."""
 
     @abstractmethod
-    def _blocks(self) -> Iterator[Callable[[], Block]]:
-        """What makes each block of the rest of the epoch; called one after the other, in a thread
-        of its own, one block ahead."""
+    def _blocks(self) -> Iterator[Block]:
+        """The blocks of the rest of the epoch; each is made in a thread of its own, one ahead."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -155,10 +154,9 @@ class BatchReader(ABC):
         pending: deque[Future[ImpressionBatch]] = deque()
         try:
             blocks = self._blocks()
-            upcoming = _submitted(preparing, blocks)
-            while upcoming is not None:
-                block = upcoming.result()
-                upcoming = _submitted(preparing, blocks)
+            upcoming = preparing.submit(next, blocks, None)
+            while (block := upcoming.result()) is not None:
+                upcoming = preparing.submit(next, blocks, None)
                 # Here, and not in a thread, so that ranks do it in the same order as everything
                 # else that they do together.
                 totals = self._totals(block.counts)
@@ -177,10 +175,3 @@ class BatchReader(ABC):
             return counts
         sums = self._exchange.sum(counts[:, :-1])
         return np.concatenate([sums, self._exchange.max(counts[:, -1:])], axis=1)
-
-
-def _submitted(
-    executor: ThreadPoolExecutor, blocks: Iterator[Callable[[], Block]]
-) -> Future[Block] | None:
-    make = next(blocks, None)
-    return None if make is None else executor.submit(make)

@@ -23,8 +23,7 @@ a day, which belongs to the data set once dataset.json is replaced by one that n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -203,7 +202,7 @@ class PreparedDataSet(Description):
     def _check_vocabularies(self) -> None:
         for table in self.vocabulary_tables:
             file = self.root / self.vocabulary_file(table)
-            rows, expected = sum(_footer(file, None)), self.schema.table(table).num_embeddings - 1
+            rows, expected = sum(_footer(file)), self.schema.table(table).num_embeddings - 1
             if rows != expected:
                 raise DataError(
                     f"{file} has {rows} ids, but {DESCRIPTION} says {expected}; {PREPARE_AGAIN}"
@@ -217,10 +216,7 @@ class PreparedDataSet(Description):
                 if size is None:
                     raise DataError(f"{file} is missing; {PREPARE_AGAIN}")
                 if size != part.bytes:
-                    raise DataError(
-                        f"{file} has {size} bytes, but {DESCRIPTION} says {part.bytes}: it is "
-                        f"broken or was cut short; restore it from a copy or {PREPARE_AGAIN}"
-                    )
+                    raise _cut_short(file, size, part)
 
     @checks_choices
     def checked_rows(
@@ -237,25 +233,73 @@ class PreparedDataSet(Description):
         of_split = self.splits[split]
         parts = of_split.impression_parts if kind == "impressions" else of_split.shared_parts
         for part in parts:
-            file = self.root / part.file
             self.check_checksum(part.file)
-            with file.open_input() as source, _parquet(file, source) as parquet:
-                rows = _row_groups(file, parquet, expected)
-                if rows != part.row_groups:
-                    raise DataError(
-                        f"{file} has {sum(rows)} rows in {len(rows)} row groups, but "
-                        f"{DESCRIPTION} says {part.rows} in {len(part.row_groups)}; {PREPARE_AGAIN}"
-                    )
-                for group in range(len(rows)):
-                    table = parquet.read_row_group(group)
-                    where = f"{file}, row group {group}"
-                    check_values(table, self.schema, expected, where=where)
-                    if SHARED_ROW in expected.names:
-                        rows, total = table.column(SHARED_ROW).to_numpy(), of_split.shared_rows
-                        outside = f"{{}} is outside the {total} shared rows of the split"
-                        bad = (rows < 0) | (rows >= total)
-                        refuse(bad, outside, rows, where=where, column=SHARED_ROW)
-                    yield from table.to_batches()
+            for group in range(len(part.row_groups)):
+                table = self.read_group(part, group, expected, use_threads=True)
+                where = f"{self.root / part.file}, row group {group}"
+                check_values(table, self.schema, expected, where=where)
+                if SHARED_ROW in expected.names:
+                    rows, total = table.column(SHARED_ROW).to_numpy(), of_split.shared_rows
+                    outside = f"{{}} is outside the {total} shared rows of the split"
+                    bad = (rows < 0) | (rows >= total)
+                    refuse(bad, outside, rows, where=where, column=SHARED_ROW)
+                yield from table.to_batches()
+
+    def read_group(
+        self,
+        part: Part,
+        group: int,
+        columns: pa.Schema,
+        *,
+        only: Sequence[str] | None = None,
+        use_threads: bool = False,
+    ) -> pa.Table:
+        """A row group of a file of a split, from the disk or, in several attempts, from the store.
+
+        Args:
+            part: the file.
+            group: its place in the file.
+            columns: that the file has.
+            only: columns to read; None: all.
+            use_threads: whether columns are decoded in parallel.
+
+        Raises:
+            DataError: the file is missing, broken, cannot be read, or is not what the description
+                says.
+        """
+        file = self.root / part.file
+
+        def read() -> pa.Table:
+            with file.filesystem.open_input_file(file.path) as source:
+                if source.size() != part.bytes:
+                    raise _cut_short(file, source.size(), part)
+                with pq.ParquetFile(
+                    source, pre_buffer=True, page_checksum_verification=True
+                ) as parquet:
+                    wrong, rows = same_columns(parquet.schema_arrow, columns), _row_groups(parquet)
+                    if wrong:
+                        raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
+                    if rows != part.row_groups:
+                        raise DataError(
+                            f"{file} has {sum(rows)} rows in {len(rows)} row groups, but "
+                            f"{DESCRIPTION} says {part.rows} in {len(part.row_groups)}; "
+                            f"{PREPARE_AGAIN}"
+                        )
+                    return parquet.read_row_group(group, columns=only, use_threads=use_threads)
+
+        try:
+            return file.retried(read)
+        except FileNotFoundError:
+            raise DataError(
+                f"{file} is missing; restore it from a copy or {PREPARE_AGAIN}"
+            ) from None
+        except pa.ArrowException as error:
+            raise DataError(f"{file} is broken ({error}); restore it or {PREPARE_AGAIN}") from None
+        except OSError as error:
+            raise DataError(
+                f"{file} cannot be read ({error}); once it can, resume the run from its last "
+                "checkpoint"
+            ) from None
 
     def verify(self) -> None:
         """Reads every file as `checked_rows` does, the vocabularies, too. Training does it once,
@@ -301,39 +345,30 @@ class _Version:
     format_version: int
 
 
+def _cut_short(file: Location, size: int, part: Part) -> DataError:
+    return DataError(
+        f"{file} has {size} bytes, but {DESCRIPTION} says {part.bytes}: it is broken or was cut "
+        f"short; restore it from a copy or {PREPARE_AGAIN}"
+    )
+
+
 def _part_of(root: Location, name: str) -> Part:
     """What a file of a data set of version 2 holds, by its footer."""
     file = root / name
-    return Part(file=name, row_groups=_footer(file, None), bytes=file.size() or 0)
+    return Part(file=name, row_groups=_footer(file), bytes=file.size() or 0)
 
 
-def _footer(file: Location, columns: pa.Schema | None) -> tuple[int, ...]:
+def _footer(file: Location) -> tuple[int, ...]:
     """Rows of each row group of a Parquet file."""
     try:
-        with file.open_input() as source, _parquet(file, source) as parquet:
-            return _row_groups(file, parquet, columns)
+        with file.open_input() as source, pq.ParquetFile(source) as parquet:
+            return _row_groups(parquet)
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {PREPARE_AGAIN}") from None
-
-
-@contextmanager
-def _parquet(file: Location, source: pa.NativeFile) -> Iterator[pq.ParquetFile]:
-    try:
-        parquet = pq.ParquetFile(source)
-    except (pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError):
         raise DataError(f"{file} is broken or cut short; {PREPARE_AGAIN}") from None
-    with parquet:
-        yield parquet
 
 
-def _row_groups(
-    file: Location, parquet: pq.ParquetFile, columns: pa.Schema | None
-) -> tuple[int, ...]:
-    try:
-        wrong = None if columns is None else same_columns(parquet.schema_arrow, columns)
-    except (pa.ArrowException, OSError, ValueError):
-        raise DataError(f"{file} is broken or cut short; {PREPARE_AGAIN}") from None
-    if wrong:
-        raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
+def _row_groups(parquet: pq.ParquetFile) -> tuple[int, ...]:
     metadata = parquet.metadata
     return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))

@@ -12,9 +12,8 @@ shared rows, F features, D dense features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -138,11 +137,11 @@ class ImpressionReader(BatchReader):
         positions = np.arange(self._row, self.num_rows) if order is None else order[self._row :]
         return positions if self.selection is None else self.selection.rows[positions]
 
-    def _blocks(self) -> Iterator[Callable[[], Block]]:
+    def _blocks(self) -> Iterator[Block]:
         order = self._order(self._epoch)
         starts = range(self._row, self.num_rows, self.global_batch_size)
         for first in range(0, len(starts), STEPS_PER_BLOCK):
-            yield partial(self._block, order, starts[first : first + STEPS_PER_BLOCK])
+            yield self._block(order, starts[first : first + STEPS_PER_BLOCK])
 
     def _block(self, order: np.ndarray | None, starts: range) -> Block:
         def batch(step: int, totals: np.ndarray) -> ImpressionBatch:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import PREPARE_AGAIN, Part, SplitName, same_columns
+from esmm_torchrec.data.prepared_form import PREPARE_AGAIN, Part, SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SHARED_ROW
 
@@ -66,9 +65,9 @@ class RowGroups:
             end = min(last, int(ends[place]))
             kept = self._kept.get(keeper)
             if kept is None or kept[0] != group:
+                part, number, _ = self._groups[group]
                 columns = self._dataset.impression_columns
-                kept = (group, self._read(self._groups[group], columns))
-                self._kept[keeper] = kept
+                kept = self._kept[keeper] = group, self._dataset.read_group(part, number, columns)
             tables.append(kept[1].slice(first - start, end - first))
             first, place = end, place + 1
         return tables
@@ -79,15 +78,15 @@ class RowGroups:
         Raises:
             DataError: a file is missing, broken or cannot be read.
         """
-        found = [name for name in names if name in self._dataset.impression_columns.names]
         columns = self._dataset.impression_columns
+        found = [name for name in names if name in columns.names]
         tables = [pa.schema([columns.field(name) for name in found]).empty_table()]
         end = 0
-        for group in self._groups:
-            start, end = end, end + group.rows
+        for part, number, rows in self._groups:
+            start, end = end, end + rows
             low, high = max(first, start), min(last, end)
             if low < high:
-                table = self._read(group, columns, only=found).select(found)
+                table = self._dataset.read_group(part, number, columns, only=found).select(found)
                 tables.append(table.slice(low - start, high - low))
         together = pa.concat_tables(tables)
         return {name: together.column(name).to_numpy() for name in found}
@@ -96,7 +95,7 @@ class RowGroups:
         """Shared rows.
 
         Args:
-            rows: int64 (n,), ascending, distinct, over all shared files of the split.
+            rows: int (n,), ascending, distinct, over all shared files of the split.
 
         Raises:
             DataError: a file is missing, broken or cannot be read, or there is no such row.
@@ -110,50 +109,14 @@ class RowGroups:
         tables = [columns.empty_table()]
         group_of = np.searchsorted(self._shared_ends, rows, side="right")
         for place in np.unique(group_of).tolist():
-            group = self._shared[place]
-            start = int(self._shared_ends[place]) - group.rows
-            table = self._read(group, columns)
+            part, number, size = self._shared[place]
+            start = int(self._shared_ends[place]) - size
+            table = self._dataset.read_group(part, number, columns)
             tables.append(table.take(rows[group_of == place] - start).cast(columns))
         return pa.concat_tables(tables)
-
-    def _read(
-        self, group: _Group, columns: pa.Schema, *, only: Sequence[str] | None = None
-    ) -> pa.Table:
-        file = self._dataset.root / group.part.file
-
-        def read() -> pa.Table:
-            with file.filesystem.open_input_file(file.path) as source:
-                if source.size() != group.part.bytes:
-                    raise DataError(
-                        f"{file} has {source.size()} bytes, but the description says "
-                        f"{group.part.bytes}: it is broken or was cut short; restore it from a "
-                        f"copy or {PREPARE_AGAIN}"
-                    )
-                with pq.ParquetFile(
-                    source, pre_buffer=True, page_checksum_verification=True
-                ) as parquet:
-                    wrong = same_columns(parquet.schema_arrow, columns)
-                    if wrong:
-                        raise DataError(f"{file} {wrong}; {PREPARE_AGAIN}")
-                    return parquet.read_row_group(group.number, columns=only, use_threads=False)
-
-        return _in_words(str(file), lambda: file.retried(read))
 
 
 def _groups(parts: tuple[Part, ...]) -> list[_Group]:
     return [
         _Group(part, number, rows) for part in parts for number, rows in enumerate(part.row_groups)
     ]
-
-
-def _in_words(file: str, read: Callable[[], pa.Table]) -> pa.Table:
-    try:
-        return read()
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing; restore it from a copy or {PREPARE_AGAIN}") from None
-    except pa.ArrowException as error:
-        raise DataError(f"{file} is broken ({error}); restore it or {PREPARE_AGAIN}") from None
-    except OSError as error:
-        raise DataError(
-            f"{file} cannot be read ({error}); once it can, resume the run from its last checkpoint"
-        ) from None

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -226,16 +225,16 @@ class StreamReader(BatchReader):
             place = end
         return sizes
 
-    def _blocks(self) -> Iterator[Callable[[], Block]]:
-        rows = self._groups.rows
+    def _blocks(self) -> Iterator[Block]:
+        epoch, rows = self._epoch, self._groups.rows
         order = np.arange(len(rows))
         if self._shuffle:
-            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(rows))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(rows))
         ends = np.cumsum(rows[order])
         place = self._row // self.split.lanes
         while place < self._rows_per_lane:
             number = place // self.split.window
-            yield partial(self._window, self._epoch, order, ends, number, place)
+            yield self._window(epoch, order, ends, number, place)
             place = (number + 1) * self.split.window
 
     def _window(
