@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esmm_torchrec.data.mapped import MappedBags, MappedSplit
+from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.feature_columns import CONSTANT
 from esmm_torchrec.errors import OptionError
@@ -66,9 +66,8 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
         )
     if single[field].table not in dataset.vocabulary_tables:
         raise OptionError(f"`by` {field} has hashed ids, which have no names; choose another field")
-    stores = (store for stores in split.bags.values() for store in stores)
-    store = next(store for store in stores if field in store.features)
-    rows, codes = np.unique(_rows(store, field), return_inverse=True)
+    store = next(store for store in split.stores if field in store.features)
+    rows, codes = np.unique(store.ids_of(field), return_inverse=True)
     if store.shared:
         codes = codes[split.scalars[SHARED_ROW]]
     raw_ids = dataset.vocabulary(single[field].table).raw_ids
@@ -81,17 +80,6 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
 def _shown(raw_id: int | str) -> str:
     """An id that is called as what is not one is quoted."""
     return repr(raw_id) if raw_id in ("missing", "unknown") else str(raw_id)
-
-
-def _rows(store: MappedBags, field: str) -> np.ndarray:
-    """The row of the table for each stored bag, −1 where it is empty."""
-    place = store.features.index(field)
-    before = store.lengths[:, :place].sum(axis=1, dtype=np.int64)
-    starts = store.offsets[: len(store.lengths)].astype(np.int64) + before
-    rows = np.full(len(store.lengths), -1, np.int64)
-    there = store.lengths[:, place] > 0
-    rows[there] = store.values[starts[there]]
-    return rows
 
 
 def _dense(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldValues:

@@ -36,6 +36,7 @@ from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH, SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
+    COLLECTIONS,
     CONVERSION_TIME,
     GROUP_ID,
     SAMPLE_ID,
@@ -79,6 +80,13 @@ class Bags(NamedTuple):
     weights: np.ndarray | None
     """float32 (sum of lengths,), None if the features are unweighted."""
 
+    def slices(self) -> Iterator[slice]:
+        """Where the ids of each feature are among the values."""
+        end = 0
+        for size in self.lengths.sum(axis=1, dtype=np.int64).tolist():
+            start, end = end, end + size
+            yield slice(start, end)
+
 
 @dataclass(frozen=True)
 class MappedBags:
@@ -91,6 +99,8 @@ class MappedBags:
     lengths: np.ndarray
     values: np.ndarray
     weights: np.ndarray | None
+    row_of: tuple[np.ndarray, ...] | None = None
+    """By feature: int32, the id that each id is read as; None: as itself."""
 
     def gather(self, rows: np.ndarray) -> Bags:
         """The bags of the rows asked for, int (B,), in that order."""
@@ -103,11 +113,26 @@ class MappedBags:
         total = int(ends[-1]) if len(ends) else 0
         index = np.repeat(starts.T.ravel() - ends + lengths, lengths)
         index += np.arange(total)
-        return Bags(
+        bags = Bags(
             lengths=lengths.astype(np.int32).reshape(len(self.features), len(rows)),
             values=self.values.take(index),
             weights=None if self.weights is None else self.weights.take(index),
         )
+        if self.row_of is not None:
+            for row_of, part in zip(self.row_of, bags.slices(), strict=True):
+                bags.values[part] = row_of[bags.values[part]]
+        return bags
+
+    def ids_of(self, feature: str) -> np.ndarray:
+        """The id of a single-valued feature in each row, int (N,), as it is stored; −1 if it is
+        missing."""
+        place = self.features.index(feature)
+        before = self.lengths[:, :place].sum(axis=1, dtype=np.int64)
+        starts = self.offsets[: len(self.lengths)] + before
+        ids = np.full(len(self.lengths), -1, np.int64)
+        there = self.lengths[:, place] > 0
+        ids[there] = self.values[starts[there]]
+        return ids
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,11 @@ class MappedSplit:
     def impressions(self) -> int:
         """Number of rows."""
         return len(self.scalars[SAMPLE_ID])
+
+    @property
+    def stores(self) -> list[MappedBags]:
+        """Of all collections."""
+        return [store for stores in self.bags.values() for store in stores]
 
     @classmethod
     @checks_choices
@@ -269,7 +299,7 @@ class _Store(NamedTuple):
 
     @property
     def weighted(self) -> bool:
-        return self.collection.endswith("weighted_sparse_features")
+        return COLLECTIONS[self.collection].weighted
 
 
 def _scalars(schema: Schema) -> dict[str, str]:

@@ -9,14 +9,14 @@ Shapes: N impressions of a split, M rows asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from esmm_torchrec.data.hashing import splitmix64
-from esmm_torchrec.data.mapped import Bags, MappedBags, MappedSplit
+from esmm_torchrec.data.mapped import MappedBags, MappedSplit
 from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, UNKNOWN_ROW
 
 Purpose = Literal["validation", "volume", "fold", "sample"]
@@ -60,10 +60,11 @@ def count_ids(split: MappedSplit, rows: np.ndarray | None = None) -> dict[str, n
     shared_rows = own_rows
     if SHARED_ROW in split.scalars:
         shared_rows = np.unique(split.scalars[SHARED_ROW][own_rows])
-    for store in (store for stores in split.bags.values() for store in stores):
-        for block in _blocks(shared_rows if store.shared else own_rows):
-            bags = store.gather(block)
-            for name, part in zip(store.features, _features(bags), strict=True):
+    for store in split.stores:
+        rows_of_store = shared_rows if store.shared else own_rows
+        for start in range(0, len(rows_of_store), _ROWS_PER_BLOCK):
+            bags = store.gather(rows_of_store[start : start + _ROWS_PER_BLOCK])
+            for name, part in zip(store.features, bags.slices(), strict=True):
                 table = counts[table_of[name]]
                 table += np.bincount(bags.values[part], minlength=len(table))
     return counts
@@ -72,16 +73,9 @@ def count_ids(split: MappedSplit, rows: np.ndarray | None = None) -> dict[str, n
 def ids_of(split: MappedSplit, feature: str) -> np.ndarray:
     """The id of a single-valued feature in each impression, int32 (N,); UNKNOWN_ROW if it is
     missing."""
-    found = np.full(split.impressions, UNKNOWN_ROW, np.int32)
-    for store in (store for stores in split.bags.values() for store in stores):
-        if feature not in store.features:
-            continue
-        place = store.features.index(feature)
-        for rows in _blocks(np.arange(split.impressions)):
-            bags = store.gather(split.scalars[SHARED_ROW][rows] if store.shared else rows)
-            ids = bags.values[list(_features(bags))[place]]
-            found[rows[bags.lengths[place] > 0]] = ids
-    return found
+    store = next(store for store in split.stores if feature in store.features)
+    ids = np.maximum(store.ids_of(feature), UNKNOWN_ROW).astype(np.int32)
+    return ids[split.scalars[SHARED_ROW]] if store.shared else ids
 
 
 def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSplit:
@@ -96,20 +90,15 @@ def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSp
         for table, is_known in known.items()
     }
     table_of = {feature.name: feature.table for feature in split.schema.id_features}
-    return replace(
-        split,
-        bags={
-            collection: tuple(
-                _RenumberedBags(
-                    **{field.name: getattr(store, field.name) for field in fields(MappedBags)},
-                    row_of=tuple(row_of[table_of[name]] for name in store.features),
-                    inner=store,
-                )
-                for store in stores
-            )
-            for collection, stores in split.bags.items()
-        },
-    )
+
+    def renumbered(store: MappedBags) -> MappedBags:
+        rows = [row_of[table_of[name]] for name in store.features]
+        if store.row_of is not None:
+            rows = [after[before] for after, before in zip(rows, store.row_of, strict=True)]
+        return replace(store, row_of=tuple(rows))
+
+    bags = {name: tuple(map(renumbered, stores)) for name, stores in split.bags.items()}
+    return replace(split, bags=bags)
 
 
 def only_ids_of(split: MappedSplit, seen: MappedSplit, rows: np.ndarray | None) -> MappedSplit:
@@ -121,34 +110,6 @@ def only_ids_of(split: MappedSplit, seen: MappedSplit, rows: np.ndarray | None) 
         rows: int (M,), those impressions; None: all.
     """
     return without_ids(split, {name: n > 0 for name, n in count_ids(seen, rows).items()})
-
-
-@dataclass(frozen=True)
-class _RenumberedBags(MappedBags):
-    """Bags whose ids are renumbered as they are read."""
-
-    row_of: tuple[np.ndarray, ...]
-    """Feature → int32, the new id of each id."""
-    inner: MappedBags
-
-    def gather(self, rows: np.ndarray) -> Bags:
-        """As `MappedBags.gather`."""
-        bags = self.inner.gather(rows)
-        for row_of, part in zip(self.row_of, _features(bags), strict=True):
-            bags.values[part] = row_of[bags.values[part]]
-        return bags
-
-
-def _features(bags: Bags) -> Iterator[slice]:
-    """Where the ids of each feature are among the values."""
-    end = 0
-    for size in bags.lengths.sum(axis=1, dtype=np.int64).tolist():
-        start, end = end, end + size
-        yield slice(start, end)
-
-
-def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[start : start + _ROWS_PER_BLOCK] for start in range(0, len(rows), _ROWS_PER_BLOCK))
 
 
 def sample_rows(split: MappedSplit, most: int) -> np.ndarray | None:
