@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esmm_torchrec.data.dense import DenseTransform
+from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.storage import Location
@@ -61,6 +63,12 @@ def record_changed_file(path: Path, name: str) -> None:
         part |= {"bytes": file.stat().st_size, "row_groups": groups}
     description["checksums"][name] = Location.of(file).sha256()
     (path / "dataset.json").write_text(json.dumps(description))
+
+
+def encode(encoder: RowEncoder, rows: Any) -> pa.Table:
+    """All rows at once, encoded as those of a data set."""
+    blocks = [encoder.encode_rows(read) for read in encoder.read_blocks(rows)]
+    return pa.concat_tables([impression_columns(encoder.schema).empty_table(), *blocks])
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -108,28 +108,24 @@ class DenseTransform:
             method: which transform.
             has_missing: whether any training row lacks the value.
         """
-        values = values[~np.isnan(values)]
+        transform = cls._of_present(values[~np.isnan(values)], method)
+        return replace(transform, has_indicator=has_missing)
+
+    @classmethod
+    def _of_present(cls, values: np.ndarray, method: DenseMethod) -> DenseTransform:
         if len(values) == 0:
             # Nothing is known of the column, so whatever comes later says nothing either.
-            return cls(method="standard", low=0.0, high=0.0, has_indicator=has_missing)
+            return cls("standard", low=0.0, high=0.0)
+        mean, std = _mean_and_std(values)
         if method == "as-is":
-            mean, _ = _mean_and_std(values)
-            return cls(method="as-is", missing=mean, has_indicator=has_missing)
+            return cls("as-is", missing=mean)
         if method == "standard":
-            mean, std = _mean_and_std(values)
-            return cls(method="standard", mean=mean, std=std, has_indicator=has_missing)
+            return cls("standard", mean, std)
         if values.min() == values.max():
-            constant = float(values[0])
-            return cls(
-                method="standard",
-                mean=constant,
-                low=constant,
-                high=constant,
-                has_indicator=has_missing,
-            )
+            return cls("standard", mean, low=mean, high=mean)
         if method == "quantile":
             knots, heights = _ranks(values)
-            return cls(method="quantile", knots=knots, heights=heights, has_indicator=has_missing)
+            return cls("quantile", knots=knots, heights=heights)
         low, high = _fences(values)
         clipped = np.clip(values, low, high)
         scale = _log_scale(clipped)
@@ -138,11 +134,11 @@ class DenseTransform:
             mean, std = _mean_and_std(clipped)
             low = max(low, mean - _MAX_DEVIATIONS * std)
             high = min(high, mean + _MAX_DEVIATIONS * std)
-            return cls("standard", mean, std, low, high, has_indicator=has_missing)
+            return cls("standard", mean, std, low, high)
         mean, std = _mean_and_std(logged)
         low = max(low, _inverse_log(mean - _MAX_DEVIATIONS * std, scale))
         high = min(high, _inverse_log(mean + _MAX_DEVIATIONS * std, scale))
-        return cls("log", mean, std, low, high, scale, has_indicator=has_missing)
+        return cls("log", mean, std, low, high, scale)
 
     def apply(self, values: Any, xp: Any = np) -> Any:
         """Inputs of a model, of the shape and type of `values`.

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from esmm_torchrec.data.dense import TOO_FAR, DenseTransform
@@ -24,8 +23,8 @@ from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import (
     DESCRIPTION,
-    dense_features,
     impression_columns,
+    schema_of,
 )
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
@@ -41,7 +40,7 @@ from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, Table, missing_column, weight_column
+from esmm_torchrec.schema import SAMPLE_ID, Schema, missing_column, weight_column
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
@@ -51,7 +50,8 @@ class RowsToEncode:
 
     features: Features
     sample_ids: np.ndarray
-    """int64 (n,)."""
+    """int64 (n,): the raw column that held them when the data set was made, if the rows have it,
+    else their numbers from 0."""
     bad: np.ndarray
     """bool (n,), rows that cannot be used; what `features` holds for them is arbitrary."""
     kept: pa.Table
@@ -64,8 +64,8 @@ class RowEncoder:
     Example::
 
         encoder = RowEncoder.load(prepared)  # a prepared data set, or a copy_preprocessing of one
-        for block in encoder.encode_blocks("new_rows.parquet"):
-            ...
+        for read in encoder.read_blocks("new_rows.parquet"):
+            impressions = encoder.encode_rows(read)
 
     Args:
         features: the raw columns.
@@ -87,8 +87,8 @@ class RowEncoder:
         tasks: TaskChain = DEFAULT_TASKS,
     ) -> None:
         self.features = features
-        self._vocabularies = vocabularies
-        self._dense = dense
+        self.vocabularies = vocabularies
+        self.dense = dense
         self.sample_id = sample_id
         """The raw column of sample ids, if there was one."""
         self.text_format = text_format
@@ -142,36 +142,17 @@ class RowEncoder:
     @property
     def hashed(self) -> dict[str, HashedIds]:
         """By table whose ids are hashed."""
-        ids = self._vocabularies.items()
+        ids = self.vocabularies.items()
         return {table: rows for table, rows in ids if isinstance(rows, HashedIds)}
-
-    def vocabulary_of(self, feature: IdFeature) -> Vocabulary | HashedIds:
-        """The vocabulary of the table of a feature."""
-        return self._vocabularies[feature.table]
-
-    def transform_of(self, dense: str) -> DenseTransform:
-        """What the values of a dense column are encoded with."""
-        return self._dense[dense]
 
     @property
     def schema(self) -> Schema:
         """The schema of what `encode` gives: no feature is shared, each is written out per row."""
-        tables = dict.fromkeys(feature.table for feature in self.features.id_features)
-        return Schema(
-            tables=tuple(Table(name, self._vocabularies[name].num_embeddings) for name in tables),
-            id_features=self.features.id_features,
-            dense_features=tuple(
-                name
-                for column in self.features.dense
-                for name in dense_features(column, self._dense[column])
-            ),
-            tasks=self._tasks,
+        features = self.features
+        rows = {name: of.num_embeddings for name, of in self.vocabularies.items()}
+        return schema_of(
+            features.id_features, rows, {n: self.dense[n] for n in features.dense}, self._tasks
         )
-
-    def encode(self, rows: pa.Table | pd.DataFrame) -> pa.Table:
-        """All rows at once; see `encode_blocks`."""
-        blocks = list(self.encode_blocks(rows))
-        return pa.concat_tables(blocks) if blocks else impression_columns(self.schema).empty_table()
 
     def read_blocks(
         self,
@@ -223,7 +204,7 @@ class RowEncoder:
                 faults.append(fault)
         for name, values in features.dense.items():
             # Infinite ones have a fault already, and would have a result.
-            too_far = np.abs(values) > self._dense[name].reach
+            too_far = np.abs(values) > self.dense[name].reach
             faults.append(
                 Fault(self.features.column_of(name), too_far, lambda _: f"the value is {TOO_FAR}")
             )
@@ -233,24 +214,12 @@ class RowEncoder:
         )
         return RowsToEncode(features, sample_ids, ~is_good, block.table.select(list(keep)))
 
-    def encode_blocks(self, rows: Frame | Sequence[Frame]) -> Iterator[pa.Table]:
-        """The impressions columns of the prepared form, block by block in bounded memory.
-
-        Ids never seen in training have row 0. `sample_id` is the raw column that held it when the
-        data set was made, where the new rows have it, else the number of the row, from 0. Labels
-        are 0: new rows need none and none are read. There are no optional columns.
-
-        Args:
-            rows: files or rows in memory, one or several, as `prepare_table` takes them.
-
-        Raises:
-            DataError: as `read_blocks`.
-        """
-        for read in self.read_blocks(rows):
-            yield self.encode_rows(read)
-
     def encode_rows(self, read: RowsToEncode) -> pa.Table:
-        """One block of `encode_blocks`. Rows that cannot be scored hold arbitrary values."""
+        """A block as the impressions of a prepared data set, without optional columns.
+
+        Ids never seen in training have row 0. Labels are 0: new rows need none and none are read.
+        Rows that cannot be scored hold arbitrary values.
+        """
         no_labels = [np.zeros(len(read.bad), np.int8)] * len(self._tasks)
         encoded = self.encode_features(read.features)
         columns = [*no_labels, read.sample_ids, *encoded.values()]
@@ -262,7 +231,7 @@ class RowEncoder:
         columns: dict[str, pa.Array] = {}
         for feature in self.features.id_features:
             raw = features.ids[feature.name]
-            vocabulary = self._vocabularies[feature.table]
+            vocabulary = self.vocabularies[feature.table]
             if feature.multi_valued:
                 rows = pa.array(vocabulary.encode(raw.flatten()))
                 columns[feature.name] = pa.ListArray.from_arrays(raw.offsets, rows)
@@ -272,7 +241,7 @@ class RowEncoder:
             if feature.weighted:
                 columns[weight_column(feature.name)] = features.weights[feature.name]
         for name, values in features.dense.items():
-            transform = self._dense[name]
+            transform = self.dense[name]
             encoded = {name: transform.encode(values, name)}
             if transform.has_indicator:
                 encoded[missing_column(name)] = np.isnan(values).astype(np.float32)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.array_files import ArrayWriter, Layout, is_intact
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH, SplitName
+from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH, RowKind, SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
@@ -387,9 +387,7 @@ class _Layout:
         with _writing(self.folder.with_suffix("")):
             self.writer.extend(name, values)
 
-    def append(
-        self, kind: Literal["impressions", "shared"], blocks: Iterable[pa.RecordBatch]
-    ) -> None:
+    def append(self, kind: RowKind, blocks: Iterable[pa.RecordBatch]) -> None:
         """Writes all rows of one kind."""
         stores = [store for store in self.stores if store.shared == (kind == "shared")]
         written = dict.fromkeys((store.name for store in stores), 0)

@@ -25,9 +25,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import msgspec
 import pyarrow as pa
@@ -42,6 +41,7 @@ from esmm_torchrec.data.prepared_form import (
     SPLITS,
     Description,
     Part,
+    RowKind,
     SplitName,
     check_values,
     impression_columns,
@@ -139,7 +139,6 @@ class PreparedDataSet(Description):
             )
         return self.root.local
 
-    @checks_choices
     def description(self) -> bytes:
         """The content of dataset.json.
 
@@ -219,9 +218,7 @@ class PreparedDataSet(Description):
                     raise _cut_short(file, size, part)
 
     @checks_choices
-    def checked_rows(
-        self, split: SplitName, kind: Literal["impressions", "shared"]
-    ) -> Iterator[pa.RecordBatch]:
+    def checked_rows(self, split: SplitName, kind: RowKind) -> Iterator[pa.RecordBatch]:
         """All rows of one kind of a split, block by block, each checked before it is given: the
         checksums of the files, every id in its table's range, labels 0 or 1, none without
         the one before it, `shared_row` in range, every weight and dense value finite.
@@ -309,10 +306,9 @@ class PreparedDataSet(Description):
             DataError: names the file, the column and the row of the first thing that is wrong.
         """
         for split in SPLITS:
-            for _ in chain(
-                self.checked_rows(split, "impressions"), self.checked_rows(split, "shared")
-            ):
-                pass
+            for kind in get_args(RowKind):
+                for _ in self.checked_rows(split, kind):
+                    pass
         for table in self.vocabulary_tables:
             self.vocabulary(table)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +52,8 @@ READABLE_VERSIONS = (2, FORMAT_VERSION)
 
 SplitName = Literal["train", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "test")
+
+RowKind = Literal["impressions", "shared"]
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -272,6 +274,31 @@ def _upgrade(values: dict[str, Any], part_of: Callable[[str], Part | None]) -> N
 def dense_features(column: str, transform: DenseTransform) -> list[str]:
     """Dense features that a raw dense column becomes."""
     return [column, missing_column(column)] if transform.has_indicator else [column]
+
+
+def schema_of(
+    id_features: Sequence[IdFeature],
+    num_embeddings: Mapping[str, int],
+    dense: Mapping[str, DenseTransform],
+    tasks: TaskChain,
+) -> Schema:
+    """The schema of a data set.
+
+    Args:
+        id_features: in their order; tables are in that of their first feature.
+        num_embeddings: by table.
+        dense: by raw dense column, in their order.
+        tasks: the chain.
+    """
+    tables = dict.fromkeys(feature.table for feature in id_features)
+    return Schema(
+        tables=tuple(Table(name, num_embeddings[name]) for name in tables),
+        id_features=tuple(id_features),
+        dense_features=tuple(
+            name for column in dense for name in dense_features(column, dense[column])
+        ),
+        tasks=tasks,
+    )
 
 
 def _feature_fields(features: Iterable[IdFeature]) -> Iterator[pa.Field]:

@@ -26,9 +26,9 @@ from esmm_torchrec.data.prepared_form import (
     SplitName,
     Statistics,
     TableStatistics,
-    dense_features,
     partial_folder,
     rare_file,
+    schema_of,
     vocabulary_file,
 )
 from esmm_torchrec.data.split_writer import SplitWriter
@@ -39,7 +39,6 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import (
     IdFeature,
     Schema,
-    Table,
 )
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
@@ -171,17 +170,8 @@ class PreparedWriter:
     def schema(self) -> Schema:
         """The schema; complete once every vocabulary is written and every dense column recorded."""
         if self._schema is None:
-            names = dict.fromkeys(feature.table for feature in self._id_features)
-            self._schema = Schema(
-                tables=tuple(Table(name, self._num_embeddings[name]) for name in names),
-                id_features=self._id_features,
-                dense_features=tuple(
-                    name
-                    for column in self._dense_features
-                    for name in dense_features(column, self._dense[column])
-                ),
-                tasks=self._tasks,
-            )
+            dense = {column: self._dense[column] for column in self._dense_features}
+            self._schema = schema_of(self._id_features, self._num_embeddings, dense, self._tasks)
         return self._schema
 
     def write_vocabulary(self, table: str, vocabulary: Vocabulary | HashedIds) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from esmm_torchrec.data.counting import IdCounts, SharedRowUse
 from esmm_torchrec.data.prepared_form import (
     Part,
+    RowKind,
     SplitName,
     check_values,
     impression_columns,
@@ -26,8 +27,6 @@ from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SHARED_ROW, Schema, weight_column
 from esmm_torchrec.tasks import Task
-
-RowKind = Literal["impressions", "shared"]
 
 ROWS_PER_GROUP = {"impressions": 1 << 17, "shared": 1 << 13}
 """Rows of a Parquet row group. A shared row holds hundreds of ids, an impression a few dozen."""

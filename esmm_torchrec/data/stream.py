@@ -202,6 +202,13 @@ class StreamReader(BatchReader):
         window = self.split.window
         return min(place + self._step, (place // window + 1) * window)
 
+    def _steps(self, place: int, last: int) -> Iterator[tuple[int, int]]:
+        """Where in its lane each step before `last` begins and ends."""
+        while place < last:
+            end = self._end_of_step(place)
+            yield place, end
+            place = end
+
     def _steps_from(self, row: int) -> int:
         place, window = row // self.split.lanes, self.split.window
         if place >= self._rows_per_lane:
@@ -216,14 +223,12 @@ class StreamReader(BatchReader):
 
     def own_rows(self) -> list[int]:
         """Rows of this rank, without padding, in each step of an epoch."""
-        sizes: list[int] = []
-        place = 0
-        while place < self._rows_per_lane:
-            end = self._end_of_step(place)
-            lanes = (_bounds(self.num_rows, self.split.lanes, lane) for lane in self._own_lanes)
-            sizes.append(sum(max(0, min(end, last - first) - place) for first, last in lanes))
-            place = end
-        return sizes
+        bounds = (_bounds(self.num_rows, self.split.lanes, lane) for lane in self._own_lanes)
+        rows = [last - first for first, last in bounds]
+        return [
+            sum(max(0, min(end, of_lane) - place) for of_lane in rows)
+            for place, end in self._steps(0, self._rows_per_lane)
+        ]
 
     def _blocks(self) -> Iterator[Block]:
         epoch, rows = self._epoch, self._groups.rows
@@ -259,11 +264,10 @@ class StreamReader(BatchReader):
             pin_memory=self._pin_memory,
         )
         last = min(first + self.split.window, self._rows_per_lane)
-        steps: list[np.ndarray] = []
-        while place < last:
-            end = self._end_of_step(place)
-            steps.append(np.concatenate([rows[place - first : end - first] for rows in orders]))
-            place = end
+        steps = [
+            np.concatenate([rows[begin - first : end - first] for rows in orders])
+            for begin, end in self._steps(place, last)
+        ]
         weight = split.scalars.get(WEIGHT)
 
         def weights(rows: np.ndarray) -> np.ndarray:

@@ -42,9 +42,6 @@ _TEXT = pa.large_string()
 
 _RARE = pa.schema([("raw_id", pa.int64()), ("count", pa.int64())])
 
-_HAS_SEARCH_SORTED = "search_sorted" in pc.list_functions()  # since pyarrow 24
-
-
 IdKind = Literal["integer", "text"]
 
 
@@ -217,7 +214,7 @@ class Vocabulary:
         return found[inverse]
 
     def _encode_texts(self, texts: pa.Array) -> np.ndarray:
-        if len(self.raw_ids) <= _MAX_HASHED or not _HAS_SEARCH_SORTED:
+        if len(self.raw_ids) <= _MAX_HASHED:
             known = pc.SetLookupOptions(value_set=self.raw_ids)
             places = pc.call_function("index_in", [texts], known).fill_null(-1).to_numpy()
             return (places + 1).astype(np.int32)

@@ -156,7 +156,7 @@ def example_request(encoder: RowEncoder) -> dict[str, Any]:
         if feature.name in features.time_parts:
             request[column] = [_TIME] * (EXAMPLE_IMPRESSIONS - 1) + [None]
             continue
-        ids = _some_ids(encoder.vocabulary_of(feature))
+        ids = _some_ids(encoder.vocabularies[feature.table])
         given = [ids[: place + 1] for place in range(EXAMPLE_IMPRESSIONS - 1)]
         if feature.name in features.texts:
             request[column] = [" ".join(map(str, bag)) for bag in given] + [None]
@@ -173,7 +173,7 @@ def example_request(encoder: RowEncoder) -> dict[str, Any]:
                 for ids in request[column]
             ]
     for name in features.dense:
-        transform = encoder.transform_of(name)
+        transform = encoder.dense[name]
         low = transform.low if transform.low is not None else transform.mean
         high = transform.high if transform.high is not None else transform.mean + transform.std
         if transform.knots:

@@ -137,7 +137,7 @@ class InputEncoder:
         features = encoder.features
         self._features = features
         lookups = {
-            feature.table: Lookup(encoder.vocabulary_of(feature))
+            feature.table: Lookup(encoder.vocabularies[feature.table])
             for feature in features.id_features
         }
         self._columns = [
@@ -152,7 +152,7 @@ class InputEncoder:
             for feature in features.id_features
         ]
         self._dense_columns = [(name, features.column_of(name)) for name in features.dense]
-        self._reach = np.array([encoder.transform_of(name).reach for name in features.dense])
+        self._reach = np.array([encoder.dense[name].reach for name in features.dense])
         self._can_be_too_far = bool(np.isfinite(self._reach).any())
         self.raw_columns = tuple(dict.fromkeys(name for _, name in features.roles))
         self._known = {*self.raw_columns, encoder.sample_id}

@@ -23,6 +23,7 @@ from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
+from tests.prepared_data import encode
 
 
 def impressions(rows: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -78,7 +79,7 @@ def test_encoding_the_rows_of_the_data_set_gives_what_was_written(
     encoder = RowEncoder.load(data_set.path)
     for split, frame in (("train", impressions()), ("test", impressions(150, seed=1))):
         new = frame.drop(columns=["clicked", "bought"])
-        encoded = encoder.encode(new)
+        encoded = encode(encoder, new)
         written = pa.concat_tables(map(pq.read_table, data_set.impression_files(split)))
         assert features(encoded) == features(written)
         assert encoded.schema == impression_columns(encoder.schema)
@@ -93,10 +94,10 @@ def test_files_are_encoded_in_blocks_of_bounded_size(
     frame = impressions(300, seed=2).drop(columns="key")
     frame.to_parquet(tmp_path / "new.parquet")
     encoder = RowEncoder.load(data_set.path)
-    blocks = list(encoder.encode_blocks(tmp_path / "new.parquet"))
-    assert [len(block) for block in blocks] == [64, 64, 64, 64, 44]
-    encoded = pa.concat_tables(blocks)
-    assert encoded.equals(encoder.encode(pa.Table.from_pandas(frame)))
+    blocks = [len(block.bad) for block in encoder.read_blocks(tmp_path / "new.parquet")]
+    assert blocks == [64, 64, 64, 64, 44]
+    encoded = encode(encoder, tmp_path / "new.parquet")
+    assert encoded.equals(encode(encoder, pa.Table.from_pandas(frame)))
     # There is no column of sample ids, so rows are numbered.
     np.testing.assert_array_equal(encoded["sample_id"], np.arange(300))
 
@@ -117,19 +118,19 @@ def test_a_csv_is_encoded_as_the_frame_it_was_written_from(tmp_path: Path) -> No
     new.loc[2, "city"] = "Oslo"
     new.to_csv(tmp_path / "new.csv", index=False)
     encoder = RowEncoder.load(tmp_path / "prepared")
-    (from_csv,) = encoder.encode_blocks(tmp_path / "new.csv")
-    assert from_csv.equals(encoder.encode(new))
+    from_csv = encode(encoder, tmp_path / "new.csv")
+    assert from_csv.equals(encode(encoder, new))
     # Text that spells an integer is one; a number is never text, it may have been written "007".
-    as_text = encoder.encode(new.assign(user=new["user"].astype("Int64").astype("string")))
+    as_text = encode(encoder, new.assign(user=new["user"].astype("Int64").astype("string")))
     assert as_text["user"].equals(from_csv["user"])
     for number in (7, 7.0, True):
         with pytest.raises(DataError, match=r"'city' holds .* but the ids are text; convert it"):
-            encoder.encode(new.assign(city=number))
+            encode(encoder, new.assign(city=number))
 
 
 def test_no_rows_give_no_rows(data_set: PreparedDataSet) -> None:
     encoder = RowEncoder.load(data_set.path)
-    empty = encoder.encode(impressions()[:0])
+    empty = encode(encoder, impressions()[:0])
     assert len(empty) == 0
     assert empty.schema == impression_columns(encoder.schema)
 
@@ -139,7 +140,7 @@ def test_a_copy_without_the_data_encodes_the_same(
 ) -> None:
     copy = tmp_path / "run/preprocessing"
     copy_preprocessing(data_set.path, copy)
-    expected = RowEncoder.load(data_set.path).encode(impressions(50, seed=3))
+    expected = encode(RowEncoder.load(data_set.path), impressions(50, seed=3))
     assert sorted(path.name for path in copy.iterdir()) == ["dataset.json", "vocabulary"]
     kept = copy.stat().st_ino
     copy_preprocessing(data_set.path, copy)
@@ -147,7 +148,7 @@ def test_a_copy_without_the_data_encodes_the_same(
     with pytest.raises(DataError, match="is missing"):
         PreparedDataSet.open(copy)
     shutil.rmtree(data_set.path)
-    assert RowEncoder.load(copy).encode(impressions(50, seed=3)).equals(expected)
+    assert encode(RowEncoder.load(copy), impressions(50, seed=3)).equals(expected)
 
 
 def test_a_copy_is_not_laid_over_that_of_another_data_set(
@@ -208,7 +209,8 @@ def test_shared_features_are_written_out_per_row(tmp_path: Path) -> None:
             )
     encoder = RowEncoder.load(tmp_path / "prepared")
     assert not encoder.schema.has_shared_features
-    encoded = encoder.encode(
+    encoded = encode(
+        encoder,
         pa.table(
             {
                 "sample_id": [41, 42, 43],
@@ -217,7 +219,7 @@ def test_shared_features_are_written_out_per_row(tmp_path: Path) -> None:
                 "109_14__weight": [[0.25, 1.0, 2.0], [], []],
                 "205": [5, 5, 6],
             }
-        )
+        ),
     )
     assert encoded.to_pydict() == {
         "click": [0, 0, 0],
@@ -255,7 +257,7 @@ def test_rows_that_cannot_be_encoded_are_named(
         rows = rows.drop(columns=name) if value is ... else rows.assign(**{name: value})
     table = pa.Table.from_pandas(rows, preserve_index=False)
     with pytest.raises(DataError) as raised:
-        RowEncoder.load(data_set.path).encode(table)
+        encode(RowEncoder.load(data_set.path), table)
     assert sentence in str(raised.value)
 
 
@@ -268,7 +270,7 @@ def test_a_bad_row_of_a_file_is_named_by_its_place_in_the_file(
     rows.loc[41, "age"] = np.inf
     rows.to_parquet(tmp_path / "new.parquet")
     with pytest.raises(DataError, match=r"new\.parquet, row 41, column 'age'"):
-        list(RowEncoder.load(data_set.path).encode_blocks(tmp_path / "new.parquet"))
+        encode(RowEncoder.load(data_set.path), tmp_path / "new.parquet")
 
 
 def test_another_version_or_a_changed_vocabulary_is_refused(data_set: PreparedDataSet) -> None:
@@ -331,12 +333,12 @@ def test_missing_dense_values_are_the_mean_with_an_indicator_and_are_counted(tmp
     rows = pq.read_table(file).to_pandas()
     assert rows["price__missing"].tolist() == [1.0] * 10 + [0.0] * 90
     assert not rows.loc[:9, ["price", "age"]].any(axis=None)
-    new = RowEncoder.load(data_set.path).encode(test.drop(columns=["clicked", "bought"]))
+    new = encode(RowEncoder.load(data_set.path), test.drop(columns=["clicked", "bought"]))
     for name in data_set.schema.dense_features:
         np.testing.assert_array_equal(new[name], rows[name])
     # A CSV says the same with an empty field.
     test[["city", "price", "age"]].to_csv(tmp_path / "new.csv", index=False)
-    in_csv = RowEncoder.load(data_set.path).encode(pd.read_csv(tmp_path / "new.csv"))
+    in_csv = encode(RowEncoder.load(data_set.path), pd.read_csv(tmp_path / "new.csv"))
     np.testing.assert_array_equal(in_csv["price__missing"], rows["price__missing"])
 
 

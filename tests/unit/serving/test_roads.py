@@ -175,7 +175,7 @@ def test_the_program_refuses_what_does_not_fit(folder: Path) -> None:
 def test_the_transforms_in_the_program_are_those_of_the_data(folder: Path) -> None:
     """Beyond the clipping bounds, where the logarithm is, and missing."""
     predictor, rows = Predictor(folder / "package"), RowEncoder.load(folder / "data")
-    transform = rows.transform_of("price")
+    transform = rows.dense["price"]
     assert transform.method == "log"
     assert transform.high is not None
     low, high = transform.low, transform.high

@@ -21,6 +21,7 @@ from esmm_torchrec.data.sources.raw_times import read_time_part, read_times
 from esmm_torchrec.data.sources.row_split import RowSplit
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError, OptionError
+from tests.prepared_data import encode
 
 
 def log(rows: int = 400, seed: int = 0) -> pd.DataFrame:
@@ -153,9 +154,9 @@ def test_lists_in_text_are_lists(separator: str, tmp_path: Path) -> None:
     assert data_set.checksums == expected.checksums
     assert data_set.schema == expected.schema
     encoder = RowEncoder.load(data_set.path)
-    (encoded,) = encoder.encode_blocks(tmp_path / "b.csv")
+    encoded = encode(encoder, tmp_path / "b.csv")
     assert encoded["items"].to_pylist() == stored(data_set, "test")["items"].map(list).tolist()
-    assert encoder.encode(frame[200:])["items"].equals(encoded["items"])
+    assert encode(encoder, frame[200:])["items"].equals(encoded["items"])
 
 
 def test_words_are_ids_of_a_bag(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_words_are_ids_of_a_bag(tmp_path: Path) -> None:
     rows = stored(data_set, "train")["title"]
     assert [[raw_ids[row] for row in bag] for bag in rows] == words
     encoder = RowEncoder.load(data_set.path)
-    new = encoder.encode(frame[:1].assign(title="blue SHOES"))
+    new = encode(encoder, frame[:1].assign(title="blue SHOES"))
     assert new["title"].to_pylist() == [[0, raw_ids.index("shoes")]]
 
 
@@ -285,7 +286,7 @@ def test_a_column_may_be_an_id_and_dense_and_have_a_reserved_name(tmp_path: Path
     )
     assert [feature.name for feature in data_set.schema.id_features] == ["5", "timestamp__id"]
     assert data_set.schema.dense_features[:3] == ("5__dense", "price", "timestamp__dense")
-    encoded = RowEncoder.load(data_set.path).encode(frame)
+    encoded = encode(RowEncoder.load(data_set.path), frame)
     rows = stored(data_set, "train")
     for name in ("5", "timestamp__id", "5__dense", "timestamp__dense"):
         np.testing.assert_array_equal(encoded[name], rows[name])
@@ -297,7 +298,9 @@ def test_tables_without_ids_and_without_conversions(tmp_path: Path) -> None:
     assert dense.schema.dense_features == ("price",)
     (table,) = dense.schema.tables
     assert table.num_embeddings == 2
-    assert RowEncoder.load(dense.path).encode(frame[["price"]])[table.name].to_pylist() == [1] * 400
+    assert (
+        encode(RowEncoder.load(dense.path), frame[["price"]])[table.name].to_pylist() == [1] * 400
+    )
     clicks = prepare(tmp_path / "clicks", frame, frame, conversion=None)
     assert clicks.source["columns"]["labels"] == {"click": "clicked"}
     assert clicks.splits["train"].happened["click"] == frame["clicked"].sum()
@@ -335,9 +338,7 @@ def test_every_road_gives_a_value_the_same_row(values: list[str], tmp_path: Path
     for number, road in enumerate(roads):
         data_set = prepare(tmp_path / str(number), road, road)
         encoder = RowEncoder.load(data_set.path)
-        encoded = [
-            pa.concat_tables(encoder.encode_blocks(way))["user"].to_pylist() for way in roads
-        ]
+        encoded = [encode(encoder, way)["user"].to_pylist() for way in roads]
         assert all(rows == encoded[0] for rows in encoded), road
         missing = [value in ("", "NaN", "null") for value in values]
         assert [row is None for row in encoded[0]] == missing
@@ -349,27 +350,27 @@ def test_numbers_never_stand_for_text_ids(tmp_path: Path) -> None:
     encoder = RowEncoder.load(prepare(tmp_path / "out", frame, frame).path)
     for numbers in ([7, 8, 9], [7.0, 8.0, np.nan], np.array([7, 8, 2**63], np.uint64)):
         with pytest.raises(DataError, match=r"holds .* but the ids are text; convert it to text"):
-            encoder.encode(frame.assign(user=numbers))
-    nothing = encoder.encode(frame.assign(user=np.nan))
+            encode(encoder, frame.assign(user=numbers))
+    nothing = encode(encoder, frame.assign(user=np.nan))
     assert nothing["user"].to_pylist() == [None] * 3
 
 
 def test_an_empty_column_of_text_stays_text(tmp_path: Path) -> None:
     frame = pd.DataFrame({"clicked": 1, "bought": 1, "user": ["a", "b"]})
     encoder = RowEncoder.load(prepare(tmp_path / "out", frame, frame, min_count=2).path)
-    assert encoder.encode(frame)["user"].to_pylist() == [0, 0]
+    assert encode(encoder, frame)["user"].to_pylist() == [0, 0]
     with pytest.raises(DataError, match="but the ids are text"):
-        encoder.encode(frame.assign(user=[1, 2]))
+        encode(encoder, frame.assign(user=[1, 2]))
 
 
 def test_several_tables_are_encoded_one_after_the_other(tmp_path: Path) -> None:
     frame = log().drop(columns="items")
     encoder = RowEncoder.load(prepare(tmp_path / "out", frame, frame).path)
     frame[300:].to_csv(tmp_path / "b.csv", index=False)
-    encoded = pa.concat_tables(encoder.encode_blocks([frame[:300], tmp_path / "b.csv"]))
-    assert encoded.equals(encoder.encode(frame))
+    encoded = encode(encoder, [frame[:300], tmp_path / "b.csv"])
+    assert encoded.equals(encode(encoder, frame))
     with pytest.raises(DataError, match="a list is not a table; give paths, DataFrames or Arrow"):
-        list(encoder.encode_blocks([[frame]]))  # type: ignore[list-item]
+        encode(encoder, [[frame]])
 
 
 def test_text_is_read_for_scoring_as_it_was_for_training(tmp_path: Path) -> None:
@@ -383,7 +384,7 @@ def test_text_is_read_for_scoring_as_it_was_for_training(tmp_path: Path) -> None
         ids=["user", "city"],
         text_format=TextFormat(separator="~", encoding="cp1252"),
     )
-    (encoded,) = RowEncoder.load(data_set.path).encode_blocks(path)
+    encoded = encode(RowEncoder.load(data_set.path), path)
     assert encoded["city"].to_pylist() == [1] * 400
 
 
