@@ -117,7 +117,7 @@ class PreparedDataSet(Description):
                     root=root,
                     fingerprint=hashlib.sha256(content).hexdigest(),
                 )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).replace("`", "'")
             raise DataError(f"{root / DESCRIPTION} is broken ({reason}); {PREPARE_AGAIN}") from None
         raise DataError(
@@ -150,12 +150,12 @@ class PreparedDataSet(Description):
     @checks_choices
     def impression_files(self, split: SplitName) -> list[Path]:
         """Files of the impressions of a split, in the order of their rows."""
-        return [self.path / name for name in self.splits[split].impression_files]
+        return [self.path / part.file for part in self.splits[split].impression_parts]
 
     @checks_choices
     def shared_files(self, split: SplitName) -> list[Path]:
         """Files of the shared rows of a split; `shared_row` counts through them in this order."""
-        return [self.path / name for name in self.splits[split].shared_files]
+        return [self.path / part.file for part in self.splits[split].shared_parts]
 
     def row_of_ids(self, table: str) -> Vocabulary | HashedIds:
         """What gives the ids of a table their rows.

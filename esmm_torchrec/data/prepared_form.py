@@ -109,16 +109,6 @@ class Split:
     shared_parts: tuple[Part, ...]
     """In the order of their rows; `shared_row` counts through them."""
 
-    @property
-    def impression_files(self) -> tuple[str, ...]:
-        """Relative to the data set."""
-        return tuple(part.file for part in self.impression_parts)
-
-    @property
-    def shared_files(self) -> tuple[str, ...]:
-        """Relative to the data set."""
-        return tuple(part.file for part in self.shared_parts)
-
 
 @dataclass(frozen=True)
 class TableStatistics:
@@ -213,21 +203,15 @@ class Description:
             part_of: what a file holds, for a version that did not say it; None: not known.
 
         Raises:
-            ValueError: it is not one of a readable format; the message says where.
+            DataError, ValueError, KeyError, TypeError, AttributeError: it is not one of a readable
+                format; the message says where.
         """
-        try:
-            values = msgspec.json.decode(content)
-            changed = False
-            if isinstance(values, dict) and "crc32" in values:
-                changed = values.pop("crc32") != _crc32(values)
-            if isinstance(values, dict) and values.get("format_version") == 2:
-                _upgrade(values, part_of)
-            described = msgspec.convert(values, cls)
-        except (UnicodeDecodeError, DataError) as error:
-            raise ValueError(str(error)) from None
-        if changed:
+        values = msgspec.json.decode(content, type=dict[str, Any])
+        if "crc32" in values and values.pop("crc32") != _crc32(values):
             raise ValueError("its content does not match its checksum")
-        return described
+        if values["format_version"] == 2:
+            _upgrade(values, part_of)
+        return msgspec.convert(values, cls)
 
     @property
     def vocabulary_tables(self) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from types import TracebackType
 from typing import Any
 
@@ -129,16 +129,11 @@ class PreparedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        finished = False
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self._discard)
             if kind is None:
                 self._finish()
-                finished = True
-        finally:
-            if not finished:
-                self._discard()
-            if self._scratch is not None:
-                shutil.rmtree(self._scratch, ignore_errors=True)
+                on_error.pop_all()
 
     def _discard(self) -> None:
         """Deletes what was written."""
@@ -146,6 +141,7 @@ class PreparedWriter:
             order.close()
         for writer in self._splits.values():
             writer.close()
+        self._remove_scratch()
         if self.root.local is not None:
             shutil.rmtree(self.root.local, ignore_errors=True)
             return
@@ -159,12 +155,12 @@ class PreparedWriter:
     def scratch(self) -> Path:
         """A folder for files of the preparation itself; it is gone when the block ends."""
         if self._scratch is None:
-            if self.root.local is None:
-                self._scratch = Path(tempfile.mkdtemp(prefix="esmm_torchrec-"))
-            else:
-                self._scratch = self.root.local / "scratch"
-                self._scratch.mkdir()
+            self._scratch = Path(mkdtemp(prefix="esmm_torchrec-", dir=self.root.local))
         return self._scratch
+
+    def _remove_scratch(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
     def schema(self) -> Schema:
@@ -253,8 +249,7 @@ class PreparedWriter:
             for table in order.sorted():
                 self.split_writer(split).append("impressions", table)
         splits: dict[SplitName, Split] = {name: self._finish_split(name) for name in SPLITS}
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._remove_scratch()
         description = Description(
             source=self.source,
             min_count=self._min_count,
@@ -331,8 +326,8 @@ class PreparedWriter:
         """Reads the shared rows back: only now is it known how many impressions use each."""
         counts, first = self.split_writer(name).counts, 0
         impressions = counts.shared_row_use.impressions(split.shared_rows)
-        for file in split.shared_files:
-            with (self.root / file).open_input() as source, pq.ParquetFile(source) as parquet:
+        for part in split.shared_parts:
+            with (self.root / part.file).open_input() as source, pq.ParquetFile(source) as parquet:
                 for group in range(parquet.num_row_groups):
                     table = parquet.read_row_group(group)
                     times = impressions[first : first + len(table)]

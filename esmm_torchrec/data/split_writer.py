@@ -79,6 +79,7 @@ class _Files:
         columns: of the rows.
         rows_per_group: rows of a row group.
         tasks: whose labels the rows have.
+        checksums: sha256 of each file, in hex, which are added.
         random_names: whether others may write files of this stem.
     """
 
@@ -89,6 +90,7 @@ class _Files:
         columns: pa.Schema,
         rows_per_group: int,
         tasks: Iterable[Task],
+        checksums: dict[str, str],
         *,
         random_names: bool,
     ) -> None:
@@ -101,8 +103,8 @@ class _Files:
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
         self._writer: _PartWriter | None = None
+        self._checksums = checksums
         self.parts: list[Part] = []
-        self.checksums: dict[str, str] = {}
 
     def append(self, table: pa.Table) -> None:
         self._waiting.append(table)
@@ -138,7 +140,7 @@ class _Files:
         if self._writer is not None:
             part, checksum = self._writer.close()
             self.parts.append(part)
-            self.checksums[part.file] = checksum
+            self._checksums[part.file] = checksum
             self._writer = None
 
 
@@ -195,6 +197,8 @@ class SplitWriter:
             "impressions": impression_columns(schema, columns),
             "shared": shared_columns(schema),
         }
+        self.checksums: dict[str, str] = {}
+        """sha256 of the files written so far, in hex."""
         # In a store, a file must not replace one of an earlier or a parallel preparation.
         self._files: dict[RowKind, _Files] = {
             kind: _Files(
@@ -203,6 +207,7 @@ class SplitWriter:
                 self._columns[kind],
                 ROWS_PER_GROUP[kind],
                 schema.tasks if kind == "impressions" else (),
+                self.checksums,
                 random_names=random_names or root.local is None,
             )
             for kind in ("impressions", "shared")
@@ -257,7 +262,7 @@ class SplitWriter:
     def add(self, written: WrittenSplit) -> None:
         """Takes over what another writer of this split wrote."""
         self._files["impressions"].parts += written.parts
-        self._files["impressions"].checksums.update(written.checksums)
+        self.checksums.update(written.checksums)
         self.counts.add(written.counts)
 
     def finish(self) -> WrittenSplit:
@@ -275,15 +280,6 @@ class SplitWriter:
     def parts(self, kind: RowKind) -> tuple[Part, ...]:
         """The files written so far."""
         return tuple(self._files[kind].parts)
-
-    @property
-    def checksums(self) -> dict[str, str]:
-        """sha256 of the files written so far, in hex."""
-        return {
-            file: checksum
-            for files in self._files.values()
-            for file, checksum in files.checksums.items()
-        }
 
 
 def _encodings(columns: pa.Schema) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -40,6 +41,19 @@ _PERMANENT = (
 """What errors say that do not pass."""
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _in_attempts(
+    method: Callable[Concatenate[Location, P], T],
+) -> Callable[Concatenate[Location, P], T]:
+    """Makes a method one that is `retried`."""
+
+    @wraps(method)
+    def repeated(self: Location, *arguments: P.args, **named: P.kwargs) -> T:
+        return self.retried(lambda: method(self, *arguments, **named))
+
+    return repeated
 
 
 @dataclass(frozen=True)
@@ -93,71 +107,64 @@ class Location:
         """The path on this machine, if it is there."""
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
+    @_in_attempts
     def size(self) -> int | None:
         """Bytes of the file; None if there is none."""
-        info = self.retried(lambda: self.filesystem.get_file_info(self.path))
+        info = self.filesystem.get_file_info(self.path)
         return info.size if info.type == pafs.FileType.File else None
 
+    @_in_attempts
     def open_input(self) -> pa.NativeFile:
         """The file, for reading at any offset; FileNotFoundError if there is none."""
-        return self.retried(lambda: self.filesystem.open_input_file(self.path))
+        return self.filesystem.open_input_file(self.path)
 
+    @_in_attempts
     def files_below(self) -> list[Location]:
         """All files in the folder and its folders, by name; none if there is no folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self.retried(lambda: self.filesystem.get_file_info(selector))
+        found = self.filesystem.get_file_info(selector)
         paths = sorted(info.path for info in found if info.type == pafs.FileType.File)
         beginning = self.name.removesuffix(self.path)
         return [Location(self.filesystem, path, beginning + path) for path in paths]
 
+    @_in_attempts
     def open_output(self) -> pa.NativeFile:
         """The file, to be written anew; folders are made where a file system needs them."""
         if self.local is not None:
             self.local.parent.mkdir(parents=True, exist_ok=True)
-        return self.retried(lambda: self.filesystem.open_output_stream(self.path))
+        return self.filesystem.open_output_stream(self.path)
 
+    @_in_attempts
     def read_bytes(self) -> bytes:
         """All of the file; FileNotFoundError if there is none."""
+        with self.filesystem.open_input_file(self.path) as file:
+            return file.read()
 
-        def read() -> bytes:
-            with self.filesystem.open_input_file(self.path) as file:
-                return file.read()
-
-        return self.retried(read)
-
+    @_in_attempts
     def write_bytes(self, content: bytes) -> None:
         """Writes the file in one piece."""
+        with self.open_output() as file:
+            file.write(content)
 
-        def write() -> None:
-            with self.open_output() as file:
-                file.write(content)
-
-        self.retried(write)
-
+    @_in_attempts
     def copy_from(self, path: Path) -> None:
         """Writes the file as a copy of one on this machine."""
+        with path.open("rb") as source, self.open_output() as file:
+            shutil.copyfileobj(source, file, 1 << 22)
 
-        def copy() -> None:
-            with path.open("rb") as source, self.open_output() as file:
-                shutil.copyfileobj(source, file, 1 << 22)
-
-        self.retried(copy)
-
+    @_in_attempts
     def delete(self) -> None:
         """Deletes the file; FileNotFoundError if there is none."""
-        self.retried(lambda: self.filesystem.delete_file(self.path))
+        self.filesystem.delete_file(self.path)
 
+    @_in_attempts
     def sha256(self) -> str:
         """Checksum of the file, in hex."""
-
-        def checksum() -> str:
-            found = hashlib.sha256()
-            with self.filesystem.open_input_stream(self.path) as file:
-                while content := file.read(1 << 20):
-                    found.update(content)
-            return found.hexdigest()
-
-        return self.retried(checksum)
+        found = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.path) as file:
+            while content := file.read(1 << 20):
+                found.update(content)
+        return found.hexdigest()
 
     def retried(self, action: Callable[[], T]) -> T:
         """What `action` gives. If the location is in a store, an error that may pass, such as a

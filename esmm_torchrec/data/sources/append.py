@@ -281,7 +281,7 @@ def _together(
         key=whole.key,
         days=(*whole.days, day),
     )
-    named = [file for split in together.splits.values() for file in split.impression_files]
+    named = [part.file for of in together.splits.values() for part in of.impression_parts]
     for table in together.vocabulary_tables:
         named += [together.vocabulary_file(table), together.rare_file(table)]
     below = {f"{DAYS}/{day}/{file}": checksum for file, checksum in added.checksums.items()}

@@ -109,8 +109,8 @@ def test_a_data_set_in_a_store_is_that_on_the_disk(store: Store, tmp_path: Path)
     for split in ("train", "test"):
         for kind in ("impressions", "shared"):
             assert list(remote.checked_rows(split, kind)) == list(local.checked_rows(split, kind))
-        assert len(set(remote.splits[split].impression_files)) == 1
-        assert "impressions-00000" not in remote.splits[split].impression_files[0]
+        (part,) = remote.splits[split].impression_parts
+        assert "impressions-00000" not in part.file
     for table in local.schema.tables:
         assert remote.vocabulary(table.name).raw_ids == local.vocabulary(table.name).raw_ids
     with pytest.raises(DataError, match=r"^s3://bucket/deep/prepared already exists"):
@@ -229,7 +229,7 @@ def test_what_is_staged_comes_to_the_store_when_it_is_whole(store: Store, tmp_pa
 def test_missing_and_truncated_objects_are_named(store: Store):
     uri = store.uri("bucket/damaged")
     data_set = write_data_set(uri)
-    (name,) = data_set.splits["test"].impression_files
+    name = data_set.splits["test"].impression_parts[0].file
     file = data_set.root / name
     whole = file.read_bytes()
     file.write_bytes(whole[:-30])
