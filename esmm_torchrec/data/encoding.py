@@ -107,35 +107,23 @@ class RowEncoder:
         """
         data_set = PreparedDataSet.open(folder, data_files=False)
         schema, source = data_set.schema, data_set.source
-        vocabularies = {table.name: data_set.row_of_ids(table.name) for table in schema.tables}
         if source.get("kind") == "table":
             reading = RawReading.from_dict(source["reading"])
-            return cls(
-                reading.features,
-                vocabularies,
-                data_set.statistics.dense,
-                sample_id=reading.sample_id,
-                text_format=reading.text_format,
-                tasks=schema.tasks,
+        else:
+            kinds, features = data_set.statistics.tables, schema.id_features
+            columns = FeatureColumns(
+                id_features=tuple(replace(feature, shared=False) for feature in features),
+                kinds={feature.name: kinds[feature.table].kind for feature in features},
+                weights={of.name: weight_column(of.name) for of in features if of.weighted},
+                dense=tuple(data_set.statistics.dense),
             )
-        features = FeatureColumns(
-            id_features=tuple(replace(feature, shared=False) for feature in schema.id_features),
-            kinds={
-                feature.name: data_set.statistics.tables[feature.table].kind
-                for feature in schema.id_features
-            },
-            weights={
-                feature.name: weight_column(feature.name)
-                for feature in schema.id_features
-                if feature.weighted
-            },
-            dense=tuple(data_set.statistics.dense),
-        )
+            reading = RawReading(columns, SAMPLE_ID, TextFormat())
         return cls(
-            features,
-            vocabularies,
+            reading.features,
+            {table.name: data_set.row_of_ids(table.name) for table in schema.tables},
             data_set.statistics.dense,
-            sample_id=SAMPLE_ID,
+            sample_id=reading.sample_id,
+            text_format=reading.text_format,
             tasks=schema.tasks,
         )
 

@@ -32,19 +32,13 @@ from tqdm import tqdm
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.array_files import ArrayWriter, Layout, is_intact
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH, RowKind, SplitName
+from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH, OPTIONAL_COLUMNS, RowKind, SplitName
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
     COLLECTIONS,
-    CONVERSION_TIME,
-    GROUP_ID,
     SAMPLE_ID,
     SHARED_ROW,
-    TIMESTAMP,
-    TRUE_CTR,
-    TRUE_CVR,
-    WEIGHT,
     CollectionName,
     IdFeature,
     Schema,
@@ -57,17 +51,6 @@ CACHE_FOLDER = ".mapped"
 HistoryWeights = Literal["normalised", "raw"]
 """normalised: the weights of a multi-valued feature sum to 1 in each bag, so that a bag is a mean
 however long the history is. raw: as stored. Single-valued features keep their weight either way."""
-
-_SCALARS: dict[str, str] = {
-    SAMPLE_ID: "int64",
-    SHARED_ROW: "int32",
-    GROUP_ID: "int64",
-    TIMESTAMP: "int64",
-    CONVERSION_TIME: "int64",
-    TRUE_CTR: "float32",
-    TRUE_CVR: "float32",
-    WEIGHT: "float32",
-}
 
 
 class Bags(NamedTuple):
@@ -302,9 +285,11 @@ class _Store(NamedTuple):
         return COLLECTIONS[self.collection].weighted
 
 
-def _scalars(schema: Schema) -> dict[str, str]:
-    """Column → dtype, of the columns that are not features."""
-    return dict.fromkeys(schema.tasks.labels, "int8") | _SCALARS
+def _scalars(schema: Schema) -> dict[str, type]:
+    """Column → NumPy type, of the columns that are not features."""
+    columns = dict.fromkeys(schema.tasks.labels, np.int8)
+    columns |= {SAMPLE_ID: np.int64, SHARED_ROW: np.int32}
+    return columns | {name: kind.to_pandas_dtype() for name, kind in OPTIONAL_COLUMNS.items()}
 
 
 def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:

@@ -327,9 +327,12 @@ class IdCounter:
         self._type = None if kind is None else {"integer": pa.int64(), "text": _TEXT}[kind]
         self._low = 0
         self._dense = np.zeros(0, np.int64)
-        self._merged: pa.Table | None = None
-        self._pending: list[pa.Table] = []
-        self._pending_rows = 0
+        self._lists: list[pa.Table] = []
+        """raw_id and count; the first holds each id once if some were merged."""
+        self._merged = 0
+        """Ids in the first list, if some were merged."""
+        self._waiting = 0
+        """Ids in the others."""
 
     def add(
         self,
@@ -359,7 +362,7 @@ class IdCounter:
                 "table; use the same type for both"
             )
         self._type = ids.type
-        if pa.types.is_int64(ids.type) and not self._pending and self._merged is None:
+        if pa.types.is_int64(ids.type) and not self._lists:
             values = ids.to_numpy()
             if self._make_room(int(values.min()), int(values.max())):
                 counts = _bincount(values - self._low, impressions)
@@ -391,32 +394,26 @@ class IdCounter:
         return pa.array(places + self._low), pa.array(self._dense[places])
 
     def _append(self, ids: pa.Array, counts: pa.Array) -> None:
-        self._pending.append(pa.table({"raw_id": ids, "count": counts}))
-        self._pending_rows += len(ids)
-        if self._pending_rows > max(_MERGE_ROWS, len(self._merged or ())):
+        self._lists.append(pa.table({"raw_id": ids, "count": counts}))
+        self._waiting += len(ids)
+        if self._waiting > max(_MERGE_ROWS, self._merged):
             self._merge()
 
     def _merge(self) -> None:
-        tables = [*([self._merged] if self._merged is not None else []), *self._pending]
-        table = pa.concat_tables(tables)
-        if self._type == _TEXT:  # Grouping is five times slower for these.
-            ids = table.column("raw_id").combine_chunks()
-            distinct = _distinct(ids, table.column("count").to_numpy())
-        else:
-            grouped = table.group_by("raw_id").aggregate([("count", "sum")])
-            distinct = grouped["raw_id"], grouped["count_sum"]
-        self._merged = pa.table(dict(zip(("raw_id", "count"), distinct, strict=True)))
-        self._pending, self._pending_rows = [], 0
+        table = pa.concat_tables(self._lists)
+        ids, counts = _distinct(id_array(table["raw_id"]), table["count"].to_numpy())
+        self._lists = [pa.table({"raw_id": ids, "count": counts})]
+        self._merged, self._waiting = len(ids), 0
 
     def counts(self) -> tuple[pa.Array, np.ndarray]:
         """The ids counted so far, each once, and int64, how often each occurs."""
-        if self._merged is None and not self._pending:
+        if not self._lists:
             ids, counts = self._dense_counts()
             return ids.cast(_TEXT) if self._type == _TEXT else ids, counts.to_numpy()
-        if self._pending:
+        if self._waiting:
             self._merge()
-        assert self._merged is not None
-        return id_array(self._merged["raw_id"]), self._merged["count"].to_numpy()
+        (merged,) = self._lists
+        return id_array(merged["raw_id"]), merged["count"].to_numpy()
 
     def vocabulary(self, min_count: int) -> Vocabulary:
         """The vocabulary of the ids counted so far that occur `min_count` times or more."""

@@ -16,6 +16,7 @@ from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.sources.append import append_table
 from esmm_torchrec.data.sources.tabular import prepare_table
 from esmm_torchrec.errors import DataError, OptionError
+from tests.prepared_data import encode
 
 ROWS = 97
 
@@ -98,7 +99,7 @@ def test_a_hashed_column_needs_no_vocabulary(tmp_path: Path) -> None:
 def test_rows_to_score_and_further_days_follow_the_same_rule(tmp_path: Path) -> None:
     data_set = _prepare(tmp_path / "data")
     copy_preprocessing(data_set.path, tmp_path / "copy")
-    encoded = RowEncoder.load(tmp_path / "copy").encode(_day(2))
+    encoded = encode(RowEncoder.load(tmp_path / "copy"), _day(2))
     assert encoded["cookie"].to_pylist() == [_row_of_text(text) for text in _day(2)["cookie"]]
     added = append_table(data_set.path, train=_day(2))
     (file,) = added.impression_files("train")
