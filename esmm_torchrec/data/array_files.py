@@ -47,8 +47,6 @@ class Layout(msgspec.Struct, frozen=True):
     version: int
     fingerprint: str
     """Of what the arrays were made from."""
-    written_out: bool
-    """Whether impressions hold the shared features, too."""
     arrays: dict[str, ArrayFile]
 
     @classmethod

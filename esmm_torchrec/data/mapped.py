@@ -231,7 +231,7 @@ class MappedSplit:
             )
             layout.append("impressions", impressions)
             layout.append("shared", shared)
-            written = Layout(LAYOUT_VERSION, fingerprint, written_out, layout.writer.arrays)
+            written = Layout(LAYOUT_VERSION, fingerprint, layout.writer.arrays)
             with _writing(folder):
                 written.write(partial)
                 partial.rename(folder)
@@ -250,7 +250,7 @@ class MappedSplit:
             return layout.map(folder, name)
 
         bags: dict[CollectionName, tuple[MappedBags, ...]] = {}
-        for store in _stores(schema, written_out=layout.written_out):
+        for store in _stores(schema, written_out=SHARED_ROW not in layout.arrays):
             mapped = MappedBags(
                 features=tuple(feature.name for feature in store.features),
                 shared=store.shared,

@@ -50,7 +50,7 @@ from esmm_torchrec.data.prepared_form import (
     same_columns,
     shared_columns,
 )
-from esmm_torchrec.data.storage import Location
+from esmm_torchrec.data.storage import Location, reading
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SHARED_ROW
@@ -284,19 +284,9 @@ class PreparedDataSet(Description):
                         )
                     return parquet.read_row_group(group, columns=only, use_threads=use_threads)
 
-        try:
+        remedy = f"once it can be read, resume the run from its last checkpoint, or {PREPARE_AGAIN}"
+        with reading(file, remedy):
             return file.retried(read)
-        except FileNotFoundError:
-            raise DataError(
-                f"{file} is missing; restore it from a copy or {PREPARE_AGAIN}"
-            ) from None
-        except pa.ArrowException as error:
-            raise DataError(f"{file} is broken ({error}); restore it or {PREPARE_AGAIN}") from None
-        except OSError as error:
-            raise DataError(
-                f"{file} cannot be read ({error}); once it can, resume the run from its last "
-                "checkpoint"
-            ) from None
 
     def verify(self) -> None:
         """Reads every file as `checked_rows` does, the vocabularies, too. Training does it once,
@@ -321,14 +311,8 @@ class PreparedDataSet(Description):
         if name not in self.checksums:
             raise DataError(f"{self.root / DESCRIPTION} has no checksum of {name}; {PREPARE_AGAIN}")
         file = self.root / name
-        try:
+        with reading(file, PREPARE_AGAIN):
             checksum = file.sha256()
-        except FileNotFoundError:
-            raise DataError(f"{file} is missing; {PREPARE_AGAIN}") from None
-        except OSError as error:
-            raise DataError(
-                f"{file} cannot be read ({error.strerror or error}); {PREPARE_AGAIN}"
-            ) from None
         if checksum != self.checksums[name]:
             raise DataError(
                 f"{file} was changed after it was written (its checksum differs); "
@@ -356,13 +340,12 @@ def _part_of(root: Location, name: str) -> Part:
 
 def _footer(file: Location) -> tuple[int, ...]:
     """Rows of each row group of a Parquet file."""
-    try:
-        with file.open_input() as source, pq.ParquetFile(source) as parquet:
-            return _row_groups(parquet)
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing; {PREPARE_AGAIN}") from None
-    except (pa.ArrowException, OSError):
-        raise DataError(f"{file} is broken or cut short; {PREPARE_AGAIN}") from None
+    with (
+        reading(file, PREPARE_AGAIN),
+        file.open_input() as source,
+        pq.ParquetFile(source) as parquet,
+    ):
+        return _row_groups(parquet)
 
 
 def _row_groups(parquet: pq.ParquetFile) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
@@ -182,11 +182,8 @@ class PreparedWriter:
             (vocabulary_file(table), vocabulary.write),
             (rare_file(table), vocabulary.write_rare),
         ):
-            file = HashedOutput(self.root / name)
-            try:
+            with closing(HashedOutput(self.root / name)) as file:
                 write(file)
-            finally:
-                file.close()
             self._checksums[name] = file.checksum
 
     def write_impressions(

@@ -189,6 +189,19 @@ class Location:
         raise AssertionError
 
 
+@contextmanager
+def reading(file: Location, remedy: str) -> Iterator[None]:
+    """Raises DataError for whatever keeps a file from being read; `remedy` ends the sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; {remedy}") from None
+    except pa.ArrowException as error:
+        raise DataError(f"{file} is broken or cut short ({error}); {remedy}") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror or error}); {remedy}") from None
+
+
 class HashedOutput:
     """A file that is being written, with the sum of what has been: pyarrow's writers take it."""
 

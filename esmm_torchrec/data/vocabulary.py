@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from esmm_torchrec.data.storage import HashedOutput, Location
+from esmm_torchrec.data.storage import HashedOutput, Location, reading
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import UNKNOWN_ROW
 
@@ -295,13 +295,8 @@ class Vocabulary:
 
 def _read(path: Path | Location) -> pa.Table:
     location = Location.of(path)
-    try:
-        with location.open_input() as file:
-            return location.retried(lambda: pq.ParquetFile(file).read())
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; prepare the data set again") from None
-    except pa.ArrowException as error:
-        raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+    with reading(location, "prepare the data set again"), location.open_input() as file:
+        return location.retried(lambda: pq.ParquetFile(file).read())
 
 
 def check_number_of_ids(number: int, min_count: int) -> None:

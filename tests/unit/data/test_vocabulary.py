@@ -122,7 +122,7 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"none\.parquet is missing"):
         Vocabulary.read(tmp_path / "none.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(DataError, match=r"broken\.parquet cannot be read"):
+    with pytest.raises(DataError, match=r"broken\.parquet is broken or cut short"):
         Vocabulary.read(tmp_path / "broken.parquet")
     vocabulary = Vocabulary(pa.array([1, 2]), np.array([1, 1]))
     vocabulary.write(tmp_path / "t.parquet")
