@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.choices import check_positive
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import Schema
 
@@ -47,12 +48,7 @@ class BatchReader(ABC):
     taken, and not when a batch is handed out, because pipelines ask for batches ahead of time.
 
     Args:
-        schema: of the impressions.
-        num_rows: rows of an epoch, over all ranks.
-        batch_size: B, rows per rank and step.
-        rank: r.
-        world_size: W.
-        rows_per_step: S, at most B·W; None: B·W.
+        num_rows: rows of an epoch, over all ranks; the others are those of `ImpressionReader`.
         exchange: what the ranks combine their counts with; None: blocks have those of all ranks.
 
     Raises:
@@ -70,8 +66,7 @@ class BatchReader(ABC):
         rows_per_step: int | None,
         exchange: Exchange | None,
     ) -> None:
-        if batch_size < 1:
-            raise OptionError(f"batch_size {batch_size} is not positive; give at least 1")
+        check_positive(batch_size=batch_size)
         self.schema = schema
         self.num_rows = num_rows
         self.batch_size = batch_size

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.choices import checks_choices
+from esmm_torchrec.choices import check_positive, checks_choices
 from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
 from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
 from esmm_torchrec.data.mapped import MappedSplit
-from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import SHARED_ROW
 
 STEPS_PER_BLOCK = 32
@@ -93,8 +92,7 @@ class ImpressionReader(BatchReader):
             rows_per_step=rows_per_step,
             exchange=exchange,
         )
-        if shuffle_chunk < 1:
-            raise OptionError(f"shuffle_chunk {shuffle_chunk} is not positive; give at least 1")
+        check_positive(shuffle_chunk=shuffle_chunk)
         self.split = split
         self.seed = seed
         self.shuffle = shuffle

@@ -71,17 +71,7 @@ class _PartWriter:
 
 class _Files:
     """The files of one split and kind: row groups and files of a fixed number of rows, so that
-    the bytes do not depend on how the rows were handed in.
-
-    Args:
-        root: of the data set.
-        stem: of the files' names, relative to it.
-        columns: of the rows.
-        rows_per_group: rows of a row group.
-        tasks: whose labels the rows have.
-        checksums: sha256 of each file, in hex, which are added.
-        random_names: whether others may write files of this stem.
-    """
+    the bytes do not depend on how the rows were handed in. `checksums` gets the sha256 of each."""
 
     def __init__(
         self,
