@@ -172,12 +172,7 @@ class Description:
         tables = {table.name for table in self.schema.tables}
         if set(self.statistics.tables) != tables:
             raise ValueError("its statistics are of other tables than its schema")
-        dense = [
-            name
-            for column, transform in self.statistics.dense.items()
-            for name in dense_features(column, transform)
-        ]
-        if sorted(dense) != sorted(self.schema.dense_features):
+        if sorted(dense_features(self.statistics.dense)) != sorted(self.schema.dense_features):
             raise ValueError("its statistics are of other dense features than its schema")
         if any(
             set(split.happened) != set(self.schema.tasks.names) for split in self.splits.values()
@@ -255,9 +250,13 @@ def _upgrade(values: dict[str, Any], part_of: Callable[[str], Part | None]) -> N
         }
 
 
-def dense_features(column: str, transform: DenseTransform) -> list[str]:
-    """Dense features that a raw dense column becomes."""
-    return [column, missing_column(column)] if transform.has_indicator else [column]
+def dense_features(dense: Mapping[str, DenseTransform]) -> tuple[str, ...]:
+    """Dense features that raw dense columns become."""
+    return tuple(
+        name
+        for column, transform in dense.items()
+        for name in (column, *([missing_column(column)] if transform.has_indicator else []))
+    )
 
 
 def schema_of(
@@ -278,9 +277,7 @@ def schema_of(
     return Schema(
         tables=tuple(Table(name, num_embeddings[name]) for name in tables),
         id_features=tuple(id_features),
-        dense_features=tuple(
-            name for column in dense for name in dense_features(column, dense[column])
-        ),
+        dense_features=dense_features(dense),
         tasks=tasks,
     )
 
