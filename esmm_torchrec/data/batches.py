@@ -6,7 +6,7 @@ Shapes: B rows of a batch, n <= B of them not padding, U distinct shared rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,17 @@ from esmm_torchrec.schema import COLLECTIONS, SHARED_ROW
 SharedFeatures = Literal["once", "expanded"]
 """once: a batch carries each distinct shared row once, with an index. expanded: it is written out
 for every impression."""
+
+
+class StepRows(NamedTuple):
+    """The n rows that a rank has in a step."""
+
+    numbers: np.ndarray
+    """int (n,), row numbers."""
+    weights: np.ndarray
+    """float32 (n,)."""
+    labels: Mapping[str, np.ndarray] = {}
+    """Label → (n,), in place of the split's or beside them."""
 
 
 class BatchMaker:
@@ -49,64 +60,44 @@ class BatchMaker:
         self._given = list(dict.fromkeys(before.label for _, before in self._tasks.links))
         """Labels that other tasks are given."""
 
-    def _labels(
-        self, rows: np.ndarray, given: Mapping[str, np.ndarray] | None
-    ) -> dict[str, np.ndarray]:
-        labels = {label: self._split.scalars[label][rows] for label in self._tasks.labels}
-        return labels | dict(given or {})
+    def _labels(self, rows: StepRows) -> dict[str, np.ndarray]:
+        labels = {label: self._split.scalars[label][rows.numbers] for label in self._tasks.labels}
+        return labels | dict(rows.labels)
 
-    def counts(
-        self,
-        rows: np.ndarray,
-        weights: np.ndarray,
-        given: Mapping[str, np.ndarray] | None = None,
-    ) -> np.ndarray:
+    def counts(self, rows: StepRows) -> np.ndarray:
         """float64 (2 + labels,): the sum of the weights, that of the rows with each label that
         other tasks are given, and last the bags that shared features need, which is U or one more
-        if there is padding. Over all ranks, the last is a maximum and the others are sums.
-
-        Args:
-            rows: int (n,), row numbers.
-            weights: float32 (n,).
-            given: label → (n,), in place of the split's or beside them.
-        """
-        columns, labels = self._split.scalars, self._labels(rows, given)
-        sums = [weights.sum(dtype=np.float64)]
-        sums += [weights @ labels[label].astype(np.float64) for label in self._given]
+        if there is padding. Over all ranks, the last is a maximum and the others are sums."""
+        labels = self._labels(rows)
+        sums = [rows.weights.sum(dtype=np.float64)]
+        sums += [rows.weights @ labels[label].astype(np.float64) for label in self._given]
         bags = 0
         if self._once:
-            bags = len(np.unique(columns[SHARED_ROW][rows])) + (len(rows) < self._batch_size)
+            owners = self._split.scalars[SHARED_ROW][rows.numbers]
+            bags = len(np.unique(owners)) + (len(owners) < self._batch_size)
         return np.array([*sums, bags], np.float64)
 
-    def make(
-        self,
-        rows: np.ndarray,
-        weights: np.ndarray,
-        given: Mapping[str, np.ndarray] | None = None,
-        *,
-        totals: np.ndarray,
-        world_size: int,
-    ) -> ImpressionBatch:
+    def make(self, rows: StepRows, *, totals: np.ndarray, world_size: int) -> ImpressionBatch:
         """The batch of some rows, padded to B.
 
         Args:
-            rows: int (n,), row numbers.
-            weights: float32 (n,).
-            given: label → (n,), in place of the split's or beside them.
+            rows: of this rank.
             totals: `counts` over all ranks.
             world_size: how many ranks these are.
         """
         means = torch.from_numpy((totals[:-1] / world_size).astype(np.float32))
         labels = {
             label: torch.from_numpy(self._padded(values.astype(np.float32)))
-            for label, values in self._labels(rows, given).items()
+            for label, values in self._labels(rows).items()
         }
-        dense = self._split.dense
+        dense = None
+        if self._split.dense.shape[1]:
+            dense = torch.from_numpy(self._padded(self._split.dense[rows.numbers]))
         batch = ImpressionBatch(
             labels=labels,
-            **self._sparse(rows, max(1, int(totals[-1]))),
-            dense_features=torch.from_numpy(self._padded(dense[rows])) if dense.shape[1] else None,
-            weight=torch.from_numpy(self._padded(weights)),
+            **self._sparse(rows.numbers, max(1, int(totals[-1]))),
+            dense_features=dense,
+            weight=torch.from_numpy(self._padded(rows.weights)),
             mean_weight=means[0],
             mean_label_weight=dict(zip(self._given, means[1:], strict=True)),
         )

@@ -20,7 +20,7 @@ import numpy as np
 from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.choices import check_positive, checks_choices
 from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
-from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
+from esmm_torchrec.data.batches import BatchMaker, SharedFeatures, StepRows
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.schema import SHARED_ROW
 
@@ -144,10 +144,10 @@ class ImpressionReader(BatchReader):
     def _block(self, order: np.ndarray | None, starts: range) -> Block:
         def batch(step: int, totals: np.ndarray) -> ImpressionBatch:
             rows = self._rows(order, starts[step], self.rank)
-            return self._maker.make(*rows, totals=totals, world_size=self.world_size)
+            return self._maker.make(rows, totals=totals, world_size=self.world_size)
 
         def counts(start: int, rank: int) -> np.ndarray:
-            return self._maker.counts(*self._rows(order, start, rank))
+            return self._maker.counts(self._rows(order, start, rank))
 
         if self._exchange is not None:
             return Block(np.stack([counts(start, self.rank) for start in starts]), batch)
@@ -158,19 +158,16 @@ class ImpressionReader(BatchReader):
         totals[:, -1] = by_rank[:, :, -1].max(axis=0)
         return Block(totals, batch)
 
-    def _rows(
-        self, order: np.ndarray | None, start: int, rank: int
-    ) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:
-        """Row numbers of a rank in the step that starts at a position, their weights and what
-        takes the place of their labels."""
+    def _rows(self, order: np.ndarray | None, start: int, rank: int) -> StepRows:
+        """Those of a rank in the step that starts at a position."""
         end = min(start + self.global_batch_size, self.num_rows)
         first = min(start + rank * self.batch_size, end)
         last = min(first + self.batch_size, end)
         positions = np.arange(first, last) if order is None else order[first:last]
         if self.selection is None:
-            return positions, np.ones(len(positions), np.float32), {}
+            return StepRows(positions, np.ones(len(positions), np.float32))
         weights = self.selection.weights
-        return (
+        return StepRows(
             self.selection.rows[positions],
             np.ones(len(positions), np.float32) if weights is None else weights[positions],
             {label: values[positions] for label, values in self.selection.labels.items()},

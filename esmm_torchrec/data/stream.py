@@ -31,7 +31,7 @@ import pyarrow as pa
 from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.choices import check_choices, check_positive, checks_choices
 from esmm_torchrec.data.batch_reader import BatchReader, Block, Exchange
-from esmm_torchrec.data.batches import BatchMaker, SharedFeatures
+from esmm_torchrec.data.batches import BatchMaker, SharedFeatures, StepRows
 from esmm_torchrec.data.mapped import HistoryWeights, MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SplitName
@@ -270,14 +270,15 @@ class StreamReader(BatchReader):
         ]
         weight = split.scalars.get(WEIGHT)
 
-        def weights(rows: np.ndarray) -> np.ndarray:
-            return np.ones(len(rows), np.float32) if weight is None else weight[rows]
+        def weighted(rows: np.ndarray) -> StepRows:
+            return StepRows(
+                rows, np.ones(len(rows), np.float32) if weight is None else weight[rows]
+            )
 
         def batch(step: int, totals: np.ndarray) -> ImpressionBatch:
-            rows = steps[step]
-            return maker.make(rows, weights(rows), totals=totals, world_size=self.world_size)
+            return maker.make(weighted(steps[step]), totals=totals, world_size=self.world_size)
 
-        return Block(np.stack([maker.counts(rows, weights(rows)) for rows in steps]), batch)
+        return Block(np.stack([maker.counts(weighted(rows)) for rows in steps]), batch)
 
     def _rows_of(
         self, order: np.ndarray, ends: np.ndarray, lane: int, first: int
