@@ -70,12 +70,10 @@ class HashedIds:
         if len(ids) == 0 or ids.null_count == len(ids):
             return np.full(len(ids), UNKNOWN_ROW, np.int32)
         check_kind(ids, self.kind)
+        is_text = self.kind == "text"
+        integers = text_hashes(ids.fill_null("")) if is_text else ids.fill_null(0).to_numpy()
         is_there = ids.is_valid().to_numpy(zero_copy_only=False)
-        if self.kind == "text":
-            rows = self.rows_of(text_hashes(ids.fill_null("")))
-        else:
-            rows = self.rows_of(ids.fill_null(0).to_numpy())
-        return np.where(is_there, rows, np.int32(UNKNOWN_ROW))
+        return np.where(is_there, self.rows_of(integers), np.int32(UNKNOWN_ROW))
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """Rows of integer ids (or of the hashes of texts), int32 (n,) from 64-bit integers (n,)."""
