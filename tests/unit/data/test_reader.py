@@ -301,9 +301,9 @@ def test_a_step_that_ranks_do_not_divide_has_the_same_rows(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "`batch_size` 0"),
         ({"batch_size": 4, "world_size": 2, "rows_per_step": 9}, "rows_per_step 9 does not fit"),
-        ({"batch_size": 4, "shuffle_chunk": 0}, "shuffle_chunk 0"),
+        ({"batch_size": 4, "shuffle_chunk": 0}, "`shuffle_chunk` 0"),
         ({"batch_size": 4, "selection": Selection(np.array([], np.int64))}, "no impression"),
     ],
 )
