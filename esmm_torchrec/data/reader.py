@@ -149,11 +149,8 @@ class ImpressionReader(BatchReader):
         def counts(start: int, rank: int) -> np.ndarray:
             return self._maker.counts(self._rows(order, start, rank))
 
-        if self._exchange is not None:
-            return Block(np.stack([counts(start, self.rank) for start in starts]), batch)
-        by_rank = np.stack(
-            [[counts(start, rank) for start in starts] for rank in range(self.world_size)]
-        )
+        ranks = range(self.world_size) if self._exchange is None else [self.rank]
+        by_rank = np.stack([[counts(start, rank) for start in starts] for rank in ranks])
         totals = by_rank.sum(axis=0)
         totals[:, -1] = by_rank[:, :, -1].max(axis=0)
         return Block(totals, batch)
