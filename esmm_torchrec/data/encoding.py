@@ -36,7 +36,7 @@ from esmm_torchrec.data.sources.raw_tables import (
     open_raw_tables,
 )
 from esmm_torchrec.data.sources.raw_values import Fault, read_integers
-from esmm_torchrec.data.storage import Location, publish
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError

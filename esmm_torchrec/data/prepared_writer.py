@@ -32,7 +32,7 @@ from esmm_torchrec.data.prepared_form import (
     vocabulary_file,
 )
 from esmm_torchrec.data.split_writer import SplitWriter
-from esmm_torchrec.data.storage import HashedOutput, Location, publish
+from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError

@@ -8,7 +8,6 @@ they are whole.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 import time
@@ -271,34 +270,6 @@ def staged(out: str, *, last: str | None = None) -> Iterator[Path]:
         files = sorted(file for file in made.rglob("*") if file.is_file())
         for file in sorted(files, key=lambda file: file == made / (last or "")):
             (target / file.relative_to(made).as_posix()).copy_from(file)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Renames a folder on this machine, its content synchronised first, so that a power failure
-    leaves either the whole folder or none."""
-    for folder, _, files in os.walk(partial):
-        for name in files:
-            _synchronise(Path(folder, name))
-        _synchronise(Path(folder))
-    partial.rename(final)
-    _synchronise(final.parent)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Gives a file on this machine a new content; whoever opens it reads the old one or the new."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    _synchronise(partial)
-    partial.rename(path)
-    _synchronise(path.parent)
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_uri(place: Path | str) -> bool:

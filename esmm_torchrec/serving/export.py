@@ -18,7 +18,6 @@ import torch
 from esmm_torchrec.data.encoding import RowEncoder, copy_preprocessing
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.sources.feature_columns import CONSTANT
-from esmm_torchrec.data.storage import publish
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import OptionError, RunError

@@ -40,7 +40,7 @@ from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_passes import count_training_rows, write_rows
 from esmm_torchrec.data.sources.table_preparation import Preparation
 from esmm_torchrec.data.sources.table_rows import TableRows, UnclickedConversions
-from esmm_torchrec.data.storage import Location, replace_file
+from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.durable import replace_file
 from esmm_torchrec.errors import DataError, OptionError
