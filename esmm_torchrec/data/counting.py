@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.prepared_form import as_array
 from esmm_torchrec.schema import UNKNOWN_ROW
 
 
@@ -53,9 +52,8 @@ class IdCounts:
         for name in vars(other):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def add(self, column: pa.ChunkedArray, impressions: np.ndarray | None = None) -> None:
-        """Counts stored rows, each of which counts as 1 or as `impressions` of them."""
-        rows = as_array(column)
+    def add(self, rows: pa.Array, impressions: np.ndarray | None = None) -> None:
+        """Counts the ids of stored rows, each of which counts as 1 or as `impressions` of them."""
         if pa.types.is_list(rows.type):
             lengths, ids = np.diff(rows.offsets.to_numpy()), rows.flatten().to_numpy()
         else:

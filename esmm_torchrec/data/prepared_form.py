@@ -339,8 +339,9 @@ def same_columns(found: pa.Schema, expected: pa.Schema) -> str | None:
     return None
 
 
-def as_array(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array, which is a copy only of several chunks."""
+def array_of(table: pa.Table, name: str) -> Any:
+    """A column as one array; not copied if it is in one piece."""
+    column = table.column(name)
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -416,7 +417,7 @@ def _check_numbers(table: pa.Table, tasks: TaskChain, where: str) -> None:
 
 
 def _check_ids(table: pa.Table, feature: IdFeature, of: Table, where: str) -> None:
-    stored = as_array(table.column(feature.name))
+    stored = array_of(table, feature.name)
     lists = stored if feature.multi_valued else None
     ids = stored if lists is None else lists.flatten()
     if lists is not None:
@@ -429,7 +430,7 @@ def _check_ids(table: pa.Table, feature: IdFeature, of: Table, where: str) -> No
     if not feature.weighted:
         return
     column = weight_column(feature.name)
-    weights = as_array(table.column(column))
+    weights = array_of(table, column)
     if lists is None:
         unpaired = pc.xor(weights.is_null(), stored.is_null()).to_numpy(zero_copy_only=False)
         refuse(unpaired, "an id without a weight, or the reverse", where=where, column=column)

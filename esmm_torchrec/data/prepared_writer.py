@@ -26,6 +26,7 @@ from esmm_torchrec.data.prepared_form import (
     SplitName,
     Statistics,
     TableStatistics,
+    array_of,
     partial_folder,
     rare_file,
     schema_of,
@@ -331,7 +332,7 @@ class PreparedWriter:
                     first += len(table)
                     for feature in self._id_features:
                         if feature.shared:
-                            counts.ids[feature.name].add(table.column(feature.name), times)
+                            counts.ids[feature.name].add(array_of(table, feature.name), times)
 
 
 def refuse_existing(root: Location) -> None:

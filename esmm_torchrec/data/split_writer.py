@@ -18,6 +18,7 @@ from esmm_torchrec.data.prepared_form import (
     Part,
     RowKind,
     SplitName,
+    array_of,
     check_values,
     impression_columns,
     same_columns,
@@ -221,7 +222,7 @@ class SplitWriter:
         table = self._checked("impressions", table)
         for feature in self._schema.id_features:
             if not feature.shared:
-                self.counts.ids[feature.name].add(table.column(feature.name))
+                self.counts.ids[feature.name].add(array_of(table, feature.name))
         if len(table) and SHARED_ROW in table.column_names:
             rows = table.column(SHARED_ROW).to_numpy()
             if rows.min() < 0:

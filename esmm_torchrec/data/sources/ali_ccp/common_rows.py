@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from esmm_torchrec.data.prepared_form import array_of
 from esmm_torchrec.data.sources.ali_ccp.fields import INDEX
 from esmm_torchrec.data.sources.ali_ccp.files import RawFile
-from esmm_torchrec.data.sources.ali_ccp.lines import array_of
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import GROUP_ID
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from esmm_torchrec.data.prepared_form import array_of
 from esmm_torchrec.data.sources.ali_ccp.bad_lines import explain
 from esmm_torchrec.data.sources.ali_ccp.fields import (
     FEATURE_LIST,
@@ -56,12 +57,6 @@ def _read_csv(text: Any, *, delimiter: str, columns: Mapping[str, pa.DataType]) 
         ).combine_chunks()
     except pa.ArrowInvalid:
         raise _MalformedError from None
-
-
-def array_of(table: pa.Table, name: str) -> Any:
-    """A column as one array; not copied if it is in one piece."""
-    column = table.column(name)
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _parse(text: bytes, layout: Layout) -> pa.Table:

@@ -23,7 +23,13 @@ import pyarrow as pa
 from esmm_torchrec.choices import checks_choices
 from esmm_torchrec.data.in_order import in_order
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns, shared_columns
+from esmm_torchrec.data.prepared_form import (
+    SPLITS,
+    SplitName,
+    array_of,
+    impression_columns,
+    shared_columns,
+)
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.ali_ccp.common_rows import CommonRows
 from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, INDEX, SKELETON, USER, Layout
@@ -38,7 +44,6 @@ from esmm_torchrec.data.sources.ali_ccp.lines import (
     BadRow,
     Block,
     ParsedLines,
-    array_of,
     parse_block,
 )
 from esmm_torchrec.data.sources.ali_ccp.truth import Truth

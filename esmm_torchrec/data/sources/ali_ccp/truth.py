@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from esmm_torchrec.data.prepared_form import SplitName
-from esmm_torchrec.data.sources.ali_ccp.lines import array_of
+from esmm_torchrec.data.prepared_form import SplitName, array_of
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import SAMPLE_ID, TRUE_CTR, TRUE_CVR
 

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from esmm_torchrec.data.counting import SharedRowUse
+from esmm_torchrec.data.prepared_form import array_of
 from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, SKELETON
-from esmm_torchrec.data.sources.ali_ccp.lines import array_of
 from esmm_torchrec.data.split_writer import RowKind
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.schema import SHARED_ROW, IdFeature
