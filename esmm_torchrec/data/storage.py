@@ -196,10 +196,12 @@ def reading(file: Location, remedy: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {remedy}") from None
-    except pa.ArrowException as error:
-        raise DataError(f"{file} is broken or cut short ({error}); {remedy}") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror or error}); {remedy}") from None
+    except (pa.ArrowException, OSError) as error:
+        of_system = isinstance(error, OSError)
+        what = "cannot be read" if of_system else "is broken or cut short"
+        reason = (of_system and error.strerror) or str(error)
+        # Those of Parquet have several lines.
+        raise DataError(f"{file} {what} ({' '.join(reason.split())}); {remedy}") from None
 
 
 class HashedOutput:
