@@ -1,8 +1,9 @@
-"""Literal types checked at run time, so that a word from Python is checked like one from the
-command line.
+"""Literal types and ranges checked at run time, so that a value from Python is checked like one
+from the command line.
 
-A dataclass calls `check_choices(self)` in its `__post_init__`; a function or a method with Literal
-parameters is decorated with `checks_choices`.
+A dataclass calls `check_choices(self)` in its `__post_init__`, and `check_ranges` if a type of its
+fields has a `Range`; a function or a method with Literal parameters is decorated with
+`checks_choices`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,26 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache, wraps
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from esmm_torchrec.errors import OptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that a field may have, as a note of its type."""
+
+    words: str
+    """What a value that is refused is not."""
+    holds: Callable[[Any], bool]
+
+
+NotNegative = Annotated[float, Range("0 or more", lambda value: value >= 0)]
+Positive = Annotated[int, Range("above 0", lambda value: value >= 1)]
 
 
 def check_choices(options: object) -> None:
@@ -33,6 +47,23 @@ def check_choices(options: object) -> None:
     for field in fields(options):  # pyright: ignore[reportArgumentType]
         if field.name in hints:
             _check(field.name, getattr(options, field.name), hints[field.name])
+
+
+def check_ranges(options: object, *, of: str) -> None:
+    """Checks every field of a dataclass whose type has a `Range`.
+
+    Args:
+        options: an instance of the dataclass.
+        of: stands before the names of its fields: "objective" for "objective.click_loss_weight".
+
+    Raises:
+        OptionError: the value of such a field is not in its range.
+    """
+    for name, hint in _hints(type(options)).items():
+        for note in getattr(hint, "__metadata__", ()):
+            value = getattr(options, name)
+            if isinstance(note, Range) and not note.holds(value):
+                raise OptionError(f"`{of}.{name}` {value} is not {note.words}")
 
 
 def check_positive(**values: int) -> None:
@@ -66,13 +97,19 @@ def checks_choices(function: F) -> F:
 
 
 @cache
-def _hints_with_choices(owner: Any) -> Mapping[str, Any]:
+def _hints(owner: Any) -> Mapping[str, Any]:
     hints: dict[str, Any] = {}
     for part in reversed(owner.__mro__) if isinstance(owner, type) else [owner]:
         # The names of a program that `runpy` ran are gone; those of its base classes are not.
         with suppress(NameError):
-            hints |= get_type_hints(part)
-    return {name: hint for name, hint in hints.items() if name != "return" and _choices(hint)}
+            hints |= get_type_hints(part, include_extras=True)
+    hints.pop("return", None)
+    return hints
+
+
+@cache
+def _hints_with_choices(owner: Any) -> Mapping[str, Any]:
+    return {name: hint for name, hint in _hints(owner).items() if _choices(hint)}
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

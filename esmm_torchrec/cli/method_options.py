@@ -9,30 +9,15 @@ extends it, so the options of a command are completed once its arguments are kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from esmm_torchrec.models.methods import (
-    ARCHITECTURES,
-    INTERACTIONS,
-    METHODS,
-    OBJECTIVES,
-    ROWS,
-)
-from esmm_torchrec.models.registry import Registry
+from esmm_torchrec.models.methods import METHODS, PARTS
 
 T = TypeVar("T")
-
-PARTS: Mapping[str, Registry[Any]] = {
-    "rows": ROWS,
-    "architecture": ARCHITECTURES,
-    "objective": OBJECTIVES,
-    "interaction": INTERACTIONS,
-}
-"""Part → where its kinds are registered."""
 
 
 @dataclass(frozen=True, kw_only=True)

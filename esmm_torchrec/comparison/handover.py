@@ -9,16 +9,8 @@ from typing import Any
 
 from esmm_torchrec.comparison.options import ComparisonOptions
 from esmm_torchrec.comparison.selection import Chosen
-from esmm_torchrec.models.methods import ARCHITECTURES, INTERACTIONS, METHODS, OBJECTIVES, ROWS
-from esmm_torchrec.models.registry import Registry
+from esmm_torchrec.models.methods import METHODS, PARTS
 from esmm_torchrec.training.options import TrainOptions
-
-_PARTS: Mapping[str, Registry[Any]] = {
-    "rows": ROWS,
-    "architecture": ARCHITECTURES,
-    "objective": OBJECTIVES,
-    "interaction": INTERACTIONS,
-}
 
 
 def chosen_options(
@@ -52,12 +44,12 @@ def train_command(options: TrainOptions, data: str) -> str:
     words = ["esmm-torchrec", "train", "--data", data, "--out", "RUN", "--method", options.method]
     for field in fields(TrainOptions):
         value = getattr(options, field.name)
-        if field.name in (*_PARTS, "method") or value in (field.default, None, {}):
+        if field.name in (*PARTS, "method") or value in (field.default, None, {}):
             continue
         name = field.name.replace("_", "-")
         words += [f"--no-{name}"] if value is False else [f"--{name}", *_words(value)]
     preset = METHODS[options.method]
-    for part, registry in _PARTS.items():
+    for part, registry in PARTS.items():
         chosen, default = getattr(options, part), getattr(preset, part)
         if chosen is None:
             continue

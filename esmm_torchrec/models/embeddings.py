@@ -181,11 +181,12 @@ class PooledFeatures(nn.Module):
                     f"{name} must {'' if 'weighted' in name else 'not '}be weighted; exchange the "
                     "weighted and the unweighted collection"
                 )
-        self._tables = looked_up(
+        configs = [
             config
             for collection in self.children()
             for config in cast(EmbeddingBagCollection, collection).embedding_bag_configs()
-        )
+        ]
+        self._tables = looked_up(configs)
         self._keys = _keys(embedding_bag_collection, weighted_embedding_bag_collection)
         self._shared_keys = _keys(
             shared_embedding_bag_collection, shared_weighted_embedding_bag_collection
@@ -196,9 +197,7 @@ class PooledFeatures(nn.Module):
         if len(set(keys)) < len(keys):
             raise OptionError("every feature name may occur once over all collections")
         self.out_features = dense_in_features + sum(
-            config.embedding_dim * len(config.feature_names)
-            for collection in self.children()
-            for config in cast(EmbeddingBagCollection, collection).embedding_bag_configs()
+            config.embedding_dim * len(config.feature_names) for config in configs
         )
 
     def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> torch.Tensor:
@@ -217,28 +216,17 @@ class PooledFeatures(nn.Module):
         """
         if isinstance(features, KeyedJaggedTensor):
             features = BatchFeatures(features)
-        pooled: list[KeyedTensor] = []
-        shared: list[KeyedTensor] = []
-        if self.embedding_bag_collection is not None:
-            _check_ids(features.sparse_features, self._tables)
-            pooled.append(self.embedding_bag_collection(features.sparse_features))
-        if self.weighted_embedding_bag_collection is not None:
-            _check_ids(features.weighted_sparse_features, self._tables)
-            weighted = self.weighted_embedding_bag_collection(features.weighted_sparse_features)
-            pooled.append(weighted)
-        if self.shared_embedding_bag_collection is not None:
-            _check_ids(features.shared_sparse_features, self._tables)
-            shared.append(self.shared_embedding_bag_collection(features.shared_sparse_features))
-        if self.shared_weighted_embedding_bag_collection is not None:
-            _check_ids(features.shared_weighted_sparse_features, self._tables)
-            shared.append(
-                self.shared_weighted_embedding_bag_collection(
-                    features.shared_weighted_sparse_features
-                )
-            )
+        pooled: dict[bool, list[KeyedTensor]] = {False: [], True: []}
+        for name, kind in COLLECTIONS.items():
+            collection = getattr(self, name.replace("sparse_features", "embedding_bag_collection"))
+            if collection is not None:
+                bags = getattr(features, name)
+                _check_ids(bags, self._tables)
+                pooled[kind.shared].append(collection(bags))
+        own, shared = pooled.values()
         parts: list[torch.Tensor] = []
-        if pooled:
-            parts.append(_in_order(pooled, self._keys))
+        if own:
+            parts.append(_in_order(own, self._keys))
         if shared:
             parts.append(_expanded(_in_order(shared, self._shared_keys), features.shared_index))
         dense = _checked_dense(features.dense_features, self.dense_in_features)

@@ -10,7 +10,7 @@ inside a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -144,168 +144,186 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     of_type=Objective,
 )
 
+PARTS: Mapping[str, Registry[Any]] = {
+    "rows": ROWS,
+    "architecture": ARCHITECTURES,
+    "objective": OBJECTIVES,
+    "interaction": INTERACTIONS,
+}
+"""Part → where its kinds are registered."""
+
+_QUANTILES = {"rows.rate": (0.9, 0.5, 0.8, 0.95)}
+_CTCVR_WEIGHTS = {"objective.ctcvr_loss_weight": (1.0, 4.0, 16.0, 64.0, 0.25)}
+_CONVERSION_WEIGHTS = {"objective.conversion_loss_weight": (0.1, 1.0, 0.01)}
+
+_PAPER = {
+    "base": Method(
+        "BASE",
+        "a conversion network trained on clicked impressions alone",
+        ClickedRows(),
+        Separate(),
+        ConversionObjective(),
+    ),
+    "aman": Method(
+        "AMAN",
+        "BASE with sampled unclicked impressions as negatives",
+        MissingAsNegativeRows(),
+        Separate(),
+        ConversionObjective(),
+        tune={"rows.rate": (0.1, 0.2, 0.5, 1.0)},
+    ),
+    "oversampling": Method(
+        "OVERSAMPLING",
+        "BASE with conversions copied",
+        OversampledRows(),
+        Separate(),
+        ConversionObjective(),
+        tune={"rows.rate": (2, 3, 5, 10)},
+    ),
+    "unbias": Method(
+        "UNBIAS",
+        "BASE on clicks accepted with probability ∝ 1 / pCTR, clipped at a quantile",
+        RejectionSampledRows(),
+        Separate(),
+        ConversionObjective(),
+        tune=_QUANTILES,
+    ),
+    "unbias-weighted": Method(
+        "UNBIAS-weighted",
+        "BASE on clicks weighted by 1 / pCTR, clipped at a quantile",
+        InversePropensityRows(),
+        Separate(),
+        ConversionObjective(),
+        tune=_QUANTILES,
+    ),
+    "division": Method(
+        "DIVISION",
+        "separate CTR and CTCVR networks; pCVR is their quotient",
+        AllRows(),
+        Separate(),
+        DivisionObjective(),
+    ),
+    "esmm-ns": Method(
+        "ESMM-NS",
+        "ESMM with separate embeddings for each tower",
+        AllRows(),
+        Separate(),
+        EsmmObjective(),
+        tune=_CTCVR_WEIGHTS,
+    ),
+    "esmm": Method(
+        "ESMM",
+        "click and conversion towers over shared embeddings, trained through pCTR · pCVR",
+        AllRows(),
+        SharedBottom(),
+        EsmmObjective(),
+        tune=_CTCVR_WEIGHTS,
+    ),
+    "shared-bottom": Method(
+        "shared-bottom",
+        "ESMM's towers and embeddings, with the conversion loss on clicked impressions",
+        AllRows(),
+        SharedBottom(),
+        ClickSpaceObjective(),
+        tune={"objective.conversion_loss_weight": (1.0, 0.25, 0.06, 0.015, 4.0)},
+    ),
+}
+_AFTER = {
+    "mtl-ips": Method(
+        "MTL-IPS",
+        "shared-bottom with clicks weighted by 1 / pCTR",
+        AllRows(),
+        SharedBottom(),
+        IpsObjective(ctcvr_loss_weight=0.0),
+        tune=_CONVERSION_WEIGHTS,
+    ),
+    "mtl-dr": Method(
+        "MTL-DR",
+        "MTL-IPS with an imputed error over the entire space",
+        AllRows(),
+        SharedBottom(),
+        DoublyRobustObjective(ctcvr_loss_weight=0.0),
+        tune=_CONVERSION_WEIGHTS,
+    ),
+    "mrdr": Method(
+        "MRDR",
+        "MTL-DR with an imputation of small variance",
+        AllRows(),
+        SharedBottom(),
+        DoublyRobustObjective(ctcvr_loss_weight=0.0, imputation="mrdr"),
+        tune=_CONVERSION_WEIGHTS,
+    ),
+    "escm2-ips": Method(
+        "ESCM²-IPS",
+        "ESMM with a conversion loss on clicks weighted by 1 / pCTR",
+        AllRows(),
+        SharedBottom(),
+        IpsObjective(),
+        tune=_CONVERSION_WEIGHTS,
+    ),
+    "escm2-dr": Method(
+        "ESCM²-DR",
+        "ESCM²-IPS with an imputed error over the entire space",
+        AllRows(),
+        SharedBottom(),
+        DoublyRobustObjective(),
+        tune=_CONVERSION_WEIGHTS,
+    ),
+    "dcmt": Method(
+        "DCMT",
+        "ESMM with weighted clicks and a counterfactual tower for what was not clicked",
+        AllRows(),
+        SharedBottom(),
+        DcmtObjective(),
+    ),
+    "nise": Method(
+        "NISE",
+        "shared-bottom with the entropy of pCVR on what was not clicked",
+        AllRows(),
+        SharedBottom(),
+        NiseObjective(),
+    ),
+    "ddpo": Method(
+        "DDPO",
+        "ESMM with soft labels from a tower on clicks",
+        AllRows(),
+        SharedBottom(),
+        DdpoObjective(),
+    ),
+    "mmoe": Method(
+        "ESMM-MMoE",
+        "ESMM with shared experts below the towers",
+        AllRows(),
+        Mmoe(),
+        EsmmObjective(),
+    ),
+    "ple": Method(
+        "ESMM-PLE",
+        "ESMM with experts of each tower and shared ones below",
+        AllRows(),
+        Ple(),
+        EsmmObjective(),
+    ),
+    "aitm": Method(
+        "ESMM-AITM",
+        "ESMM with a conversion tower that attends to the click tower",
+        AllRows(),
+        Aitm(),
+        EsmmObjective(),
+    ),
+}
+
+CLICK_METHOD = "ctr"
+"""The method whose network predicts clicks alone."""
+
 METHODS: Registry[Method] = Registry(
     "method",
     group="esmm_torchrec.methods",
     built_in={
-        "base": Method(
-            "BASE",
-            "a conversion network trained on clicked impressions alone",
-            ClickedRows(),
-            Separate(),
-            ConversionObjective(),
-        ),
-        "aman": Method(
-            "AMAN",
-            "BASE with sampled unclicked impressions as negatives",
-            MissingAsNegativeRows(),
-            Separate(),
-            ConversionObjective(),
-            tune={"rows.rate": (0.1, 0.2, 0.5, 1.0)},
-        ),
-        "oversampling": Method(
-            "OVERSAMPLING",
-            "BASE with conversions copied",
-            OversampledRows(),
-            Separate(),
-            ConversionObjective(),
-            tune={"rows.rate": (2, 3, 5, 10)},
-        ),
-        "unbias": Method(
-            "UNBIAS",
-            "BASE on clicks accepted with probability ∝ 1 / pCTR, clipped at a quantile",
-            RejectionSampledRows(),
-            Separate(),
-            ConversionObjective(),
-            tune={"rows.rate": (0.9, 0.5, 0.8, 0.95)},
-        ),
-        "unbias-weighted": Method(
-            "UNBIAS-weighted",
-            "BASE on clicks weighted by 1 / pCTR, clipped at a quantile",
-            InversePropensityRows(),
-            Separate(),
-            ConversionObjective(),
-            tune={"rows.rate": (0.9, 0.5, 0.8, 0.95)},
-        ),
-        "division": Method(
-            "DIVISION",
-            "separate CTR and CTCVR networks; pCVR is their quotient",
-            AllRows(),
-            Separate(),
-            DivisionObjective(),
-        ),
-        "esmm-ns": Method(
-            "ESMM-NS",
-            "ESMM with separate embeddings for each tower",
-            AllRows(),
-            Separate(),
-            EsmmObjective(),
-            tune={"objective.ctcvr_loss_weight": (1.0, 4.0, 16.0, 64.0, 0.25)},
-        ),
-        "esmm": Method(
-            "ESMM",
-            "click and conversion towers over shared embeddings, trained through pCTR · pCVR",
-            AllRows(),
-            SharedBottom(),
-            EsmmObjective(),
-            tune={"objective.ctcvr_loss_weight": (1.0, 4.0, 16.0, 64.0, 0.25)},
-        ),
-        "shared-bottom": Method(
-            "shared-bottom",
-            "ESMM's towers and embeddings, with the conversion loss on clicked impressions",
-            AllRows(),
-            SharedBottom(),
-            ClickSpaceObjective(),
-            tune={"objective.conversion_loss_weight": (1.0, 0.25, 0.06, 0.015, 4.0)},
-        ),
-        "mtl-ips": Method(
-            "MTL-IPS",
-            "shared-bottom with clicks weighted by 1 / pCTR",
-            AllRows(),
-            SharedBottom(),
-            IpsObjective(ctcvr_loss_weight=0.0),
-            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
-        ),
-        "mtl-dr": Method(
-            "MTL-DR",
-            "MTL-IPS with an imputed error over the entire space",
-            AllRows(),
-            SharedBottom(),
-            DoublyRobustObjective(ctcvr_loss_weight=0.0),
-            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
-        ),
-        "mrdr": Method(
-            "MRDR",
-            "MTL-DR with an imputation of small variance",
-            AllRows(),
-            SharedBottom(),
-            DoublyRobustObjective(ctcvr_loss_weight=0.0, imputation="mrdr"),
-            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
-        ),
-        "escm2-ips": Method(
-            "ESCM²-IPS",
-            "ESMM with a conversion loss on clicks weighted by 1 / pCTR",
-            AllRows(),
-            SharedBottom(),
-            IpsObjective(),
-            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
-        ),
-        "escm2-dr": Method(
-            "ESCM²-DR",
-            "ESCM²-IPS with an imputed error over the entire space",
-            AllRows(),
-            SharedBottom(),
-            DoublyRobustObjective(),
-            tune={"objective.conversion_loss_weight": (0.1, 1.0, 0.01)},
-        ),
-        "dcmt": Method(
-            "DCMT",
-            "ESMM with weighted clicks and a counterfactual tower for what was not clicked",
-            AllRows(),
-            SharedBottom(),
-            DcmtObjective(),
-        ),
-        "nise": Method(
-            "NISE",
-            "shared-bottom with the entropy of pCVR on what was not clicked",
-            AllRows(),
-            SharedBottom(),
-            NiseObjective(),
-        ),
-        "ddpo": Method(
-            "DDPO",
-            "ESMM with soft labels from a tower on clicks",
-            AllRows(),
-            SharedBottom(),
-            DdpoObjective(),
-        ),
-        "mmoe": Method(
-            "ESMM-MMoE",
-            "ESMM with shared experts below the towers",
-            AllRows(),
-            Mmoe(),
-            EsmmObjective(),
-        ),
-        "ple": Method(
-            "ESMM-PLE",
-            "ESMM with experts of each tower and shared ones below",
-            AllRows(),
-            Ple(),
-            EsmmObjective(),
-        ),
-        "aitm": Method(
-            "ESMM-AITM",
-            "ESMM with a conversion tower that attends to the click tower",
-            AllRows(),
-            Aitm(),
-            EsmmObjective(),
-        ),
-        "ctr": Method(
-            "CTR",
-            "a click network alone",
-            AllRows(),
-            Separate(),
-            ClickObjective(),
+        **_PAPER,
+        **_AFTER,
+        CLICK_METHOD: Method(
+            "CTR", "a click network alone", AllRows(), Separate(), ClickObjective()
         ),
     },
     of_type=Method,
@@ -314,36 +332,11 @@ METHODS: Registry[Method] = Registry(
 those of other packages. "shared-bottom" is the strong baseline that the paper left out; "ctr"
 supplies pCTR to all methods of a comparison."""
 
-PAPER_METHODS = (
-    "base",
-    "aman",
-    "oversampling",
-    "unbias",
-    "unbias-weighted",
-    "division",
-    "esmm-ns",
-    "esmm",
-    "shared-bottom",
-)
+PAPER_METHODS = tuple(_PAPER)
 """Those of the table of the ESMM paper, and the others compared with them here."""
 
-AFTER_METHODS = (
-    "mtl-ips",
-    "mtl-dr",
-    "mrdr",
-    "escm2-ips",
-    "escm2-dr",
-    "dcmt",
-    "nise",
-    "ddpo",
-    "mmoe",
-    "ple",
-    "aitm",
-)
+AFTER_METHODS = tuple(_AFTER)
 """Those that came after it."""
-
-CLICK_METHOD = "ctr"
-"""The method whose network predicts clicks alone."""
 
 
 class Parts(NamedTuple):
@@ -354,27 +347,28 @@ class Parts(NamedTuple):
     objective: Objective
     interaction: Interaction
 
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Each part's name and options as plain values for JSON.
 
-def resolve_parts(
-    method: str,
-    *,
-    rows: Rows | None = None,
-    architecture: Architecture | None = None,
-    objective: Objective | None = None,
-    interaction: Interaction | None = None,
-) -> Parts:
+        Raises:
+            OptionError: a part is not registered.
+        """
+        return {name: part_to_dict(PARTS[name], getattr(self, name)) for name in self._fields}
+
+
+def resolve_parts(method: str, given: Mapping[str, Any]) -> Parts:
     """The parts of a method, each replaced by the one given if it is not None.
 
     Raises:
         OptionError: there is no such method.
     """
     preset = METHODS[method]
-    return Parts(
-        preset.rows if rows is None else rows,
-        preset.architecture if architecture is None else architecture,
-        preset.objective if objective is None else objective,
-        preset.interaction if interaction is None else interaction,
-    )
+    chosen = {name: given[name] for name in Parts._fields if given.get(name) is not None}
+    return Parts(*(getattr(preset, name) for name in Parts._fields))._replace(**chosen)
+
+
+_SHAPING = ("architecture", "objective", "interaction")
+"""The parts that decide the shape of a model and its loss."""
 
 
 @dataclass(frozen=True)
@@ -401,27 +395,13 @@ class ModelOptions:
     @property
     def parts(self) -> Parts:
         """The method's parts with those of these options in their place."""
-        return resolve_parts(
-            self.method,
-            architecture=self.architecture,
-            objective=self.objective,
-            interaction=self.interaction,
-        )
+        return resolve_parts(self.method, vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the parts resolved; `from_dict` is its inverse."""
-        parts = self.parts
-        return {
-            "method": self.method,
-            "embedding_dim": self.embedding_dim,
-            "tower": list(self.tower),
-            "dtype": self.dtype,
-            "init_scale": self.init_scale,
-            "architecture": part_to_dict(ARCHITECTURES, parts.architecture),
-            "objective": part_to_dict(OBJECTIVES, parts.objective),
-            "interaction": part_to_dict(INTERACTIONS, parts.interaction),
-            "first_order": self.first_order,
-        }
+        parts = self.parts.to_dict()
+        values = vars(self) | {"tower": list(self.tower)}
+        return values | {name: parts[name] for name in _SHAPING}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelOptions:
@@ -431,17 +411,11 @@ class ModelOptions:
             OptionError: a part is not installed, or does not have these options.
         """
         METHODS[values["method"]]
-        return cls(
-            method=values["method"],
-            embedding_dim=values["embedding_dim"],
-            tower=tuple(values["tower"]),
-            dtype=values["dtype"],
-            init_scale=values.get("init_scale", 1.0),
-            architecture=part_from_dict(ARCHITECTURES, values["architecture"]),
-            objective=part_from_dict(OBJECTIVES, values["objective"]),
-            interaction=part_from_dict(INTERACTIONS, values["interaction"]),
-            first_order=values.get("first_order", False),
-        )
+        values = {"init_scale": 1.0, "first_order": False, **values}  # not in runs of old
+        own: dict[str, Any] = {option.name: values[option.name] for option in fields(cls)}
+        own |= {name: part_from_dict(PARTS[name], own[name]) for name in _SHAPING}
+        own["tower"] = tuple(own["tower"])
+        return cls(**own)
 
 
 def build_train_task(

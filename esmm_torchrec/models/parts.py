@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from esmm_torchrec.batch import ImpressionBatch, NamedTensors
+from esmm_torchrec.choices import check_choices, check_ranges
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.embeddings import PooledFeatures, embedding_bag_collections
 from esmm_torchrec.models.first_order import FirstOrder
@@ -88,9 +89,26 @@ class TrainingRows:
 
 
 @dataclass(frozen=True)
-class Rows(ABC):
+class Part(ABC):
+    """What the parts of a method have in common.
+
+    Raises:
+        OptionError: an option is not one of its choices, or not in its range.
+    """
+
+    part_name: ClassVar[str]
+    """Stands before its options: "objective.click_loss_weight"."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_ranges(self, of=self.part_name)
+
+
+@dataclass(frozen=True)
+class Rows(Part):
     """Which impressions a method trains on, and with which weight."""
 
+    part_name = "rows"
     needs_pctr: ClassVar[bool] = False
     """Whether `select` looks at a pCTR from networks that were not trained on the row."""
     gives_labels: ClassVar[frozenset[str]] = frozenset()
@@ -116,9 +134,10 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective(ABC):
+class Objective(Part):
     """What a method is trained for."""
 
+    part_name = "objective"
     needs_labels: ClassVar[frozenset[str]] = frozenset()
     """Labels that `loss` looks at beside those of the tasks; the rows part must give them."""
 
@@ -167,8 +186,10 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True)
-class Architecture(ABC):
+class Architecture(Part):
     """How features become logits."""
+
+    part_name = "architecture"
 
     @abstractmethod
     def build(self, heads: Sequence[Head], builder: Builder) -> nn.Module:
@@ -182,8 +203,10 @@ class InteractionModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class Interaction(ABC):
+class Interaction(Part):
     """What features become before the towers of any architecture see them."""
+
+    part_name = "interaction"
 
     @abstractmethod
     def build(
@@ -299,9 +322,13 @@ class Builder:
             widths = self.layer_sizes if layer_sizes is None else layer_sizes
             return Tower(in_features, widths, prior=prior, dtype=self.dtype)
 
-    def towers(self, heads: Sequence[Head], in_features: int) -> Towers:
-        """A tower for each head over the same features."""
-        return Towers({head.name: self.tower(head, in_features) for head in heads})
+    def towers(
+        self, heads: Sequence[Head], in_features: int, *, layer_sizes: Sequence[int] | None = None
+    ) -> Towers:
+        """A tower for each head; the arguments are those of `tower`."""
+        return Towers(
+            {head.name: self.tower(head, in_features, layer_sizes=layer_sizes) for head in heads}
+        )
 
     def over(
         self,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from esmm_torchrec.errors import OptionError
@@ -40,21 +40,19 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, kind: str, *, group: str, built_in: Mapping[str, T], of_type: type) -> None:
         self.kind = kind
         self._group = group
-        self._entries: dict[str, T] = dict(built_in)
+        points = sorted(entry_points(group=group), key=lambda point: point.name)
+        self._entries: dict[str, T | EntryPoint] = dict(built_in)
+        self._entries |= {p.name: p for p in points if p.name not in built_in}
         self._of_type = of_type
-        self._points = {
-            point.name: point
-            for point in sorted(entry_points(group=group), key=lambda point: point.name)
-            if point.name not in built_in
-        }
 
     def __getitem__(self, name: str) -> T:
-        if name in self._entries:
-            return self._entries[name]
-        if name not in self._points:
+        entry: Any = self._entries.get(name)
+        if entry is None:
             raise OptionError(f"there is no {self.kind} {name!r}; choose from {', '.join(self)}")
-        self.register(name, self._points[name].load())
-        return self._entries[name]
+        if isinstance(entry, EntryPoint):
+            entry = entry.load()
+            self.register(name, entry)
+        return entry
 
     def register(self, name: str, entry: T) -> None:
         """Adds an entry in this process; an installed package uses an entry point instead.
@@ -68,13 +66,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries[name] = entry
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._points
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._entries, *self._points]))
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(set(self._entries) | set(self._points))
+        return len(self._entries)
 
     def name_of(self, entry: object) -> str:
         """The name under which an entry is registered.

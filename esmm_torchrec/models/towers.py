@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,28 @@ def module_key(logit: str) -> str:
     return f"{logit}_" if hasattr(nn.ModuleDict, logit) else logit
 
 
-class Towers(nn.ModuleDict):
+class ByLogit(nn.ModuleDict):
+    """A module for each logit, float32 (B,), over the same inputs.
+
+    Args:
+        modules: by name of the logit.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__({module_key(name): module for name, module in modules.items()})
+        self._logits = {module_key(name): name for name in modules}
+
+    def forward(self, features: Any) -> Logits:
+        """Logits of B impressions, by the names of the modules."""
+        return Logits({name: module(features) for name, module in self.by_logit()})
+
+    def by_logit(self) -> Iterator[tuple[str, Any]]:
+        """Each logit's name and its module."""
+        for key, module in self.items():
+            yield self._logits[key], module
+
+
+class Towers(ByLogit):
     """One tower per logit over the same features, agnostic to how the features were pooled.
 
     Args:
@@ -107,26 +128,17 @@ class Towers(nn.ModuleDict):
     """
 
     def __init__(self, towers: Mapping[str, Tower]) -> None:
-        super().__init__({module_key(name): tower for name, tower in towers.items()})
-        self._logits = {module_key(name): name for name in towers}
+        super().__init__(towers)
         self.dtype = next(iter(towers.values())).dtype
 
     def forward(self, features: torch.Tensor) -> Logits:
-        """Logits of B impressions.
+        """(B, F), as `PooledFeatures` gives them → logits, float32 (B,) by name."""
+        return super().forward(features.to(self.dtype))  # cast once for all towers
 
-        Args:
-            features: float32 (B, F), as `PooledFeatures` gives them.
-
-        Returns:
-            each float32 (B,), by the names of the towers.
-        """
-        features = features.to(self.dtype)  # once for all towers
-        return Logits({name: tower(features) for name, tower in self.by_logit()})
-
-    def by_logit(self) -> Iterator[tuple[str, Tower]]:
-        """Each logit's name and its tower."""
-        for key, tower in self.items():
-            yield self._logits[key], cast(Tower, tower)
+    def of_each(self, features: torch.Tensor) -> Logits:
+        """(T, B, F), the features of each tower in their order → logits, float32 (B,) by name."""
+        towers = enumerate(self.by_logit())
+        return Logits({name: tower(features[place]) for place, (name, tower) in towers})
 
 
 class EsmmTowers(Towers):

@@ -12,14 +12,12 @@ from esmm_torchrec.data.mapped import HistoryWeights
 from esmm_torchrec.data.reader import SharedFeatures
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import (
-    ROWS,
     DtypeOption,
     ModelOptions,
     Parts,
     resolve_parts,
 )
 from esmm_torchrec.models.parts import Architecture, Interaction, Objective, Rows
-from esmm_torchrec.models.registry import part_to_dict
 from esmm_torchrec.sharding.planner import ShardingOption, SparseOptimizerOption
 from esmm_torchrec.sharding.process_group import DeviceOption
 
@@ -207,13 +205,7 @@ class TrainOptions:
     @property
     def parts(self) -> Parts:
         """The method's parts, with those given in their place."""
-        return resolve_parts(
-            self.method,
-            rows=self.rows,
-            architecture=self.architecture,
-            objective=self.objective,
-            interaction=self.interaction,
-        )
+        return resolve_parts(self.method, vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the parts resolved."""
@@ -221,6 +213,6 @@ class TrainOptions:
         values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
         return values | {
             **self.model.to_dict(),
-            "rows": part_to_dict(ROWS, self.parts.rows),
+            **self.parts.to_dict(),
             "table_rows": [f"{name}={rows}" for name, rows in sorted(self.table_rows.items())],
         }

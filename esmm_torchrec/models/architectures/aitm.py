@@ -14,7 +14,7 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.architectures.shared_bottom import over_shared_embeddings
 from esmm_torchrec.models.esmm import ESMM
 from esmm_torchrec.models.parts import Architecture, Builder, Head, drawn_from
-from esmm_torchrec.models.towers import Logits, Tower, Towers, module_key
+from esmm_torchrec.models.towers import Logits, Towers, module_key
 
 
 class Transfer(nn.Module):
@@ -52,19 +52,16 @@ class TransferTowers(nn.Module):
     """Towers, some of which attend to the tower of the task before.
 
     Args:
-        towers: name of the logit → its tower.
+        towers: one for each logit.
         before: name of a logit → name of the logit before it.
         transfers: name of a logit → its attention, for each of `before`.
     """
 
     def __init__(
-        self,
-        towers: Mapping[str, Tower],
-        before: Mapping[str, str],
-        transfers: Mapping[str, Transfer],
+        self, towers: Towers, before: Mapping[str, str], transfers: Mapping[str, Transfer]
     ) -> None:
         super().__init__()
-        self.towers = Towers(towers)
+        self.towers = towers
         self.transfers = nn.ModuleDict({module_key(name): each for name, each in transfers.items()})
         self._before = dict(before)
 
@@ -118,7 +115,6 @@ class Aitm(Architecture):
             for name in before:
                 with drawn_from(builder.seed, f"{name} transfer"):
                     transfers[name] = Transfer(width, width, dtype=builder.dtype)
-            own = {head.name: builder.tower(head, in_features) for head in heads}
-            return TransferTowers(own, before, transfers)
+            return TransferTowers(builder.towers(heads, in_features), before, transfers)
 
         return over_shared_embeddings(heads, builder, towers)

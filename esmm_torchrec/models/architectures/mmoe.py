@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from esmm_torchrec.choices import Positive
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.architectures.experts import BatchedLinear, mixed
 from esmm_torchrec.models.architectures.shared_bottom import over_shared_embeddings
 from esmm_torchrec.models.esmm import ESMM
 from esmm_torchrec.models.parts import Architecture, Builder, Head, drawn_from
-from esmm_torchrec.models.towers import Logits, Tower, Towers
+from esmm_torchrec.models.towers import Logits, Towers
 
 
 class MixtureTowers(nn.Module):
@@ -23,25 +24,23 @@ class MixtureTowers(nn.Module):
     Args:
         experts: their layers in turn, each of all experts.
         gates: a linear layer per logit, over the experts.
-        towers: name of the logit → its tower, in the order of the gates.
+        towers: in the order of the gates.
     """
 
     def __init__(
-        self, experts: Sequence[BatchedLinear], gates: BatchedLinear, towers: Mapping[str, Tower]
+        self, experts: Sequence[BatchedLinear], gates: BatchedLinear, towers: Towers
     ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.gates = gates
-        self.towers = Towers(towers)
+        self.towers = towers
 
     def forward(self, features: torch.Tensor) -> Logits:
         """(B, F) → logits, float32 (B,) by name."""
         hidden = features
         for layer in self.experts:
             hidden = layer(hidden).relu_()
-        mixes = mixed(self.gates(features), hidden)
-        towers = enumerate(self.towers.by_logit())
-        return Logits({name: tower(mixes[place]) for place, (name, tower) in towers})
+        return self.towers.of_each(mixed(self.gates(features), hidden))
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,12 @@ class Mmoe(Architecture):
 
     The experts take the first widths of the towers, so that as many layers lie between embeddings
     and logits as in the other architectures.
-
-    Raises:
-        OptionError: an option is below 1.
     """
 
-    num_experts: int = 4
+    num_experts: Positive = 4
     """Experts, which all logits share."""
-    expert_layers: int = 1
+    expert_layers: Positive = 1
     """How many of the hidden layers are the experts'; the others are the towers'."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "expert_layers"):
-            if getattr(self, name) < 1:
-                option = f"architecture.{name}"
-                raise OptionError(f"`{option}` {getattr(self, name)} is not above 0")
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
         """Towers start as those of the other architectures as far as their shapes are the same.
@@ -86,14 +76,8 @@ class Mmoe(Architecture):
                 gates = BatchedLinear(
                     len(heads), in_features, self.num_experts, dtype=builder.dtype
                 )
-            return MixtureTowers(
-                experts,
-                gates,
-                {
-                    head.name: builder.tower(head, expert_widths[-1], layer_sizes=widths)
-                    for head in heads
-                },
-            )
+            own = builder.towers(heads, expert_widths[-1], layer_sizes=widths)
+            return MixtureTowers(experts, gates, own)
 
         return over_shared_embeddings(heads, builder, towers)
 

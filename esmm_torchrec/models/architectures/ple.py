@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import Positive
 from esmm_torchrec.models.architectures.experts import BatchedLinear, mixed
 from esmm_torchrec.models.architectures.mmoe import split_widths
 from esmm_torchrec.models.architectures.shared_bottom import over_shared_embeddings
 from esmm_torchrec.models.esmm import ESMM
 from esmm_torchrec.models.parts import Architecture, Builder, Head, drawn_from
-from esmm_torchrec.models.towers import Logits, Tower, Towers
+from esmm_torchrec.models.towers import Logits, Towers
 
 
 class ExtractionLevel(nn.Module):
@@ -74,21 +74,20 @@ class ExtractionTowers(nn.Module):
 
     Args:
         levels: in turn; the last one gives an output per tower.
-        towers: name of the logit → its tower.
+        towers: one for each logit.
     """
 
-    def __init__(self, levels: Sequence[ExtractionLevel], towers: Mapping[str, Tower]) -> None:
+    def __init__(self, levels: Sequence[ExtractionLevel], towers: Towers) -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
-        self.towers = Towers(towers)
+        self.towers = towers
 
     def forward(self, features: torch.Tensor) -> Logits:
         """(B, F) → logits, float32 (B,) by name."""
         hidden = features.expand(len(self.towers) + 1, -1, -1)
         for level in self.levels:
             hidden = level(hidden)
-        towers = enumerate(self.towers.by_logit())
-        return Logits({name: tower(hidden[place]) for place, (name, tower) in towers})
+        return self.towers.of_each(hidden)
 
 
 @dataclass(frozen=True)
@@ -98,21 +97,12 @@ class Ple(Architecture):
 
     The levels take the first widths of the towers, so that as many layers lie between embeddings
     and logits as in the other architectures.
-
-    Raises:
-        OptionError: an option is below 1.
     """
 
-    num_experts: int = 2
+    num_experts: Positive = 2
     """Experts of each logit, and as many shared ones."""
-    levels: int = 2
+    levels: Positive = 2
     """How many of the hidden layers are levels of extraction; the others are the towers'."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "levels"):
-            if getattr(self, name) < 1:
-                option = f"architecture.{name}"
-                raise OptionError(f"`{option}` {getattr(self, name)} is not above 0")
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
         """Towers start as those of the other architectures as far as their shapes are the same.
@@ -137,12 +127,7 @@ class Ple(Architecture):
                         pairwise((in_features, *level_widths)), 1
                     )
                 ]
-            return ExtractionTowers(
-                levels,
-                {
-                    head.name: builder.tower(head, level_widths[-1], layer_sizes=widths)
-                    for head in heads
-                },
-            )
+            own = builder.towers(heads, level_widths[-1], layer_sizes=widths)
+            return ExtractionTowers(levels, own)
 
         return over_shared_embeddings(heads, builder, towers)

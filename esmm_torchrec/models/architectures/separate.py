@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from esmm_torchrec.batch import BatchFeatures
 from esmm_torchrec.models.embeddings import PooledFeatures
 from esmm_torchrec.models.parts import Architecture, Builder, Head
-from esmm_torchrec.models.towers import Logits, module_key
+from esmm_torchrec.models.towers import ByLogit
 
 
 class Network(nn.Module):
@@ -29,20 +29,8 @@ class Network(nn.Module):
         return self.tower(self.features(features))
 
 
-class SeparateNetworks(nn.ModuleDict):
-    """One network for each logit, with no parameter in common.
-
-    Args:
-        networks: name of the logit → its network.
-    """
-
-    def __init__(self, networks: Mapping[str, Network]) -> None:
-        super().__init__({module_key(name): network for name, network in networks.items()})
-        self._logits = {module_key(name): name for name in networks}
-
-    def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> Logits:
-        """Logits of B impressions, by the names of the networks."""
-        return Logits({self._logits[key]: network(features) for key, network in self.items()})
+class SeparateNetworks(ByLogit):
+    """One network for each logit, with no parameter in common."""
 
 
 @dataclass(frozen=True)

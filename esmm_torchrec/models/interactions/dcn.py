@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import Positive
 from esmm_torchrec.models.parts import Interaction, InteractionModule
 
 
@@ -28,21 +28,12 @@ class CrossedFeatures(InteractionModule):
 class Dcn(Interaction):
     """DCN V2's cross layers of low rank, in float32 (Wang et al., "DCN V2", WWW 2021, equation 2);
     the towers are the deep part, stacked on them.
-
-    Raises:
-        OptionError: an option is below 1.
     """
 
-    num_layers: int = 2
+    num_layers: Positive = 2
     """Cross layers."""
-    low_rank: int = 32
+    low_rank: Positive = 32
     """Rank of each layer's matrix, at most the number of features."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "low_rank"):
-            if getattr(self, name) < 1:
-                option = f"interaction.{name}"
-                raise OptionError(f"`{option}` {getattr(self, name)} is not above 0")
 
     def build(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchrec.modules.deepfm import DeepFM, FactorizationMachine
 
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import Positive
 from esmm_torchrec.models.parts import Interaction, InteractionModule
 
 
@@ -47,18 +47,10 @@ class DeepFm(Interaction):
     """DeepFM's factorisation machine over the embeddings (Guo et al., "DeepFM", IJCAI 2017,
     equation 2, without the terms of first order), with a deep layer, in float32, as TorchRec's
     `FMInteractionArch` lays them beside the features; the towers read all of it.
-
-    Raises:
-        OptionError: the width is below 1.
     """
 
-    width: int = 32
+    width: Positive = 32
     """Of the deep layer."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            option = "interaction.width"
-            raise OptionError(f"`{option}` {self.width} is not above 0")
 
     def build(
         self, in_features: int, num_embeddings: int, embedding_dim: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import NotNegative
 from esmm_torchrec.models import losses
 from esmm_torchrec.models.objectives.esmm import joint_label, task_heads
 from esmm_torchrec.models.parts import Head, Objective
@@ -21,17 +21,10 @@ class ClickSpaceObjective(Objective):
 
     The second is a mean over the clicks of all ranks; a batch without a click gives 0. At weight 1
     it pulls about 1 / CTR times as hard as ESMM's second term, which is a mean over D.
-
-    Raises:
-        OptionError: the weight is negative.
     """
 
-    conversion_loss_weight: float = 1.0
+    conversion_loss_weight: NotNegative = 1.0
     """Factor of the second term, and of those of further tasks."""
-
-    def __post_init__(self) -> None:
-        if self.conversion_loss_weight < 0:
-            raise OptionError("`objective.conversion_loss_weight` is negative; give 0 or more")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for each task."""

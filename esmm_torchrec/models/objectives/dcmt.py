@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.models import losses, propensities
+from esmm_torchrec.choices import NotNegative
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import heads_of_two
 from esmm_torchrec.models.objectives.propensity import (
     PropensityObjective,
-    check_not_negative,
     click_loss,
     conversion_loss,
     ctcvr_loss,
-    heads_of_two,
     share_of,
 )
 from esmm_torchrec.models.parts import Head
@@ -34,23 +34,14 @@ class DcmtObjective(PropensityObjective):
     Conversion Estimation", ICDE 2023), whose authors published no code.
     q̄ = max(1 − sg o, ε̄), ε̄ the same quantile over the unclicked. Every unclicked impression counts
     as one that would not have converted, which pushes r down: look at PCOC.
-
-    Raises:
-        OptionError: a weight is negative, or the quantile is not in [0, 1].
     """
 
-    conversion_loss_weight: float = 1.0
+    conversion_loss_weight: NotNegative = 1.0
     """w₁."""
-    ctcvr_loss_weight: float = 1.0
+    ctcvr_loss_weight: NotNegative = 1.0
     """w₂."""
-    counterfactual_weight: float = 0.001
+    counterfactual_weight: NotNegative = 0.001
     """λ."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(
-            self, "conversion_loss_weight", "ctcvr_loss_weight", "counterfactual_weight"
-        )
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for r*, and for each of the two tasks."""
@@ -63,15 +54,12 @@ class DcmtObjective(PropensityObjective):
         unclicked = 1 - clicked
         factual = share_of(
             conversion_loss(logits, batch, tasks),
-            clicked * self.click_weights(logits, batch, tasks),
+            self.inverse(logits[click.name], clicked, batch.weight),
             batch,
-        )
-        inverse = propensities.inverse_propensity(
-            -logits[click.name], unclicked, batch.weight, self.clip_quantile
         )
         counterfactual = share_of(
             losses.binary_cross_entropy(logits[COUNTERFACTUAL], torch.ones_like(clicked)),
-            unclicked * inverse,
+            self.inverse(-logits[click.name], unclicked, batch.weight),
             batch,
         )
         # 1 − r − r*

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.models import losses, propensities
-from esmm_torchrec.models.objectives.esmm import joint_label
+from esmm_torchrec.choices import NotNegative
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import heads_of_two, joint_label
 from esmm_torchrec.models.objectives.propensity import (
     PropensityObjective,
-    check_not_negative,
     click_loss,
     ctcvr_loss,
-    heads_of_two,
     share_of,
 )
 from esmm_torchrec.models.parts import Head
@@ -34,19 +33,12 @@ class DdpoObjective(PropensityObjective):
     DDPO ("Direct Dual Propensity Optimization for Post-click Conversion Rate Estimation", SIGIR
     2024); q̄ = max(1 − sg o, ε̄), ε̄ the same quantile over the unclicked. The labels of the last two
     terms are soft: where a conversion is rare they are above its rate on the clicks, by c itself.
-
-    Raises:
-        OptionError: a weight is negative, or the quantile is not in [0, 1].
     """
 
-    conversion_loss_weight: float = 1.0
+    conversion_loss_weight: NotNegative = 1.0
     """w₁."""
-    ctcvr_loss_weight: float = 1.0
+    ctcvr_loss_weight: NotNegative = 1.0
     """w₂."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "conversion_loss_weight", "ctcvr_loss_weight")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for c, and for each of the two tasks."""
@@ -68,12 +60,10 @@ class DdpoObjective(PropensityObjective):
         soft = torch.sigmoid(taught.detach())
         on_clicks = share_of(
             losses.binary_cross_entropy(own, (converted + soft).clamp(max=1)),
-            clicked * self.click_weights(logits, batch, tasks),
+            self.inverse(logits[click.name], clicked, batch.weight),
             batch,
         )
         unclicked = 1 - clicked
-        inverse = propensities.inverse_propensity(
-            -logits[click.name], unclicked, batch.weight, self.clip_quantile
-        )
-        on_others = share_of(losses.binary_cross_entropy(own, soft), unclicked * inverse, batch)
+        inverse = self.inverse(-logits[click.name], unclicked, batch.weight)
+        on_others = share_of(losses.binary_cross_entropy(own, soft), inverse, batch)
         return mean + self.conversion_loss_weight * (on_clicks + on_others)

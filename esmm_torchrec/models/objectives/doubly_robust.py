@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.choices import check_choices
+from esmm_torchrec.choices import NotNegative
 from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import heads_of_two
 from esmm_torchrec.models.objectives.propensity import (
     PropensityObjective,
-    check_not_negative,
     click_loss,
     conversion_loss,
     ctcvr_loss,
-    heads_of_two,
 )
 from esmm_torchrec.models.parts import Head
 from esmm_torchrec.models.towers import Logits
@@ -38,23 +37,14 @@ class DoublyRobustObjective(PropensityObjective):
 
     The imputation tower sees the features and not pCVR. Hence the gradient of the conversion tower
     is that of the IPS objective, and the imputation reaches it through shared embeddings alone.
-
-    Raises:
-        OptionError: a weight is negative, the quantile is not in [0, 1], or there is no such
-            weighting of the imputation.
     """
 
-    conversion_loss_weight: float = 0.1
+    conversion_loss_weight: NotNegative = 0.1
     """λ꜀."""
-    ctcvr_loss_weight: float = 1.0
+    ctcvr_loss_weight: NotNegative = 1.0
     """λ₉."""
     imputation: Literal["dr", "mrdr"] = "dr"
     """How the errors of the imputation are weighted: dr by 1/q, mrdr by (1 − q)/q²."""
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        super().__post_init__()
-        check_not_negative(self, "conversion_loss_weight", "ctcvr_loss_weight")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for the imputed error, and for each of the two tasks."""
@@ -62,13 +52,13 @@ class DoublyRobustObjective(PropensityObjective):
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
         """The weighted sum of the terms, each a mean over all impressions."""
-        inverse = self.click_weights(logits, batch, tasks)
-        weights = batch.labels[tasks[0].label] * inverse
+        click = tasks[0]
+        weights = self.inverse(logits[click.name], batch.labels[click.label], batch.weight)
         imputed = F.softplus(logits[IMPUTATION])
         error = conversion_loss(logits, batch, tasks)
         robust = imputed.detach() + weights * (error - imputed.detach())
         # (1 − q)/q² = (1/q − 1)/q
-        certainty = weights * (inverse - 1) if self.imputation == "mrdr" else weights
+        certainty = weights * (weights - 1) if self.imputation == "mrdr" else weights
         robust = robust + certainty * (error.detach() - imputed).square()
         total = click_loss(logits, batch, tasks) + self.conversion_loss_weight * robust
         total = total + self.ctcvr_loss_weight * ctcvr_loss(logits, batch, tasks)

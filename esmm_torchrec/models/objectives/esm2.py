@@ -85,9 +85,6 @@ class Esm2Objective(EsmmObjective):
     All over all impressions; `detach_click` also keeps the third term from training y₁. The chain
     is a click and two tasks that are given it, such as `TaskChain.of("click", "cart",
     "order:click")`.
-
-    Raises:
-        OptionError: a weight is negative.
     """
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:

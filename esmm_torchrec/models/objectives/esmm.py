@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.choices import NotNegative
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models import losses
 from esmm_torchrec.models.parts import Head, Objective
@@ -21,6 +22,21 @@ def task_heads(tasks: TaskChain) -> tuple[Head, ...]:
         before = tasks.given(task)
         heads.append(Head(task.name, task.label, None if before is None else before.label))
     return tuple(heads)
+
+
+def heads_of_two(tasks: TaskChain, objective: str) -> tuple[Head, Head]:
+    """The click and the conversion logit.
+
+    Raises:
+        OptionError: the chain does not have two tasks.
+    """
+    if len(tasks) != 2:
+        raise OptionError(
+            f"the {objective} objective needs a chain of two tasks, not of {len(tasks)}; use the "
+            "esmm, click-space or division objective"
+        )
+    click, conversion = task_heads(tasks)
+    return click, conversion
 
 
 def joint_label(batch: ImpressionBatch, labels: tuple[str, ...]) -> torch.Tensor:
@@ -38,23 +54,15 @@ class EsmmObjective(Objective):
 
     Equation 2 of Ma et al., SIGIR 2018, as a mean. A longer chain of tasks adds a term for the
     product of each longer prefix.
-
-    Raises:
-        OptionError: a weight is negative.
     """
 
-    click_loss_weight: float = 1.0
+    click_loss_weight: NotNegative = 1.0
     """Factor of the first term."""
-    ctcvr_loss_weight: float = 1.0
+    ctcvr_loss_weight: NotNegative = 1.0
     """Factor of the second term, and of those of further tasks."""
     detach_click: bool = False
     """Keep the second term from training the click tower (and the terms of further tasks from
     training the towers of the tasks before)."""
-
-    def __post_init__(self) -> None:
-        for name in ("click_loss_weight", "ctcvr_loss_weight"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"`objective.{name}` is negative; give 0 or more")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for each task."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.choices import NotNegative
 from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives.esmm import heads_of_two
 from esmm_torchrec.models.objectives.propensity import (
     PropensityObjective,
-    check_not_negative,
     click_loss,
     conversion_loss,
     ctcvr_loss,
-    heads_of_two,
 )
 from esmm_torchrec.models.parts import Head
 from esmm_torchrec.models.towers import Logits
@@ -29,19 +29,12 @@ class IpsObjective(PropensityObjective):
     with λ₉ = 0 Multi-IPW (Zhang et al., "Large-scale Causal Approaches to Debiasing Post-click
     Conversion Rate Estimation", WWW 2020). The authors of ESCM² clip q at .1; at a CTR of .04
     nearly every weight would then be 10, so that here a quantile of pCTR decides.
-
-    Raises:
-        OptionError: a weight is negative, or the quantile is not in [0, 1].
     """
 
-    conversion_loss_weight: float = 0.1
+    conversion_loss_weight: NotNegative = 0.1
     """λ꜀."""
-    ctcvr_loss_weight: float = 1.0
+    ctcvr_loss_weight: NotNegative = 1.0
     """λ₉."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "conversion_loss_weight", "ctcvr_loss_weight")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for each of the two tasks."""
@@ -49,7 +42,8 @@ class IpsObjective(PropensityObjective):
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
         """The weighted sum of the terms, each a mean over all impressions."""
-        weights = batch.labels[tasks[0].label] * self.click_weights(logits, batch, tasks)
+        click = tasks[0]
+        weights = self.inverse(logits[click.name], batch.labels[click.label], batch.weight)
         total = click_loss(logits, batch, tasks)
         total = total + self.conversion_loss_weight * weights * conversion_loss(
             logits, batch, tasks

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
+from esmm_torchrec.choices import NotNegative
 from esmm_torchrec.models import losses, propensities
+from esmm_torchrec.models.objectives.esmm import heads_of_two
 from esmm_torchrec.models.objectives.propensity import (
-    check_not_negative,
     click_loss,
     conversion_loss,
-    heads_of_two,
 )
 from esmm_torchrec.models.parts import Head, Objective
 from esmm_torchrec.models.towers import Logits
@@ -27,16 +27,10 @@ class NiseObjective(Objective):
     RecSys 2024). BCE(r, r) is the entropy of r, through which the gradient flows: with
     the target detached it would be 0. w is the quotient of the two means of the global batch, as a
     number without gradient.
-
-    Raises:
-        OptionError: the largest weight is negative.
     """
 
-    max_conversion_weight: float = 50.0
+    max_conversion_weight: NotNegative = 50.0
     """The largest w."""
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "max_conversion_weight")
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
         """A logit for each of the two tasks."""

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch, NamedTensors
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import Range
 from esmm_torchrec.models import losses, propensities
-from esmm_torchrec.models.objectives.esmm import joint_label, task_heads
-from esmm_torchrec.models.parts import Head, Objective
+from esmm_torchrec.models.objectives.esmm import joint_label
+from esmm_torchrec.models.parts import Objective
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.tasks import TaskChain
-
-
-def heads_of_two(tasks: TaskChain, objective: str) -> tuple[Head, Head]:
-    """The click and the conversion logit.
-
-    Raises:
-        OptionError: the chain does not have two tasks.
-    """
-    if len(tasks) != 2:
-        raise OptionError(
-            f"the {objective} objective needs a chain of two tasks, not of {len(tasks)}; use the "
-            "esmm, click-space or division objective"
-        )
-    click, conversion = task_heads(tasks)
-    return click, conversion
-
-
-def check_not_negative(part: Objective, *names: str) -> None:
-    """Raises OptionError if one of these options is negative."""
-    for name in names:
-        if getattr(part, name) < 0:
-            option = f"objective.{name}"
-            raise OptionError(f"`{option}` is negative; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -48,26 +26,23 @@ class PropensityObjective(Objective):
     trained beside, so that each method is one training of one model with one budget, and the same
     on data that arrives in order; a network trained before would need a second pass over every
     impression, out of fold. The clip is what protects the first steps.
-
-    Raises:
-        OptionError: the quantile is not in [0, 1].
     """
 
-    clip_quantile: float = 0.1
+    clip_quantile: Annotated[float, Range("from 0 to 1", lambda value: 0 <= value <= 1)] = 0.1
     """ε is this quantile of pCTR over the clicks of a step; 0 clips nothing."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.clip_quantile <= 1:
-            option = "objective.clip_quantile"
-            raise OptionError(f"`{option}` {self.clip_quantile:g} is not from 0 to 1")
-
-    def click_weights(
-        self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain
+    def inverse(
+        self, logit: torch.Tensor, happened: torch.Tensor, weight: torch.Tensor | None
     ) -> torch.Tensor:
-        """1 / q, float32 (B,), for clicked and other impressions."""
-        click = tasks[0]
-        return propensities.inverse_propensity(
-            logits[click.name], batch.labels[click.label], batch.weight, self.clip_quantile
+        """1 / q where it happened and else 0, float32 (B,) without gradient.
+
+        Args:
+            logit: of the propensity, (B,).
+            happened: (B,), 1 or 0.
+            weight: of the batch.
+        """
+        return happened * propensities.inverse_propensity(
+            logit, happened, weight, self.clip_quantile
         )
 
     def figures(
@@ -76,9 +51,7 @@ class PropensityObjective(Objective):
         """How many clicks the weighted clicks of a step are worth, and as a share of the clicks."""
         click = tasks[0]
         happened, weight = labels[click.label], labels.get("weight")
-        weights = happened * propensities.inverse_propensity(
-            logits[click.name], happened, weight, self.clip_quantile
-        )
+        weights = self.inverse(logits[click.name], happened, weight)
         counted = happened
         if weight is not None:
             weights, counted = weights * weight, counted * (weight > 0)

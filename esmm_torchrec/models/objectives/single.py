@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from esmm_torchrec.batch import ImpressionBatch
-from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models import losses
-from esmm_torchrec.models.objectives.esmm import joint_label
+from esmm_torchrec.models.objectives.esmm import heads_of_two, joint_label
 from esmm_torchrec.models.parts import Head, Objective
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.tasks import TaskChain
@@ -39,17 +38,13 @@ class ConversionObjective(Objective):
     """
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """The logit of the last task.
+        """The logit of the last task, over all rows.
 
         Raises:
             OptionError: the chain does not have two tasks.
         """
-        if len(tasks) != 2:
-            raise OptionError(
-                f"the conversion objective needs a chain of two tasks, not of {len(tasks)}; use "
-                "the esmm, click-space or division objective"
-            )
-        return (Head(tasks[-1].name, tasks[-1].label),)
+        _, conversion = heads_of_two(tasks, "conversion")
+        return (conversion._replace(given=None),)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
         """The mean over the rows of the global batch."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import Range
 from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
 
 
@@ -24,17 +25,12 @@ class OversampledRows(Rows):
     """Train on clicked impressions with each conversion repeated.
 
     pCVR is biased as this must bias it: the odds of a conversion are `rate` times too high.
-
-    Raises:
-        OptionError: the rate is not a whole number above 0.
     """
 
-    rate: int = 2
+    rate: Annotated[
+        int, Range("a whole number above 0", lambda rate: rate >= 1 and rate % 1 == 0)
+    ] = 2
     """Times that each conversion occurs in all."""
-
-    def __post_init__(self) -> None:
-        if self.rate < 1 or self.rate != int(self.rate):
-            raise OptionError(f"`rows.rate` {self.rate} is not a whole number of copies above 0")
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """The clicked impressions, those that converted `rate` times."""

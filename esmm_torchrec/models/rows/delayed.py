@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from esmm_torchrec.choices import NotNegative, Positive
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
 
@@ -61,20 +62,12 @@ class _Clicks(NamedTuple):
 
 @dataclass(frozen=True)
 class DelayedRows(Rows):
-    """What the parts below have in common.
+    """What the parts below have in common."""
 
-    Raises:
-        OptionError: an option is out of its range.
-    """
-
-    day: int = 86_400
+    day: Positive = 86_400
     """Length of a day in the unit of the data set's times."""
     until: int | None = None
     """Time up to which impressions and conversions are known; None: that of the last impression."""
-
-    def __post_init__(self) -> None:
-        if self.day < 1:
-            raise OptionError(f"`rows.day` {self.day} is not positive; give 1 or more")
 
     def _clicks(self, impressions: LoggedImpressions) -> _Clicks:
         times, converted = impressions.times, impressions.conversion_times
@@ -136,13 +129,8 @@ class ObservedRows(DelayedRows):
 class WaitedRows(DelayedRows):
     """Every click once it is `wait` days old, with the label that it has then."""
 
-    wait: float = 1.0
+    wait: NotNegative = 1.0
     """Days."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.wait >= 0:
-            raise OptionError(f"`rows.wait` {self.wait:g} is negative; give 0 or more")
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """Each click once, except those of the last days."""
@@ -176,9 +164,6 @@ class ElapsedTimeRows(DelayedRows):
     then teaches the two networks that give the weights, and nothing else: its click label is 0.
     Gives "matured", 1 for these entries; of them "observed_negative", had no conversion when the
     click was `wait` days old; "delayed_positive", had one later; "real_negative", had none.
-
-    Raises:
-        OptionError: an option is out of its range.
     """
 
     gives_labels: ClassVar[frozenset[str]] = frozenset(

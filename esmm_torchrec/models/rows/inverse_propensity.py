@@ -10,31 +10,23 @@ come from networks that were not trained on the row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esmm_torchrec.errors import OptionError
+from esmm_torchrec.choices import Range
 from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
 
 
 @dataclass(frozen=True)
 class RejectionSampledRows(Rows):
-    """Train on clicks accepted with probability ∝ 1 / pCTR.
+    """Train on clicks accepted with probability ∝ 1 / pCTR."""
 
-    Raises:
-        OptionError: the rate is not in (0, 1].
-    """
-
-    rate: float = 0.9
+    rate: Annotated[float, Range("above 0 and up to 1", lambda rate: 0 < rate <= 1)] = 0.9
     """Quantile over the clicks at which 1 / pCTR is clipped."""
 
     needs_pctr: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise OptionError(f"`rows.rate` {self.rate:g} is not a quantile above 0 and up to 1")
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """The accepted clicks."""
@@ -61,11 +53,7 @@ class RejectionSampledRows(Rows):
 
 @dataclass(frozen=True)
 class InversePropensityRows(RejectionSampledRows):
-    """Train on every click, weighted ∝ 1 / pCTR instead of rejected.
-
-    Raises:
-        OptionError: the rate is not in (0, 1].
-    """
+    """Train on every click, weighted ∝ 1 / pCTR instead of rejected."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """All clicks, with weights of mean 1."""
