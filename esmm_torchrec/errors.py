@@ -41,14 +41,7 @@ def for_command_line(sentence: str) -> str:
 
 
 class EsmmTorchrecError(Exception):
-    """Base of all errors that the user can fix.
-
-    Args:
-        sentence: with arguments in backticks.
-    """
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence)
+    """Base of all errors that the user can fix; its argument is a sentence."""
 
 
 class DataError(EsmmTorchrecError):

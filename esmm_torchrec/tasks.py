@@ -14,7 +14,7 @@ metrics; no other part of the library names a label by itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -172,9 +172,6 @@ class TaskChain(Sequence[Task]):
 
     def __len__(self) -> int:
         return len(self.tasks)
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.tasks)
 
     @property
     def names(self) -> tuple[str, ...]:

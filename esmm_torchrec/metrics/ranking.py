@@ -5,8 +5,12 @@ half. It is taken over all rows at once, never averaged over batches. TorchRec's
 rows by chance; the figure of record is this one.
 
 Everything is NumPy on the CPU. Scores are float32 or float64, (n,), compared as they are given:
-no function here rounds or transforms a score. A NaN among them raises OptionError, infinities are
-ranked. A set of rows in which one class has no weight has no AUC: None.
+no function here rounds or transforms a score; infinities are ranked. Weights are (n,), not
+negative; None means that all are 1, and a pair counts the product of its weights. A set of rows in
+which one class has no weight has no AUC: None.
+
+Each function raises OptionError if lengths differ, a score is NaN, a label is neither 0 nor 1, a
+probability is outside [0, 1], or a weight is negative or not finite.
 """
 
 from __future__ import annotations
@@ -72,11 +76,7 @@ def soft_auc(
     Args:
         scores: (n,).
         probability: (n,), in [0, 1].
-        weights: (n,), not negative; None: all 1. A pair counts the product of its weights.
-
-    Raises:
-        OptionError: the lengths differ, a score is NaN, a probability is outside [0, 1], or a
-            weight is negative or not finite.
+        weights: (n,), or None.
     """
     _check(scores, probability=probability)
     if not ((probability >= 0) & (probability <= 1)).all():
@@ -115,12 +115,7 @@ def grouped_auc(
         labels: (n,), each 0 or 1.
         groups: (n,), integers or strings. Integers in [0, n) are used as they are, which spares
             a sort.
-        weights: (n,), not negative; None: all 1. A pair counts the product of its weights, a
-            group the sum of the weights of its rows.
-
-    Raises:
-        OptionError: the lengths differ, a score is NaN, a label is neither 0 nor 1, or a weight
-            is negative or not finite.
+        weights: (n,), or None. A group counts the sum of the weights of its rows.
     """
     _check(scores, labels=labels, groups=groups)
     positive = _positive(labels)
@@ -182,12 +177,8 @@ def auc_within_strata(
         scores: (n,).
         target: (n,), labels or probabilities in [0, 1], see `soft_auc`.
         strata_score: (n,), any monotone function of pCTR.
-        weights: (n,), not negative; None: all 1. Strata do not depend on them.
-        num_strata: number of strata.
-
-    Raises:
-        OptionError: `num_strata` is not positive, the lengths differ, a score is NaN, or a target
-            is outside [0, 1].
+        weights: (n,), or None. Strata do not depend on them.
+        num_strata: number of strata, at least 1.
     """
     if num_strata < 1:
         raise OptionError(f"num_strata must be positive, not {num_strata}")

@@ -52,7 +52,7 @@ from esmm_torchrec.models.parts import (
     Rows,
 )
 from esmm_torchrec.models.registry import Registry, part_from_dict, part_to_dict
-from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
+from esmm_torchrec.models.rows.clicked import ClickedRows, MissingAsNegativeRows, OversampledRows
 from esmm_torchrec.models.rows.delayed import (
     ElapsedTimeRows,
     FakeNegativeRows,
@@ -64,7 +64,6 @@ from esmm_torchrec.models.rows.inverse_propensity import (
     InversePropensityRows,
     RejectionSampledRows,
 )
-from esmm_torchrec.models.rows.missing_as_negative import MissingAsNegativeRows
 from esmm_torchrec.schema import Schema
 
 DtypeOption = Literal["float32", "bfloat16"]

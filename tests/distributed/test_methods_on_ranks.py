@@ -23,12 +23,11 @@ from esmm_torchrec.metrics.scored import ScoredImpressions
 from esmm_torchrec.models.esmm import TrainOutput
 from esmm_torchrec.models.methods import AFTER_METHODS, METHODS
 from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
-from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
+from esmm_torchrec.models.rows.clicked import ClickedRows, MissingAsNegativeRows, OversampledRows
 from esmm_torchrec.models.rows.inverse_propensity import (
     InversePropensityRows,
     RejectionSampledRows,
 )
-from esmm_torchrec.models.rows.missing_as_negative import MissingAsNegativeRows
 from esmm_torchrec.schema import IdFeature
 from esmm_torchrec.serving.scorer import score_split
 from esmm_torchrec.sharding.process_group import Ranks, process_group

@@ -1,4 +1,5 @@
-"""Clicked impressions alone, as BASE has them, and with copies of the conversions."""
+"""Clicked impressions: alone, as BASE has them, with copies of the conversions, or with a sample of
+the unclicked ones."""
 
 from __future__ import annotations
 
@@ -37,4 +38,22 @@ class OversampledRows(Rows):
         clicked = np.flatnonzero(impressions.clicked)
         return TrainingRows(
             np.repeat(clicked, np.where(impressions.converted[clicked], self.rate, 1))
+        )
+
+
+@dataclass(frozen=True)
+class MissingAsNegativeRows(Rows):
+    """Train on clicked impressions and sampled unclicked ones.
+
+    AMAN, "all missing as negative" (Pan et al., "One-Class Collaborative Filtering", ICDM 2008).
+    """
+
+    rate: Annotated[float, Range("above 0 and up to 1", lambda rate: 0 < rate <= 1)] = 0.1
+    """Share of the unclicked impressions that are sampled."""
+
+    def select(self, impressions: LoggedImpressions) -> TrainingRows:
+        """All clicked impressions and `rate` of the others, in their order."""
+        clicked = impressions.clicked
+        return TrainingRows(
+            np.flatnonzero(clicked | (impressions.uniform(len(clicked)) < self.rate))
         )

@@ -15,12 +15,11 @@ from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.models.methods import AFTER_METHODS, METHODS, ModelOptions, build_train_task
 from esmm_torchrec.models.parts import BaseRates, LoggedImpressions, Rows, TrainingRows
-from esmm_torchrec.models.rows.clicked import ClickedRows, OversampledRows
+from esmm_torchrec.models.rows.clicked import ClickedRows, MissingAsNegativeRows, OversampledRows
 from esmm_torchrec.models.rows.inverse_propensity import (
     InversePropensityRows,
     RejectionSampledRows,
 )
-from esmm_torchrec.models.rows.missing_as_negative import MissingAsNegativeRows
 from esmm_torchrec.models.scores import read_scores
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.schema import IdFeature, Schema, Table
