@@ -8,12 +8,9 @@ import torch
 
 from esmm_torchrec.batch import ImpressionBatch
 from esmm_torchrec.choices import NotNegative
-from esmm_torchrec.models import losses, propensities
+from esmm_torchrec.models import losses
+from esmm_torchrec.models.objectives import propensity
 from esmm_torchrec.models.objectives.esmm import heads_of_two
-from esmm_torchrec.models.objectives.propensity import (
-    click_loss,
-    conversion_loss,
-)
 from esmm_torchrec.models.parts import Head, Objective
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.tasks import TaskChain
@@ -40,12 +37,12 @@ class NiseObjective(Objective):
         """The click term and the weighted conversion term, each a mean over all impressions."""
         clicked = batch.labels[tasks[0].label]
         click = losses.weighted_mean(
-            click_loss(logits, batch, tasks), batch.weight, batch.mean_weight
+            propensity.click_loss(logits, batch, tasks), batch.weight, batch.mean_weight
         )
-        each = clicked * conversion_loss(logits, batch, tasks)
+        each = clicked * propensity.conversion_loss(logits, batch, tasks)
         each = each + (1 - clicked) * losses.entropy(logits[tasks[-1].name])
         conversion = losses.weighted_mean(each, batch.weight, batch.mean_weight)
-        over_all = [propensities.mean_over_ranks(mean) for mean in (click, conversion)]
+        over_all = [propensity.mean_over_ranks(mean) for mean in (click, conversion)]
         smallest = torch.finfo(torch.float32).tiny
         weight = (over_all[0] / over_all[1].clamp(min=smallest)).clamp(
             max=self.max_conversion_weight

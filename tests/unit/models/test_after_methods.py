@@ -21,8 +21,8 @@ from esmm_torchrec.models.objectives.doubly_robust import DoublyRobustObjective
 from esmm_torchrec.models.objectives.esmm import EsmmObjective
 from esmm_torchrec.models.objectives.ips import IpsObjective
 from esmm_torchrec.models.objectives.nise import NiseObjective
+from esmm_torchrec.models.objectives.propensity import effective_sample_size, inverse_propensity
 from esmm_torchrec.models.parts import Objective
-from esmm_torchrec.models.propensities import effective_sample_size, inverse_propensity
 from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.schema import IdFeature, Schema, Table
 from esmm_torchrec.tasks import DEFAULT_TASKS, Task, TaskChain
