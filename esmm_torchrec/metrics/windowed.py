@@ -45,19 +45,6 @@ WINDOW_SIZE = 500_000
 about 0.1 s on one core for this many."""
 
 
-def rec_tasks(tasks: TaskChain = DEFAULT_TASKS) -> list[RecTaskInfo]:
-    """One for each probability of the chain, by the keys of `model_output`."""
-    return [
-        RecTaskInfo(
-            name,
-            label_name=_label(task),
-            prediction_name=column,
-            weight_name=_weight(given),
-        )
-        for name, column, task, given in tasks.probabilities
-    ]
-
-
 def _label(task: Task) -> str:
     """Whether the task and all tasks before it happened."""
     return f"{task.name}_label"
@@ -92,11 +79,16 @@ def metrics_config(
             `RecMetricModule.should_compute`.
         metrics: which of TorchRec's metrics. Grouped AUC is not among those that work here.
     """
+    rec_tasks = [
+        RecTaskInfo(
+            name, label_name=_label(task), prediction_name=column, weight_name=_weight(given)
+        )
+        for name, column, task, given in tasks.probabilities
+    ]
     return MetricsConfig(
-        rec_tasks=rec_tasks(tasks),
+        rec_tasks=rec_tasks,
         rec_metrics={
-            metric: RecMetricDef(rec_tasks=rec_tasks(tasks), window_size=window_size)
-            for metric in metrics
+            metric: RecMetricDef(rec_tasks=rec_tasks, window_size=window_size) for metric in metrics
         },
         rec_compute_mode=RecComputeMode.FUSED_TASKS_COMPUTATION,
         compute_interval_steps=compute_interval_steps,
@@ -170,7 +162,7 @@ def model_output(
         tasks: the chain.
 
     Returns:
-        float32 (B,) by the names of `rec_tasks`, for the default chain: pctr, pcvr, pctcvr,
+        float32 (B,) by the names in `metrics_config`, for the default chain: pctr, pcvr, pctcvr,
         click_label, conversion_label (click · conversion), weight and click_weight (click ·
         weight).
     """
