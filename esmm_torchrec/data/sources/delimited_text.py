@@ -12,6 +12,7 @@ import codecs
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,23 +240,19 @@ class DelimitedText:
     def _records(self) -> Iterator[_Records]:
         """Whole records, with at least one in each piece; quotes are checked."""
         line, rest = 1, b""
-        for text in self._texts():
-            data = rest + text
-            cut, line, found = self._cut(data, line, is_last=False)
-            rest = data[cut:]
+        for text in chain(self._texts(), [None]):
+            data = rest + (text or b"")
+            if text is None and not data.endswith((b"\n", b"\r")):
+                data += b"\n"
+            cut, line, found = self._cut(data, line, is_last=text is None)
             if found is not None:
                 yield found
+            rest = data[cut:]
             if len(rest) > MAX_RECORD_BYTES:
                 raise DataError(
                     f"{self.path}, line {line}: a record of more than {MAX_RECORD_BYTES >> 20} MiB "
                     "begins here; close its quote"
                 )
-        if rest:
-            if not rest.endswith((b"\n", b"\r")):
-                rest += b"\n"
-            _, _, found = self._cut(rest, line, is_last=True)
-            if found is not None:
-                yield found
 
     def _cut(self, data: bytes, line: int, *, is_last: bool) -> tuple[int, int, _Records | None]:
         """Finds the records of `data`, which begins with one, in line `line`.

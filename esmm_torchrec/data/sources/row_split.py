@@ -71,12 +71,12 @@ class RowSplit:
             ) from None
         return cls(kind, column or None, number)  # type: ignore[arg-type]
 
-    def fault(self, block: pa.Table) -> Fault | None:
+    def faults(self, block: pa.Table) -> list[Fault]:
         """Rows that have no time to be split by. They count as training rows."""
         if self.kind != "time":
-            return None
+            return []
         assert self.column is not None
-        return read_times(block.column(self.column), self.column, may_be_missing=False)[2]
+        return [read_times(block.column(self.column), self.column, may_be_missing=False)[2]]
 
     def is_train(
         self, block: pa.Table, numbers: np.ndarray, last_train_time: int | None

@@ -28,7 +28,6 @@ from esmm_torchrec.data.prepared_form import (
 )
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns
-from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
 from esmm_torchrec.data.sources.spark_tasks import (
     Failure,
@@ -52,14 +51,6 @@ ROWS_PER_PART = 1 << 21
 _KEY, _PLACE, _STATE = "__key", "__place", "__state"
 
 
-@dataclass
-class _PieceSkipped:
-    """What a task says of the rows that it encoded, beside the impressions."""
-
-    skipped: Skipped
-    missing_dense: dict[str, int]
-
-
 @dataclass(frozen=True)
 class _Encoding:
     """What a task needs to encode and write the rows of a split."""
@@ -70,7 +61,6 @@ class _Encoding:
     dense: Mapping[str, DenseTransform]
     schema: Schema
     columns: tuple[str, ...]
-    group_kinds: Mapping[str, IdKind]
     hashed: Mapping[str, HashedIds]
     root: Location
     version: str
@@ -87,8 +77,6 @@ def write_table_on_spark(
     rows: TableRows,
     encoder: RowEncoder,
     dense: Mapping[str, DenseTransform],
-    *,
-    group_kinds: Mapping[str, IdKind],
 ) -> None:
     """Encodes and writes all rows, as `table_blocks.write_table` does.
 
@@ -110,7 +98,6 @@ def write_table_on_spark(
             dense,
             writer.schema,
             tuple(writer.columns),
-            group_kinds,
             encoder.hashed,
             root,
             version,
@@ -120,21 +107,20 @@ def write_table_on_spark(
         pieces = _write_split(spark, writer, encoding, total=rows.rows_read(split))
         with noted(writer, rows, split, bad_rows) as skipped:
             for piece in pieces:
-                found, examples = piece.skipped, piece.skipped.bad_rows.examples
+                examples = piece.bad_rows.examples
                 bad_rows.skip(
-                    found.bad_rows.count,
+                    piece.bad_rows.count,
                     lambda row, examples=examples: examples[min(row, MAX_EXAMPLES - 1)],
                 )
-                skipped.unclicked_conversions += found.unclicked_conversions
-                for name, missing in piece.missing_dense.items():
-                    writer.record_missing_dense(split, name, missing)
+                skipped.unclicked_conversions += piece.unclicked_conversions
+                skipped.missing_dense.update(piece.missing_dense)
     writer.source["train_rows"] = rows.rows_read("train")
     _remove_others(writer)
 
 
 def _write_split(
     spark: Session, writer: PreparedWriter, encoding: _Encoding, *, total: int
-) -> list[_PieceSkipped]:
+) -> list[Skipped]:
     from pyspark.sql.pandas.types import (  # noqa: PLC0415  # pyright: ignore
         from_arrow_schema,
     )
@@ -156,7 +142,7 @@ def _write_split(
     replies = frame.mapInArrow(write_part, "place long, state binary").collect()
     shared.unpersist()
     states = states_of(replies)
-    skipped: list[tuple[int, _PieceSkipped]] = []
+    skipped: list[tuple[int, Skipped]] = []
     for written, of_pieces in states:
         writer.split_writer(encoding.split).add(written)
         skipped += of_pieces
@@ -196,9 +182,9 @@ def _encoder(encoding: _Encoding) -> RowEncoder:
 def _encode_piece(encoding: _Encoding, number: int) -> Iterator[pa.RecordBatch]:
     piece, types = encoding.pieces[number], encoding.types
     columns = _row_columns(types)
-    skipped, missing = Skipped(BadRows(piece.max_bad_rows)), dict.fromkeys(encoding.dense, 0)
+    skipped = Skipped(BadRows(piece.max_bad_rows))
     place, lowest = number << 32, np.iinfo(np.int64).min
-    state: Any = _PieceSkipped(skipped, missing)
+    state: Any = skipped
     try:
         for block in piece.blocks(encoding.split, skipped.bad_rows):
             encoded = encode_block(
@@ -206,12 +192,9 @@ def _encode_piece(encoding: _Encoding, number: int) -> Iterator[pa.RecordBatch]:
                 block,
                 _encoder(encoding),
                 types,
-                group_kinds=encoding.group_kinds,
                 skipped=skipped,
             )
             rows = encoded.impressions
-            for name, values in encoded.missing_dense.items():
-                missing[name] += values
             key = np.zeros(len(rows), np.uint64) if encoded.key is None else encoded.key
             arrays = [
                 *rows.columns,
@@ -237,7 +220,7 @@ def _write_part(encoding: _Encoding, batches: Iterable[pa.RecordBatch]) -> Itera
     writer = SplitWriter(
         encoding.root, encoding.split, encoding.schema, encoding.columns, random_names=True
     )
-    of_pieces: list[tuple[int, _PieceSkipped]] = []
+    of_pieces: list[tuple[int, Skipped]] = []
     state: Any
     try:
         for batch in batches:

@@ -15,7 +15,6 @@ from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
-from esmm_torchrec.data.sources.raw_ids import IdKind
 from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.table_rows import KEY, RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
@@ -47,8 +46,6 @@ class EncodedBlock(NamedTuple):
     """Impressions as a prepared data set stores them."""
 
     impressions: pa.Table
-    missing_dense: dict[str, int]
-    """By raw dense column: impressions without a value."""
     key: np.ndarray | None
     """uint64 (n,), the hash that they are stored by, if they are stored by one."""
 
@@ -70,31 +67,21 @@ def encode_block(
     encoder: RowEncoder,
     types: pa.Schema,
     *,
-    group_kinds: Mapping[str, IdKind],
     skipped: Skipped,
 ) -> EncodedBlock:
-    """The impressions among the rows of a block.
-
-    Args:
-        rows: which the block is of.
-        block: raw rows.
-        encoder: of their features.
-        types: columns of the result.
-        group_kinds: what group ids are, by raw column.
-        skipped: counts the rows that are left out.
+    """The impressions among the rows of a block, with the columns `types`; `skipped` counts what is
+    left out or missing.
 
     Raises:
         DataError: a row cannot be used and may not be skipped, or a value cannot be encoded.
     """
-    usable = rows.usable(block, encoder.features, group_kinds, skipped)
+    usable = rows.usable(block, encoder.features, skipped)
     with block.table.named_in_errors():
         columns = usable.scalars | encoder.encode_features(usable.features)
     arrays = [pa.array(columns[column.name], column.type) for column in types]
-    missing = {
-        name: int(np.count_nonzero(np.isnan(values)))
-        for name, values in usable.features.dense.items()
-    }
-    return EncodedBlock(pa.table(arrays, schema=types), missing, columns.get(KEY))
+    for name, values in usable.features.dense.items():
+        skipped.missing_dense[name] += int(np.count_nonzero(np.isnan(values)))
+    return EncodedBlock(pa.table(arrays, schema=types), columns.get(KEY))
 
 
 def write_table(
@@ -102,20 +89,11 @@ def write_table(
     rows: TableRows,
     encoder: RowEncoder,
     *,
-    group_kinds: Mapping[str, IdKind],
     train_rows: int,
     progress: bool,
 ) -> None:
-    """Encodes and writes all rows, block by block, and notes what was left out.
-
-    Args:
-        writer: has the vocabularies and the dense transforms already.
-        rows: of both splits.
-        encoder: of their features.
-        group_kinds: what group ids are, by raw column.
-        train_rows: how many rows of training there are, for the progress bar.
-        progress: whether to show one.
-    """
+    """Encodes and writes all rows, block by block, and notes what was left out. `writer` has the
+    vocabularies and the transforms already; `train_rows` is for the progress bar."""
     types, bad_rows = impression_columns(writer.schema, writer.columns), BadRows(rows.max_bad_rows)
     writer.source["unclicked_conversion_rows"] = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
@@ -125,12 +103,8 @@ def write_table(
             progress_bar(f"encode {split}", total, "rows", disable=not progress) as bar,
         ):
             for block in rows.blocks(split, bad_rows):
-                encoded = encode_block(
-                    rows, block, encoder, types, group_kinds=group_kinds, skipped=skipped
-                )
+                encoded = encode_block(rows, block, encoder, types, skipped=skipped)
                 writer.write_impressions(split, encoded.impressions, key=encoded.key)
-                for name, count in encoded.missing_dense.items():
-                    writer.record_missing_dense(split, name, count)
                 bar.update(len(block.rows))
     writer.source["train_rows"] = rows.rows_read("train")
 
@@ -139,9 +113,11 @@ def write_table(
 def noted(
     writer: PreparedWriter, rows: TableRows, split: SplitName, bad_rows: BadRows
 ) -> Iterator[Skipped]:
-    """What is left out of a split while it is written; `writer` notes it in the end."""
+    """What is left out or missing in a split while it is written; `writer` notes it in the end."""
     skipped, count, examples = Skipped(bad_rows), bad_rows.count, len(bad_rows.examples)
     yield skipped
+    for name, missing in skipped.missing_dense.items():
+        writer.record_missing_dense(split, name, missing)
     if bad_rows.count > count:
         writer.record_dropped(split, BAD_ROWS, bad_rows.count - count, bad_rows.examples[examples:])
     unclicked = skipped.unclicked_conversions

@@ -61,16 +61,8 @@ def write_rows(
         writer.write_vocabulary(table, vocabulary)
     for name, transform in dense.items():
         writer.record_dense(name, transform)
-    rows, group_kinds = preparation.rows, preparation.group_kinds
     encoder = RowEncoder(preparation.features, vocabularies, dense, tasks=writer.schema.tasks)
     if engine is not None:
-        write_table_on_spark(engine, writer, rows, encoder, dense, group_kinds=group_kinds)
+        write_table_on_spark(engine, writer, preparation.rows, encoder, dense)
     else:
-        write_table(
-            writer,
-            rows,
-            encoder,
-            group_kinds=group_kinds,
-            train_rows=train_rows,
-            progress=progress,
-        )
+        write_table(writer, preparation.rows, encoder, train_rows=train_rows, progress=progress)

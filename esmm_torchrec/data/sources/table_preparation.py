@@ -52,7 +52,8 @@ class Preparation:
         self._settled = features
         self._lists: dict[str, bool | None] = {}
         """By raw id column; None while no list has been met."""
-        self._kinds: dict[str, IdKind] = dict(group_kinds or {})
+        self._kinds = rows.kinds
+        self._kinds |= group_kinds or {}
         self._guessed: list[tuple[str, ...]] = []
         """Groups of raw columns whose ids are integers until a text is met."""
         if features is None:
@@ -207,7 +208,7 @@ class Preparation:
         for block in rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):
                 return None
-            usable = rows.usable(block, columns, self.group_kinds, skipped)
+            usable = rows.usable(block, columns, skipped)
             with block.table.named_in_errors():
                 count_ids(counters, columns, usable.features)
             if columns.dense:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -69,10 +70,12 @@ class Impressions(NamedTuple):
 
 @dataclass
 class Skipped:
-    """What one reading of a split left out."""
+    """What one reading of a split left out or found missing."""
 
     bad_rows: BadRows
     unclicked_conversions: int = 0
+    missing_dense: Counter[str] = field(default_factory=Counter)
+    """By dense feature: impressions without a value."""
 
 
 class TableRows:
@@ -109,6 +112,8 @@ class TableRows:
         if test is not None:
             tests = open_raw_tables(test, what="test", text_format=text_format)
         self.tables: dict[SplitName, list[RawTable]] = {"train": tables, "test": tests}
+        self.kinds: dict[str, IdKind] = {}
+        """What ids are, by raw column, as far as `Preparation` has found out."""
         self._split = split
         self._columns = columns
         self.unclicked_conversions: UnclickedConversions = unclicked_conversions
@@ -208,16 +213,10 @@ class TableRows:
             numbers=block.numbers[mask],
         )
 
-    def usable(
-        self,
-        block: RawBlock,
-        features: FeatureColumns,
-        kinds: Mapping[str, IdKind],
-        skipped: Skipped,
-    ) -> Impressions:
-        """The rows of a block that become impressions; `kinds` are those of raw id columns."""
+    def usable(self, block: RawBlock, features: FeatureColumns, skipped: Skipped) -> Impressions:
+        """The rows of a block that become impressions."""
         with block.table.named_in_errors():
-            scalars, values, faults = self._values(block, features, kinds)
+            scalars, values, faults = self._values(block, features)
         keep = skipped.bad_rows.leave_out(
             faults, lambda row: block.table.place(int(block.places[row]))
         )
@@ -281,12 +280,12 @@ class TableRows:
         return labels, faults
 
     def _values(
-        self, block: RawBlock, features: FeatureColumns, kinds: Mapping[str, IdKind]
+        self, block: RawBlock, features: FeatureColumns
     ) -> tuple[dict[str, np.ndarray], Features, list[Fault]]:
         columns, rows = self._columns, block.rows
         scalars, faults = self._read_labels(block)
         if self._split is not None:
-            faults += [fault] if (fault := self._split.fault(rows)) is not None else []
+            faults += self._split.faults(rows)
         if columns.sample_id is None:
             scalars[SAMPLE_ID] = block.numbers
         else:
@@ -297,7 +296,7 @@ class TableRows:
         for role, name in columns.optional.items():
             values = rows.column(name)
             if role == GROUP_ID:
-                scalars[role], fault = _groups(block, name, kinds[name])
+                scalars[role], fault = _groups(block, name, self.kinds[name])
             elif role == TIMESTAMP:
                 scalars[role], _, fault = read_times(values, name, may_be_missing=False)
             elif role == CONVERSION_TIME:
@@ -308,7 +307,7 @@ class TableRows:
                 scalars[role], fault = read_probabilities(values, name)
             faults.append(fault)
         if columns.key is not None:
-            groups, fault = _groups(block, columns.key, kinds[columns.key])
+            groups, fault = _groups(block, columns.key, self.kinds[columns.key])
             scalars[KEY] = splitmix64(groups.view(np.uint64))
             if columns.key != columns.group_id:
                 faults.append(fault)
