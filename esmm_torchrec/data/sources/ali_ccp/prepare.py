@@ -31,7 +31,6 @@ from esmm_torchrec.data.prepared_form import (
     shared_columns,
 )
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources.ali_ccp.common_rows import CommonRows
 from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, INDEX, SKELETON, USER, Layout
 from esmm_torchrec.data.sources.ali_ccp.files import (
     Archive,
@@ -46,6 +45,7 @@ from esmm_torchrec.data.sources.ali_ccp.lines import (
     ParsedLines,
     parse_block,
 )
+from esmm_torchrec.data.sources.ali_ccp.shared_rows import CommonRows
 from esmm_torchrec.data.sources.ali_ccp.truth import Truth
 from esmm_torchrec.data.sources.ali_ccp.waiting_rows import FEATURES, WaitingRows, encoded
 from esmm_torchrec.data.sources.raw_tables import BadRows
