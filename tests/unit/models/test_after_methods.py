@@ -239,6 +239,7 @@ def test_they_need_a_chain_of_two(method: str) -> None:
         (lambda: DoublyRobustObjective(imputation="x"), "imputation"),  # pyright: ignore
         (lambda: NiseObjective(max_conversion_weight=-1), "objective.max_conversion_weight"),
         (lambda: DcmtObjective(counterfactual_weight=-1), "objective.counterfactual_weight"),
+        (lambda: DcmtObjective(ctcvr_loss_weight=math.nan), "objective.ctcvr_loss_weight"),
     ],
 )
 def test_options_out_of_range_are_refused(build: Callable[[], object], option: str) -> None:
