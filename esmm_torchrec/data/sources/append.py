@@ -135,7 +135,6 @@ def append_table(
                 _grown(whole, counted.vocabularies),
                 whole.statistics.dense,
                 engine,
-                train_rows=counted.rows,
                 progress=progress,
             )
             if test is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +30,6 @@ from esmm_torchrec.data.vocabulary import Vocabulary, check_number_of_ids
 from esmm_torchrec.errors import EsmmTorchrecError
 
 _IDS_PER_BATCH = 1 << 16
-
-
-@dataclass
-class _PieceCount:
-    """What a task says of the training rows that it counted, beside the ids."""
-
-    fitter: DenseFitter
-    rows: int
 
 
 class _Met(NamedTuple):
@@ -102,7 +93,7 @@ def count_table(spark: Session, preparation: Preparation) -> Counted | None:
         assert not met
         fitter = DenseFitter(len(features.dense))
         for state in states:
-            fitter.merge(state.fitter)
+            fitter.merge(state)
 
         columns = ["tab", "rare", "rank", "number", "text"]
         ids = counted.where("state is null").groupBy("tab", "number", "text")
@@ -120,8 +111,7 @@ def count_table(spark: Session, preparation: Preparation) -> Counted | None:
         if ordered is not None:
             ordered.unpersist()
         shared.unpersist()
-    rows = sum(state.rows for state in states)
-    return Counted(vocabularies | preparation.hashed, fitter, rows)
+    return Counted(vocabularies | preparation.hashed, fitter)
 
 
 def _count_piece(
@@ -148,7 +138,7 @@ def _count_piece(
         } | {column: ids}
         arrow = pa.table(columns).cast(_COUNTED_COLUMNS)
         yield from arrow.to_batches(max_chunksize=_IDS_PER_BATCH)
-    yield _state_row(number, _PieceCount(counted.fitter, counted.rows))
+    yield _state_row(number, counted.fitter)
 
 
 def _state_row(place: int, state: Any) -> pa.RecordBatch:

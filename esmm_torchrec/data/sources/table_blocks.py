@@ -30,7 +30,6 @@ class Counted(NamedTuple):
     vocabularies: Mapping[str, Vocabulary | HashedIds]
     """By table."""
     fitter: DenseFitter
-    rows: int
 
 
 class TrainingCount(NamedTuple):
@@ -39,7 +38,6 @@ class TrainingCount(NamedTuple):
     counters: dict[str, IdCounter]
     """By table whose ids are not hashed."""
     fitter: DenseFitter
-    rows: int
 
 
 class EncodedBlock(NamedTuple):
@@ -89,15 +87,14 @@ def write_table(
     rows: TableRows,
     encoder: RowEncoder,
     *,
-    train_rows: int,
     progress: bool,
 ) -> None:
     """Encodes and writes all rows, block by block, and notes what was left out. `writer` has the
-    vocabularies and the transforms already; `train_rows` is for the progress bar."""
+    vocabularies and the transforms already."""
     types, bad_rows = impression_columns(writer.schema, writer.columns), BadRows(rows.max_bad_rows)
     writer.source["unclicked_conversion_rows"] = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
-        total = train_rows if split == "train" else None
+        total = rows.rows_given.get(split)
         with (
             noted(writer, rows, split, bad_rows) as skipped,
             progress_bar(f"encode {split}", total, "rows", disable=not progress) as bar,

@@ -42,7 +42,7 @@ def _try_to_count(preparation: Preparation, engine: Session | None, bar: tqdm) -
         table: counter.vocabulary(preparation.min_count)
         for table, counter in count.counters.items()
     }
-    return Counted(vocabularies | preparation.hashed, count.fitter, count.rows)
+    return Counted(vocabularies | preparation.hashed, count.fitter)
 
 
 def write_rows(
@@ -52,11 +52,10 @@ def write_rows(
     dense: Mapping[str, DenseTransform],
     engine: Session | None,
     *,
-    train_rows: int,
     progress: bool,
 ) -> None:
     """Writes the vocabularies, by table, and all rows, dense values encoded by the transforms of
-    their columns. `train_rows` is how many training rows were counted, for the progress bar."""
+    their columns."""
     for table, vocabulary in vocabularies.items():
         writer.write_vocabulary(table, vocabulary)
     for name, transform in dense.items():
@@ -65,4 +64,4 @@ def write_rows(
     if engine is not None:
         write_table_on_spark(engine, writer, preparation.rows, encoder, dense)
     else:
-        write_table(writer, preparation.rows, encoder, train_rows=train_rows, progress=progress)
+        write_table(writer, preparation.rows, encoder, progress=progress)

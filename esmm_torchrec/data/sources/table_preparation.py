@@ -204,7 +204,7 @@ class Preparation:
             if feature.table not in hashed
         }
         fitter = DenseFitter(len(columns.dense), of_rows)
-        count, skipped = 0, Skipped(BadRows(rows.max_bad_rows))
+        skipped = Skipped(BadRows(rows.max_bad_rows))
         for block in rows.blocks("train", skipped.bad_rows):
             if self._meets_lists(block) or self._meets_text(block):
                 return None
@@ -214,9 +214,8 @@ class Preparation:
             if columns.dense:
                 values = np.stack(list(usable.features.dense.values()), axis=1)
                 fitter.add(values, usable.numbers)
-            count += len(block.rows)
             on_rows(len(block.rows))
-        return TrainingCount(counters, fitter, count)
+        return TrainingCount(counters, fitter)
 
     @property
     def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:

@@ -120,6 +120,8 @@ class TableRows:
         self.max_bad_rows = max_bad_rows
         self._first_row: dict[SplitName, int] = {"train": first_train_row, "test": 0}
         self._rows_read: dict[SplitName, int] = {}
+        self.rows_given: dict[SplitName, int] = {}
+        """How many rows `blocks` has given the last time, once it has given all."""
         self._labels = {label: LabelReader(column) for label, column in columns.labels.items()}
         self._last_train_time: int | None = None
         wanted = columns.roles + columns.features
@@ -168,7 +170,7 @@ class TableRows:
         Raises:
             DataError: a file cannot be read, or there is one bad record too many.
         """
-        before = self._first_row[split]
+        before, given = self._first_row[split], 0
         for table in self.tables[split]:
             # Records with too few fields are in neither half; they count as training rows.
             ignored = BadRows(self.max_bad_rows)
@@ -177,8 +179,11 @@ class TableRows:
                 numbers = np.arange(before, before + len(rows.table))
                 before += len(rows.table)
                 block = RawBlock(table, rows.table, rows.numbers, numbers, split)
-                yield block if self._split is None else self._half(block, self._split)
-        self._rows_read[split] = before
+                if self._split is not None:
+                    block = self._half(block, self._split)
+                given += len(block.rows)
+                yield block
+        self._rows_read[split], self.rows_given[split] = before, given
 
     def pieces(self, split: SplitName) -> list[TableRows]:
         """The rows of a split in parts that processes can read by themselves, in order.

@@ -205,7 +205,6 @@ def prepare_table(
             counted.vocabularies,
             transforms,
             engine,
-            train_rows=counted.rows,
             progress=progress,
         )
     return PreparedDataSet.open(out)
