@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.schema import UNKNOWN_ROW
+from esmm_torchrec.data.vocabulary import IdCounter
+from esmm_torchrec.schema import UNKNOWN_ROW, IdFeature
+
+
+def count_raw_ids(
+    counters: Mapping[str, IdCounter],
+    features: Sequence[IdFeature],
+    ids: Mapping[str, pa.Array],
+    impressions: np.ndarray | None = None,
+) -> None:
+    """Adds the raw ids of a block of n rows to the counter of each table that has one.
+
+    Args:
+        counters: by table.
+        features: whose ids are counted.
+        ids: by feature, n scalars or lists.
+        impressions: int (n,), how many use each row; None: one each.
+    """
+    for feature in features:
+        if feature.table in counters:
+            column, times = ids[feature.name], impressions
+            if feature.multi_valued:
+                if times is not None:
+                    times = np.repeat(times, column.value_lengths().to_numpy())
+                column = column.flatten()
+            counters[feature.table].add(column, times)
 
 
 class SharedRowUse:

@@ -218,14 +218,8 @@ class RowEncoder:
         the tables, weights as they are, dense values float32 by the transform of their column."""
         columns: dict[str, pa.Array] = {}
         for feature in self.features.id_features:
-            raw = features.ids[feature.name]
-            vocabulary = self.vocabularies[feature.table]
-            if feature.multi_valued:
-                rows = pa.array(vocabulary.encode(raw.flatten()))
-                columns[feature.name] = pa.ListArray.from_arrays(raw.offsets, rows)
-            else:
-                missing = raw.is_null().to_numpy(zero_copy_only=False)
-                columns[feature.name] = pa.array(vocabulary.encode(raw), mask=missing)
+            ids = features.ids[feature.name]
+            columns[feature.name] = encode_ids(ids, self.vocabularies[feature.table])
             if feature.weighted:
                 columns[weight_column(feature.name)] = features.weights[feature.name]
         for name, values in features.dense.items():
@@ -235,6 +229,16 @@ class RowEncoder:
                 encoded[missing_column(name)] = np.isnan(values).astype(np.float32)
             columns |= {column: pa.array(of_column) for column, of_column in encoded.items()}
         return columns
+
+
+def encode_ids(raw_ids: pa.Array, vocabulary: Vocabulary | HashedIds) -> pa.Array:
+    """int32 rows of a table in place of raw ids, which are scalars or lists; nulls stay null."""
+    if pa.types.is_list(raw_ids.type):
+        offsets = raw_ids.offsets.to_numpy()
+        rows = pa.array(vocabulary.encode(raw_ids.flatten()))
+        return pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), rows)
+    missing = raw_ids.is_null().to_numpy(zero_copy_only=False) if raw_ids.null_count else None
+    return pa.array(vocabulary.encode(raw_ids), mask=missing)
 
 
 def copy_preprocessing(data_set: Location | Path | str, destination: Path | str) -> None:

@@ -29,7 +29,7 @@ from esmm_torchrec.data.in_order import in_order
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared_form import impression_columns, shared_columns
 from esmm_torchrec.data.sources.ali_ccp.fields import FIELDS, USER
-from esmm_torchrec.data.sources.ali_ccp.waiting_rows import FEATURES, WaitingRows, encoded
+from esmm_torchrec.data.sources.ali_ccp.waiting_rows import WaitingRows, encoded
 from esmm_torchrec.data.split_writer import RowKind
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import (
@@ -93,7 +93,7 @@ def draw_mapped(world: World, folder: Path, *, min_count: int) -> DrawnWorld:
 
         def batches(kind: RowKind, tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
             for table in tables:
-                rows = encoded(table, FEATURES[kind], vocabularies)
+                rows = encoded(table, kind, vocabularies)
                 yield from rows.select(names[kind]).to_batches()
 
         def lay_out(

@@ -14,7 +14,6 @@ from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.table_rows import KEY, RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
@@ -46,17 +45,6 @@ class EncodedBlock(NamedTuple):
     impressions: pa.Table
     key: np.ndarray | None
     """uint64 (n,), the hash that they are stored by, if they are stored by one."""
-
-
-def count_ids(
-    counters: Mapping[str, IdCounter], columns: FeatureColumns, features: Features
-) -> None:
-    """Adds the ids of a block to the counter of each table that has one."""
-    for feature in columns.id_features:
-        if feature.table not in counters:
-            continue
-        ids = features.ids[feature.name]
-        counters[feature.table].add(ids.flatten() if feature.multi_valued else ids)
 
 
 def encode_block(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from esmm_torchrec.data.counting import count_raw_ids
 from esmm_torchrec.data.dense import DenseFitter
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
@@ -15,7 +16,7 @@ from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
 from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.raw_values import holds_integers, holds_text, one_array
-from esmm_torchrec.data.sources.table_blocks import TrainingCount, count_ids
+from esmm_torchrec.data.sources.table_blocks import TrainingCount
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_rows import RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter
@@ -210,7 +211,7 @@ class Preparation:
                 return None
             usable = rows.usable(block, columns, skipped)
             with block.table.named_in_errors():
-                count_ids(counters, columns, usable.features)
+                count_raw_ids(counters, columns.id_features, usable.features.ids)
             if columns.dense:
                 values = np.stack(list(usable.features.dense.values()), axis=1)
                 fitter.add(values, usable.numbers)

@@ -112,7 +112,7 @@ class _Preparation:
 
     def _encoded(self, kind: RowKind, table: pa.Table) -> pa.Table:
         """The table as it is stored, once the vocabularies are known."""
-        return encoded(table, FEATURES[kind], self.vocabularies) if self.vocabularies else table
+        return encoded(table, kind, self.vocabularies) if self.vocabularies else table
 
     def _write(self, split: SplitName, kind: RowKind, table: pa.Table) -> None:
         if kind == "shared":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.counting import SharedRowUse
+from esmm_torchrec.data.counting import SharedRowUse, count_raw_ids
+from esmm_torchrec.data.encoding import encode_ids
 from esmm_torchrec.data.prepared_form import array_of
 from esmm_torchrec.data.sources.ali_ccp.fields import COMMON, FIELDS, SKELETON
 from esmm_torchrec.data.split_writer import RowKind
@@ -40,7 +41,7 @@ class WaitingRows:
         """Appends rows: raw ids and weights in columns called as the fields, and whatever else
         comes with them."""
         if kind == "impressions":
-            self._count(FEATURES[kind], table, None)
+            self._count(kind, table)
             self._use.add(array_of(table, SHARED_ROW).to_numpy())
         files = self._files[kind]
         files.append(self._folder / f"{kind}-{len(files)}.arrow")
@@ -60,20 +61,13 @@ class WaitingRows:
             table = _read(path)
             # A shared row counts once for each impression that uses it.
             impressions = self._use.impressions(first + len(table))[first:]
-            self._count(FEATURES["shared"], table, impressions)
+            self._count("shared", table, impressions)
             first += len(table)
         return {table: counter.vocabulary(min_count) for table, counter in self._counters.items()}
 
-    def _count(
-        self, features: Sequence[IdFeature], table: pa.Table, impressions: np.ndarray | None
-    ) -> None:
-        for feature in features:
-            column, times = array_of(table, feature.name), impressions
-            if feature.multi_valued:
-                if times is not None:
-                    times = np.repeat(times, column.value_lengths().to_numpy())
-                column = column.flatten()
-            self._counters[feature.table].add(column, times)
+    def _count(self, kind: RowKind, table: pa.Table, impressions: np.ndarray | None = None) -> None:
+        ids = {feature.name: array_of(table, feature.name) for feature in FEATURES[kind]}
+        count_raw_ids(self._counters, FEATURES[kind], ids, impressions)
 
     def take(self, kind: RowKind) -> Iterator[pa.Table]:
         """What was added, piece by piece; its files are removed."""
@@ -87,19 +81,10 @@ def _read(path: Path) -> pa.Table:
         return pa.ipc.open_file(file).read_all()
 
 
-def encoded(
-    table: pa.Table, features: Sequence[IdFeature], vocabularies: Mapping[str, Vocabulary]
-) -> pa.Table:
+def encoded(table: pa.Table, kind: RowKind, vocabularies: Mapping[str, Vocabulary]) -> pa.Table:
     """The table with rows of the embedding tables in place of raw ids."""
-    for feature in features:
-        column = array_of(table, feature.name)
-        vocabulary = vocabularies[feature.table]
-        if feature.multi_valued:
-            offsets = column.offsets.to_numpy()
-            rows = pa.array(vocabulary.encode(column.flatten()))
-            column = pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), rows)
-        else:
-            mask = column.is_null().to_numpy(False) if column.null_count else None
-            column = pa.array(vocabulary.encode(column), mask=mask)
-        table = table.set_column(table.column_names.index(feature.name), feature.name, column)
-    return table
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    for feature in FEATURES[kind]:
+        ids = array_of(table, feature.name)
+        columns[feature.name] = encode_ids(ids, vocabularies[feature.table])
+    return pa.table(columns)
