@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
-from esmm_torchrec.choices import check_positive
+from esmm_torchrec.cli.restored import RestoreOptions
 from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -18,18 +17,16 @@ from esmm_torchrec.data.subsets import user_hash
 from esmm_torchrec.metrics.calibration import CalibrationKind, fit_calibration
 from esmm_torchrec.metrics.report import measure
 from esmm_torchrec.metrics.scored import ScoredImpressions
-from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import CALIBRATION, RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described
 from esmm_torchrec.serving.scorer import score_split
-from esmm_torchrec.sharding.planner import ShardingOption
-from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+from esmm_torchrec.sharding.process_group import Ranks, process_group
 
 _FIGURES = ("calibration", "ece", "ne")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RestoreOptions):
     """Fit a calibration of a model's probabilities on the test split of a prepared data set.
 
     The calibration is written to RUN/calibration.json; 'evaluate', 'score' and 'export' apply it
@@ -37,25 +34,11 @@ class Options:
     data.
     """
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder."""
     data: Path
     """The prepared data set whose test split is used; its vocabularies must be those of the
     training."""
     kind: CalibrationKind = "isotonic"
     """isotonic needs many labels; platt (two numbers for each task) needs few."""
-    batch_size: int = 8192
-    """Impressions per rank and step."""
-    sharding: ShardingOption = "auto"
-    """How tables are placed on the available ranks."""
-    step: int | None = None
-    """Step of the checkpoint to use; by default, the best one that validation chose, else the last
-    one."""
-    device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
-
-    def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
 
 
 def run(options: Options) -> None:
@@ -72,9 +55,7 @@ def _calibrate(options: Options, ranks: Ranks) -> None:
         dataset, "test", history_weights=folder.config["options"]["history_weights"]
     )
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
-    model = restore(
-        folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
-    )
+    model = options.restore(folder, ranks, step)
     scored = score_split(model, split, ranks, batch_size=options.batch_size)
     if scored is None:
         return

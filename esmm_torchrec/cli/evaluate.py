@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from esmm_torchrec.choices import check_positive
+from esmm_torchrec.cli.restored import RestoreOptions
 from esmm_torchrec.cli.terminal import format_metrics, format_slices
 from esmm_torchrec.data.field_values import field_values
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -18,33 +18,20 @@ from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.metrics.in_parts import measure_in_parts
 from esmm_torchrec.metrics.report import measure, relative_improvements
 from esmm_torchrec.metrics.slices import measure_slices
-from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, is_finished
 from esmm_torchrec.serving.scorer import is_in_parts, score_split
-from esmm_torchrec.sharding.planner import ShardingOption
-from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+from esmm_torchrec.sharding.process_group import Ranks, process_group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RestoreOptions):
     """Measure a trained model on a split of a prepared data set."""
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder."""
     data: str
     """The prepared data set, a folder or its URI, with the vocabularies of the training."""
     split: Literal["train", "test"] = "test"
     """Split to measure on."""
-    batch_size: int = 8192
-    """Impressions per rank and step."""
-    sharding: ShardingOption = "auto"
-    """How tables are placed on the available ranks."""
-    step: int | None = None
-    """Step of the checkpoint to use; by default, the best one that validation chose, else the
-    last."""
-    device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
     """Measure the probabilities as calibrated by 'calibrate'."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
@@ -56,9 +43,6 @@ class Options:
     json: Path | None = None
     """Also write the figures to this file; those based on labels are under the name of the
     split."""
-
-    def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
 
 
 def run(options: Options) -> None:
@@ -85,9 +69,7 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
         fields = {field: field_values(dataset, split, field) for field in options.by}
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     calibration = folder.calibration(step) if options.calibrated else None
-    model = restore(
-        folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
-    )
+    model = options.restore(folder, ranks, step)
     scored = score_split(model, split, ranks, batch_size=options.batch_size)
     if scored is None:
         return

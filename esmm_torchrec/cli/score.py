@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 import tyro
 
-from esmm_torchrec.choices import check_positive
+from esmm_torchrec.cli.restored import RestoreOptions
 from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
@@ -18,8 +20,6 @@ from esmm_torchrec.data.sources.raw_tables import BadRows, files_of
 from esmm_torchrec.data.storage import is_uri, staged
 from esmm_torchrec.data.stream import StreamedSplit, stream_in_order
 from esmm_torchrec.errors import OptionError
-from esmm_torchrec.metrics.calibration import Calibration
-from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.chosen_checkpoint import chosen_step, described, identity
 from esmm_torchrec.serving.package import PREPROCESSING, Package
@@ -30,15 +30,14 @@ from esmm_torchrec.serving.score_files import (
     refuse_existing,
     write_scores,
 )
-from esmm_torchrec.serving.scored_rows import Written, unknown_warnings
+from esmm_torchrec.serving.scored_rows import Written, score_columns, unknown_warnings
 from esmm_torchrec.serving.scoring import check_preprocessing, encode_rows, remove, score
 from esmm_torchrec.serving.streamed_scores import score_streamed
-from esmm_torchrec.sharding.planner import ShardingOption
-from esmm_torchrec.sharding.process_group import DeviceOption, Ranks, process_group
+from esmm_torchrec.sharding.process_group import Ranks, process_group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RestoreOptions):
     """Write the sample_id, pctr, pcvr and pctcvr of every impression, in order.
 
     With a folder as --out, each file of --input is scored to its own output file, and an
@@ -63,21 +62,12 @@ class Options:
     """Number of rows of --input that may be impossible to score; their scores are null."""
     split: Literal["train", "test"] = "test"
     """Split of --data to score."""
-    batch_size: int = 8192
-    """Impressions per rank and step."""
-    sharding: ShardingOption = "auto"
-    """How tables are placed on the available ranks."""
-    step: int | None = None
-    """Step of the checkpoint to use; by default, the best one that validation chose, else the
-    last."""
-    device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
     calibrated: bool = False
     """Write the probabilities as calibrated by 'calibrate'. For a package, this is fixed at
     export."""
 
     def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
+        super().__post_init__()
         for name in self.keep:
             if self.keep.count(name) > 1:
                 raise OptionError(f"`keep` names {name!r} twice; name it once")
@@ -122,23 +112,27 @@ def _score_with_package(options: Options, out: Path) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("an exported model is scored by one process; start it without torchrun")
     model = Package.open(options.run)
-    jobs, score_folder = _jobs(options, out, lambda: _made_by(options, model.fingerprint))
+    jobs = _Jobs.of(options, out, model.fingerprint, options.calibrated)
     predictor = Predictor(options.run, calibrated=options.calibrated)
-    written, bad_rows = Written(), BadRows(options.max_bad_rows)
-    for rows, scores in jobs:
-        bad_before = bad_rows.count
-        blocks = predictor.score_blocks(
-            rows, keep=options.keep, bad_rows=bad_rows, batch_size=options.batch_size
-        )
-        of_job = write_scores(blocks, scores, predictor.tasks)
-        if score_folder is not None:
-            bad = bad_rows.count - bad_before
-            score_folder.record(Path(rows[0]), scores, rows=of_job.impressions, bad_rows=bad)
-        written.impressions += of_job.impressions
-        written.add(of_job.counts)
+
+    def score_files(files: Sequence[str], scores: Path, bad_rows: BadRows) -> Written:
+        written = Written()
+
+        def tables() -> Iterator[pa.Table]:
+            for read, of_block, counts in predictor.score_blocks(
+                files, keep=options.keep, bad_rows=bad_rows, batch_size=options.batch_size
+            ):
+                written.add(len(read.bad), counts)
+                yield score_columns(of_block, predictor.tasks, read.sample_ids, read.bad, read.kept)
+
+        refuse_existing(scores)
+        write_scores(scores, tables())
+        return written
+
+    bad_rows = BadRows(options.max_bad_rows)
+    written = jobs.do(score_files, bad_rows)
     print(f"model: {options.run}, {model.method}, step {model.step}")
-    training = PreparedDataSet.open(options.run / PREPROCESSING, data_files=False)
-    _tell(options, written, bad_rows, training)
+    _tell(options, written, bad_rows, options.run / PREPROCESSING)
 
 
 def _score_split(options: Options, ranks: Ranks) -> None:
@@ -162,9 +156,7 @@ def _score_split(options: Options, ranks: Ranks) -> None:
     else:
         split = MappedSplit.open(dataset, options.split, history_weights=weights)
     calibration = folder.calibration(step) if options.calibrated else None
-    model = restore(
-        folder, ranks, batch_size=options.batch_size, sharding=options.sharding, step=step
-    )
+    model = options.restore(folder, ranks, step)
     if isinstance(split, StreamedSplit):
         score_streamed(
             model,
@@ -193,34 +185,20 @@ def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     ranks.from_first(lambda: check_preprocessing(folder))
     calibration = folder.calibration(step) if options.calibrated else None
-    jobs, score_folder = ranks.from_first(
-        lambda: _jobs(options, out, lambda: _made_by(options, identity(folder, step), calibration))
-    )
-    written, bad_rows, models = Written(), BadRows(options.max_bad_rows), []
-    for rows, scores in jobs:
+    calibrated = False if calibration is None else calibration.to_dict()
+    jobs = ranks.from_first(lambda: _Jobs.of(options, out, identity(folder, step), calibrated))
+    model = cache(lambda: options.restore(folder, ranks, step))
+
+    def score_files(files: Sequence[str], scores: Path, bad_rows: BadRows) -> Written:
         laid_out = scores.with_name(f"{scores.name}.rows")
-        ranks.from_first(lambda there=laid_out: refuse_existing(there))
-        bad_before = bad_rows.count
+        ranks.from_first(lambda: refuse_existing(laid_out))
         try:
             encoded = ranks.from_first(
-                lambda rows=rows, there=laid_out: encode_rows(
-                    folder, rows, there, keep=options.keep, bad_rows=bad_rows
-                )
+                lambda: encode_rows(folder, files, laid_out, keep=options.keep, bad_rows=bad_rows)
             )
-            if not models:
-                models.append(
-                    restore(
-                        folder,
-                        ranks,
-                        batch_size=options.batch_size,
-                        sharding=options.sharding,
-                        step=step,
-                    )
-                )
-            split = MappedSplit.map(laid_out, folder.schema)
             score(
-                models[0],
-                split,
+                model(),
+                MappedSplit.map(laid_out, folder.schema),
                 scores,
                 ranks,
                 batch_size=options.batch_size,
@@ -230,56 +208,77 @@ def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
         finally:
             if ranks.is_first:
                 remove(laid_out)
-        written.impressions += encoded.written.impressions
-        written.add(encoded.written.counts)
-        if score_folder is not None and ranks.is_first:
-            bad = bad_rows.count - bad_before
-            score_folder.record(
-                Path(rows[0]), scores, rows=encoded.written.impressions, bad_rows=bad
-            )
+        return encoded.written
+
+    bad_rows = BadRows(options.max_bad_rows)
+    written = jobs.do(score_files, bad_rows, ranks.is_first)
     if ranks.is_first:
         print(described(folder, step))
-        expected = PreparedDataSet.open(folder.preprocessing, data_files=False)
-        _tell(options, written, bad_rows, expected)
+        _tell(options, written, bad_rows, folder.preprocessing)
 
 
-Job = tuple[Sequence[str], Path]
-"""Input files, and the file of their scores."""
+@dataclass(frozen=True)
+class _Jobs:
+    """What is still to be scored."""
+
+    files: Sequence[tuple[Sequence[str], Path]]
+    """Input files, and the file of their scores."""
+    folder: ScoreFolder | None
+    """Where the scores go, if it is a folder."""
+
+    @classmethod
+    def of(cls, options: Options, out: Path, model: str, calibrated: Any) -> _Jobs:
+        """Those of the options.
+
+        Args:
+            options: of the command.
+            out: the file or the folder of scores.
+            model: identifies the model.
+            calibrated: identifies the calibration.
+        """
+        inputs: list[str] = []
+        for given in options.input:
+            inputs += [given] if is_uri(given) else map(str, files_of(Path(given)))
+        if not is_folder(out):
+            refuse_existing(out)
+            return cls([(inputs, out)], None)
+        for place in (options.out, *inputs):
+            if is_uri(place):
+                raise OptionError(
+                    f"{place} is a URI, but with a folder as `out`, files are scored one by one on "
+                    "a disk; give an `out` that ends in .parquet"
+                )
+        made_by = {
+            "model": model,
+            "calibrated": calibrated,
+            "keep": list(options.keep),
+            "max_bad_rows": options.max_bad_rows,
+        }
+        folder = ScoreFolder(out, made_by)
+        todo = folder.open(list(map(Path, inputs)))
+        return cls([([str(path)], scores) for path, scores in todo], folder)
+
+    def do(
+        self,
+        score_files: Callable[[Sequence[str], Path, BadRows], Written],
+        bad_rows: BadRows,
+        is_first: bool = True,
+    ) -> Written:
+        """Scores them one after the other; rank 0 records what is done."""
+        written = Written()
+        for files, scores in self.files:
+            bad_before = bad_rows.count
+            own = score_files(files, scores, bad_rows)
+            written.add(own.impressions, own.counts)
+            if self.folder is not None and is_first:
+                bad = bad_rows.count - bad_before
+                self.folder.record(Path(files[0]), scores, rows=own.impressions, bad_rows=bad)
+        return written
 
 
-def _jobs(
-    options: Options, out: Path, made_by: Callable[[], dict[str, Any]]
-) -> tuple[list[Job], ScoreFolder | None]:
-    """What is still to be scored, and the folder it goes to, if it is one."""
-    inputs: list[str] = []
-    for given in options.input:
-        inputs += [given] if is_uri(given) else map(str, files_of(Path(given)))
-    if not is_folder(out):
-        refuse_existing(out)
-        return [(inputs, out)], None
-    for place in (options.out, *inputs):
-        if is_uri(place):
-            raise OptionError(
-                f"{place} is a URI, but with a folder as `out`, files are scored one by one on "
-                "a disk; give an `out` that ends in .parquet"
-            )
-    folder = ScoreFolder(out, made_by())
-    return [([str(path)], scores) for path, scores in folder.open(list(map(Path, inputs)))], folder
-
-
-def _made_by(
-    options: Options, model: str, calibration: Calibration | None = None
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "calibrated": options.calibrated if calibration is None else calibration.to_dict(),
-        "keep": list(options.keep),
-        "max_bad_rows": options.max_bad_rows,
-    }
-
-
-def _tell(options: Options, written: Written, bad_rows: BadRows, training: PreparedDataSet) -> None:
+def _tell(options: Options, written: Written, bad_rows: BadRows, preprocessing: Path) -> None:
     """What was scored, what ids it held, and what looks wrong."""
+    training = PreparedDataSet.open(preprocessing, data_files=False)
     usual = {name: of["test"] for name, of in training.statistics.unknown.items()}
     lines = [["id feature", "missing", "unknown", "unknown in test"]]
     for name, counts in written.counts.items():

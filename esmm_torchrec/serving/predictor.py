@@ -12,10 +12,10 @@ import torch
 
 from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
-from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.errors import OptionError
 from esmm_torchrec.serving.inputs import InputEncoder, Inputs, Request
 from esmm_torchrec.serving.package import PREPROCESSING, Package
-from esmm_torchrec.serving.scored_rows import ScoredRows, score_columns
+from esmm_torchrec.serving.scored_rows import ScoredRows, read_rows, score_columns
 
 BATCH_SIZE = 8192
 
@@ -150,8 +150,6 @@ class Predictor:
             score_columns(block.scores, self.tasks, block.read.sample_ids)
             for block in self.score_blocks(rows, batch_size=batch_size)
         ]
-        if not parts:
-            raise DataError(f"{rows if isinstance(rows, str | Path) else 'the table'} has no rows")
         scored = pa.concat_tables(parts).to_pandas()
         if isinstance(rows, pd.DataFrame):
             scored.index = rows.index
@@ -174,9 +172,10 @@ class Predictor:
             batch_size: impressions at a time.
 
         Raises:
-            DataError: a column is missing, or a value cannot be used and may not be skipped.
+            DataError: a column is missing, a value cannot be used and may not be skipped, or there
+                is no row.
         """
-        for read in self._rows.read_blocks(rows, keep=keep, bad_rows=bad_rows):
+        for read in read_rows(self._rows, rows, keep=keep, bad_rows=bad_rows):
             inputs, counts = self.encoder.encode_rows(read)
             parts = [
                 self.run_program(batch)

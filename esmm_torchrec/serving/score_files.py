@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,16 +19,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from esmm_torchrec.errors import DataError, OptionError, RunError
+from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.progress import progress_bar
-from esmm_torchrec.serving.scored_rows import (
-    ScoredRows,
-    Written,
-    score_columns,
-    score_schema,
-    with_columns,
-)
-from esmm_torchrec.tasks import TaskChain
 
 SUFFIXES = (".parquet", ".csv", ".arrow")
 MANIFEST = "scores.json"
@@ -69,35 +61,27 @@ def refuse_existing(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def score_file_schema(tasks: TaskChain, kept: pa.Schema) -> pa.Schema:
-    """The columns of scores, and those kept of the input.
+def write_scores(out: Path, tables: Iterator[pa.Table], *, rows: int | None = None) -> None:
+    """Writes a file of the kind that its name says; it appears when it is whole.
 
-    Raises:
-        OptionError: a column to keep has the name of one of scores.
-    """
-    scores = score_schema(tasks)
-    for name in kept.names:
-        if name in scores.names:
-            raise OptionError(
-                f"`keep` {name} is the name of a column of scores; rename it in the input"
-            )
-    return pa.unify_schemas([scores, kept])
-
-
-@contextmanager
-def score_writer(out: Path, schema: pa.Schema) -> Iterator[Writer]:
-    """Writes a file of the kind that its name says; it appears when the block has ended.
+    Args:
+        out: the file.
+        tables: its rows, block by block, at least one; as `score_columns` gives them.
+        rows: how many there are, for a progress bar; None: nobody knows.
 
     Raises:
         OptionError: a column cannot be written to such a file.
     """
+    first = next(tables)
     partial = out.with_name(f"{out.name}.partial")
     try:
-        writer = _open(partial, out.suffix.lower(), schema)
-        try:
-            yield writer
-        finally:
-            writer.close()
+        with (
+            closing(_open(partial, out.suffix.lower(), first.schema)) as writer,
+            progress_bar("Scoring", rows, "rows") as bar,
+        ):
+            for table in chain([first], tables):
+                writer.write_table(table.cast(first.schema))
+                bar.update(len(table))
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -193,31 +177,3 @@ class ScoreFolder:
 def _identity(path: Path) -> dict[str, Any]:
     status = path.stat()
     return {"file": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-
-
-def write_scores(blocks: Iterator[ScoredRows], out: Path, tasks: TaskChain) -> Written:
-    """Writes the scores of raw rows to a file, block by block.
-
-    Args:
-        blocks: as `Predictor.score_blocks` gives them.
-        out: the file.
-        tasks: the chain.
-
-    Raises:
-        DataError: there is no row, or a row cannot be scored.
-    """
-    refuse_existing(out)
-    first = next(blocks, None)
-    if first is None:
-        raise DataError("the input has no rows")
-    written = Written()
-    schema = score_file_schema(tasks, first.read.kept.schema)
-    with score_writer(out, schema) as writer, progress_bar("Scoring", None, "rows") as bar:
-        for block in chain([first], blocks):
-            read = block.read
-            table = score_columns(block.scores, tasks, read.sample_ids, read.bad)
-            writer.write_table(with_columns(table, read.kept).cast(schema))
-            written.impressions += len(table)
-            written.add(block.counts)
-            bar.update(len(table))
-    return written

@@ -1,16 +1,20 @@
-"""What is reported of rows that were scored: their scores as columns, and what ids they held."""
+"""Raw rows that are scored: how they are read, their scores as columns, and what ids they held."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from esmm_torchrec.data.encoding import RowsToEncode
-from esmm_torchrec.schema import SAMPLE_ID
+from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
+from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
+from esmm_torchrec.errors import DataError, OptionError
+from esmm_torchrec.schema import SAMPLE_ID, UNKNOWN_ROW
 from esmm_torchrec.tasks import TaskChain
 
 MIN_IDS = 100
@@ -26,6 +30,16 @@ class Counts(NamedTuple):
     ids: int = 0
     unknown: int = 0
     """Ids that training did not see, or too rarely."""
+
+    @classmethod
+    def of(cls, encoded: pa.Array) -> Counts:
+        """The counts of a feature as `RowEncoder` encodes it: int32 rows, or lists of them."""
+        if pa.types.is_list(encoded.type):
+            rows = encoded.flatten().to_numpy()
+            missing = int((np.diff(encoded.offsets.to_numpy()) == 0).sum())
+        else:
+            rows, missing = encoded.drop_null().to_numpy(), encoded.null_count
+        return cls(len(encoded), missing, len(rows), int((rows == UNKNOWN_ROW).sum()))
 
     def plus(self, other: Counts) -> Counts:
         """The counts of both."""
@@ -51,17 +65,40 @@ class Written:
     counts: dict[str, Counts] = field(default_factory=dict)
     """By id feature, of the rows that are not bad."""
 
-    def add(self, counts: Mapping[str, Counts]) -> None:
-        """Adds the counts of further rows."""
+    def add(self, impressions: int, counts: Mapping[str, Counts]) -> None:
+        """Adds further rows."""
+        self.impressions += impressions
         for name, of_feature in counts.items():
             self.counts[name] = self.counts.get(name, Counts()).plus(of_feature)
 
 
+def read_rows(
+    encoder: RowEncoder,
+    rows: Frame | Sequence[Frame],
+    *,
+    keep: Sequence[str] = (),
+    bad_rows: BadRows | None = None,
+) -> Iterator[RowsToEncode]:
+    """Raw rows to score, as `RowEncoder.read_blocks` reads them.
+
+    Raises:
+        DataError: as that, or there is no row.
+    """
+    blocks = encoder.read_blocks(rows, keep=keep, bad_rows=bad_rows)
+    first = next(blocks, None)
+    if first is None:
+        given = rows[0] if isinstance(rows, (list, tuple)) else rows
+        name = given if isinstance(given, (str, Path)) else "the table"
+        raise DataError(f"{name} has no rows")
+    yield from chain([first], blocks)
+
+
 def score_columns(
-    scores: dict[str, np.ndarray],
+    scores: Mapping[str, np.ndarray],
     tasks: TaskChain,
     sample_ids: np.ndarray,
     bad: np.ndarray | None = None,
+    kept: pa.Table | None = None,
 ) -> pa.Table:
     """Columns sample_id int64 and, for each probability of the chain, float32: by default pctr,
     pcvr and pctcvr. A score that the model does not give is NaN; a quotient of probabilities
@@ -72,19 +109,25 @@ def score_columns(
         tasks: the chain.
         sample_ids: int64 (n,).
         bad: bool (n,), rows without scores, which are null; None: none.
+        kept: further columns, of n rows.
+
+    Raises:
+        OptionError: a column to keep has the name of one of scores.
     """
-    columns = {SAMPLE_ID: pa.array(sample_ids, pa.int64(), mask=bad)}
+    columns: dict[str, Any] = {SAMPLE_ID: pa.array(sample_ids, pa.int64(), mask=bad)}
     for _, column, *_ in tasks.probabilities:
         values = scores.get(column)
         if values is None:
             values = np.full(len(sample_ids), np.nan, np.float32)
         columns[column] = pa.array(values, pa.float32(), mask=bad)
+    if kept is not None:
+        for name in kept.column_names:
+            if name in columns:
+                raise OptionError(
+                    f"`keep` {name} is the name of a column of scores; rename it in the input"
+                )
+            columns[name] = kept.column(name)
     return pa.table(columns)
-
-
-def score_schema(tasks: TaskChain) -> pa.Schema:
-    """Names and types of the columns that `score_columns` gives."""
-    return score_columns({}, tasks, np.zeros(0, np.int64)).schema
 
 
 def unknown_warnings(
@@ -109,10 +152,3 @@ def unknown_warnings(
                 "the test split of its training data; check that the column holds the same ids"
             )
     return sentences
-
-
-def with_columns(table: pa.Table, beside: pa.Table) -> pa.Table:
-    """The columns of both."""
-    for name in beside.column_names:
-        table = table.append_column(name, beside.column(name))
-    return table

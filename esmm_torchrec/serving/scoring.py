@@ -8,7 +8,7 @@ scores are written as they come.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -17,28 +17,22 @@ import numpy as np
 import pyarrow as pa
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from esmm_torchrec.data.encoding import RowEncoder
+from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
-from esmm_torchrec.errors import DataError, RunError
+from esmm_torchrec.errors import RunError
 from esmm_torchrec.metrics.calibration import Calibration
-from esmm_torchrec.progress import progress_bar
+from esmm_torchrec.metrics.probability import Prediction
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.schema import SAMPLE_ID, IdFeature
-from esmm_torchrec.serving.score_files import refuse_existing, score_file_schema, score_writer
-from esmm_torchrec.serving.scored_rows import (
-    Counts,
-    Written,
-    score_columns,
-    with_columns,
-)
-from esmm_torchrec.serving.scorer import Scores, score_stream
+from esmm_torchrec.schema import SAMPLE_ID
+from esmm_torchrec.serving.score_files import refuse_existing, write_scores
+from esmm_torchrec.serving.scored_rows import Counts, Written, read_rows, score_columns
+from esmm_torchrec.serving.scorer import score_stream
 from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.tasks import TaskChain
 
 _BAD = "__bad"
-_SIDE_FILE = "kept.arrow"
 
 
 def check_preprocessing(run: RunFolder) -> None:
@@ -59,15 +53,12 @@ class LaidOutRows(NamedTuple):
     """Raw rows that were encoded and laid out for a run's model."""
 
     folder: Path
-    """What `MappedSplit.map` maps, and a file of what is kept beside the scores."""
+    """What `MappedSplit.map` maps."""
     written: Written
 
-    def kept(self) -> Iterator[pa.Table]:
-        """Columns to keep and `_BAD`, block by block."""
-        with pa.memory_map(str(self.folder / _SIDE_FILE)) as source:
-            reader = pa.ipc.open_file(source)
-            for number in range(reader.num_record_batches):
-                yield pa.Table.from_batches([reader.get_batch(number)])
+    def beside(self) -> pa.Table:
+        """Columns to keep and `_BAD`, mapped."""
+        return pa.ipc.open_file(pa.memory_map(str(_side_file(self.folder)))).read_all()
 
 
 def encode_rows(
@@ -78,7 +69,8 @@ def encode_rows(
     keep: Sequence[str] = (),
     bad_rows: BadRows | None = None,
 ) -> LaidOutRows:
-    """Lays out raw rows for a run's model, encoded as its training data were.
+    """Lays out raw rows for a run's model, encoded as its training data were. `remove` clears them
+    away, also after an error.
 
     Args:
         run: whose vocabularies and statistics are used.
@@ -93,73 +85,63 @@ def encode_rows(
     """
     check_preprocessing(run)
     encoder = RowEncoder.load(run.preprocessing)
+    blocks = read_rows(encoder, rows, keep=keep, bad_rows=bad_rows)
+    first = next(blocks)
     written = Written()
-    side: list[pa.ipc.RecordBatchFileWriter] = []
-    partial = folder.with_name(f"{folder.name}.{_SIDE_FILE}")
 
-    def blocks() -> Iterator[pa.RecordBatch]:
-        for read in encoder.read_blocks(rows, keep=keep, bad_rows=bad_rows):
+    def impressions(side: pa.ipc.RecordBatchFileWriter) -> Iterator[pa.RecordBatch]:
+        for read in chain([first], blocks):
+            side.write_table(_beside(read))
             encoded = encoder.encode_rows(read)
-            kept = read.kept.append_column(_BAD, pa.array(read.bad))
-            if not side:
-                side.append(pa.ipc.new_file(str(partial), kept.schema))
-            side[0].write_table(kept)
-            written.impressions += len(encoded)
             good = encoded.filter(pa.array(~read.bad))
-            features = encoder.schema.id_features
-            written.add({feature.name: _counts(good, feature) for feature in features})
+            names = [feature.name for feature in encoder.schema.id_features]
+            counts = {name: Counts.of(good.column(name).combine_chunks()) for name in names}
+            written.add(len(encoded), counts)
             yield from encoded.combine_chunks().to_batches()
 
-    encoded_blocks = blocks()
-    try:
-        first = next(encoded_blocks, None)
-        if first is None:
-            raise DataError(f"{_named(rows)} has no rows")
+    with pa.ipc.new_file(str(_side_file(folder)), _beside(first).schema) as side:
         MappedSplit.write(
             folder,
             schema=run.schema,
-            impressions=chain([first], encoded_blocks),
+            impressions=impressions(side),
             written_out=True,
             history_weights=run.config["options"]["history_weights"],
         )
-        side[0].close()
-        partial.rename(folder / _SIDE_FILE)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
     return LaidOutRows(folder, written)
 
 
-def _named(rows: Frame | Sequence[Frame]) -> str:
-    if isinstance(rows, str | Path):
-        return str(rows)
-    if isinstance(rows, Sequence) and rows and all(isinstance(one, str | Path) for one in rows):
-        return str(rows[0])
-    return "the table"
+def _beside(read: RowsToEncode) -> pa.Table:
+    return read.kept.append_column(_BAD, pa.array(read.bad))
 
 
-def _counts(encoded: pa.Table, feature: IdFeature) -> Counts:
-    column = encoded.column(feature.name).combine_chunks()
-    if feature.multi_valued:
-        rows = column.flatten().to_numpy()
-        missing = int((column.value_lengths().to_numpy(zero_copy_only=False) == 0).sum())
-    else:
-        rows, missing = column.drop_null().to_numpy(), column.null_count
-    return Counts(len(column), missing, len(rows), int((rows == 0).sum()))
+def _side_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.beside")
+
+
+def remove(folder: Path) -> None:
+    """Removes rows that `encode_rows` laid out, even if it did not finish."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _side_file(folder).unlink(missing_ok=True)
 
 
 def score_table(
-    scores: Scores, tasks: TaskChain, sample_ids: np.ndarray, bad: np.ndarray | None = None
+    scores: Mapping[str, Prediction],
+    tasks: TaskChain,
+    sample_ids: np.ndarray,
+    *,
+    calibration: Calibration | None,
+    bad: np.ndarray | None = None,
+    kept: pa.Table | None = None,
 ) -> pa.Table:
-    """Scores by name as the columns of `score_columns`."""
+    """Scores by name as the columns of `score_columns`, calibrated if there is a calibration."""
+    if calibration is not None:
+        scores = calibration.apply(scores, tasks)
     by_column = {
         column: scores[name].probability
         for name, column, *_ in tasks.probabilities
         if name in scores
     }
-    return score_columns(by_column, tasks, sample_ids, bad)
+    return score_columns(by_column, tasks, sample_ids, bad, kept)
 
 
 def score(
@@ -196,53 +178,29 @@ def score(
         shuffle=False,
         pin_memory=ranks.device.type == "cuda",
     )
-    tasks = split.schema.tasks
-    sample_ids = split.scalars[SAMPLE_ID]
     steps = score_stream(model, reader, ranks)
     if not ranks.is_first:
         for _ in steps:
             pass
         return
-    kept = _Blocks(rows.kept() if rows is not None else iter(()))
-    schema = score_file_schema(tasks, kept.schema)
-    with (
-        score_writer(out, schema) as writer,
-        progress_bar("Scoring", split.impressions, "rows") as bar,
-    ):
+    beside = None if rows is None else rows.beside()
+
+    def tables() -> Iterator[pa.Table]:
         starts = range(0, split.impressions, reader.global_batch_size)
         for start, scores in zip(starts, steps, strict=True):
             assert scores is not None
-            if calibration is not None:
-                scores = calibration.apply(scores, tasks)  # noqa: PLW2901
-            ids = sample_ids[start : start + reader.global_batch_size]
-            beside, bad = kept.take(len(ids))
-            table = score_table(scores, tasks, ids, bad)
-            writer.write_table(with_columns(table, beside).cast(schema))
-            bar.update(len(ids))
+            kept, bad = None, None
+            if beside is not None:
+                kept = beside.slice(start, reader.global_batch_size)
+                bad = kept.column(_BAD).to_numpy()
+                kept = kept.drop_columns([_BAD])
+            yield score_table(
+                scores,
+                split.schema.tasks,
+                split.scalars[SAMPLE_ID][start : start + reader.global_batch_size],
+                calibration=calibration,
+                bad=bad,
+                kept=kept,
+            )
 
-
-class _Blocks:
-    """Rows in blocks of one size, given in blocks of another."""
-
-    def __init__(self, blocks: Iterator[pa.Table]) -> None:
-        self._blocks = blocks
-        self._waiting = next(blocks, None)
-        self.is_empty = self._waiting is None
-        names = pa.schema([]) if self._waiting is None else self._waiting.schema
-        self.schema = pa.schema([one for one in names if one.name != _BAD])
-
-    def take(self, size: int) -> tuple[pa.Table, np.ndarray | None]:
-        """The next rows without `_BAD`, and what that was."""
-        if self._waiting is None:
-            return pa.table({}), None
-        while len(self._waiting) < size:
-            self._waiting = pa.concat_tables([self._waiting, next(self._blocks)])
-        taken, self._waiting = self._waiting.slice(0, size), self._waiting.slice(size)
-        bad = taken.column(_BAD).to_numpy()
-        return taken.drop_columns([_BAD]), bad
-
-
-def remove(folder: Path) -> None:
-    """Removes rows that `encode_rows` laid out, even if it did not finish."""
-    for there in (folder, folder.with_name(f"{folder.name}.partial")):
-        shutil.rmtree(there, ignore_errors=True)
+    write_scores(out, tables(), rows=split.impressions)

@@ -15,6 +15,7 @@ from esmm_torchrec.errors import RunError
 from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.schema import SAMPLE_ID
+from esmm_torchrec.serving.scored_rows import score_columns
 from esmm_torchrec.serving.scorer import own_scores, streamed_reader
 from esmm_torchrec.serving.scoring import score_table
 from esmm_torchrec.sharding.process_group import Ranks, on_every_rank
@@ -59,14 +60,14 @@ def score_streamed(
     try:
         with (
             pq.ParquetWriter(
-                output, score_table({}, tasks, sample_ids[:0]).schema, compression="zstd"
+                output, score_columns({}, tasks, sample_ids[:0]).schema, compression="zstd"
             ) as writer,
             progress_bar("Scoring", len(sample_ids), "rows", disable=not ranks.is_first) as bar,
         ):
-            for own in own_scores(model, reader, ranks):
-                scores = own if calibration is None else calibration.apply(own, tasks)
+            for scores in own_scores(model, reader, ranks):
                 size = len(next(iter(scores.values())).values)
-                writer.write_table(score_table(scores, tasks, sample_ids[done : done + size]))
+                ids = sample_ids[done : done + size]
+                writer.write_table(score_table(scores, tasks, ids, calibration=calibration))
                 done += size
                 bar.update(size)
         output.close()
