@@ -49,11 +49,9 @@ def run(options: Options) -> None:
 
 def _calibrate(options: Options, ranks: Ranks) -> None:
     folder = RunFolder.open(options.run)
-    folder.check_data(options.data)
     dataset = PreparedDataSet.open(options.data)
-    split = MappedSplit.open(
-        dataset, "test", history_weights=folder.config["options"]["history_weights"]
-    )
+    folder.check_data(options.data, dataset.description())
+    split = MappedSplit.open(dataset, "test", history_weights=folder.history_weights)
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     model = options.restore(folder, ranks, step)
     scored = score_split(model, split, ranks, batch_size=options.batch_size)

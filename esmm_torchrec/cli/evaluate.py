@@ -59,7 +59,7 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
         dataset,
         options.split,
         ranks=ranks.world_size,
-        history_weights=folder.config["options"]["history_weights"],
+        history_weights=folder.history_weights,
     )
     other = None if options.against is None else _read(options.against, options)
     fields = {}

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from esmm_torchrec.checkpoints.files import find_checkpoint
 from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.choices import check_positive
 from esmm_torchrec.data.field_values import field_values, usual_fields
@@ -59,8 +58,7 @@ def run(options: Options) -> None:
     data = folder.config["history"][-1]["data"]["path"] if options.data is None else options.data
     dataset = PreparedDataSet.open(data)
     folder.check_data(data, dataset.description())
-    weights = folder.config["options"]["history_weights"]
-    split = MappedSplit.open(dataset, "test", history_weights=weights)
+    split = MappedSplit.open(dataset, "test", history_weights=folder.history_weights)
     names = options.by or usual_fields(dataset, MAX_FIELDS)
     fields = {name: field_values(dataset, split, name) for name in names}
     step = chosen_step(folder, options.step)
@@ -69,9 +67,7 @@ def run(options: Options) -> None:
         scored = score_split(model, split, ranks)
     assert scored is not None
     task = build_train_task(folder.schema, folder.model_options, embedding_device="cpu")
-    checkpoint = find_checkpoint(folder.checkpoints, step)
-    assert checkpoint is not None
-    load_model(checkpoint, task)
+    load_model(folder.model_checkpoint(step), task)
     importances = permutation_importance(task.model.eval(), split, sample=options.sample)
     page = run_report(folder, dataset, scored, step=step, fields=fields, importances=importances)
     out.write_text(page)

@@ -83,8 +83,8 @@ class Options(RestoreOptions):
 
     @property
     def in_parts(self) -> bool:
-        """Whether each rank writes its own scores."""
-        return self.data is not None and (is_uri(self.out) or is_folder(Path(self.out)))
+        """Whether each rank writes its own scores of `data`."""
+        return is_uri(self.out) or is_folder(Path(self.out))
 
 
 def run(options: Options) -> None:
@@ -143,7 +143,7 @@ def _score_split(options: Options, ranks: Ranks) -> None:
     step = ranks.from_first(lambda: chosen_step(folder, options.step))
     dataset = PreparedDataSet.open(options.data)
     folder.check_data(options.data, dataset.description())
-    weights = folder.config["options"]["history_weights"]
+    weights = folder.history_weights
     if options.in_parts:
         split = stream_in_order(
             dataset, options.split, ranks=ranks.world_size, history_weights=weights

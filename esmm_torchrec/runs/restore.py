@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from esmm_torchrec.checkpoints.files import model_checkpoint
 from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.choices import checks_choices
-from esmm_torchrec.errors import RunError
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.sharding.apply import shard
@@ -41,9 +39,7 @@ def restore(
         RunError: the run has no checkpoint, or not the one asked for, or it is broken.
         PlanError: the tables do not fit.
     """
-    checkpoint = model_checkpoint(run.checkpoints, step)
-    if checkpoint is None:
-        raise RunError(f"{run.path} has no checkpoint yet; wait for its training to end")
+    checkpoint = run.model_checkpoint(step)
     task = build_train_task(run.schema, run.model_options)
     plan = make_plan(
         task,

@@ -23,13 +23,13 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esmm_torchrec.checkpoints.files import find_checkpoint, remove_later
+from esmm_torchrec.checkpoints.files import find_checkpoint, model_checkpoint, remove_later
 from esmm_torchrec.durable import partial_file, replace_file
 from esmm_torchrec.errors import DataError, RunError
 from esmm_torchrec.metrics.calibration import Calibration
@@ -246,9 +246,25 @@ class RunFolder:
         return None
 
     @property
+    def history_weights(self) -> Literal["normalised", "raw"]:
+        """What becomes of the weights of multi-valued features."""
+        return self.config["options"]["history_weights"]
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    def model_checkpoint(self, step: int | None = None) -> Path:
+        """The checkpoint of a step; None: the best one if validation chose one, else the last.
+
+        Raises:
+            RunError: there is none.
+        """
+        checkpoint = model_checkpoint(self.checkpoints, step)
+        if checkpoint is None:
+            raise RunError(f"{self.path} has no checkpoint yet; wait for its training to end")
+        return checkpoint
 
     @property
     def history(self) -> Path:

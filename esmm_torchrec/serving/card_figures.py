@@ -48,8 +48,7 @@ def card_figures(run: RunFolder, program: Program) -> CardFigures | str:
     try:
         dataset = PreparedDataSet.open(path)
         run.check_data(path, dataset.description())
-        weights = run.config["options"]["history_weights"]
-        split = MappedSplit.open(dataset, "test", history_weights=weights)
+        split = MappedSplit.open(dataset, "test", history_weights=run.history_weights)
     except (EsmmTorchrecError, OSError) as error:
         return f"Not available: {error}."
     size = min(MAX_IMPRESSIONS, split.impressions)

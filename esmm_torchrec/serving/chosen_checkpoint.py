@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from esmm_torchrec.checkpoints.files import model_checkpoint, read_description, step_of
-from esmm_torchrec.errors import RunError
+from esmm_torchrec.checkpoints.files import read_description, step_of
 from esmm_torchrec.runs.run_folder import RunFolder
 
 
@@ -20,17 +19,12 @@ def chosen_step(run: RunFolder, step: int | None = None) -> int:
     Raises:
         RunError: there is no such checkpoint.
     """
-    checkpoint = model_checkpoint(run.checkpoints, step)
-    if checkpoint is None:
-        raise RunError(f"{run.path} has no checkpoint yet; wait for its training to end")
-    return step_of(checkpoint)
+    return step_of(run.model_checkpoint(step))
 
 
 def identity(run: RunFolder, step: int) -> str:
     """Stands for the weights of a checkpoint: a hash of the checksums of its files."""
-    checkpoint = model_checkpoint(run.checkpoints, step)
-    assert checkpoint is not None
-    described = json.dumps(read_description(checkpoint), sort_keys=True)
+    described = json.dumps(read_description(run.model_checkpoint(step)), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 

@@ -6,8 +6,6 @@ import io
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -205,7 +203,7 @@ def _write_program(
         if size not in named:
             named[size] = torch.export.Dim(f"ids_{number}", min=0)
         shapes.append({0: named[size]})
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):  # what torch tells its own developers
         exported = torch.export.export(
             program, tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
         )
@@ -260,13 +258,3 @@ class _Whole(io.RawIOBase):
             self._file.flush()
         else:
             raise self._error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch tells its own developers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        yield

@@ -75,8 +75,8 @@ class Predictor:
         self.device = torch.device(package.device)
         self.step, self.tasks = package.step, package.tasks
         self._rows = RowEncoder.load(package.path / PREPROCESSING)
-        self._run = package.load(runners=runners)
-        self.outputs = package.signature.outputs
+        run = package.load(runners=runners)
+        self._run = lambda tensors: dict(zip(package.signature.outputs, run(tensors), strict=True))
 
     def _open_run(
         self, path: Path, step: int | None, device: torch.device, calibrated: bool
@@ -91,8 +91,7 @@ class Predictor:
         )
         self.device, self.tasks = device, run.schema.tasks
         self._rows = RowEncoder.load(run.preprocessing)
-        self._run = lambda tensors: program(*tensors)
-        self.outputs = program.names_of_outputs()
+        self._run = lambda tensors: program.outputs(*tensors)
 
     def predict(self, request: Request | Sequence[Request]) -> dict[str, np.ndarray]:
         """Scores the impressions of a request.
@@ -124,11 +123,10 @@ class Predictor:
     def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The scores of encoded impressions, float32 (B,) by column."""
         if inputs.size == 0:
-            return {name: np.zeros(0, np.float32) for name in self.outputs}
+            return {name: scores[:0] for name, scores in self.predict({}).items()}
         with torch.inference_mode():
-            tensors = inputs.tensors(self.encoder.signature, self.device)
-            scores = self._run(tensors)
-        return {name: score.cpu().numpy() for name, score in zip(self.outputs, scores, strict=True)}
+            scores = self._run(inputs.tensors(self.encoder.signature, self.device))
+        return {name: score.cpu().numpy() for name, score in scores.items()}
 
     def score(self, rows: Frame | Sequence[Frame], *, batch_size: int = BATCH_SIZE) -> pd.DataFrame:
         """Scores raw rows, in their order.
@@ -181,5 +179,5 @@ class Predictor:
                 self.run_program(batch)
                 for batch in inputs.batches(self.encoder.signature, batch_size)
             ]
-            scores = {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+            scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             yield ScoredRows(read, scores, counts)

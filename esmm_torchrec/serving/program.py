@@ -105,20 +105,6 @@ class Program(nn.Module):
         """The values of `outputs`."""
         return tuple(self.outputs(*inputs).values())
 
-    def names_of_outputs(self) -> tuple[str, ...]:
-        """Columns of the scores that the model gives."""
-        parameter = next(self.parameters())
-        nothing = [
-            torch.zeros(
-                [size if isinstance(size, int) else 0 for size in one.dims],
-                dtype=getattr(torch, one.dtype),
-                device=parameter.device,
-            )
-            for one in self._signature.inputs
-        ]
-        with torch.inference_mode():
-            return tuple(self.outputs(*nothing))
-
     def _calibrated(self, scores: Mapping[str, Score]) -> dict[str, Score]:
         """What `Calibration.apply` gives: a curve for each task, and products of what they give."""
         assert self._calibration is not None

@@ -105,7 +105,7 @@ def encode_rows(
             schema=run.schema,
             impressions=impressions(side),
             written_out=True,
-            history_weights=run.config["options"]["history_weights"],
+            history_weights=run.history_weights,
         )
     return LaidOutRows(folder, written)
 

@@ -38,7 +38,7 @@ from esmm_torchrec.data.storage import Location
 from esmm_torchrec.errors import DataError, EsmmTorchrecError
 from esmm_torchrec.serving.batching import Batcher, Overloaded
 from esmm_torchrec.serving.inputs import TooManyRows
-from esmm_torchrec.serving.package import DESCRIPTION
+from esmm_torchrec.serving.package import DESCRIPTION, Package
 from esmm_torchrec.serving.predictor import Predictor
 from esmm_torchrec.serving.request_schema import request_schema, response_schema
 
@@ -83,17 +83,10 @@ class ServedModel:
         return Predictor(self.path.resolve())
 
     @property
-    def fingerprint(self) -> str:
-        """Of the package."""
+    def package(self) -> Package:
+        """The package that serves."""
         assert self.predictor.package is not None
-        return self.predictor.package.fingerprint
-
-    def is_current(self) -> bool:
-        """Whether the folder still holds what serves."""
-        try:
-            return Location.of(self.path / DESCRIPTION).sha256() == self.fingerprint
-        except OSError:  # being replaced
-            return True
+        return self.predictor.package
 
     def reload(self) -> bool:
         """Loads what the folder holds now, if it is another model.
@@ -101,7 +94,11 @@ class ServedModel:
         Raises:
             EsmmTorchrecError: it cannot be loaded; the model before goes on.
         """
-        if self.is_current():
+        try:
+            found = Location.of(self.path / DESCRIPTION).sha256()
+        except OSError:  # being replaced
+            return False
+        if found == self.package.fingerprint:
             return False
         self.predictor = self._load()
         keep_out_of_collections()
@@ -166,11 +163,11 @@ def create_app(model: ServedModel, options: ServerOptions) -> FastAPI:
             observe=metrics.observe,
         )
         app.state.batcher = batcher
-        exchange = _Exchange(model, metrics)
-        watching = asyncio.create_task(exchange.watch(options.watch_seconds))
+        asked = asyncio.Event()
+        watching = asyncio.create_task(_watch(model, metrics, asked, options.watch_seconds))
         loop = asyncio.get_running_loop()
         with suppress(RuntimeError, ValueError):  # not in the main thread
-            loop.add_signal_handler(signal.SIGHUP, exchange.soon)
+            loop.add_signal_handler(signal.SIGHUP, asked.set)
         async with batcher:
             yield
         watching.cancel()
@@ -216,12 +213,11 @@ def create_app(model: ServedModel, options: ServerOptions) -> FastAPI:
 
     @app.get("/healthz", summary="200 while it serves")
     async def healthz() -> dict[str, str]:
-        return {"status": "ok", "model": model.fingerprint}
+        return {"status": "ok", "model": model.package.fingerprint}
 
     @app.get("/model", summary="What is served")
     async def served() -> dict[str, Any]:
-        package = model.predictor.package
-        assert package is not None
+        package = model.package
         return {
             "model": package.fingerprint,
             "method": package.method,
@@ -246,7 +242,7 @@ def create_app(model: ServedModel, options: ServerOptions) -> FastAPI:
             },
         }
         operation["responses"]["200"]["content"] = {
-            JSON: {"schema": response_schema(model.predictor.outputs)},
+            JSON: {"schema": response_schema(model.package.signature.outputs)},
             ARROW: {"schema": {"type": "string", "format": "binary"}},
         }
         return described
@@ -255,39 +251,24 @@ def create_app(model: ServedModel, options: ServerOptions) -> FastAPI:
     return app
 
 
-class _Exchange:
-    """Loads another model in a thread of its own."""
-
-    def __init__(self, model: ServedModel, metrics: _Metrics) -> None:
-        self._model = model
-        self._metrics = metrics
-        self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def soon(self) -> None:
-        """On a signal."""
-        task = asyncio.create_task(self._exchange())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def watch(self, seconds: float) -> None:
-        """Looks at the folder again and again."""
-        while seconds > 0:
-            await asyncio.sleep(seconds)
-            await self._exchange()
-
-    async def _exchange(self) -> None:
-        async with self._lock:
-            try:
-                is_other = await asyncio.to_thread(self._model.reload)
-            except Exception as error:  # whatever it is, the next attempt may succeed
-                expected = isinstance(error, (EsmmTorchrecError, OSError))
-                self._metrics.reloads.labels("failed").inc()
-                log.error("the current model continues to serve: %s", error, exc_info=not expected)
-                return
+async def _watch(
+    model: ServedModel, metrics: _Metrics, asked: asyncio.Event, seconds: float
+) -> None:
+    """Loads another model in a thread of its own, when asked and every so many seconds."""
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), seconds if seconds > 0 else None)
+        asked.clear()
+        try:
+            is_other = await asyncio.to_thread(model.reload)
+        except Exception as error:  # whatever it is, the next attempt may succeed
+            expected = isinstance(error, (EsmmTorchrecError, OSError))
+            metrics.reloads.labels("failed").inc()
+            log.error("the current model continues to serve: %s", error, exc_info=not expected)
+            continue
         if is_other:
-            self._metrics.reloads.labels("loaded").inc()
-            log.info("serving model %s", self._model.fingerprint)
+            metrics.reloads.labels("loaded").inc()
+            log.info("serving model %s", model.package.fingerprint)
 
 
 _ERROR = {

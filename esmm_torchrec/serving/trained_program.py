@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from esmm_torchrec.checkpoints.files import find_checkpoint
+from esmm_torchrec.checkpoints.files import step_of
 from esmm_torchrec.checkpoints.state import load_model
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.models.esmm import TrainTask
 from esmm_torchrec.models.methods import build_train_task
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.serving.chosen_checkpoint import chosen_step
 from esmm_torchrec.serving.program import Program
 from esmm_torchrec.serving.scoring import check_preprocessing
 
@@ -53,10 +52,9 @@ def trained_program(
             of its data.
     """
     check_preprocessing(run)
-    step = chosen_step(run, step)
+    checkpoint = run.model_checkpoint(step)
+    step = step_of(checkpoint)
     calibration = run.calibration(step) if calibrated else None
-    checkpoint = find_checkpoint(run.checkpoints, step)
-    assert checkpoint is not None
     task = build_train_task(
         run.schema, run.model_options, embedding_device="cpu" if tables is None else "meta"
     )
@@ -68,7 +66,7 @@ def trained_program(
         task.model,
         run.schema,
         described.statistics.dense,
-        normalise=run.config["options"]["history_weights"] == "normalised",
+        normalise=run.history_weights == "normalised",
         calibration=calibration,
     )
     program.to(device)
