@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 
 from esmm_torchrec.cli.terminal import aligned, percentage
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.prepared_form import SPLITS, Split, SplitName
+from esmm_torchrec.data.prepared_form import SPLITS, SplitName
 from esmm_torchrec.schema import IdFeature
 
 MIN_ROWS_FOR_RANKS = 500_000
@@ -27,42 +27,13 @@ def report(
         unclicked_conversions: what became of these.
         continues: whether a model of earlier data is to be trained on it.
     """
-    schema, dropped = data_set.schema, data_set.dropped
-
-    def row(label: str, of: Callable[[SplitName, Split], str]) -> list[str]:
-        return [label, *(of(name, data_set.splits[name]) for name in SPLITS)]
-
-    unclicked = data_set.source["unclicked_conversion_rows"]
+    schema = data_set.schema
+    columns = {name: _counts(data_set, name, unclicked_conversions) for name in SPLITS}
+    labels = dict.fromkeys(label for name in SPLITS for label in columns[name])
     counts = [
         ["", *SPLITS],
-        row("impressions", lambda _, split: f"{split.impressions:,}"),
+        *([label, *(columns[name].get(label, "0") for name in SPLITS)] for label in labels),
     ]
-    for task in schema.tasks:
-        rate = (
-            f"{task.name} of impressions" if task.given is None else f"{task.name} of {task.given}"
-        )
-        counts += [
-            row(f"{task.name}s", lambda _, split, t=task: f"{split.happened[t.name]:,}"),
-            row(
-                {"ctr": "CTR", "cvr": "CVR of clicks"}.get(task.rate, rate),
-                lambda _, split, t=task: percentage(
-                    split.happened[t.name],
-                    split.impressions if t.given is None else split.happened[t.given],
-                ),
-            ),
-        ]
-    if schema.has_shared_features:
-        counts.append(row("shared rows", lambda _, split: f"{split.shared_rows:,}"))
-    counts.append(
-        row(
-            f"{schema.tasks.out_of_order} ({unclicked_conversions})",
-            lambda name, _: f"{unclicked[name]:,}",
-        )
-    )
-    for reason in dict.fromkeys(reason for name in SPLITS for reason in dropped[name]):
-        counts.append(
-            row(f"dropped: {reason}", lambda name, _, r=reason: f"{dropped[name].get(r, 0):,}")
-        )
     statistics = data_set.statistics
     tables = [["table", "rows", "distinct ids", "id features"]]
     for table in schema.tables:
@@ -121,6 +92,29 @@ def report(
         ]
     )
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _counts(
+    data_set: PreparedDataSet, name: SplitName, unclicked_conversions: str
+) -> dict[str, str]:
+    """Of a split, by what is counted; dropped rows last."""
+    split, tasks = data_set.splits[name], data_set.schema.tasks
+    counts = {"impressions": f"{split.impressions:,}"}
+    for task in tasks:
+        happened = split.happened[task.name]
+        space = split.impressions if task.given is None else split.happened[task.given]
+        rate = f"{task.name} of {task.given or 'impressions'}"
+        counts[f"{task.name}s"] = f"{happened:,}"
+        counts[{"ctr": "CTR", "cvr": "CVR of clicks"}.get(task.rate, rate)] = percentage(
+            happened, space
+        )
+    if data_set.schema.has_shared_features:
+        counts["shared rows"] = f"{split.shared_rows:,}"
+    unclicked = data_set.source["unclicked_conversion_rows"][name]
+    counts[f"{tasks.out_of_order} ({unclicked_conversions})"] = f"{unclicked:,}"
+    for reason, rows in data_set.dropped[name].items():
+        counts[f"dropped: {reason}"] = f"{rows:,}"
+    return counts
 
 
 def _described(feature: IdFeature) -> str:

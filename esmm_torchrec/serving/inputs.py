@@ -23,7 +23,7 @@ from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, TOO_LONG, FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_values import Fault
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import UNKNOWN_ROW, IdFeature
+from esmm_torchrec.schema import IdFeature
 from esmm_torchrec.serving.lookup import Bags, Lookup, weights_of, weights_of_bags
 from esmm_torchrec.serving.scored_rows import Counts
 from esmm_torchrec.serving.signature import DENSE, IMPRESSIONS, MISSING_ROW, Signature
@@ -135,6 +135,7 @@ class InputEncoder:
 
     def __init__(self, encoder: RowEncoder) -> None:
         features = encoder.features
+        self._rows = encoder
         self._features = features
         lookups = {
             feature.table: Lookup(encoder.vocabularies[feature.table])
@@ -152,8 +153,8 @@ class InputEncoder:
             for feature in features.id_features
         ]
         self._dense_columns = [(name, features.column_of(name)) for name in features.dense]
-        self._reach = np.array([encoder.dense[name].reach for name in features.dense])
-        self._can_be_too_far = bool(np.isfinite(self._reach).any())
+        reach = [encoder.dense[name].reach for name in features.dense]
+        self._reach = np.minimum(reach, np.finfo(np.float64).max)
         self.raw_columns = tuple(dict.fromkeys(name for _, name in features.roles))
         self._known = {*self.raw_columns, encoder.sample_id}
         bags = [column for column in self._columns if column.feature.multi_valued]
@@ -246,21 +247,15 @@ class InputEncoder:
     def encode_rows(self, read: RowsToEncode) -> tuple[Inputs, dict[str, Counts]]:
         """The tensors of raw rows that were read, and what the good ones among them hold, by id
         feature. The inputs of bad rows are arbitrary, but can be scored."""
-        size, good = len(read.bad), ~read.bad
+        size, good = len(read.bad), pa.array(~read.bad)
         arrays: dict[str, np.ndarray] = {}
         counts = {}
         for column in self._columns:
-            bags = _bags_of(column, read.features)
-            if bags.lengths is None:
-                is_there = good & (bags.rows != MISSING_ROW)
-                rows, missing = bags.rows[is_there], good & ~is_there
-            else:
-                rows, missing = bags.rows[np.repeat(good, bags.lengths)], good & (bags.lengths == 0)
-            unknown = int((rows == UNKNOWN_ROW).sum())
-            name = column.feature.name
-            counts[name] = Counts(int(good.sum()), int(missing.sum()), len(rows), unknown)
+            feature = column.feature
+            encoded = self._rows.encode_ids(feature, read.features)
+            counts[feature.name] = Counts.of(encoded.filter(good))
             arrays[column.number_input] = numbers = np.empty(size, np.int64)
-            _put(arrays, column.feature, bags, numbers)
+            _put(arrays, feature, _bags_of(feature, encoded, read.features), numbers)
         if self._features.dense:
             dense = [read.features.dense[name] for name in self._features.dense]
             arrays[DENSE] = np.stack(dense, axis=1)
@@ -331,7 +326,8 @@ class InputEncoder:
             block = pa.table({raw: _arrow(values, raw) for raw, values in given.items()})
             features, faults = column.carefully.read(block)
             _raise_first(faults)
-            bags = _bags_of(column, features)
+            encoded = self._rows.encode_ids(column.feature, features)
+            bags = _bags_of(column.feature, encoded, features)
         if bags.lengths is not None and bags.lengths.max(initial=0) > MAX_BAG_LENGTH:
             _raise_first([Fault(column.raw, bags.lengths > MAX_BAG_LENGTH, lambda _: TOO_LONG)])
         return bags
@@ -347,16 +343,13 @@ class InputEncoder:
                 dense[:, place] = values
             else:
                 dense[:, place] = self._numbers([values] if raw in single else values, name, raw)
-        if np.isinf(dense).any():
-            for name, raw in self._dense_columns:
-                if raw in columns:
-                    self._read_numbers([columns[raw]] if raw in single else columns[raw], name, raw)
-        if self._can_be_too_far:
-            too_far = np.abs(dense) > self._reach
-            if too_far.any():
-                place = int(too_far.any(axis=0).argmax())
-                raw = self._dense_columns[place][1]
-                _raise_first([Fault(raw, too_far[:, place], lambda _: f"the value is {TOO_FAR}")])
+        too_far = np.abs(dense) > self._reach
+        if too_far.any():
+            place = int(too_far.any(axis=0).argmax())
+            name, raw = self._dense_columns[place]
+            # An infinite value has a sentence of its own.
+            self._read_numbers([columns[raw]] if raw in single else columns[raw], name, raw)
+            _raise_first([Fault(raw, too_far[:, place], lambda _: f"the value is {TOO_FAR}")])
         return dense
 
     def _numbers(self, values: Any, name: str, raw: str) -> np.ndarray:
@@ -425,18 +418,14 @@ def _nothing(feature: IdFeature) -> Bags:
     return Bags(rows, lengths, np.ones(len(rows), np.float32) if feature.weighted else None)
 
 
-def _bags_of(column: _Column, features: Features) -> Bags:
-    """From values that were read with care."""
-    feature, raw = column.feature, features.ids[column.feature.name]
+def _bags_of(feature: IdFeature, encoded: pa.Array, features: Features) -> Bags:
+    """From what `RowEncoder.encode_ids` gives for values that were read with care."""
     weights = features.weights[feature.name] if feature.weighted else None
-    vocabulary = column.lookup.vocabulary
     if feature.multi_valued:
-        rows = vocabulary.encode(raw.flatten()).astype(np.int64)
-        lengths = np.diff(raw.offsets.to_numpy()).astype(np.int64)
-        return Bags(rows, lengths, None if weights is None else weights.flatten().to_numpy())
-    rows = vocabulary.encode(raw).astype(np.int64)
-    if raw.null_count:
-        rows[raw.is_null().to_numpy(zero_copy_only=False)] = MISSING_ROW
+        lengths = np.diff(encoded.offsets.to_numpy())
+        of_ids = None if weights is None else weights.flatten().to_numpy()
+        return Bags(encoded.flatten().to_numpy(), lengths, of_ids)
+    rows = encoded.fill_null(MISSING_ROW).to_numpy()
     return Bags(rows, None, None if weights is None else weights.fill_null(1.0).to_numpy())
 
 

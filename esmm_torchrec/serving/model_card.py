@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from esmm_torchrec.data.prepared import PreparedDataSet
+from esmm_torchrec.data.prepared_form import SPLITS, Split
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving.card_figures import CardFigures
 from esmm_torchrec.serving.package import EXAMPLE, PROGRAM
@@ -37,6 +38,7 @@ def model_card(
         calibration: its kind; None: there is none.
     """
     data = PreparedDataSet.open(run.preprocessing, data_files=False)
+    tasks = data.schema.tasks
     licence = _LICENCES.get(str(data.source.get("kind")), "not known to this library")
     lines = [
         f"# Model card: {run.model_options.method}, step {step}",
@@ -45,11 +47,10 @@ def model_card(
         "",
         "## Data",
         "",
-        "| split | impressions | "
-        + " | ".join(f"{task.name}s" for task in data.schema.tasks)
-        + " |",
-        "|---|---|" + "---|" * len(data.schema.tasks),
-        *(_split_row(data, split) for split in ("train", "test")),
+        *_table(
+            ["split", "impressions", *(f"{task.name}s" for task in tasks)],
+            *(_split_row(name, data.splits[name], tasks) for name in SPLITS),
+        ),
         "",
         f"Source: {data.source.get('kind')}. Fingerprint: {data.fingerprint}. Licence of the data: "
         f"{licence}.",
@@ -60,15 +61,16 @@ def model_card(
         "",
         "## By value of a field",
         "",
-        *_by_value(figures, data.schema.tasks),
+        *_by_value(figures, tasks),
         "",
         "## Inputs of the program",
         "",
         f"`{PROGRAM}` takes these tensors in this order, for B impressions:",
         "",
-        "| input | dtype | shape | content |",
-        "|---|---|---|---|",
-        *(_input_row(one, data, signature) for one in signature.inputs),
+        *_table(
+            ["input", "dtype", "shape", "content"],
+            *(_input_row(one, data, signature) for one in signature.inputs),
+        ),
         "",
         f"It stops with an error if lengths do not sum to the number of values or an id is outside "
         f"its table. `{EXAMPLE}` holds a request in raw values and its scores.",
@@ -76,10 +78,7 @@ def model_card(
         "## Outputs",
         "",
         "float32 (B,): "
-        + ", ".join(
-            f"`{one.column}` P({data.schema.tasks.describe(one)})"
-            for one in data.schema.tasks.probabilities
-        )
+        + ", ".join(f"`{one.column}` P({tasks.describe(one)})" for one in tasks.probabilities)
         + ", without those that the method cannot give. "
         + (
             "They are the model's own probabilities, not calibrated after training."
@@ -92,10 +91,15 @@ def model_card(
     return "\n".join(lines)
 
 
-def _split_row(data: PreparedDataSet, name: Any) -> str:
-    split = data.splits[name]
-    counts = [split.impressions, *(split.happened[task.name] for task in data.schema.tasks)]
-    return f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |"
+def _table(heading: Sequence[str], *rows: Sequence[str]) -> list[str]:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (heading, *rows)]
+    return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
+
+
+def _split_row(name: str, split: Split, tasks: TaskChain) -> list[str]:
+    counts = [split.impressions, *(split.happened[task.name] for task in tasks)]
+    return [name, *(f"{count:,}" for count in counts)]
 
 
 def _metrics(run: RunFolder) -> list[str]:
@@ -104,15 +108,11 @@ def _metrics(run: RunFolder) -> list[str]:
         return ["The training has not ended; there are none."]
     figures = json.loads(path.read_text())["test"]
     known = [
-        (name, value)
+        [name, f"{value:.4f}"]
         for name, value in figures.items()
         if isinstance(value, float) and name.split("_")[-1] in ("auc", "ne", "calibration", "ece")
     ]
-    return [
-        "| metric | value |",
-        "|---|---|",
-        *(f"| {name} | {value:.4f} |" for name, value in known),
-    ]
+    return _table(["metric", "value"], *known)
 
 
 def _by_value(figures: CardFigures | str, tasks: TaskChain) -> list[str]:
@@ -124,21 +124,19 @@ def _by_value(figures: CardFigures | str, tasks: TaskChain) -> list[str]:
     ]
     for field, rows in figures.by_field.items():
         shown = [key for name in names for key in (f"{name} auc", f"{name} pcoc") if key in rows[0]]
-        lines += [
-            "",
-            f"| {field} | impressions | {' | '.join(shown)} |",
-            "|---|---|" + "---|" * len(shown),
-            *(
-                f"| {str(row['value']).replace('|', chr(92) + '|')} | {row['impressions']:,} | "
-                + " | ".join("–" if row[key] is None else f"{row[key]:.4f}" for key in shown)
-                + " |"
-                for row in rows
-            ),
+        cells = [
+            [
+                str(row["value"]).replace("|", "\\|"),
+                f"{row['impressions']:,}",
+                *("–" if row[key] is None else f"{row[key]:.4f}" for key in shown),
+            ]
+            for row in rows
         ]
+        lines += ["", *_table([field, "impressions", *shown], *cells)]
     return lines
 
 
-def _input_row(one: Input, data: PreparedDataSet, signature: Signature) -> str:
+def _input_row(one: Input, data: PreparedDataSet, signature: Signature) -> list[str]:
     shape = ", ".join("B" if size == "impressions" else str(size) for size in one.dims)
     kind = one.name.rpartition(".")[2] if "." in one.name else ""
     content = {
@@ -151,4 +149,4 @@ def _input_row(one: Input, data: PreparedDataSet, signature: Signature) -> str:
     elif not kind:
         table = next(f.table for f in data.schema.id_features if f.name == one.name)
         content += f"; table {table}"
-    return f"| `{one.name}` | {one.dtype} | ({shape}) | {content} |"
+    return [f"`{one.name}`", one.dtype, f"({shape})", content]

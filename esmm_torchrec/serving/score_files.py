@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -24,18 +24,6 @@ from esmm_torchrec.progress import progress_bar
 
 SUFFIXES = (".parquet", ".csv", ".arrow")
 MANIFEST = "scores.json"
-
-
-class Writer(Protocol):
-    """Takes tables of one schema."""
-
-    def write_table(self, table: pa.Table) -> None:
-        """Appends its rows."""
-        ...
-
-    def close(self) -> None:
-        """Finishes the file."""
-        ...
 
 
 def is_folder(out: Path) -> bool:
@@ -87,7 +75,9 @@ def write_scores(out: Path, tables: Iterator[pa.Table], *, rows: int | None = No
         partial.unlink(missing_ok=True)
 
 
-def _open(path: Path, suffix: str, schema: pa.Schema) -> Writer:
+def _open(
+    path: Path, suffix: str, schema: pa.Schema
+) -> pa.ipc.RecordBatchFileWriter | pq.ParquetWriter | pyarrow.csv.CSVWriter:
     if suffix == ".arrow":
         return pa.ipc.new_file(str(path), schema)
     if suffix == ".parquet":

@@ -144,50 +144,52 @@ def score_split(
         on rank 0 the scores that the model gives and the labels, in the order of `rows`; on the
         other ranks None. If `is_in_parts`, on every rank those of its own stretch of the split.
     """
+    tasks = split.schema.tasks
     if isinstance(split, StreamedSplit):
         assert rows is None
-        own = _score_own(
-            model,
-            split,
-            ranks,
-            batch_size=batch_size,
-            shared_features=shared_features,
-            progress=progress,
+        first, last = split.stretch(ranks.rank)
+        size, shown_at_once = last - first, ranks.world_size
+        reader = streamed_reader(
+            split, ranks, batch_size=batch_size, shared_features=shared_features
         )
-        return own if is_in_parts(split) else _gathered(own, ranks)
-    num_rows = split.impressions if rows is None else len(rows)
-    reader = ImpressionReader(
-        split,
-        batch_size=max(1, min(batch_size, -(-num_rows // ranks.world_size))),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        shuffle=False,
-        shared_features=shared_features,
-        selection=None if rows is None else Selection(rows),
-        pin_memory=ranks.device.type == "cuda",
-    )
+        steps = own_scores(model, reader, ranks)
+    else:
+        size, shown_at_once = split.impressions if rows is None else len(rows), 1
+        reader = ImpressionReader(
+            split,
+            batch_size=max(1, min(batch_size, -(-size // ranks.world_size))),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            shuffle=False,
+            shared_features=shared_features,
+            selection=None if rows is None else Selection(rows),
+            pin_memory=ranks.device.type == "cuda",
+        )
+        steps = filter(None, score_stream(model, reader, ranks))
     scores: Scores = {}
     done = 0
     with progress_bar(
-        "Evaluating", num_rows, "rows", disable=not (progress and ranks.is_first)
+        "Evaluating", reader.num_rows, "rows", disable=not (progress and ranks.is_first)
     ) as bar:
-        for step in score_stream(model, reader, ranks):
-            if step is None:
-                continue
-            size = 0
+        for step in steps:
+            step_size = 0
             for name, part in step.items():
                 if name not in scores:
-                    scores[name] = Prediction(np.empty(num_rows, np.float32), part.form)
-                size = len(part.values)
-                scores[name].values[done : done + size] = part.values
-            done += size
-            bar.update(size)
+                    scores[name] = Prediction(np.empty(size, np.float32), part.form)
+                step_size = len(part.values)
+                scores[name].values[done : done + step_size] = part.values
+            done += step_size
+            bar.update(step_size * shown_at_once)
+    if isinstance(split, StreamedSplit):
+        names = [*tasks.labels, WEIGHT, GROUP_ID, TRUE_CTR, TRUE_CVR]
+        own = scored_impressions(scores, split.columns(names, *split.stretch(ranks.rank)), tasks)
+        return own if is_in_parts(split) else _gathered(own, ranks)
     if not ranks.is_first:
         return None
     columns = {
         name: column if rows is None else column[rows] for name, column in split.scalars.items()
     }
-    return scored_impressions(scores, columns, split.schema.tasks)
+    return scored_impressions(scores, columns, tasks)
 
 
 def streamed_reader(
@@ -221,33 +223,6 @@ def streamed_reader(
 def is_in_parts(split: Split) -> bool:
     """Whether rank 0 could not hold the scores of a split; `metrics.in_parts` measures them."""
     return isinstance(split, StreamedSplit) and split.impressions > MAX_GATHERED
-
-
-def _score_own(
-    model: DistributedModelParallel,
-    split: StreamedSplit,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-    shared_features: SharedFeatures,
-    progress: bool,
-) -> ScoredImpressions:
-    """The scores and labels of the stretch of a rank."""
-    reader = streamed_reader(split, ranks, batch_size=batch_size, shared_features=shared_features)
-    steps: list[Scores] = []
-    with progress_bar(
-        "Evaluating", split.impressions, "rows", disable=not (progress and ranks.is_first)
-    ) as bar:
-        for scores in own_scores(model, reader, ranks):
-            steps.append(scores)
-            bar.update(len(next(iter(scores.values())).values) * ranks.world_size)
-    own = {
-        name: Prediction(np.concatenate([step[name].values for step in steps]), of.form)
-        for name, of in steps[0].items()
-    }
-    tasks = split.schema.tasks
-    names = [*tasks.labels, WEIGHT, GROUP_ID, TRUE_CTR, TRUE_CVR]
-    return scored_impressions(own, split.columns(names, *split.stretch(ranks.rank)), tasks)
 
 
 def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
