@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from esmm_torchrec.data.sources.feature_columns import CONSTANT, TOO_LONG, Featu
 from esmm_torchrec.data.sources.raw_values import Fault
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
-from esmm_torchrec.serving.lookup import Bags, Lookup, weights_of, weights_of_bags
+from esmm_torchrec.serving.lookup import Bags, Lookup
 from esmm_torchrec.serving.scored_rows import Counts
 from esmm_torchrec.serving.signature import DENSE, IMPRESSIONS, MISSING_ROW, Signature
 
@@ -164,15 +163,6 @@ class InputEncoder:
         several = {str} if features.list_separator is not None else set()
         self._nested = frozenset({list, tuple, np.ndarray} | several)
         self.signature = Signature.of(encoder.schema, dense=features.dense)
-
-    @classmethod
-    def load(cls, folder: Path | str) -> InputEncoder:
-        """The encoder of a folder that `data.encoding.copy_preprocessing` made.
-
-        Raises:
-            DataError: a file of it is missing or another one.
-        """
-        return cls(RowEncoder.load(folder))
 
     def form_of(self, raw: str) -> Form:
         """What a raw column holds, of those that have one form."""
@@ -321,7 +311,10 @@ class InputEncoder:
         are_one = {raw: values is None or raw in single for raw, values in given.items()}
         copies = 1 if all(are_one.values()) else size
         given = {raw: [one] * copies if are_one[raw] else one for raw, one in given.items()}
-        bags = _quick_bags(column, *given.values()) if column.is_plain else None
+        bags = None
+        if column.is_plain and not column.is_quick:
+            are_lists = column.feature.multi_valued
+            bags = column.lookup.bags(*given.values(), are_lists=are_lists)
         if bags is None:
             block = pa.table({raw: _arrow(values, raw) for raw, values in given.items()})
             features, faults = column.carefully.read(block)
@@ -427,23 +420,6 @@ def _bags_of(feature: IdFeature, encoded: pa.Array, features: Features) -> Bags:
         return Bags(encoded.flatten().to_numpy(), lengths, of_ids)
     rows = encoded.fill_null(MISSING_ROW).to_numpy()
     return Bags(rows, None, None if weights is None else weights.fill_null(1.0).to_numpy())
-
-
-def _quick_bags(column: _Column, values: Any, weights: Any = None) -> Bags | None:
-    """None if the values need to be read with care."""
-    if not column.feature.multi_valued:
-        if column.weights is None:
-            return None  # its ids were looked up before
-        rows = column.lookup.many(values)
-        of_ids = weights_of(weights)
-        if rows is None or of_ids is None or (rows == MISSING_ROW).any():
-            return None
-        return Bags(rows, None, of_ids)
-    bags = column.lookup.bags(values)
-    if bags is None or bags.lengths is None or column.weights is None:
-        return bags
-    of_ids = weights_of_bags(weights, bags.lengths)
-    return None if of_ids is None else bags._replace(weights=of_ids)
 
 
 def _arrow(values: Any, column: str) -> pa.Array:

@@ -124,18 +124,30 @@ class Lookup:
             return type(value) is str
         return type(value) is int and -(2**63) <= value < 2**63
 
-    def bags(self, values: Any) -> Bags | None:
-        """The rows of lists of ids; None also if an id is missing."""
-        if not _are_lists(values):
-            return None
-        rows = self.many(list(chain.from_iterable(values)))
+    def bags(self, values: Any, weights: Any = None, *, are_lists: bool) -> Bags | None:
+        """The rows of values that have one id each, or of lists of ids; None also if an id is
+        missing, or if the weights are not finite numbers of the same form."""
+        lengths = None
+        if are_lists:
+            if not _are_lists(values):
+                return None
+            lengths = np.fromiter(map(len, values), np.int64, len(values))
+            values = list(chain.from_iterable(values))
+            if weights is not None:
+                if not _are_lists(weights) or list(map(len, weights)) != lengths.tolist():
+                    return None
+                weights = list(chain.from_iterable(weights))
+        rows = self.many(values)
         if rows is None or rows.min(initial=UNKNOWN_ROW) < UNKNOWN_ROW:
             return None
-        return Bags(rows, np.fromiter(map(len, values), np.int64, len(values)))
+        if weights is None:
+            return Bags(rows, lengths)
+        of_ids = _weights(weights)
+        return None if of_ids is None else Bags(rows, lengths, of_ids)
 
 
-def weights_of(values: Any) -> np.ndarray | None:
-    """float32 (B,) of weights in a list; None if they are not finite numbers."""
+def _weights(values: Any) -> np.ndarray | None:
+    """float32 (L,) of weights in a list; None if they are not finite numbers."""
     if not isinstance(values, (list, tuple)) or not {float, int}.issuperset(map(type, values)):
         return None
     try:
@@ -144,13 +156,6 @@ def weights_of(values: Any) -> np.ndarray | None:
     except OverflowError:
         return None
     return found if np.isfinite(found).all() else None
-
-
-def weights_of_bags(values: Any, lengths: np.ndarray) -> np.ndarray | None:
-    """float32 (L,) of lists of weights; None if they are not finite numbers, one for each id."""
-    if not _are_lists(values) or [len(bag) for bag in values] != lengths.tolist():
-        return None
-    return weights_of(list(chain.from_iterable(values)))
 
 
 def _are_lists(values: Any) -> bool:

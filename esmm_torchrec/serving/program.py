@@ -25,17 +25,6 @@ from esmm_torchrec.models.scores import Score, read_scores
 from esmm_torchrec.schema import COLLECTIONS, IdFeature, Schema, missing_column
 from esmm_torchrec.serving.signature import DENSE, MISSING_ROW, Signature
 
-OUT_OF_RANGE = "an id is outside the rows of its table; give 0 for an unknown id"
-NOT_FINITE = (
-    "a dense value is infinite, or too far from its training values for a 32-bit float; give NaN "
-    "for a missing one"
-)
-
-
-def wrong_lengths(feature: str) -> str:
-    """What a program says of a feature whose lengths do not belong to its values."""
-    return f"the lengths of {feature} are negative or do not sum to the number of its values"
-
 
 class Program(nn.Module):
     """From the tensors of a `Signature` to its outputs.
@@ -71,10 +60,9 @@ class Program(nn.Module):
 
     def outputs(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scores that the model gives, float32 (B,), by their column."""
-        names = (one.name for one in self._signature.inputs)
-        given = dict(zip(names, inputs, strict=True))
+        given = dict(zip(self._signature.names, inputs, strict=True))
         self._check(given)
-        bags = _Bags({f.name: self._bag(f, given) for f in self._schema.id_features})
+        bags = {f.name: self._bag(f, given) for f in self._schema.id_features}
         known = self._scores(_Features(bags, self._dense(given)))
         return {
             column: known[name].probability
@@ -95,7 +83,7 @@ class Program(nn.Module):
             if bags is not None
             for name, own in bags.to_dict().items()
         }
-        return self._scores(_Features(_Bags(bags), features.dense_features))
+        return self._scores(_Features(bags, features.dense_features))
 
     def _scores(self, features: _Features) -> dict[str, Score]:
         known = read_scores(self.model(features), self._schema.tasks)
@@ -124,12 +112,19 @@ class Program(nn.Module):
             if feature.multi_valued:
                 ids, lengths = given[f"{feature.name}.values"], given[f"{feature.name}.lengths"]
                 fits = (lengths.sum() == ids.shape[0]) & (lengths >= 0).all()
-                _assert(fits, wrong_lengths(feature.name))
+                _assert(
+                    fits,
+                    f"the lengths of {feature.name} are negative or do not sum to the number of "
+                    "its values",
+                )
                 in_range.append(((ids >= 0) & (ids < rows)).all())
             else:
                 ids = given[feature.name]
                 in_range.append(((ids >= MISSING_ROW) & (ids < rows)).all())
-        _assert(torch.stack(in_range).all(), OUT_OF_RANGE)
+        _assert(
+            torch.stack(in_range).all(),
+            "an id is outside the rows of its table; give 0 for an unknown id",
+        )
 
     def _bag(self, feature: IdFeature, given: Mapping[str, torch.Tensor]) -> _Bag:
         name = feature.name
@@ -153,7 +148,11 @@ class Program(nn.Module):
             if transform.has_indicator:
                 columns[missing_column(name)] = torch.isnan(values).float()
         dense = torch.stack([columns[name] for name in self._schema.dense_features], dim=1)
-        _assert(torch.isfinite(dense).all() & ~torch.isinf(raw).any(), NOT_FINITE)
+        _assert(
+            torch.isfinite(dense).all() & ~torch.isinf(raw).any(),
+            "a dense value is infinite, or too far from its training values for a 32-bit float; "
+            "give NaN for a missing one",
+        )
         return dense
 
 
@@ -166,14 +165,10 @@ class _Bag(NamedTuple):
     weights: torch.Tensor | None
 
 
-class _Bags(NamedTuple):
-    of: Mapping[str, _Bag]
-
-
 class _Features(NamedTuple):
     """What a program's model takes in place of `BatchFeatures`."""
 
-    bags: _Bags
+    bags: Mapping[str, _Bag]
     dense: torch.Tensor | None
 
 
@@ -198,7 +193,7 @@ class _Lookup(nn.Module):
     def forward(self, features: _Features) -> torch.Tensor:
         """(B, F)."""
         parts = [
-            _pooled(features.bags.of[feature], self.tables[table])
+            _pooled(features.bags[feature], self.tables[table])
             for feature, table in self._table_of.items()
         ]
         if features.dense is not None:

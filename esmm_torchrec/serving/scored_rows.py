@@ -130,23 +130,20 @@ def score_columns(
     return pa.table(columns)
 
 
-def unknown_warnings(
-    counts: Mapping[str, Counts], expected: Mapping[str, float], *, factor: float = 2.0
-) -> list[str]:
+def unknown_warnings(counts: Mapping[str, Counts], expected: Mapping[str, float]) -> list[str]:
     """A sentence on each feature with far more unknown ids than the test split of the training data
-    had: over `factor` times the share, and over 5 percentage points more.
+    had: over twice the share, and over 5 percentage points more.
 
     Args:
         counts: by id feature, of the rows scored.
         expected: by id feature, the share of unknown ids in the test split.
-        factor: see above.
     """
     sentences = []
     for name, of_feature in counts.items():
         if of_feature.ids < MIN_IDS:
             continue
         share, usual = of_feature.unknown / of_feature.ids, expected[name]
-        if share > factor * usual and share > usual + 0.05:
+        if share > 2 * usual and share > usual + 0.05:
             sentences.append(
                 f"{share:.1%} of the ids of {name!r} are unknown to the model, but {usual:.1%} in "
                 "the test split of its training data; check that the column holds the same ids"

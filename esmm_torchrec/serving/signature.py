@@ -59,15 +59,12 @@ class Signature:
         return tuple(one.name for one in self.inputs)
 
     @classmethod
-    def of(
-        cls, schema: Schema, *, dense: tuple[str, ...], outputs: tuple[str, ...] = ()
-    ) -> Signature:
-        """The signature of a model.
+    def of(cls, schema: Schema, *, dense: tuple[str, ...]) -> Signature:
+        """The signature of a model, not yet with its outputs.
 
         Args:
             schema: of its data; the inputs are in the order of its id features.
             dense: raw dense columns.
-            outputs: columns of the scores that the model gives.
 
         Raises:
             DataError: a feature is called like an input of another one.
@@ -79,7 +76,7 @@ class Signature:
         if len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)
             raise DataError(f"two inputs of the model would be called {name!r}; rename the column")
-        return cls(tuple(inputs), outputs, dense)
+        return cls(tuple(inputs), (), dense)
 
 
 def _inputs(feature: IdFeature) -> Iterator[Input]:

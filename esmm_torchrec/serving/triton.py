@@ -15,25 +15,27 @@ from pathlib import Path
 from esmm_torchrec.serving.package import PROGRAM, Package
 from esmm_torchrec.serving.signature import Input
 
+NAME = "esmm"
+"""Of the model in Triton."""
+
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float64": "TYPE_FP64"}
 
 
-def write_repository(package: Package, out: Path, name: str = "esmm") -> None:
+def write_repository(package: Package, out: Path) -> None:
     """Writes the repository.
 
     Args:
         package: compiled (`form` "aoti"); its program is linked, not copied.
         out: the folder to write to, on the same disk.
-        name: of the model in Triton.
     """
     assert package.form == "aoti"
-    version = out / name / "1"
+    version = out / NAME / "1"
     version.mkdir(parents=True)
     (version / PROGRAM).hardlink_to(package.path / PROGRAM)
-    (out / name / "config.pbtxt").write_text(config(package, name))
+    (out / NAME / "config.pbtxt").write_text(_config(package))
 
 
-def config(package: Package, name: str) -> str:
+def _config(package: Package) -> str:
     """config.pbtxt, with the name of each input in a comment."""
     signature = package.signature
     inputs = [_tensor(f"INPUT__{place}", one) for place, one in enumerate(signature.inputs)]
@@ -43,7 +45,7 @@ def config(package: Package, name: str) -> str:
     ]
     kind = "KIND_GPU" if package.device == "cuda" else "KIND_CPU"
     lines = [
-        f'name: "{name}"',
+        f'name: "{NAME}"',
         'backend: "pytorch"',
         'platform: "torch_aoti"',
         f'default_model_filename: "{PROGRAM}"',

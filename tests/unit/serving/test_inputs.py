@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.errors import DataError
 from esmm_torchrec.serving.inputs import InputEncoder, TooManyRows
 from tests.prepared_data import prepare_log
@@ -29,7 +30,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> InputEncoder:
     )
     path = tmp_path_factory.mktemp("inputs") / "prepared"
     prepare_log(path, log, ids=["user", "nums", "tags"], list_separator="|")
-    return InputEncoder.load(path)
+    return InputEncoder(RowEncoder.load(path))
 
 
 @pytest.mark.parametrize(
