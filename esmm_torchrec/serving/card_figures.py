@@ -77,5 +77,4 @@ def _scored(program: Program, split: MappedSplit, rows: np.ndarray) -> ScoredImp
     for name, first in parts[0].items():
         values = torch.cat([part[name].values for part in parts])[: len(rows)]
         scores[name] = Prediction(values.cpu().numpy(), first.form)
-    columns = {name: column[rows] for name, column in split.scalars.items()}
-    return scored_impressions(scores, columns, split.schema.tasks)
+    return scored_impressions(scores, split.scalars, split.schema.tasks, rows)

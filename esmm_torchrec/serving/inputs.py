@@ -196,7 +196,7 @@ class InputEncoder:
             size = len(request)
             _check_size(size, max_size)
             request = self._columns_of(request)
-        found, columns, single = self._aligned(request)
+        found, columns = self._aligned(request)
         size = size if found is None else found
         _check_size(size, max_size)
         arrays: dict[str, np.ndarray] = {}
@@ -206,14 +206,18 @@ class InputEncoder:
             arrays[column.number_input] = numbers
             if column.is_quick:
                 values = columns.get(column.raw)
-                is_one = values is None or column.raw in single
-                rows = column.lookup.one(values) if is_one else column.lookup.many(values)
+                if values is None:
+                    rows = MISSING_ROW
+                elif type(values) is list and len(values) == 1:
+                    rows = column.lookup.one(values[0])
+                else:
+                    rows = column.lookup.many(values)
                 if rows is not None:
                     numbers[:] = rows
                     continue
-            _put(arrays, column.feature, self._bags(column, columns, single, size), numbers)
+            _put(arrays, column.feature, self._bags(column, columns, size), numbers)
         if self._dense_columns:
-            arrays[DENSE] = self._dense(columns, single, size)
+            arrays[DENSE] = self._dense(columns, size)
         return Inputs(arrays, size)
 
     def _columns_of(self, rows: Sequence[Request]) -> dict[str, list[Any]]:
@@ -251,15 +255,19 @@ class InputEncoder:
             arrays[DENSE] = np.stack(dense, axis=1)
         return Inputs(arrays, size), counts
 
-    def _aligned(self, request: Request) -> tuple[int | None, dict[str, Any], set[str]]:
-        """B (None if no column says), the columns, and those with one value for all impressions."""
+    def _aligned(self, request: Request) -> tuple[int | None, dict[str, Any]]:
+        """B (None if no column says), and the columns that are not missing: B values of each, or a
+        list of one for all impressions."""
         if not self._known.issuperset(request):
             name = next(name for name in request if name not in self._known)
             raise DataError(f"there is no feature {name!r}; {self._closest(str(name))}")
-        columns, single, size = dict(request), set(), None
+        columns: dict[str, Any] = {}
+        size, of_size = None, ""
         for name, given in request.items():
+            if given is None:
+                continue
             if type(given) in _SINGLE and name not in self._lists:
-                single.add(name)
+                columns[name] = [given]
                 continue
             values = self._as_list(given) if name in self._lists else given
             if isinstance(given, pd.Series):
@@ -267,17 +275,17 @@ class InputEncoder:
             elif isinstance(given, pa.ChunkedArray):
                 values = given.combine_chunks()
             if self._is_single(name, values):
-                single.add(name)
-            elif size is None:
-                size = len(values)
+                columns[name] = [values]
+                continue
+            if size is None:
+                size, of_size = len(values), name
             elif len(values) != size:
-                other = next(name for name in request if name not in single)
                 raise DataError(
-                    f"{other!r} has {size} values and {name!r} has {len(values)}; give each "
+                    f"{of_size!r} has {size} values and {name!r} has {len(values)}; give each "
                     "feature one value per impression"
                 )
             columns[name] = values
-        return size, columns, single
+        return size, columns
 
     def _is_single(self, name: str, values: Any) -> bool:
         if isinstance(values, pa.Array):
@@ -297,7 +305,7 @@ class InputEncoder:
         shown = ", ".join(map(repr, self.raw_columns[:8]))
         return f"there are {shown}" + (", …" if len(self.raw_columns) > 8 else "")
 
-    def _bags(self, column: _Column, columns: dict[str, Any], single: set[str], size: int) -> Bags:
+    def _bags(self, column: _Column, columns: dict[str, Any], size: int) -> Bags:
         """Of `size` impressions, or of one whose values all of them have."""
         if column.feature.name == CONSTANT:
             return Bags(column.lookup.vocabulary.encode(np.zeros(1, np.int64)))
@@ -308,9 +316,9 @@ class InputEncoder:
             raise DataError(
                 f"{column.raw!r} comes without its weights {column.weights!r}; give both"
             )
-        are_one = {raw: values is None or raw in single for raw, values in given.items()}
-        copies = 1 if all(are_one.values()) else size
-        given = {raw: [one] * copies if are_one[raw] else one for raw, one in given.items()}
+        given = {raw: [None] if values is None else values for raw, values in given.items()}
+        if size != 1 and any(len(values) == size for values in given.values()):
+            given = {raw: v * size if len(v) == 1 else v for raw, v in given.items()}
         bags = None
         if column.is_plain and not column.is_quick:
             are_lists = column.feature.multi_valued
@@ -325,23 +333,23 @@ class InputEncoder:
             _raise_first([Fault(column.raw, bags.lengths > MAX_BAG_LENGTH, lambda _: TOO_LONG)])
         return bags
 
-    def _dense(self, columns: dict[str, Any], single: set[str], size: int) -> np.ndarray:
+    def _dense(self, columns: dict[str, Any], size: int) -> np.ndarray:
         """float64 (B, D)."""
         dense = np.empty((size, len(self._dense_columns)))
         for place, (name, raw) in enumerate(self._dense_columns):
             values = columns.get(raw)
             if values is None:
                 dense[:, place] = np.nan
-            elif isinstance(values, float):
-                dense[:, place] = values
+            elif len(values) == 1 and isinstance(values[0], float):
+                dense[:, place] = values[0]
             else:
-                dense[:, place] = self._numbers([values] if raw in single else values, name, raw)
+                dense[:, place] = self._numbers(values, name, raw)
         too_far = np.abs(dense) > self._reach
         if too_far.any():
             place = int(too_far.any(axis=0).argmax())
             name, raw = self._dense_columns[place]
             # An infinite value has a sentence of its own.
-            self._read_numbers([columns[raw]] if raw in single else columns[raw], name, raw)
+            self._read_numbers(columns[raw], name, raw)
             _raise_first([Fault(raw, too_far[:, place], lambda _: f"the value is {TOO_FAR}")])
         return dense
 

@@ -186,10 +186,7 @@ def score_split(
         return own if is_in_parts(split) else _gathered(own, ranks)
     if not ranks.is_first:
         return None
-    columns = {
-        name: column if rows is None else column[rows] for name, column in split.scalars.items()
-    }
-    return scored_impressions(scores, columns, tasks)
+    return scored_impressions(scores, split.scalars, tasks, rows)
 
 
 def streamed_reader(
@@ -237,9 +234,21 @@ def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
 
 
 def scored_impressions(
-    scores: Scores, columns: Mapping[str, np.ndarray], tasks: TaskChain
+    scores: Scores,
+    columns: Mapping[str, np.ndarray],
+    tasks: TaskChain,
+    rows: np.ndarray | None = None,
 ) -> ScoredImpressions:
-    """Scores of N impressions with their columns of a split, by name."""
+    """Scores of N impressions with their columns of a split, by name.
+
+    Args:
+        scores: of the impressions.
+        columns: of the split.
+        tasks: the chain.
+        rows: int (N,), which impressions of the split they are; None: all.
+    """
+    if rows is not None:
+        columns = {name: column[rows] for name, column in columns.items()}
     return ScoredImpressions(
         labels={label: columns[label] for label in tasks.labels},
         scores=scores,
