@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -81,7 +81,7 @@ class Options:
     share_table: tuple[str, ...] = ()
     """NAME=COL,COL: id columns that look up one embedding table, NAME."""
 
-    hash: tuple[str, ...] = ()
+    hash: Mapping[str, int] = field(default_factory=dict)
     """COL=N: an id of column COL has row 1 + hash mod N of its table, without a vocabulary: for ids
     of unbounded number, or too many to count. No id is unknown, and some share a row."""
 
@@ -176,11 +176,6 @@ def run(options: Options) -> None:
     """Prepares, then prints what is in the data set."""
     weights = _pairs("--weights", options.weights, ":", "COL:WCOL")
     shared = _pairs("--share-table", options.share_table, "=", "NAME=COL,COL")
-    hashed: dict[str, int] = {}
-    for column, rows in _pairs("--hash", options.hash, "=", "COL=N").items():
-        if not (rows.isascii() and rows.isdigit()):
-            raise OptionError(f"--hash '{column}={rows}' is not of the form COL=N")
-        hashed[column] = int(rows)
     separator = options.separator
     text_format = TextFormat(
         separator="\t" if separator in ("\\t", "tab") else separator,
@@ -201,7 +196,7 @@ def run(options: Options) -> None:
         time_features=options.time_features,
         weights=weights,
         shared_tables={name: columns.split(",") for name, columns in shared.items()},
-        hashed=hashed,
+        hashed=options.hash,
         sample_id=options.sample_id,
         group_id=options.group_id,
         timestamp=options.timestamp,

@@ -6,7 +6,7 @@ Shapes: B impressions, L ids of a multi-valued feature in all of them, D raw den
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -191,14 +191,14 @@ class InputEncoder:
             DataError: a name is not a raw column, columns differ in length, or a value cannot be
                 used; names the column, and the row if there are several.
         """
-        size = 1
-        if not isinstance(request, Mapping):
-            size = len(request)
-            _check_size(size, max_size)
-            request = self._columns_of(request)
-        found, columns = self._aligned(request)
-        size = size if found is None else found
-        _check_size(size, max_size)
+        if isinstance(request, Mapping):
+            size, columns = self._aligned(request)
+        else:
+            size, columns = len(request), self._columns_of(request)
+        if max_size is not None and size > max_size:
+            raise TooManyRows(
+                f"the request has {size} impressions and may have {max_size}; divide it"
+            )
         arrays: dict[str, np.ndarray] = {}
         for column, numbers in zip(
             self._columns, np.empty((len(self._columns), size), np.int64), strict=True
@@ -220,19 +220,23 @@ class InputEncoder:
             arrays[DENSE] = self._dense(columns, size)
         return Inputs(arrays, size)
 
-    def _columns_of(self, rows: Sequence[Request]) -> dict[str, list[Any]]:
-        """Requests of one impression each, as one request."""
-        names = dict.fromkeys(name for row in rows for name in row)
-        columns = {name: [row.get(name) for row in rows] for name in names}
-        for name, values in list(columns.items()):
-            if name not in self._lists:
-                continue
+    def _columns_of(self, rows: Sequence[Request]) -> dict[str, Any]:
+        """The columns of requests of one impression each, without those missing everywhere."""
+        columns: dict[str, Any] = {}
+        for name in self._checked(dict.fromkeys(name for row in rows for name in row)):
+            values = [row.get(name) for row in rows]
             if all(value is None for value in values):
-                del columns[name]  # missing everywhere
-            elif not self._nested.issuperset(map(type, values)):
-                # Beside another, a value without a list would be read as one of its list.
-                columns[name] = [self._as_list(value) for value in values]
+                continue
+            if name in self._lists and not self._nested.issuperset(map(type, values)):
+                values = [self._as_list(value) for value in values]
+            columns[name] = values
         return columns
+
+    def _checked(self, names: Collection[str]) -> Collection[str]:
+        if not self._known.issuperset(names):
+            name = next(name for name in names if name not in self._known)
+            raise DataError(f"there is no feature {name!r}; {self._closest(str(name))}")
+        return names
 
     def _as_list(self, value: Any) -> Any:
         """A value of a list column that is not a list is a list of one."""
@@ -255,15 +259,13 @@ class InputEncoder:
             arrays[DENSE] = np.stack(dense, axis=1)
         return Inputs(arrays, size), counts
 
-    def _aligned(self, request: Request) -> tuple[int | None, dict[str, Any]]:
-        """B (None if no column says), and the columns that are not missing: B values of each, or a
-        list of one for all impressions."""
-        if not self._known.issuperset(request):
-            name = next(name for name in request if name not in self._known)
-            raise DataError(f"there is no feature {name!r}; {self._closest(str(name))}")
+    def _aligned(self, request: Request) -> tuple[int, dict[str, Any]]:
+        """B, and the columns that are not missing: B values of each, or a list of one for all
+        impressions."""
         columns: dict[str, Any] = {}
         size, of_size = None, ""
-        for name, given in request.items():
+        for name in self._checked(request):
+            given = request[name]
             if given is None:
                 continue
             if type(given) in _SINGLE and name not in self._lists:
@@ -285,7 +287,7 @@ class InputEncoder:
                     "feature one value per impression"
                 )
             columns[name] = values
-        return size, columns
+        return 1 if size is None else size, columns
 
     def _is_single(self, name: str, values: Any) -> bool:
         if isinstance(values, pa.Array):
@@ -371,11 +373,6 @@ class InputEncoder:
         features, faults = only.read(pa.table({raw: _arrow(values, raw)}))
         _raise_first(faults)
         return features.dense[name]
-
-
-def _check_size(size: int, max_size: int | None) -> None:
-    if max_size is not None and size > max_size:
-        raise TooManyRows(f"the request has {size} impressions and may have {max_size}; divide it")
 
 
 def _put(

@@ -239,14 +239,8 @@ def scored_impressions(
     tasks: TaskChain,
     rows: np.ndarray | None = None,
 ) -> ScoredImpressions:
-    """Scores of N impressions with their columns of a split, by name.
-
-    Args:
-        scores: of the impressions.
-        columns: of the split.
-        tasks: the chain.
-        rows: int (N,), which impressions of the split they are; None: all.
-    """
+    """Scores of N impressions with their columns of a split, by name; `rows`, int (N,), are their
+    places in the columns if these have more."""
     if rows is not None:
         columns = {name: column[rows] for name, column in columns.items()}
     return ScoredImpressions(
