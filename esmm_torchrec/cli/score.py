@@ -31,8 +31,13 @@ from esmm_torchrec.serving.score_files import (
     write_scores,
 )
 from esmm_torchrec.serving.scored_rows import Written, score_columns, unknown_warnings
-from esmm_torchrec.serving.scoring import check_preprocessing, encode_rows, remove, score
-from esmm_torchrec.serving.streamed_scores import score_streamed
+from esmm_torchrec.serving.scoring import (
+    check_preprocessing,
+    encode_rows,
+    remove,
+    score,
+    score_streamed,
+)
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 
 
@@ -228,14 +233,7 @@ class _Jobs:
 
     @classmethod
     def of(cls, options: Options, out: Path, model: str, calibrated: Any) -> _Jobs:
-        """Those of the options.
-
-        Args:
-            options: of the command.
-            out: the file or the folder of scores.
-            model: identifies the model.
-            calibrated: identifies the calibration.
-        """
+        """Those of the options; `model` and `calibrated` identify what the scores depend on."""
         inputs: list[str] = []
         for given in options.input:
             inputs += [given] if is_uri(given) else map(str, files_of(Path(given)))

@@ -66,12 +66,8 @@ def _mean_and_rate(probability: TaskProbability, test: Mapping[str, Any], tasks:
 
 
 def format_slices(field: str, slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Calibration by value of a field, those that deviate most in each probability.
-
-    Args:
-        field: its name.
-        slices: as `metrics.slices.measure_slices` gives them.
-    """
+    """Calibration by value of a field as `metrics.slices.measure_slices` gives it, those that
+    deviate most in each probability."""
     tables = []
     for name, values in slices.items():
         rows = [[f"{name} by {field}", "impressions", "observed", "predicted", "PCOC", "ECE", "z"]]

@@ -66,7 +66,7 @@ class Batcher:
         window_seconds: float,
         max_rows: int,
         max_waiting: int,
-        observe: Callable[[int], None] = lambda _: None,
+        observe: Callable[[int], None],
     ) -> None:
         self._model = model
         self._window_seconds = window_seconds

@@ -35,15 +35,8 @@ class CardFigures(NamedTuple):
 
 
 def card_figures(run: RunFolder, program: Program) -> CardFigures | str:
-    """The figures, of at most `MAX_IMPRESSIONS`, equally spaced.
-
-    Args:
-        run: the run.
-        program: of its model, on the CPU.
-
-    Returns:
-        why there are none, a sentence, if the data are not where the run found them.
-    """
+    """The figures by a program on the CPU, of at most `MAX_IMPRESSIONS`, equally spaced; a sentence
+    on why there are none if the data are not where the run found them."""
     path = run.config["history"][-1]["data"]["path"]
     try:
         dataset = PreparedDataSet.open(path)

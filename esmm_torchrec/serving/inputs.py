@@ -156,10 +156,12 @@ class InputEncoder:
         self._reach = np.minimum(reach, np.finfo(np.float64).max)
         self.raw_columns = tuple(dict.fromkeys(name for _, name in features.roles))
         self._known = {*self.raw_columns, encoder.sample_id}
-        bags = [column for column in self._columns if column.feature.multi_valued]
-        self._texts = {column.raw for column in bags if column.feature.name in features.texts}
-        self._lists = {name for column in bags for name in (column.raw, column.weights)}
-        self._lists -= self._texts
+        self._lists = {
+            name
+            for column in self._columns
+            if column.feature.multi_valued and column.feature.name not in features.texts
+            for name in (column.raw, column.weights)
+        }
         several = {str} if features.list_separator is not None else set()
         self._nested = frozenset({list, tuple, np.ndarray} | several)
         self.signature = Signature.of(encoder.schema, dense=features.dense)
@@ -382,7 +384,6 @@ def _put(
 
     Args:
         arrays: to which all but `numbers` are added.
-        feature: which one.
         bags: of one impression or of B.
         numbers: int64 (B,), for the rows of a single-valued feature, or the lengths.
 

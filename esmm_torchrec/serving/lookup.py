@@ -50,11 +50,7 @@ class Bags(NamedTuple):
 
 
 class Lookup:
-    """The rows of a table's raw ids; None means that the values must be read with care.
-
-    Args:
-        vocabulary: of the table.
-    """
+    """The rows of a table's raw ids; None means that the values must be read with care."""
 
     def __init__(self, vocabulary: Vocabulary | HashedIds) -> None:
         self.vocabulary = vocabulary

@@ -28,15 +28,7 @@ def model_card(
     figures: CardFigures | str,
     calibration: str | None,
 ) -> str:
-    """The card, as Markdown.
-
-    Args:
-        run: the run.
-        step: of the checkpoint.
-        signature: of the program.
-        figures: by value of a field, or why there are none.
-        calibration: its kind; None: there is none.
-    """
+    """The card, as Markdown, with figures by value of a field or the reason why there are none."""
     data = PreparedDataSet.open(run.preprocessing, data_files=False)
     tasks = data.schema.tasks
     licence = _LICENCES.get(str(data.source.get("kind")), "not known to this library")

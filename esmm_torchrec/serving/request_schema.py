@@ -11,11 +11,8 @@ MAX_SHOWN_ID = 2**53 - 1
 
 
 def request_schema(encoder: InputEncoder) -> dict[str, Any]:
-    """Either rows, an object per impression, or columns with a value per impression or one for all.
-
-    Args:
-        encoder: of the model.
-    """
+    """Either rows, an object per impression, or columns with a value per impression or one for
+    all."""
     of_row = {name: _value(encoder, name) for name in encoder.raw_columns}
     of_column = {
         name: {"anyOf": [value, {"type": "array", "items": value}]}

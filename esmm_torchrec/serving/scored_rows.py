@@ -106,7 +106,6 @@ def score_columns(
 
     Args:
         scores: by column, float32 (n,).
-        tasks: the chain.
         sample_ids: int64 (n,).
         bad: bool (n,), rows without scores, which are null; None: none.
         kept: further columns, of n rows.
@@ -132,12 +131,7 @@ def score_columns(
 
 def unknown_warnings(counts: Mapping[str, Counts], expected: Mapping[str, float]) -> list[str]:
     """A sentence on each feature with far more unknown ids than the test split of the training data
-    had: over twice the share, and over 5 percentage points more.
-
-    Args:
-        counts: by id feature, of the rows scored.
-        expected: by id feature, the share of unknown ids in the test split.
-    """
+    had (`expected`): over twice the share, and over 5 percentage points more."""
     sentences = []
     for name, of_feature in counts.items():
         if of_feature.ids < MIN_IDS:

@@ -39,13 +39,8 @@ Scores = dict[str, Prediction]
 
 
 def scores_of(logits: Logits, tasks: TaskChain, size: int) -> Scores:
-    """The scores of the first `size` impressions of a batch; the others are padding.
-
-    Args:
-        logits: of the model, float32 (B,), on the CPU.
-        tasks: the chain.
-        size: at most B.
-    """
+    """The scores of the first `size` impressions of a batch; the others are padding. The logits are
+    float32 (B,), on the CPU."""
     return {
         name: Prediction(values[:size].numpy(), form)
         for name, (values, form) in read_scores(logits, tasks).items()
@@ -55,13 +50,8 @@ def scores_of(logits: Logits, tasks: TaskChain, size: int) -> Scores:
 def score_stream(
     model: DistributedModelParallel, reader: ImpressionReader, ranks: Ranks
 ) -> Iterator[Scores | None]:
-    """Scores the rows of a reader without training the model; every rank must go through all of
-    its stream.
-
-    Args:
-        model: a sharded train task.
-        reader: does not shuffle; at its first row.
-        ranks: this process among the others.
+    """Scores the rows of a reader, which does not shuffle and is at its first row, without training
+    the model; every rank must go through all of its stream.
 
     Yields:
         on rank 0, for each step, the scores of the rows of all ranks; on the other ranks None.
@@ -103,13 +93,7 @@ def _logits(model: DistributedModelParallel, reader: BatchReader, ranks: Ranks) 
 def own_scores(
     model: DistributedModelParallel, reader: StreamReader, ranks: Ranks
 ) -> Iterator[Scores]:
-    """Scores the rows of this rank without training the model; every rank must go through all of
-    its stream.
-
-    Args:
-        model: a sharded train task.
-        reader: does not shuffle; at its first row.
-        ranks: this process among the others.
+    """Scores the rows of this rank; otherwise as `score_stream`.
 
     Yields:
         for each step, the scores of the rows of this rank, which may be none.
@@ -132,13 +116,8 @@ def score_split(
     """Scores impressions of a split; to be called on every rank.
 
     Args:
-        model: a sharded train task.
-        split: where the impressions are.
-        ranks: this process among the others.
         batch_size: rows per rank and step, at most.
-        shared_features: how a batch carries shared features.
-        rows: int (M,), which impressions; None: all.
-        progress: whether to show a progress bar.
+        rows: int (M,), which impressions of the split; None: all.
 
     Returns:
         on rank 0 the scores that the model gives and the labels, in the order of `rows`; on the
@@ -196,14 +175,8 @@ def streamed_reader(
     batch_size: int,
     shared_features: SharedFeatures = "once",
 ) -> StreamReader:
-    """Reads a split in stored order, of which each rank has a stretch.
-
-    Args:
-        split: whose lanes are one for each rank.
-        ranks: this process among the others.
-        batch_size: rows per rank and step, at most.
-        shared_features: how a batch carries shared features.
-    """
+    """Reads a split with a lane for each rank in stored order, at most `batch_size` rows per rank
+    and step."""
     rows_per_rank = max(1, min(batch_size, split.window, -(-split.impressions // split.lanes)))
     return StreamReader(
         split,

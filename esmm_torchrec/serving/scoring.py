@@ -1,36 +1,45 @@
 """Scores of every impression of a split or of raw rows, by the sharded model of a run on any number
 of ranks.
 
-The impressions keep their order. Memory is bounded by a batch: rows are mapped from disk and
-scores are written as they come.
+The impressions keep their order. Memory is bounded by a batch: rows are mapped or read from disk
+and scores are written as they come, by rank 0 to one file, or by each rank to a file of its own.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
 from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
+from esmm_torchrec.data.storage import HashedOutput, Location
+from esmm_torchrec.data.stream import StreamedSplit
 from esmm_torchrec.errors import RunError
 from esmm_torchrec.metrics.calibration import Calibration
 from esmm_torchrec.metrics.probability import Prediction
+from esmm_torchrec.progress import progress_bar
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.schema import SAMPLE_ID
 from esmm_torchrec.serving.score_files import refuse_existing, write_scores
 from esmm_torchrec.serving.scored_rows import Counts, Written, read_rows, score_columns
-from esmm_torchrec.serving.scorer import score_stream
-from esmm_torchrec.sharding.process_group import Ranks
+from esmm_torchrec.serving.scorer import own_scores, score_stream, streamed_reader
+from esmm_torchrec.sharding.process_group import Ranks, on_every_rank
 from esmm_torchrec.tasks import TaskChain
+
+DESCRIPTION = "scores.json"
+"""Names the files of a folder in the order of their rows; it is written last."""
 
 _BAD = "__bad"
 
@@ -73,10 +82,8 @@ def encode_rows(
     away, also after an error.
 
     Args:
-        run: whose vocabularies and statistics are used.
         rows: files, DataFrames or Arrow tables, one or several; no labels needed.
         folder: to be made, for the rows laid out.
-        keep: further columns of the rows.
         bad_rows: counts the rows that cannot be scored; None allows none.
 
     Raises:
@@ -124,16 +131,16 @@ def remove(folder: Path) -> None:
     _side_file(folder).unlink(missing_ok=True)
 
 
-def score_table(
+def _score_table(
     scores: Mapping[str, Prediction],
     tasks: TaskChain,
     sample_ids: np.ndarray,
     *,
     calibration: Calibration | None,
-    bad: np.ndarray | None = None,
-    kept: pa.Table | None = None,
+    beside: pa.Table | None = None,
 ) -> pa.Table:
-    """Scores by name as the columns of `score_columns`, calibrated if there is a calibration."""
+    """Scores by name as the columns of `score_columns`, calibrated if there is a calibration, and
+    what `LaidOutRows.beside` has of the same rows."""
     if calibration is not None:
         scores = calibration.apply(scores, tasks)
     by_column = {
@@ -141,6 +148,9 @@ def score_table(
         for name, column, *_ in tasks.probabilities
         if name in scores
     }
+    if beside is None:
+        return score_columns(by_column, tasks, sample_ids)
+    bad, kept = beside.column(_BAD).to_numpy(), beside.drop_columns([_BAD])
     return score_columns(by_column, tasks, sample_ids, bad, kept)
 
 
@@ -157,14 +167,10 @@ def score(
     """Writes sample_id, pctr, pcvr and pctcvr of every impression; every rank calls it.
 
     Args:
-        model: as `runs.restore.restore` gives it.
-        split: what to score.
         out: a file to be made by rank 0.
-        ranks: this process among the others.
         batch_size: impressions per rank and step.
         rows: what the split was laid out from, for the columns to keep; None: none. Only rank 0
             needs it.
-        calibration: applied to the scores; None: none is.
 
     Raises:
         RunError: `out` exists.
@@ -186,21 +192,73 @@ def score(
     beside = None if rows is None else rows.beside()
 
     def tables() -> Iterator[pa.Table]:
-        starts = range(0, split.impressions, reader.global_batch_size)
-        for start, scores in zip(starts, steps, strict=True):
+        size = reader.global_batch_size
+        for start, scores in zip(range(0, split.impressions, size), steps, strict=True):
             assert scores is not None
-            kept, bad = None, None
-            if beside is not None:
-                kept = beside.slice(start, reader.global_batch_size)
-                bad = kept.column(_BAD).to_numpy()
-                kept = kept.drop_columns([_BAD])
-            yield score_table(
+            yield _score_table(
                 scores,
                 split.schema.tasks,
-                split.scalars[SAMPLE_ID][start : start + reader.global_batch_size],
+                split.scalars[SAMPLE_ID][start : start + size],
                 calibration=calibration,
-                bad=bad,
-                kept=kept,
+                beside=None if beside is None else beside.slice(start, size),
             )
 
     write_scores(out, tables(), rows=split.impressions)
+
+
+def score_streamed(
+    model: DistributedModelParallel,
+    split: StreamedSplit,
+    out: Path | str,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    calibration: Calibration | None = None,
+) -> None:
+    """Writes the scores of every impression of a split, which has a lane for each rank, to a folder
+    or its URI, a file for each rank; every rank calls it. No rank holds more than a batch of
+    scores and the ids of its rows.
+
+    Raises:
+        RunError: `out` holds scores.
+        DataError: a file of the split is missing, broken or cannot be read.
+    """
+    folder = Location.of(out)
+
+    def refuse() -> None:
+        if (folder / DESCRIPTION).size() is not None:
+            raise RunError(f"{folder} holds scores already; remove it or choose another `out`")
+
+    ranks.from_first(refuse)
+    reader = streamed_reader(split, ranks, batch_size=batch_size)
+    tasks = split.schema.tasks
+    first, last = split.stretch(ranks.rank)
+    sample_ids = split.columns([SAMPLE_ID], first, last)[SAMPLE_ID]
+    name = f"scores-{ranks.rank:05d}-of-{ranks.world_size:05d}.parquet"
+    output = HashedOutput(folder / name)
+    done = 0
+    try:
+        with (
+            pq.ParquetWriter(
+                output, score_columns({}, tasks, sample_ids[:0]).schema, compression="zstd"
+            ) as writer,
+            progress_bar("Scoring", len(sample_ids), "rows", disable=not ranks.is_first) as bar,
+        ):
+            for scores in own_scores(model, reader, ranks):
+                size = len(next(iter(scores.values())).values)
+                ids = sample_ids[done : done + size]
+                writer.write_table(_score_table(scores, tasks, ids, calibration=calibration))
+                done += size
+                bar.update(size)
+        output.close()
+    except BaseException:
+        with suppress(OSError):
+            output.close()
+            (folder / name).delete()
+        raise
+    files = on_every_rank(lambda: {"file": name, "rows": done, "sha256": output.checksum})
+
+    def describe() -> None:
+        (folder / DESCRIPTION).write_bytes(json.dumps({"files": files}, indent=2).encode() + b"\n")
+
+    ranks.from_first(describe)

@@ -40,9 +40,7 @@ def trained_program(
     """Loads the model of a run in this process, unsharded.
 
     Args:
-        run: the run folder.
         step: of the checkpoint; None: that of the model.
-        device: where the model is.
         tables: a folder for files in which the tables are kept instead of in memory, one per table;
             they may go once the program is no longer used.
         calibrated: whether the program calibrates its scores as 'calibrate' fitted it.

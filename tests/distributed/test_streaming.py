@@ -27,7 +27,7 @@ from esmm_torchrec.runs.restore import restore
 from esmm_torchrec.runs.run_folder import RunFolder
 from esmm_torchrec.serving import scorer
 from esmm_torchrec.serving.scorer import score_split
-from esmm_torchrec.serving.streamed_scores import score_streamed
+from esmm_torchrec.serving.scoring import score_streamed
 from esmm_torchrec.sharding.process_group import Ranks, process_group
 from esmm_torchrec.training.fit import build_loop, training_part
 from esmm_torchrec.training.loop import Callback, TrainingLoop
