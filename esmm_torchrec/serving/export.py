@@ -20,7 +20,6 @@ from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import OptionError, RunError
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.serving.card_figures import card_figures
 from esmm_torchrec.serving.inputs import InputEncoder
 from esmm_torchrec.serving.model_card import model_card
 from esmm_torchrec.serving.package import (
@@ -107,13 +106,8 @@ def export(
         program_form: PackageForm = "export" if form == "export" else "aoti"
         _write_program(partial / PROGRAM, trained.program, tensors, encoder.signature, program_form)
         calibration = run.calibration(trained.step).kind if calibrated else None
-        card = model_card(
-            run,
-            trained.step,
-            encoder.signature,
-            card_figures(run, trained.program.cpu()),
-            calibration,
-        )
+        program = trained.program.cpu()
+        card = model_card(run, trained.step, encoder.signature, program, calibration)
         (partial / MODEL_CARD).write_text(card)
         package = Package(
             path=partial,

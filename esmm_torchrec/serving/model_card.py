@@ -1,19 +1,33 @@
-"""What a person should know of an exported model."""
+"""What a person should know of an exported model. Figures by value of a field are of a part of the
+test split, scored by the program itself, whose tables may be in files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from esmm_torchrec.data.field_values import field_values, usual_fields
+from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, Split
+from esmm_torchrec.data.reader import ImpressionReader, Selection
+from esmm_torchrec.errors import EsmmTorchrecError
+from esmm_torchrec.metrics.probability import Prediction
+from esmm_torchrec.metrics.scored import ScoredImpressions
+from esmm_torchrec.metrics.slices import figures_by_value
 from esmm_torchrec.runs.run_folder import RunFolder
-from esmm_torchrec.serving.card_figures import CardFigures
 from esmm_torchrec.serving.package import EXAMPLE, PROGRAM
+from esmm_torchrec.serving.program import Program
+from esmm_torchrec.serving.scorer import BATCH_SIZE, scored_impressions
 from esmm_torchrec.serving.signature import MISSING_ROW, Input, Signature
 from esmm_torchrec.tasks import TaskChain
+
+MAX_IMPRESSIONS = 200_000
+MAX_FIELDS = 4
+MAX_VALUES = 8
 
 _LICENCES = {
     "ali-ccp": "the terms of Ali-CCP on its Tianchi page, which permit research only; read them",
@@ -25,10 +39,10 @@ def model_card(
     run: RunFolder,
     step: int,
     signature: Signature,
-    figures: CardFigures | str,
+    program: Program,
     calibration: str | None,
 ) -> str:
-    """The card, as Markdown, with figures by value of a field or the reason why there are none."""
+    """The card, as Markdown; the program is on the CPU, and its calibration of that kind."""
     data = PreparedDataSet.open(run.preprocessing, data_files=False)
     tasks = data.schema.tasks
     licence = _LICENCES.get(str(data.source.get("kind")), "not known to this library")
@@ -53,7 +67,7 @@ def model_card(
         "",
         "## By value of a field",
         "",
-        *_by_value(figures, tasks),
+        *_by_value(run, program),
         "",
         "## Inputs of the program",
         "",
@@ -107,25 +121,57 @@ def _metrics(run: RunFolder) -> list[str]:
     return _table(["metric", "value"], *known)
 
 
-def _by_value(figures: CardFigures | str, tasks: TaskChain) -> list[str]:
-    if isinstance(figures, str):
-        return [figures]
-    names = [name for name, *_ in tasks.probabilities]
-    lines = [
-        f"Of {figures.impressions:,} impressions of the test split. `report` shows further fields.",
-    ]
-    for field, rows in figures.by_field.items():
-        shown = [key for name in names for key in (f"{name} auc", f"{name} pcoc") if key in rows[0]]
+def _by_value(run: RunFolder, program: Program) -> list[str]:
+    """Tables, or why there are none: the data may not be where the run found them."""
+    path = run.config["history"][-1]["data"]["path"]
+    try:
+        dataset = PreparedDataSet.open(path)
+        run.check_data(path, dataset.description())
+        split = MappedSplit.open(dataset, "test", history_weights=run.history_weights)
+    except (EsmmTorchrecError, OSError) as error:
+        return [f"Not available: {error}."]
+    size = min(MAX_IMPRESSIONS, split.impressions)
+    rows = np.arange(size) * split.impressions // size
+    scored = _scored(program, split, rows)
+    lines = [f"Of {size:,} impressions of the test split. `report` shows further fields."]
+    for field in usual_fields(dataset, MAX_FIELDS):
+        values = field_values(dataset, split, field)
+        figures = figures_by_value(
+            scored, values.codes[rows], values.names, most=MAX_VALUES, in_order=values.are_ranges
+        )
+        shown = [
+            key
+            for name, *_ in scored.tasks.probabilities
+            for key in (f"{name} auc", f"{name} pcoc")
+            if key in figures[0]
+        ]
         cells = [
             [
-                str(row["value"]).replace("|", "\\|"),
-                f"{row['impressions']:,}",
-                *("–" if row[key] is None else f"{row[key]:.4f}" for key in shown),
+                str(of_value["value"]).replace("|", "\\|"),
+                f"{of_value['impressions']:,}",
+                *("–" if of_value[key] is None else f"{of_value[key]:.4f}" for key in shown),
             ]
-            for row in rows
+            for of_value in figures
         ]
         lines += ["", *_table([field, "impressions", *shown], *cells)]
     return lines
+
+
+def _scored(program: Program, split: MappedSplit, rows: np.ndarray) -> ScoredImpressions:
+    reader = ImpressionReader(
+        split,
+        batch_size=min(BATCH_SIZE, len(rows)),
+        shuffle=False,
+        shared_features="expanded",
+        selection=Selection(rows),
+    )
+    with torch.inference_mode():
+        parts = [program.scores(batch.features) for batch in reader]
+    scores = {}
+    for name, first in parts[0].items():
+        values = torch.cat([part[name].values for part in parts])[: len(rows)]
+        scores[name] = Prediction(values.cpu().numpy(), first.form)
+    return scored_impressions(scores, split.scalars, split.schema.tasks, rows)
 
 
 def _input_row(one: Input, data: PreparedDataSet, signature: Signature) -> list[str]:
