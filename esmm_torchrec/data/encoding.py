@@ -40,7 +40,7 @@ from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import SAMPLE_ID, IdFeature, Schema, missing_column, weight_column
+from esmm_torchrec.schema import SAMPLE_ID, Schema, missing_column, weight_column
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 

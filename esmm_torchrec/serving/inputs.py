@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from esmm_torchrec.data.dense import TOO_FAR
-from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
+from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode, encode_ids
 from esmm_torchrec.data.prepared_form import MAX_BAG_LENGTH
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, TOO_LONG, FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_values import Fault
@@ -134,7 +134,6 @@ class InputEncoder:
 
     def __init__(self, encoder: RowEncoder) -> None:
         features = encoder.features
-        self._rows = encoder
         self._features = features
         lookups = {
             feature.table: Lookup(encoder.vocabularies[feature.table])
@@ -252,7 +251,7 @@ class InputEncoder:
         counts = {}
         for column in self._columns:
             feature = column.feature
-            encoded = self._rows.encode_ids(feature, read.features)
+            encoded = encode_ids(read.features.ids[feature.name], column.lookup.vocabulary)
             counts[feature.name] = Counts.of(encoded.filter(good))
             arrays[column.number_input] = numbers = np.empty(size, np.int64)
             _put(arrays, feature, _bags_of(feature, encoded, read.features), numbers)
@@ -331,7 +330,7 @@ class InputEncoder:
             block = pa.table({raw: _arrow(values, raw) for raw, values in given.items()})
             features, faults = column.carefully.read(block)
             _raise_first(faults)
-            encoded = self._rows.encode_ids(column.feature, features)
+            encoded = encode_ids(features.ids[column.feature.name], column.lookup.vocabulary)
             bags = _bags_of(column.feature, encoded, features)
         if bags.lengths is not None and bags.lengths.max(initial=0) > MAX_BAG_LENGTH:
             _raise_first([Fault(column.raw, bags.lengths > MAX_BAG_LENGTH, lambda _: TOO_LONG)])
@@ -418,7 +417,7 @@ def _nothing(feature: IdFeature) -> Bags:
 
 
 def _bags_of(feature: IdFeature, encoded: pa.Array, features: Features) -> Bags:
-    """From what `RowEncoder.encode_ids` gives for values that were read with care."""
+    """From what `encode_ids` gives for values that were read with care."""
     weights = features.weights[feature.name] if feature.weighted else None
     if feature.multi_valued:
         lengths = np.diff(encoded.offsets.to_numpy())

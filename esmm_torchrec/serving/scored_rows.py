@@ -33,7 +33,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, encoded: pa.Array) -> Counts:
-        """The counts of a feature as `RowEncoder` encodes it: int32 rows, or lists of them."""
+        """The counts of a feature as `encode_ids` gives it: int32 rows, or lists of them."""
         if pa.types.is_list(encoded.type):
             rows = encoded.flatten().to_numpy()
             missing = int((np.diff(encoded.offsets.to_numpy()) == 0).sum())
