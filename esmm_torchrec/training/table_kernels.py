@@ -7,6 +7,7 @@ TorchRec has no options for it, so the kernels are reached through a private att
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -17,6 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 from torch.autograd import Variable
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -106,24 +108,52 @@ class UpdatesOnThreads:
             update.result()
 
 
-def keep_bag_weights_constant(model: nn.Module) -> None:
+class ConstantBagWeights:
     """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
-    unless configured otherwise, and it costs as much as the update of the tables."""
-    for kernel in _fused_kernels(model):
-        kernel.register_forward_pre_hook(_without_gradients, with_kwargs=True)
+    unless configured otherwise, and it costs as much as the update of the tables.
+
+    TorchRec has no option for it; `check` warns if the hook stops working.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._fired = False
+        self._expected = any(
+            getattr(collection, "_is_weighted", True) and _has_fused_shard(collection)
+            for collection in model.modules()
+            if isinstance(collection, ShardedEmbeddingBagCollection)
+        )
+        for kernel in _fused_kernels(model):
+            kernel.register_forward_pre_hook(self._without_gradients, with_kwargs=True)
+
+    def check(self) -> None:
+        """Warns if the first step did not call the hook although it has weighted bags."""
+        if self._expected and not self._fired:
+            warnings.warn(
+                "this version of TorchRec differentiates the weights of bags, which makes training "
+                "slower; the results are the same",
+                stacklevel=2,
+            )
+        self._expected = False
+
+    def _without_gradients(
+        self,
+        kernel: SplitTableBatchedEmbeddingBagsCodegen,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        weights = keywords.get("per_sample_weights")
+        if weights is not None:
+            self._fired = True
+            num_features = len(kernel.feature_table_map)
+            flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
+            keywords = keywords | {"feature_requires_grad": flags}
+        return arguments, keywords
 
 
-def _without_gradients(
-    kernel: SplitTableBatchedEmbeddingBagsCodegen,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    weights = keywords.get("per_sample_weights")
-    if weights is not None:
-        num_features = len(kernel.feature_table_map)
-        flags = torch.zeros(num_features, dtype=torch.int32, device=weights.device)
-        keywords = keywords | {"feature_requires_grad": flags}
-    return arguments, keywords
+def _has_fused_shard(collection: ShardedEmbeddingBagCollection) -> bool:
+    """Whether a fused kernel of this rank updates part of a table."""
+    parameters = collection.fused_optimizer.params.values()
+    return any(value.local_shards() for value in parameters if isinstance(value, ShardedTensor))
 
 
 def _fused_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:

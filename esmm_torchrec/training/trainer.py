@@ -26,9 +26,9 @@ from esmm_torchrec.sharding.process_group import Ranks
 from esmm_torchrec.training.optimizers import build_optimizer, fuse_optimizer
 from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.table_kernels import (
+    ConstantBagWeights,
     UpdatesOnThreads,
     group_tables,
-    keep_bag_weights_constant,
 )
 
 
@@ -81,7 +81,7 @@ class Trainer:
         update_threads = torch.get_num_threads() if ranks.device.type == "cpu" else 1
         group_tables(task, update_threads, workload=workload)
         self.model = shard(task, plan=plan, ranks=ranks, seed=options.seed, zero_row=UNKNOWN_ROW)
-        keep_bag_weights_constant(self.model)
+        self._bag_weights = ConstantBagWeights(self.model)
         if update_threads > 1:
             UpdatesOnThreads(self.model, update_threads)
         self.optimizer = build_optimizer(
@@ -106,6 +106,7 @@ class Trainer:
         stream = iter(reader)
         for _ in range(num_steps):
             output = pipeline.progress(stream)
+            self._bag_weights.check()
             reader.advance()
             try:
                 yield output

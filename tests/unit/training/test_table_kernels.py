@@ -101,6 +101,16 @@ def test_weights_of_bags_are_not_differentiated(
     assert not any(of.any() for of in flags)
 
 
+def test_hooks_that_stop_working_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a release of TorchRec that renames the attribute."""
+    monkeypatch.setattr(table_kernels, "_fused_kernels", lambda _model: ())
+    write_data_set(tmp_path / "prepared", train=40, test=20)
+    with pytest.warns(UserWarning, match="differentiates the weights of bags"):
+        _train(tmp_path / "prepared", 1)
+
+
 def test_updates_run_on_threads_of_their_own() -> None:
     updates = table_kernels.UpdatesOnThreads(torch.nn.Module(), 2)
     table = torch.zeros(3, requires_grad=True)
