@@ -7,7 +7,7 @@ preset is a best case; `benchmarks/sharding.py` writes a file with what was meas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,73 +218,63 @@ _B200 = "https://www.nvidia.com/en-us/data-center/hgx/"
 _B200_BUS = "https://github.com/pytorch/ao/pull/4002"
 _XEON = "https://www.intel.com/content/www/us/en/products/sku/231746.html"
 
+_A100_40_GB = Hardware(
+    name="a100-40",
+    device="cuda",
+    ranks_per_host=8,
+    memory_gib=40,
+    host_memory_gib=128,
+    memory_gb_s=1555,
+    host_to_device_gb_s=32,
+    intra_host_gb_s=300,
+    inter_host_gb_s=25,
+    float32_tflops=156,
+    bfloat16_tflops=312,
+    sources=(
+        f"memory, HBM2, NVLink 3 (600 GB/s both ways), PCIe 4, dense TF32/BF16: {_A100}",
+        f"DGX A100 320 GB: 1 TB host memory, eight 200 Gb/s network cards: {_DGX_A100}",
+    ),
+)
+_H100_SXM = Hardware(
+    name="h100",
+    device="cuda",
+    ranks_per_host=8,
+    memory_gib=80,
+    host_memory_gib=256,
+    memory_gb_s=3350,
+    host_to_device_gb_s=64,
+    intra_host_gb_s=450,
+    inter_host_gb_s=50,
+    float32_tflops=494,
+    bfloat16_tflops=989,
+    sources=(
+        f"H100 SXM: memory, HBM3, NVLink 4 (900 GB/s both ways), PCIe 5: {_H100}",
+        "TF32/BF16 without sparsity: half of the data sheet's figures",
+        f"DGX H100: 2 TB host memory, eight 400 Gb/s network cards: {_DGX_H100}",
+    ),
+)
+
 PRESETS: Mapping[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
-        Hardware(
-            name="a100-40",
-            device="cuda",
-            ranks_per_host=8,
-            memory_gib=40,
-            host_memory_gib=128,
-            memory_gb_s=1555,
-            host_to_device_gb_s=32,
-            intra_host_gb_s=300,
-            inter_host_gb_s=25,
-            float32_tflops=156,
-            bfloat16_tflops=312,
-            sources=(
-                f"memory, HBM2, NVLink 3 (600 GB/s both ways), PCIe 4, dense TF32/BF16: {_A100}",
-                f"DGX A100 320 GB: 1 TB host memory, eight 200 Gb/s network cards: {_DGX_A100}",
-            ),
-        ),
-        Hardware(
+        _A100_40_GB,
+        replace(
+            _A100_40_GB,
             name="a100-80",
-            device="cuda",
-            ranks_per_host=8,
             memory_gib=80,
             host_memory_gib=256,
             memory_gb_s=2039,
-            host_to_device_gb_s=32,
-            intra_host_gb_s=300,
-            inter_host_gb_s=25,
-            float32_tflops=156,
-            bfloat16_tflops=312,
             sources=(
                 f"memory, HBM2e, NVLink 3 (600 GB/s both ways), PCIe 4, dense TF32/BF16: {_A100}",
                 f"DGX A100 640 GB: 2 TB host memory, eight 200 Gb/s network cards: {_DGX_A100}",
             ),
         ),
-        Hardware(
-            name="h100",
-            device="cuda",
-            ranks_per_host=8,
-            memory_gib=80,
-            host_memory_gib=256,
-            memory_gb_s=3350,
-            host_to_device_gb_s=64,
-            intra_host_gb_s=450,
-            inter_host_gb_s=50,
-            float32_tflops=494,
-            bfloat16_tflops=989,
-            sources=(
-                f"H100 SXM: memory, HBM3, NVLink 4 (900 GB/s both ways), PCIe 5: {_H100}",
-                "TF32/BF16 without sparsity: half of the data sheet's figures",
-                f"DGX H100: 2 TB host memory, eight 400 Gb/s network cards: {_DGX_H100}",
-            ),
-        ),
-        Hardware(
+        _H100_SXM,
+        replace(
+            _H100_SXM,
             name="h200",
-            device="cuda",
-            ranks_per_host=8,
             memory_gib=140,
-            host_memory_gib=256,
             memory_gb_s=4800,
-            host_to_device_gb_s=64,
-            intra_host_gb_s=450,
-            inter_host_gb_s=50,
-            float32_tflops=494,
-            bfloat16_tflops=989,
             sources=(
                 f"H200 SXM: 141 GB HBM3e, NVLink 4 (900 GB/s both ways), PCIe 5: {_H200}; "
                 "nvidia-smi reports 143,771 MiB, which are 140 GiB",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -18,8 +17,14 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.planning.scenario import Scenario, Strategy
 from esmm_torchrec.planning.table_list import PlannedTable, TableList
-from esmm_torchrec.sharding.planner import SparseOptimizerOption, sharding_types
-from esmm_torchrec.sharding.search import NoPlanError, TableOptions, gib, search
+from esmm_torchrec.sharding.planner import SparseOptimizerOption, kernel_has, sharding_types
+from esmm_torchrec.sharding.search import (
+    NoPlanError,
+    TableOptions,
+    expected_distinct,
+    gib,
+    search,
+)
 from esmm_torchrec.sharding.sharders import AnyDeviceSharder
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
@@ -117,8 +122,9 @@ def _table_options(
 def _existing(scenario: Scenario, kernels: tuple[str, ...]) -> tuple[str, ...]:
     """Those in which the optimiser exists; all if it exists in none. dense is alone: the planner
     takes it as fused, and only the memory of its gradient is its own."""
-    needs_dense = scenario.sparse_optimizer == "adam" and scenario.hardware.device == "cpu"
-    return tuple(kernel for kernel in kernels if (kernel == _DENSE) == needs_dense) or kernels
+    optimizer, device = scenario.sparse_optimizer, scenario.hardware.device
+    existing = tuple(kernel for kernel in kernels if kernel_has(kernel, optimizer, device))
+    return tuple(kernel for kernel in existing if kernel != _DENSE) or existing or kernels
 
 
 def _cache(
@@ -138,8 +144,7 @@ def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> 
     equally likely."""
     bags = world_size * scenario.batch_size / table.shared_by
     lookups = bags * sum(feature.pooling_factor for feature in table.features)
-    rows = table.num_embeddings
-    return -rows * math.expm1(lookups * math.log1p(-1 / rows)) if rows > 1 else 1.0
+    return expected_distinct(lookups, table.num_embeddings)
 
 
 @dataclass(frozen=True)
@@ -185,13 +190,14 @@ def _check_trainable(scenario: Scenario, table: PlannedTable, options: TableOpti
                 f"table {table.name!r} has mean pooling, which TorchRec's grid_shard computes "
                 "wrongly"
             )
-    is_dense = options.compute_kernels == (_DENSE,)
-    if is_dense and optimizer == "rowwise_adagrad":
-        raise PlanError(
-            f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad does not "
-            "exist; use `sparse_optimizer` adagrad, sgd or adam"
-        )
-    if not is_dense and device == "cpu" and optimizer == "adam":
+    for kernel in options.compute_kernels:
+        if kernel_has(kernel, optimizer, device):
+            continue
+        if kernel == _DENSE:
+            raise PlanError(
+                f"table {table.name!r} would need the dense kernel, for which rowwise_adagrad does "
+                "not exist; use `sparse_optimizer` adagrad, sgd or adam"
+            )
         raise PlanError(
             "adam does not exist in the fused kernel on a CPU; use `kernels` dense or another "
             "`sparse_optimizer`"

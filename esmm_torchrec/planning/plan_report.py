@@ -23,9 +23,8 @@ from esmm_torchrec.sharding.search import gib
 MAX_TABLES_LISTED = 50
 
 STRATEGY_TEXT = {
-    "auto": "TorchRec's planner chooses for each table: table_wise, row_wise, on several hosts "
-    "table_row_wise, and if the optimiser is not row-wise Adagrad also column_wise and on "
-    "several hosts of GPUs grid_shard. Never data_parallel; no table with mean pooling grid_shard.",
+    "auto": "TorchRec's planner chooses for each table: table_wise, row_wise, or on several hosts "
+    "table_row_wise.",
     "table_wise": "Each table whole on one {rank}. Least traffic; a large table must fit one "
     "{rank}, and a busy one makes its {rank} the slowest.",
     "row_wise": "Each table's rows spread over all {ranks}. Even memory; every {rank} sends "

@@ -105,9 +105,8 @@ def _describe(before: TablePlacement, after: TablePlacement) -> str:
     for what in ("data_type", "sharding_type", "compute_kernel", "cache_load_factor"):
         old, new = getattr(before, what), getattr(after, what)
         if old != new:
-            changes.append(
-                f"{old} -> {new}" if what != "cache_load_factor" else f"{what} {old} -> {new}"
-            )
+            name = f"{what} " if what == "cache_load_factor" else ""
+            changes.append(f"{name}{old} -> {new}")
     if before.ranks != after.ranks:
         changes.append(f"ranks {format_ranks(before.ranks)} -> {format_ranks(after.ranks)}")
     return ", ".join(changes) or "cut at other columns"

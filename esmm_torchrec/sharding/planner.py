@@ -48,6 +48,14 @@ STORAGE_MARGIN = 0.15
 """Share of memory left to everything the planner does not count."""
 
 
+def kernel_has(kernel: str, optimizer: SparseOptimizerOption, device: str) -> bool:
+    """Whether a kernel exists with an optimiser of the tables on "cuda" or "cpu". Row-wise Adagrad
+    is fused only, and fbgemm has no fused Adam for a CPU."""
+    if kernel == EmbeddingComputeKernel.DENSE.value:
+        return optimizer != "rowwise_adagrad"
+    return optimizer != "adam" or device != "cpu"
+
+
 def choose_kernel(
     optimizer: SparseOptimizerOption, *, sharding: ShardingOption, device: torch.device
 ) -> KernelOption:
@@ -56,14 +64,14 @@ def choose_kernel(
     Raises:
         PlanError: no kernel does.
     """
-    if sharding == "data_parallel":
-        if optimizer == "rowwise_adagrad":
-            raise PlanError(
-                "`sharding` data_parallel cannot be used with `sparse_optimizer` rowwise_adagrad, "
-                "which TorchRec provides only in fused form; use adagrad or another sharding"
-            )
-        return "dense"
-    return "dense" if optimizer == "adam" and device.type == "cpu" else "fused"
+    if sharding != "data_parallel":
+        return "fused" if kernel_has("fused", optimizer, device.type) else "dense"
+    if not kernel_has("dense", optimizer, device.type):
+        raise PlanError(
+            "`sharding` data_parallel cannot be used with `sparse_optimizer` rowwise_adagrad, "
+            "which TorchRec provides only in fused form; use adagrad or another sharding"
+        )
+    return "dense"
 
 
 def sharding_types(

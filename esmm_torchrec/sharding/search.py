@@ -83,13 +83,15 @@ def distinct_shared_rows(
         shared_rows: of the whole split.
         shuffle_chunk: up to this many impressions of one shared row stay together in the order.
     """
-    if shared_rows == 1:
-        return 1
     # A chunk ends with the impressions of its shared row, however long it may be.
     chunk = min(shuffle_chunk, max(1.0, impressions / shared_rows))
-    chunks = max(1.0, rows_per_rank / chunk)
-    distinct = -shared_rows * math.expm1(chunks * math.log1p(-1 / shared_rows))
+    distinct = expected_distinct(max(1.0, rows_per_rank / chunk), shared_rows)
     return max(1, min(rows_per_rank, round(distinct)))
+
+
+def expected_distinct(draws: float, rows: int) -> float:
+    """Expected number of different rows among `draws` of `rows` that are equally likely."""
+    return -rows * math.expm1(draws * math.log1p(-1 / rows)) if rows > 1 else 1.0
 
 
 @dataclass(frozen=True)

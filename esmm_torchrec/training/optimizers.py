@@ -24,7 +24,11 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from esmm_torchrec.errors import PlanError
 from esmm_torchrec.sharding.apply import local_shards
-from esmm_torchrec.sharding.planner import SparseOptimizerOption, embedding_bag_collections_of
+from esmm_torchrec.sharding.planner import (
+    SparseOptimizerOption,
+    embedding_bag_collections_of,
+    kernel_has,
+)
 
 EPSILON = 1e-8
 
@@ -159,12 +163,13 @@ def fuse_optimizer(
     for collection in embedding_bag_collections_of(module).values():
         for config in collection.embedding_bag_configs():
             dense = kernels[config.name] == EmbeddingComputeKernel.DENSE.value
-            if dense and optimizer == "rowwise_adagrad":
+            exists = kernel_has(kernels[config.name], optimizer, device.type)
+            if dense and not exists:
                 raise PlanError(
                     f"table {config.name!r} has the dense kernel in the plan, which "
                     "does not support `sparse_optimizer` rowwise_adagrad; use adagrad"
                 )
-            if not dense and optimizer == "adam" and device.type == "cpu":
+            if not exists:
                 raise PlanError(
                     f"table {config.name!r} has the kernel {kernels[config.name]!r} in the plan, "
                     "which does not support adam on a CPU; use the dense kernel"

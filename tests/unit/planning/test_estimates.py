@@ -470,6 +470,17 @@ def test_data_parallel_has_its_kernel_beside_another_type() -> None:
     assert found.plan.tables["b"].sharding_type == "table_wise"
 
 
+def test_data_parallel_beside_another_type_is_refused_without_its_optimizer() -> None:
+    words = parse_constraint("a=table_wise,data_parallel")
+    result = estimate(scenario(table("a", 50, 16), constraints=(words,)), "row_wise", 8)
+    assert "dense kernel, for which rowwise_adagrad does not exist" in str(result.reason)
+
+
+def test_auto_cuts_no_columns_whatever_the_optimizer() -> None:
+    wide = scenario(table("wide", 10_000_000, 256, pooling_factor=50.0), sparse_optimizer="sgd")
+    assert estimate(wide, "column_wise", 8).step_ms < estimate(wide, "auto", 8).step_ms
+
+
 def test_kernels_without_the_optimizer_are_left_out() -> None:
     case = scenario(table("a", 50, 16), kernels=("fused", "dense"))
     assert placed(estimate(case, "row_wise", 8)).plan.tables["a"].compute_kernel == "fused"
