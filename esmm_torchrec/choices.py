@@ -26,12 +26,12 @@ class Range:
     """Values that a field may have, as a note of its type."""
 
     words: str
-    """What a value that is refused is not."""
+    """Description of the values, for the error message."""
     holds: Callable[[Any], bool]
 
 
 NotNegative = Annotated[float, Range("0 or more", lambda value: value >= 0)]
-Positive = Annotated[int, Range("above 0", lambda value: value >= 1)]
+Positive = Annotated[int, Range("1 or more", lambda value: value >= 1)]
 
 
 def check_choices(options: object) -> None:
@@ -63,7 +63,7 @@ def check_ranges(options: object, *, of: str) -> None:
         for note in getattr(hint, "__metadata__", ()):
             value = getattr(options, name)
             if isinstance(note, Range) and not note.holds(value):
-                raise OptionError(f"`{of}.{name}` {value} is not {note.words}")
+                raise OptionError(f"`{of}.{name}` {value} is out of range; give {note.words}")
 
 
 def check_positive(**values: int) -> None:

@@ -38,7 +38,9 @@ class PropensityObjective(Objective):
     impression, out of fold. The clip is what protects the first steps.
     """
 
-    clip_quantile: Annotated[float, Range("from 0 to 1", lambda value: 0 <= value <= 1)] = 0.1
+    clip_quantile: Annotated[
+        float, Range("a number from 0 to 1", lambda value: 0 <= value <= 1)
+    ] = 0.1
     """ε is this quantile of pCTR over the clicks of a step; 0 clips nothing."""
 
     def inverse(

@@ -48,7 +48,7 @@ class MissingAsNegativeRows(Rows):
     AMAN, "all missing as negative" (Pan et al., "One-Class Collaborative Filtering", ICDM 2008).
     """
 
-    rate: Annotated[float, Range("above 0 and up to 1", lambda rate: 0 < rate <= 1)] = 0.1
+    rate: Annotated[float, Range("a number above 0 and up to 1", lambda rate: 0 < rate <= 1)] = 0.1
     """Share of the unclicked impressions that are sampled."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:

@@ -23,7 +23,7 @@ from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
 class RejectionSampledRows(Rows):
     """Train on clicks accepted with probability ∝ 1 / pCTR."""
 
-    rate: Annotated[float, Range("above 0 and up to 1", lambda rate: 0 < rate <= 1)] = 0.9
+    rate: Annotated[float, Range("a number above 0 and up to 1", lambda rate: 0 < rate <= 1)] = 0.9
     """Quantile over the clicks at which 1 / pCTR is clipped."""
 
     needs_pctr: ClassVar[bool] = True

@@ -273,10 +273,13 @@ def test_cross_layers_are_those_of_dcn_v2() -> None:
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: Mmoe(num_experts=0), "`architecture.num_experts` 0 is not above 0"),
-        (lambda: Ple(levels=0), "`architecture.levels` 0 is not above 0"),
-        (lambda: Dcn(low_rank=0), "`interaction.low_rank` 0 is not above 0"),
-        (lambda: DeepFm(width=0), "`interaction.width` 0 is not above 0"),
+        (
+            lambda: Mmoe(num_experts=0),
+            "`architecture.num_experts` 0 is out of range; give 1 or more",
+        ),
+        (lambda: Ple(levels=0), "`architecture.levels` 0 is out of range; give 1 or more"),
+        (lambda: Dcn(low_rank=0), "`interaction.low_rank` 0 is out of range; give 1 or more"),
+        (lambda: DeepFm(width=0), "`interaction.width` 0 is out of range; give 1 or more"),
         (lambda: _task(Mmoe(expert_layers=4)), "is more than the 3 widths of `tower`"),
         (lambda: _task(Ple(levels=4)), "`architecture.levels` 4 is more than the 3 widths"),
     ],
