@@ -1,1 +1,1 @@
-"""From a prepared data set to a trained, measured model in a run folder."""
+"""Trains a model on a prepared data set, measures it, and writes its run folder."""

@@ -1,4 +1,4 @@
-"""What a run prints before its first step."""
+"""Summary that a run prints before its first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def announce(
     passes: Passes,
     held_out: HeldOut | None,
 ) -> None:
-    """Prints what is about to be trained, and where."""
+    """Prints the plan, the method, the data and the settings of a run that is about to start."""
     say = partial(print, flush=True)
     trainer, ranks, reader, tasks = loop.trainer, loop.ranks, loop.reader, dataset.schema.tasks
     counts, test = dataset.splits["train"], dataset.splits["test"]
@@ -73,6 +73,6 @@ def announce(
 
 
 def _has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself."""
+    """Returns whether the CPU has instructions that multiply bfloat16 matrices."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))

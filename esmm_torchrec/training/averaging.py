@@ -1,10 +1,10 @@
-"""The average of the weights of the latest steps, in place of those of the last step.
+"""Average of the weights of the latest steps, used in place of the weights of the last step.
 
-At a constant learning rate the weights carry the noise of the latest batches, and the fewer rows
-there are, the larger that noise is. An average of the weights carries less of it (Polyak and
-Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30, 1992);
-here it is an exponential one, as in torch.optim.swa_utils. It takes a copy of the model, and a
-pass over it every few steps, so it is for models of few rows.
+At a constant learning rate, the weights carry the noise of the latest batches, and the noise grows
+as the number of rows shrinks. An average of the weights carries less noise (Polyak and Juditsky,
+"Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30, 1992). The
+average is exponential, as in torch.optim.swa_utils. It needs a copy of the model and updates the
+copy every few steps, so it suits models trained on few rows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from esmm_torchrec.sharding.apply import local_shards
 from esmm_torchrec.training.loop import Callback, TrainingLoop
 
 DECAY = 0.999
-"""Weight of the average against those of a step, once there are enough steps."""
+"""Decay of the average per step, reached after enough steps."""
 
 STEPS_BETWEEN = 4
-"""Steps between two additions to the average."""
+"""Number of steps between two updates of the average."""
 
 
 class AverageWeights(Callback):
-    """Averages the weights while a model trains, and leaves the average in the model at the end.
+    """Averages the weights while a model trains, and copies the average to the model at the end.
 
-    It must come before callbacks that measure or save the model.
+    This callback must come before those that measure or save the model.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class AverageWeights(Callback):
         self._saved: Sequence[Mapping[str, Any]] | None = None
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Starts with the weights of the model, or continues from a checkpoint, of any number of
-        ranks and any placement."""
+        """Starts with the weights of the model, or continues from a checkpoint, which may have been
+        written on any number of ranks and with any placement."""
         self._parts = [
             _Part(key, place, part.detach(), part.detach().clone())
             for key, value in loop.trainer.model.state_dict().items()
@@ -58,14 +58,14 @@ class AverageWeights(Callback):
             self._finish(loop.step)
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
-        """Adds the weights of some steps; after the last one the model has the average."""
+        """Updates the average every few steps; after the last step, copies it to the model."""
         if loop.step == loop.last_step:
             self._finish(loop.step)
         elif loop.step % STEPS_BETWEEN == 0:
             self._add(loop.step)
 
     def _add(self, step: int) -> None:
-        # Early on the average forgets faster, so that it does not keep the first weights.
+        # Early on, the decay is stronger, so that the average does not keep the first weights.
         steps = step - self._began
         decay = min(DECAY, (1 + steps) / (10 + steps)) ** (step - self._step)
         for part in self._parts:
@@ -79,7 +79,7 @@ class AverageWeights(Callback):
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Within the block, the model has the average and the average is put aside."""
+        """Swaps the average into the model for the duration of the block."""
         self._exchange()
         try:
             yield
@@ -87,14 +87,14 @@ class AverageWeights(Callback):
             self._exchange()
 
     def rank_state(self) -> dict[str, Any]:
-        """The average of this rank's parts of the weights, each with its place."""
+        """Returns the average of this rank's parts of the weights, each with its offset."""
         average: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
         for part in self._parts:
             average.setdefault(part.key, []).append((part.place, part.average))
         return {"average": average, "began": self._began, "step": self._step}
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps what all ranks saved until the parts of this one are known."""
+        """Stores the states of all ranks; `on_start` picks this rank's parts from them."""
         self._saved = states
 
     def _exchange(self) -> None:
@@ -105,12 +105,12 @@ class AverageWeights(Callback):
 
 
 class _Part(NamedTuple):
-    """A part of a weight that this rank holds."""
+    """A part of a weight, stored on this rank."""
 
     key: str
-    """Of the weight in the model's state."""
+    """Key of the weight in the model's `state_dict`."""
     place: tuple[int, ...]
-    """Its first index in every dimension."""
+    """Offset of the part in the weight: its first index in every dimension."""
     weight: torch.Tensor
     average: torch.Tensor
 
@@ -118,7 +118,7 @@ class _Part(NamedTuple):
 def _copy_overlap(
     to: torch.Tensor, place: Sequence[int], saved: torch.Tensor, saved_place: Sequence[int]
 ) -> None:
-    """Copies what two parts of one weight have in common."""
+    """Copies the overlap of two parts of the same weight from `saved` to `to`."""
     own: list[slice] = []
     other: list[slice] = []
     for size, first, saved_size, saved_first in zip(

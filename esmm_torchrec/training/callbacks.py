@@ -1,4 +1,4 @@
-"""Callbacks of the training loop that a run uses: logging, the progress bar, checkpoints."""
+"""Callbacks that a run adds to its training loop: logging, the progress bar, checkpoints."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.running_figures import RunningFigures
 
 MIN_STEPS_PER_LINE = 20
-"""Steps between two lines of history.jsonl in a long run, at least."""
+"""Minimum number of steps between two lines of history.jsonl in a long run."""
 
 MIN_LINES = 10
-"""Lines of history.jsonl in a run with at least as many steps."""
+"""Minimum number of lines of history.jsonl in a run with at least this many steps."""
 
 WINDOW_SIZE = 100_000
-"""Impressions that the running figures cover."""
+"""Number of impressions that the running figures cover."""
 
 ROWS_PER_LINE = 400_000
-"""Impressions between two lines in a long run: the figures of a window cost as much as a training
-step of 4096 on a CPU, a hundredth of the time between two lines."""
+"""Number of impressions between two lines in a long run. Computing the figures of a window costs
+as much as a training step of 4096 rows on a CPU, 1 % of the time between two lines."""
 
 
 class LogFigures(Callback):
-    """Logs the loss, the speed and TorchRec's windowed metrics of the tasks that the model has, in
-    history.jsonl and for TensorBoard.
+    """Logs the loss, the speed and TorchRec's windowed metrics of the model's tasks to
+    history.jsonl and TensorBoard.
 
     Args:
-        run: whose history is written.
+        run: folder of the run.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -48,8 +48,8 @@ class LogFigures(Callback):
         self._every = 1
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Opens the history at the step to start from. An interrupted run may have logged later
-        steps; they are dropped because they are done again."""
+        """Opens the history at the starting step. An interrupted run may have logged later steps;
+        their lines are dropped because the steps are repeated."""
         rows = loop.reader.global_batch_size
         every = max(MIN_STEPS_PER_LINE, -(-ROWS_PER_LINE // rows))
         self._every = max(1, min(every, loop.last_step // MIN_LINES))
@@ -65,7 +65,7 @@ class LogFigures(Callback):
             self._board = SummaryWriter(board, purge_step=loop.step + 1)
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:
-        """Adds to the window, and writes a line if it is time and after the last step."""
+        """Adds the step to the window; writes a line if one is due, and after the last step."""
         assert self._figures is not None
         self._figures.add(output)
         if loop.step % self._every and loop.step != loop.last_step:
@@ -85,7 +85,7 @@ class LogFigures(Callback):
             self.write(loop.step, loop.figures)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Adds a line to the history; on rank 0."""
+        """Appends a line to the history; to be called on rank 0."""
         assert self._history is not None
         assert self._board is not None
         self._history.write(json.dumps({"step": step} | dict(figures), allow_nan=False) + "\n")
@@ -94,28 +94,30 @@ class LogFigures(Callback):
             self._board.add_scalar(name, value, step)
 
     def rank_state(self) -> dict[str, Any]:
-        """The running figures, so that a resumed run logs what an uninterrupted one does."""
+        """Returns the state of the running figures, so that a resumed run logs the same lines as an
+        uninterrupted run."""
         return {} if self._figures is None else self._figures.state_dict()
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continues the running figures."""
+        """Stores the states of the running figures; `on_start` continues from them."""
         self._states = states
 
     def close(self) -> None:
-        """Ends the history."""
+        """Closes history.jsonl and the TensorBoard writer."""
         for file in (self._history, self._board):
             if file is not None:
                 file.close()
 
 
 class ProgressBar(Callback):
-    """A bar over the rows to train on, with the latest figures beside it; on rank 0."""
+    """Shows a progress bar over the training rows, with the latest figures next to it, on rank
+    0."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Opens the bar at the rows that are done."""
+        """Opens the bar at the number of rows already trained on."""
         reader = loop.reader
         total = min(
             reader.rows_done + (loop.last_step - loop.step) * reader.global_batch_size,
@@ -126,14 +128,14 @@ class ProgressBar(Callback):
         )
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
-        """Moves the bar."""
+        """Advances the bar."""
         assert self._bar is not None
         self._bar.update(loop.reader.rows_done - self._bar.n)
         if loop.figures:
             self._bar.set_postfix_str(_short(loop.figures), refresh=False)
 
     def close(self) -> None:
-        """Ends the bar, without a last word if there is an error to report."""
+        """Closes the bar, without a final line if there is an error to report."""
         if self._bar is not None:
             self._bar.__exit__(*sys.exc_info())
 
@@ -142,8 +144,8 @@ class SaveCheckpoints(Callback):
     """Saves a checkpoint every few steps and after the last one.
 
     Args:
-        checkpoints: manages the checkpoints of the run.
-        every: steps between checkpoints; 0: only at the end.
+        checkpoints: manager of the run's checkpoints.
+        every: number of steps between checkpoints; 0: only at the end.
     """
 
     def __init__(self, checkpoints: CheckpointManager, *, every: int) -> None:
@@ -152,16 +154,16 @@ class SaveCheckpoints(Callback):
         self._last_saved = 0
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Takes the step to start from as saved."""
+        """Marks the starting step as saved."""
         self._last_saved = loop.step
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:  # noqa: ARG002
-        """Saves if it is time."""
+        """Saves the step if a checkpoint is due."""
         if self._every and loop.step % self._every == 0:
             self.save(loop)
 
     def on_end(self, loop: TrainingLoop) -> None:
-        """Saves the last step."""
+        """Saves the last step, unless it is saved already."""
         if self._last_saved < loop.step:
             self.save(loop)
 
@@ -169,7 +171,7 @@ class SaveCheckpoints(Callback):
         """Saves the current step.
 
         Raises:
-            RunError: it cannot be written, or the loss or the weights are not finite.
+            RunError: the checkpoint cannot be written, or the loss or a weight is not finite.
         """
         with loop.off_the_clock():
             loop.check()
@@ -185,7 +187,7 @@ class SaveCheckpoints(Callback):
 
 
 def _short(figures: dict[str, float]) -> str:
-    """The figures beside the progress bar."""
+    """Formats the figures shown next to the progress bar."""
     names = [key.removesuffix("_auc") for key in figures if key.endswith("_auc")]
     tasks = [
         f"{name} {figures[f'{name}_auc']:.3f}/{figures[f'{name}_ne']:.3f}"

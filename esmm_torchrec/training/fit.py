@@ -1,7 +1,7 @@
-"""One training of a method without a run folder: what `train` and `compare` have in common.
+"""Training of a method without a run folder, shared by `train` and `compare`.
 
-A method may train on a part of the impressions, weighted, and may need a pCTR to choose it by;
-here that part is made, with the base rates that its towers start at.
+A method may train on a weighted subset of the impressions, and may need a pCTR to choose it. This
+module selects the subset and computes its base rates, at which the towers start.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ from esmm_torchrec.training.reading import training_reader
 from esmm_torchrec.training.trainer import Trainer
 
 MIN_UPDATES_PER_PASS = 256
-"""Steps of a pass over many impressions, at least."""
+"""Minimum number of steps in a pass over many impressions."""
 
 MIN_BATCH_SIZE = 64
-"""Smaller steps cost as much time as this one."""
+"""Minimum number of rows in an automatic step; smaller steps take as much time."""
 
 MAX_BATCH_SIZE = {"cpu": 4096, "cuda": 32768}
-"""Larger steps are hardly faster per impression."""
+"""Device type → maximum number of rows in an automatic step; larger steps are hardly faster per
+impression."""
 
 FOLDS = 2
-"""Parts that the users are divided into where a pCTR must come from other users' impressions."""
+"""Number of folds into which users are divided for an out-of-fold pCTR."""
 
 FOLD_SEED = 1_000_003
-"""Added to the seed of a fold's network, which is to be none of those compared."""
+"""Offset of the seed of a fold's network, which must differ from the seeds of compared networks."""
 
 
 @dataclass(frozen=True)
 class TrainingPart:
-    """What a method trains on."""
+    """Impressions that a method trains on."""
 
     selection: Selection | None
-    """None: all impressions, once."""
+    """Rows and their weights; None: all impressions, once."""
     num_rows: int
-    """Rows of a pass over it."""
+    """Number of rows in a pass over the selection."""
     base_rates: BaseRates
-    """How often each label occurs in it, weighted as it is."""
+    """Weighted frequency of each label in the selection."""
     notes: Mapping[str, float] = field(default_factory=dict)
     """Figures of the selection that a report should show."""
 
@@ -67,14 +68,15 @@ def training_part(
     within: np.ndarray | None = None,
     pctr: np.ndarray | None = None,
 ) -> TrainingPart:
-    """The impressions that the method of the options trains on.
+    """Returns the impressions that the method of the options trains on.
 
     Args:
         within: int (M,), the rows to choose from, ascending; None: all.
-        pctr: float64 (N,), one of each clicked row chosen from, for methods that need it.
+        pctr: float64 (N,), with a value for each clicked row of `within`, for methods that need
+            it.
 
     Raises:
-        DataError: what is left has none of the labels that the method learns.
+        DataError: the chosen rows have none of the labels that the method learns.
     """
     missing = options.parts.objective.needs_labels - options.parts.rows.gives_labels
     if missing:
@@ -104,7 +106,7 @@ def training_part(
 
 
 def _streamed_part(split: StreamedSplit) -> TrainingPart:
-    """All impressions. The base rates are those of the description, without weights."""
+    """Returns all impressions, with the unweighted base rates of the data set's description."""
     counts, tasks = split.dataset.splits[split.name], split.schema.tasks
     positives = {task.label: float(counts.happened[task.name]) for task in tasks}
     return TrainingPart(
@@ -120,14 +122,14 @@ def part_of(
     within: np.ndarray | None = None,
     learned: Container[str] | None = None,
 ) -> TrainingPart:
-    """The impressions that a method chose, with the base rates among them. Weights of the data set
-    multiply those of the method.
+    """Returns the impressions that a method chose, with their base rates. The data set's weights
+    are multiplied with those of the method.
 
     Args:
-        chosen: as `Rows.select` gives it for the rows of `within`.
-        name: of the method, for the sentence of an error.
+        chosen: result of `Rows.select` for the rows of `within`.
+        name: name of the method in error messages.
         within: as in `training_part`.
-        learned: labels that the method learns, so that some rows must have one of them; None: all.
+        learned: labels that the method learns, one of which must occur in the rows; None: all.
 
     Raises:
         DataError: as `training_part`.
@@ -167,19 +169,20 @@ def part_of(
 
 
 def batch_of_equal_updates(rows: int, *, updates: int) -> int:
-    """Rows of a step over all ranks with which a pass over `rows` takes `updates` steps, so that a
-    method that trains on few rows is updated as often as one that trains on all.
+    """Returns the number of rows per step, over all ranks, with which a pass over `rows` takes
+    `updates` steps. A method that trains on few rows is then updated as often as one that trains
+    on all.
 
-    As near as whole rows allow: a pass may take fewer steps, and one step per row if there are
-    fewer rows than updates.
+    Steps have whole rows, so a pass may take fewer steps than `updates`; if there are fewer rows
+    than updates, it takes one step per row.
     """
     return max(1, -(-rows // updates))
 
 
 def automatic_batch_size(rows: int, device: torch.device) -> int:
-    """Rows of a step over all ranks that `--batch-size auto` means: the largest power of two
-    with which a pass over `rows` takes at least MIN_UPDATES_PER_PASS steps, within bounds. It does
-    not depend on the number of ranks, so neither does the model."""
+    """Returns the number of rows per step, over all ranks, for `--batch-size auto`: the largest
+    power of two with which a pass over `rows` takes at least MIN_UPDATES_PER_PASS steps, within
+    bounds. It does not depend on the number of ranks, so neither does the model."""
     size = 1 << max(0, (rows // MIN_UPDATES_PER_PASS).bit_length() - 1)
     return max(MIN_BATCH_SIZE, min(size, MAX_BATCH_SIZE[device.type]))
 
@@ -192,7 +195,7 @@ def build_trainer(
     part: TrainingPart,
     workload: Workload,
 ) -> Trainer:
-    """The method of the options, untrained, on its ranks."""
+    """Builds a trainer of the options' method, with untrained weights."""
     return Trainer(
         build_train_task(
             split.schema,
@@ -215,10 +218,10 @@ def build_loop(
     epochs: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingLoop:
-    """The training of a method, before its first step.
+    """Builds the training loop of the options' method.
 
     Args:
-        epochs: passes; None: as the options say, and one for "auto".
+        epochs: number of passes; None: that of the options, or one if they say "auto".
     """
     rows_per_step = options.batch_size
     if rows_per_step == "auto":
@@ -253,8 +256,9 @@ def build_loop(
 def shared_bags(
     split: Split, options: TrainOptions, rows_per_rank: int, num_rows: int
 ) -> dict[str, int]:
-    """Shared feature → bags of it in a rank's batch, for a training on `num_rows` rows. A feature
-    that is written out for every impression is left out: it has a bag for each."""
+    """Returns shared feature → expected number of its bags in a rank's batch, for a training on
+    `num_rows` rows. Features that are expanded for every impression are left out, as they have one
+    bag per impression."""
     if options.shared_features == "expanded":
         return {}
     if isinstance(split, StreamedSplit):
@@ -291,8 +295,8 @@ def fit(
     """Trains without a run folder; to be called on every rank.
 
     Args:
-        updates_per_pass: steps of a pass, from which the batches' size follows
-            (`batch_of_equal_updates`); None: batches of the options' size.
+        updates_per_pass: number of steps in a pass, which determines the batch size
+            (`batch_of_equal_updates`); None: the batch size of the options.
 
     Returns:
         the trained task.
@@ -316,18 +320,19 @@ def out_of_fold_pctr(
     updates_per_pass: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> np.ndarray:
-    """pCTR of the clicked impressions from click networks that saw nothing of their users.
+    """Returns the out-of-fold pCTR of the clicked impressions: each is scored by a click network
+    that was not trained on impressions of the same user.
 
-    Ids that a network saw nothing of either are the unknown id for it.
+    Ids that do not occur in a network's training rows are replaced by the unknown id.
 
     Args:
-        options: of the training; the method is that of a click network whatever they say.
+        options: options of the training; their method is replaced by that of a click network.
         within: int (M,), the rows to train on and to score; None: all.
         updates_per_pass: as in `fit`.
-        callbacks: take part in the loop of each network.
+        callbacks: callbacks of each network's training loop.
 
     Returns:
-        float64 (N,), on every rank; NaN if there is no click or no such row.
+        float64 (N,), on every rank; NaN for rows without a click and rows outside `within`.
     """
     rows = np.arange(split.impressions) if within is None else within
     first = split.schema.tasks[0]

@@ -1,8 +1,7 @@
-"""Permutation importance: what a model's AUC loses when one feature tells nothing.
+"""Permutation importance: the decrease of a model's AUC when one feature is permuted.
 
-Breiman, "Random Forests", Machine Learning 45 (2001), section 10. The values of one feature are
-permuted among the impressions of a sample, which keeps their distribution and breaks what they say
-of the labels.
+Breiman, "Random Forests", Machine Learning 45 (2001), section 10. Permuting the values of a feature
+among the impressions of a sample keeps their distribution and removes their relation to the labels.
 
 Shapes: B impressions of the sample.
 """
@@ -28,24 +27,24 @@ Model = Callable[[BatchFeatures], Logits]
 
 
 class Importance(NamedTuple):
-    """Of one feature."""
+    """Importance of one feature."""
 
     feature: str
     loss: dict[str, float | None]
-    """By `TaskProbability.name`, the AUC of the sample minus that with the feature permuted; None
-    if there is one class only."""
+    """`TaskProbability.name` → AUC of the sample minus the AUC with the feature permuted; None if
+    there is only one class."""
 
 
 def permutation_importance(
     model: Model, split: MappedSplit, *, sample: int = 20_000, seed: int = 0
 ) -> list[Importance]:
-    """The importance of each feature, the largest loss of any AUC first.
+    """Returns the importance of each feature, sorted by the largest loss of any AUC, descending.
 
     Args:
-        model: unsharded, on the CPU.
-        split: whose impressions.
-        sample: how many of them, drawn by chance.
-        seed: of the sample and the permutation.
+        model: unsharded model on the CPU.
+        split: split from which impressions are drawn.
+        sample: number of impressions, drawn at random.
+        seed: seed of the sample and the permutation.
     """
     random = np.random.default_rng(seed)
     size = min(sample, split.impressions)
@@ -102,7 +101,7 @@ def permutation_importance(
 
 
 def _permuted(bags: KeyedJaggedTensor, key: str, order: torch.Tensor) -> KeyedJaggedTensor:
-    """The bags of one key in another order."""
+    """Returns the bags with those of one key in another order."""
     places = torch.arange(len(bags.keys()) * len(order), dtype=torch.int32)
     first = bags.keys().index(key) * len(order)
     places[first : first + len(order)] = first + order

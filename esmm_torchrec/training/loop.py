@@ -1,6 +1,6 @@
-"""The training loop: steps over passes, with callbacks around them.
+"""Training loop: passes of steps, with callbacks.
 
-The loop counts steps and time; everything else that happens while a model trains is a callback.
+The loop counts steps and time; callbacks do everything else that happens while a model trains.
 """
 
 from __future__ import annotations
@@ -19,47 +19,48 @@ from esmm_torchrec.training.trainer import Trainer
 
 
 class Callback:
-    """Takes part in a training loop; methods that are not overridden do nothing.
+    """Base class of callbacks of a training loop; methods that are not overridden do nothing.
 
     Every rank calls the same method at the same step, so a callback may use collectives. Callbacks
-    are called in the order in which the loop was given them.
+    are called in the order in which they were passed to the loop.
     """
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Before the first step, once the position to start from is known."""
+        """Called before the first step, once the starting position is known."""
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:
-        """After each step. The model is in use by TorchRec's pipeline and must not be called."""
+        """Called after each step. TorchRec's pipeline is using the model, so it must not be
+        called."""
 
     def on_pause(self, loop: TrainingLoop) -> None:
-        """Between two steps, at the end of each pass and after `TrainingLoop.pause`, when the model
-        is free to be called."""
+        """Called between two steps, at the end of each pass and after `TrainingLoop.pause`. The
+        model may be called."""
 
     def on_end(self, loop: TrainingLoop) -> None:
-        """After the last step; not after an error."""
+        """Called after the last step, but not after an error."""
 
     def check(self, loop: TrainingLoop) -> None:
-        """Before a checkpoint is saved; raises if the state must not be saved."""
+        """Called before a checkpoint is saved; raises if the state must not be saved."""
 
     def rank_state(self) -> dict[str, Any]:
-        """Tensors, numbers, strings and containers of them that belong to this rank and go into a
-        checkpoint; empty for a callback without state."""
+        """Returns this rank's state for a checkpoint: tensors, numbers, strings and containers of
+        them; empty for a callback without state."""
         return {}
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continues from the `rank_state` of each rank that saved a checkpoint, before `on_start`.
-        There may have been more ranks than now, or fewer."""
+        """Restores the state from a checkpoint, before `on_start`. `states` has the `rank_state` of
+        each rank that saved it, which may be more or fewer ranks than now."""
 
     def close(self) -> None:
-        """At the end in any case, also after an error."""
+        """Called at the end in any case, also after an error."""
 
 
 class TrainingLoop:
     """Trains a model for a number of passes or steps; every rank runs the same loop.
 
     Args:
-        epochs: passes over the impressions.
-        max_steps: the step to stop after, whatever the passes; None: no limit.
+        epochs: number of passes over the impressions.
+        max_steps: step to stop after, regardless of the passes; None: no limit.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class TrainingLoop:
         self.max_steps = max_steps
         self.callbacks = callbacks
         self.step = 0
-        """Steps done."""
+        """Number of steps done."""
         self.figures: dict[str, float] = {}
-        """The latest running figures, on rank 0; see `callbacks.LogFigures`."""
+        """Latest running figures, on rank 0; see `callbacks.LogFigures`."""
         self._seconds = 0.0
         self._started: float | None = None
         self._pausing = False
@@ -89,8 +90,8 @@ class TrainingLoop:
 
     @property
     def last_step(self) -> int:
-        """The step that training ends with. Earlier steps may have had another size, so only those
-        to come are counted in rows."""
+        """Number of the last step. Earlier steps may have had another size, so only the steps to
+        come are computed from the number of rows."""
         if self._stopped:
             return self.step
         to_come = 0
@@ -102,30 +103,30 @@ class TrainingLoop:
 
     @property
     def seconds(self) -> float:
-        """Time spent training so far, whole steps of the device included."""
+        """Seconds spent training so far, up to the end of the device's current step."""
         if self._started is None:
             return self._seconds
         if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize(self.ranks.device)  # otherwise launches are timed, not steps
+            torch.cuda.synchronize(self.ranks.device)  # to time steps, not kernel launches
         return self._seconds + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and time; JSON-compatible."""
+        """Returns the position and the training time as JSON-compatible values."""
         return {"step": self.step, "seconds": self.seconds, "reader": self.reader.state_dict()}
 
     def rank_state(self) -> dict[str, Any]:
-        """State of the callbacks of this rank, by class; to be called on every rank."""
+        """Returns class name → state of this rank's callback; to be called on every rank."""
         states = {type(callback).__name__: callback.rank_state() for callback in self.callbacks}
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(
         self, state: Mapping[str, Any], rank_states: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Continues from a `state_dict` on any number of ranks.
+        """Restores a `state_dict` on any number of ranks.
 
         Args:
-            state: position and time.
-            rank_states: the `rank_state` of each rank that was saved with it, if known.
+            state: position and training time.
+            rank_states: `rank_state` of each rank that saved `state`, if known.
         """
         self.step, self._seconds = state["step"], state["seconds"]
         self.reader.load_state_dict(state["reader"])
@@ -135,7 +136,7 @@ class TrainingLoop:
                 callback.load_rank_states([own[name] for own in rank_states])
 
     def check(self) -> None:
-        """Makes sure that the current state may be saved; see `Callback.check`."""
+        """Checks that the current state may be saved; see `Callback.check`."""
         for callback in self.callbacks:
             callback.check(self)
 
@@ -144,12 +145,12 @@ class TrainingLoop:
         self._stopped = True
 
     def pause(self) -> None:
-        """Asks for `Callback.on_pause` after the current step; to be called on every rank."""
+        """Requests `Callback.on_pause` after the current step; to be called on every rank."""
         self._pausing = True
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Leaves the work inside the block out of the time spent training."""
+        """Excludes the time spent inside the block from the training time."""
         running = self._started is not None
         self._stop_clock()
         try:
@@ -164,7 +165,8 @@ class TrainingLoop:
             pass
 
     def steps(self) -> Generator[None, None, None]:
-        """As `run`, one step for each `next`; what is done between them counts as training time."""
+        """Trains like `run`, one step per `next`; time spent between two calls counts as training
+        time."""
         try:
             for callback in self.callbacks:
                 callback.on_start(self)

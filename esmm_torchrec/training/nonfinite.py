@@ -1,7 +1,7 @@
-"""What happens when the loss is not finite: the run stops, or the step is skipped.
+"""Handling of a loss that is not finite: the run stops, or the step is skipped.
 
-One infinite or missing number in a batch, or a learning rate that is too high, turns every weight
-that a step touches into NaN. Nothing of that may reach a checkpoint.
+An infinite or missing number in a batch, or a learning rate that is too high, turns every weight
+that a step updates into NaN. Such weights must not be saved in a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import NonfiniteOption
 
 MAX_STEPS_UNCHECKED = 20
-"""Steps between two checks on several ranks or on a GPU, where a check costs a synchronisation."""
+"""Maximum number of steps between two checks on several ranks or on a GPU, where each check costs a
+synchronisation."""
 
 MAX_SKIPPED_STEPS = 10
-"""Steps in a row that may be skipped before the run stops all the same."""
+"""Maximum number of consecutive steps that are skipped before the run stops."""
 
 
 class WatchLoss(Callback):
     """Stops a run whose loss is not finite, and saves the batch for replay.
 
     Args:
-        folder: where the batch is saved.
-        action: "stop", or "skip" if the trainer skips such steps: then the run stops only after
-            MAX_SKIPPED_STEPS of them in a row.
+        folder: folder in which the batch is saved.
+        action: "stop", or "skip" if the trainer skips such steps; the run then stops only after
+            MAX_SKIPPED_STEPS consecutive ones.
     """
 
     def __init__(self, folder: Path, action: NonfiniteOption) -> None:
@@ -45,11 +46,11 @@ class WatchLoss(Callback):
         self._skipped = 0
 
     def on_start(self, loop: TrainingLoop) -> None:
-        """Notes where the first step begins."""
+        """Records the position of the first step."""
         self._position = loop.reader.state_dict()
 
     def on_step(self, loop: TrainingLoop, output: TrainOutput) -> None:
-        """Checks at once if that is cheap."""
+        """Checks the loss at once if that is cheap, else every MAX_STEPS_UNCHECKED steps."""
         self._losses.append(output.loss)
         self._positions.append(self._position)
         self._position = loop.reader.state_dict()
@@ -58,10 +59,10 @@ class WatchLoss(Callback):
             self._check_losses(loop)
 
     def check(self, loop: TrainingLoop) -> None:
-        """Looks at the losses of all ranks since the last check, and at the weights.
+        """Checks the losses of all ranks since the last check, and the weights.
 
         Raises:
-            RunError: one is not finite.
+            RunError: a loss or a weight is not finite.
         """
         self._check_losses(loop)
         check_weights(loop)
@@ -102,15 +103,15 @@ class WatchLoss(Callback):
 
 
 def check_weights(loop: TrainingLoop) -> None:
-    """Makes sure that every weight is finite; to be called on every rank.
+    """Checks that every weight is finite; to be called on every rank.
 
     Raises:
-        RunError: one is not.
+        RunError: a weight is not finite.
     """
     finite = torch.ones((), device=loop.ranks.device)
     for value in loop.trainer.model.state_dict().values():
         for part, _ in local_shards(value):
-            # The sum needs no copy of a table, unlike isfinite() of its elements.
+            # Unlike isfinite() of its elements, the sum does not allocate a copy of a table.
             finite *= part.detach().sum().isfinite()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:

@@ -1,8 +1,8 @@
 """Optimisers of tables and towers.
 
-A table with the fused kernel is updated inside the backward pass by fbgemm; a table with the dense
-kernel, like the towers, by an optimiser of torch's. Both end up in one TorchRec optimiser, whose
-state reads the same whatever the kernel, so that a checkpoint outlives a change of plan.
+fbgemm updates a table with the fused kernel inside the backward pass; a torch optimiser updates the
+towers and tables with the dense kernel. Both are parts of one TorchRec optimiser, whose state has
+the same form for every kernel, so that a checkpoint remains valid after a change of plan.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ _FIRST_STATE: dict[SparseOptimizerOption, str] = {
     "adagrad": "sum",
     "adam": "exp_avg",
 }
-"""What torch's optimiser calls the state that TorchRec calls momentum1."""
+"""Name in torch's optimiser of the state that TorchRec calls momentum1."""
 
 
 class ModelOptimizer(CombinedOptimizer):
-    """The optimisers of a sharded model as one.
+    """Combines the optimisers of a sharded model.
 
-    TorchRec gives the state of a fused table as a ShardedTensor under a name of its own, and that
-    of a dense one as the bare part of this rank, so that ranks write over each other's. Here
-    `state_dict` is, for both, {"state": {key of the weight: {torch's name of the state: tensor}}}:
-    a ShardedTensor cut like the weight if the weight is one. The tables' number of steps is
-    no part of it; `set_optimizer_step` restores it.
+    TorchRec returns the state of a fused table as a ShardedTensor under TorchRec's own name, and
+    the state of a dense table as this rank's plain tensor, so that ranks overwrite each other's
+    state in a checkpoint. Here, `state_dict` is {"state": {key of the weight: {torch's name of the
+    state: tensor}}} for both; the tensor is a ShardedTensor, sharded like the weight, if the weight
+    is one. It does not contain the tables' step count, which `set_optimizer_step` restores.
 
     Args:
-        parts: name → optimiser, the fused ones under the empty name.
-        weights: `model.state_dict()`, or its tables alone.
-        optimizer: of the tables.
+        parts: name → optimiser; the fused optimisers have the empty name.
+        weights: `model.state_dict()`, or only its tables.
+        optimizer: optimiser of the tables.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ModelOptimizer(CombinedOptimizer):
         self._table_optimizer: SparseOptimizerOption = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, whose tensors share their memory with the optimisers'."""
+        """Returns the state, whose tensors share memory with the optimisers'."""
         state: dict[str, dict[str, torch.Tensor]] = {}
         for part_name, part in self.optimizers:
             for key, own in part.state_dict()["state"].items():
@@ -94,8 +94,8 @@ class ModelOptimizer(CombinedOptimizer):
         return {"state": state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over the tensors of a `state_dict` of the same model on the same ranks; the
-        optimisers must have their state, see `init_state`."""
+        """Copies the tensors of a `state_dict` of the same model on the same ranks. The state of
+        the optimisers must exist; see `init_state`."""
         for key, named in self.state_dict()["state"].items():
             for name, value in named.items():
                 others = local_shards(state_dict["state"][key][name])
@@ -103,35 +103,35 @@ class ModelOptimizer(CombinedOptimizer):
                     own.detach().copy_(other)
 
     def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
-        """Makes the state of torch's optimisers, which exists only after a step. A step with zero
-        gradients does it; weights must be loaded after it."""
+        """Creates the state of torch's optimisers, which otherwise exists only after the first
+        step. It takes a step with zero gradients, so weights must be loaded afterwards."""
         for name, part in self.optimizers:
             if name:
                 part.init_state(sparse_grad_parameter_names)
 
     def _name_of_fused(self, name: str) -> str:
-        """torch's name of a state like "item.momentum1"."""
+        """Returns torch's name of a state such as "item.momentum1"."""
         own = name.rpartition(".")[2]
         return _FIRST_STATE[self._table_optimizer] if own == "momentum1" else own
 
 
 class _DenseTables(KeyedOptimizerWrapper):
-    """torch's optimiser of the tables with the dense kernel."""
+    """Wraps torch's optimiser of the tables with the dense kernel."""
 
     def set_optimizer_step(self, step: int) -> None:
-        """Sets what torch counts for each parameter."""
+        """Sets torch's step count of each parameter."""
         for state in self.state.values():
             if "step" in state:
                 state["step"].fill_(step)
 
 
 def _cut_like(weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """This rank's state of a table as part of the whole table's, in the same memory.
+    """Returns this rank's state of a table as a ShardedTensor of the whole table, sharing memory.
 
     Args:
-        weight: of the whole table; a ShardedTensor where ranks divide it.
-        state: one value for each of this rank's weights; the parts that the rank holds of a table
-            lie one behind the other.
+        weight: weight of the whole table; a ShardedTensor if it is sharded.
+        state: state with one value per weight of this rank; the rank's shards of the table are
+            concatenated.
     """
     if not isinstance(weight, ShardedTensor):
         return state
@@ -154,11 +154,11 @@ def fuse_optimizer(
     kernels: Mapping[str, str],
     device: torch.device,
 ) -> None:
-    """Puts the optimiser of every table with a fused kernel into its backward pass; to be called
+    """Fuses the optimiser of every table with a fused kernel into the backward pass; to be called
     before the module is sharded.
 
     Raises:
-        PlanError: a table's kernel does not exist with this optimiser on this device.
+        PlanError: a table's kernel does not support this optimiser on this device.
     """
     for collection in embedding_bag_collections_of(module).values():
         for config in collection.embedding_bag_configs():
@@ -176,7 +176,7 @@ def fuse_optimizer(
                 )
             if not dense:
                 parameter = collection.embedding_bags.get_parameter(f"{config.name}.weight")
-                # A new dict each time: apply_optimizer_in_backward changes the one it is given.
+                # A new dict for each table, as apply_optimizer_in_backward modifies its argument.
                 apply_optimizer_in_backward(
                     _CLASSES[optimizer], [parameter], _arguments(optimizer, lr)
                 )
@@ -191,23 +191,23 @@ def build_optimizer(
     weight_decay: float = 0.0,
     clip_gradients: float | None = None,
 ) -> ModelOptimizer:
-    """One optimiser for a sharded model: the fused ones, the dense tables', and Adam for the
-    towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8). Weight decay is for the towers alone:
-    fbgemm ignores it unless it is given a mode, which TorchRec does not pass on. So is clipping:
-    the gradients of a fused table exist inside fbgemm's backward pass only.
+    """Builds the optimiser of a sharded model from the fused optimisers, the dense tables'
+    optimiser, and Adam for the towers, as in the paper (betas 0.9, 0.999, epsilon 1e-8). Weight
+    decay applies only to the towers: fbgemm ignores it without a mode, which TorchRec does not pass
+    on. Clipping does too: the gradients of a fused table exist only in fbgemm's backward pass.
 
     Args:
-        model: sharded.
-        optimizer: of the tables.
+        model: sharded model.
+        optimizer: optimiser of the tables.
         sparse_lr: learning rate of the tables.
         dense_lr: learning rate of the towers.
-        weight_decay: of the towers.
-        clip_gradients: largest L2 norm of the gradient of all towers together; None: no limit. The
+        weight_decay: weight decay of the towers.
+        clip_gradients: maximum L2 norm of the gradient of all towers together; None: no limit. The
             towers are the same on every rank, so each rank clips by the same norm.
     """
     parts: dict[str, KeyedOptimizer] = {"": model.fused_optimizer}
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    # If a rank holds nothing of a table, TorchRec gives it an empty parameter.
+    # TorchRec adds an empty parameter for a table without a shard on this rank.
     tables = {k: value for k, value in rest.items() if _is_table(k) and value.numel()}
     towers = {k: value for k, value in rest.items() if not _is_table(k)}
 
@@ -240,7 +240,7 @@ def _is_table(key: str) -> bool:
 def dense_table_optimizer(
     parameters: Iterable[Any], optimizer: SparseOptimizerOption, *, lr: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of torch's for tables with the dense kernel."""
+    """Builds torch's optimiser for tables with the dense kernel."""
     arguments = _arguments(optimizer, lr)
     if optimizer == "adam":
         arguments["fused"] = True

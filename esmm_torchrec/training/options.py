@@ -1,4 +1,4 @@
-"""The options of a training run, with their defaults and their checks."""
+"""Options of a training run, with their defaults and checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ScheduleOption = Literal["constant", "linear", "cosine"]
 """Learning rates after the warm-up: constant, or falling to 0 at the last step."""
 
 ValidationOption = Literal["hash", "time"]
-"""hash: users drawn by a hash, all of their impressions. time: the latest impressions."""
+"""hash: all impressions of users drawn by a hash. time: the latest impressions."""
 
 _POSITIVE = (
     "epochs",
@@ -47,47 +47,47 @@ _POSITIVE = (
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Everything that decides what a run computes, and how.
+    """Options that determine what a run computes, and how.
 
     Raises:
-        OptionError: a value is out of its range.
+        OptionError: a value is out of range.
     """
 
     method: str = "esmm"
-    """What is trained: a method of the ESMM paper (esmm, base, aman, oversampling, unbias,
-    unbias-weighted, division, esmm-ns), shared-bottom, one that came after the paper (mtl-ips,
+    """Method to train: one of the ESMM paper (esmm, base, aman, oversampling, unbias,
+    unbias-weighted, division, esmm-ns), shared-bottom, a method published after the paper (mtl-ips,
     mtl-dr, mrdr, escm2-ips, escm2-dr, dcmt, nise, ddpo, mmoe, ple, aitm), or ctr, the click network
     alone; docs/methods.md describes each. A method is a preset of rows, architecture and
     objective."""
     rows: Rows | None = None
-    """Which impressions are trained on; None: as the method has it."""
+    """Selection of the impressions to train on; None: that of the method."""
     architecture: Architecture | None = None
-    """How features become logits; None: as the method has it."""
+    """Network that maps features to logits; None: that of the method."""
     objective: Objective | None = None
-    """What the logits are trained for; None: as the method has it."""
+    """Objective that the logits are trained on; None: that of the method."""
     interaction: Interaction | None = None
-    """What features become before the towers see them; None: as the method has it."""
+    """Interaction that transforms features before the towers; None: that of the method."""
     epochs: int | Literal["auto"] = "auto"
     """Passes over the training split. auto: with a validation share, training continues until the
     held-out part stops improving, and the best checkpoint is the model. Without one, a run takes
     one pass over many rows; on fewer rows, it holds out a fifth of them to find the best number."""
     max_steps: int | None = None
-    """Stop after this many steps, regardless of the epochs."""
+    """Maximum number of steps, regardless of the epochs."""
     batch_size: int | Literal["auto"] = "auto"
     """Impressions per step over all ranks; auto chooses it by the number of impressions that the
     method trains on."""
     validation_share: float = 0.0
     """Share of the training split to hold out and to measure on after each pass."""
     validation: ValidationOption = "hash"
-    """What is held out: users by a hash, with all of their impressions, or the latest impressions
-    by timestamp."""
+    """Held-out impressions: all impressions of users drawn by a hash, or the latest impressions by
+    timestamp."""
     embedding_dim: int = 16
-    """Columns of every embedding table; a multiple of 4."""
+    """Number of columns of every embedding table; a multiple of 4."""
     tower: tuple[int, ...] = (360, 200, 80)
     """Widths of the hidden layers of each tower."""
     first_order: bool = True
     """Add a first-order term to each logit: a weight for each id and each dense feature. It helps
-    with rare ids and small data sets; without it, the model is that of the paper."""
+    with rare ids and small data sets; the model of the paper has none."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     """Optimiser of the embedding tables; fused into the backward pass if TorchRec supports it."""
     sparse_lr: float = 0.05
@@ -102,62 +102,63 @@ class TrainOptions:
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly."""
     average_weights: Literal["auto", "on", "off"] = "auto"
-    """Whether the model has an exponential average of the weights of its steps instead of those of
+    """Whether the final weights are an exponential average over the steps instead of the weights of
     the last step. It helps with few rows and needs memory for a copy of the model. auto: on if the
     number of passes is searched."""
     clip_gradients: float | None = None
     """Maximum norm of the gradient of all towers together. Tables are not clipped: a fused
     optimiser applies their gradients before they can be."""
     dtype: DtypeOption = "float32"
-    """Data type in which the hidden layers of the towers compute; logits and loss stay float32."""
+    """Data type of the computations in the towers' hidden layers; logits and loss stay float32."""
     init_scale: float = 1.0
-    """Factor of the range from which embeddings are drawn; at 1, the range is ±1/√rows of the
-    table."""
+    """Factor of the range from which initial embeddings are drawn; at 1, the range is ±1/√rows of
+    the table."""
     history_weights: HistoryWeights = "normalised"
     """Weights of multi-valued features: summing to 1 in each bag, or as stored."""
     shared_features: SharedFeatures = "once"
-    """Pool features that impressions share once per distinct row of a batch, or expand them for
-    every impression; the results are the same."""
+    """Pool shared features once per distinct row of a batch, or expand them for every impression;
+    the results are the same."""
     shuffle_chunk: int = 8
-    """Up to this many consecutive impressions of one user stay together when rows are shuffled, so
-    that a batch pools fewer users; 1 shuffles row by row."""
+    """Maximum number of consecutive impressions of a user that stay together when rows are
+    shuffled, so that a batch pools fewer users; 1 shuffles row by row."""
     sharding: ShardingOption = "auto"
-    """How tables are placed on ranks; auto leaves it to TorchRec's planner."""
+    """Sharding type of the tables; auto leaves the choice to TorchRec's planner."""
     plan: Path | None = None
-    """A sharding plan to use instead, written by 'esmm-torchrec plan' or an earlier run."""
+    """Sharding plan, written by 'esmm-torchrec plan' or an earlier run; replaces `sharding`."""
     seed: int = 0
     """Seed of the initial weights and of the order of impressions."""
     device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
+    """Device to train on; auto: CUDA if there is a GPU for each rank."""
     on_nonfinite: NonfiniteOption = "stop"
-    """If the loss of a step is not finite: stop the run and save the batch for replay, or skip the
-    step, which costs a synchronisation of the ranks in every step."""
+    """Action if the loss of a step is not finite: stop the run and save the batch for replay, or
+    skip the step, which costs a synchronisation of the ranks in every step."""
     read: Literal["auto", "mapped", "stream"] = "auto"
-    """mapped: at random from an uncompressed copy of the data set. stream: in shuffled windows from
-    the Parquet files on a disk or in a store. auto: mapped if the data set is on a disk and its
-    files have less than 40 GiB."""
+    """Way of reading the data. mapped: at random from an uncompressed copy of the data set. stream:
+    in shuffled windows from the Parquet files on a disk or in a store. auto: mapped if the data set
+    is on a disk and its files have less than 40 GiB."""
     lanes: int = 8
-    """If streamed: number of lanes, the parts of the data from which each step takes rows. It must
-    be a multiple of the number of ranks and cannot change within a run."""
+    """Number of lanes of streamed data, the parts from which each step takes rows. It must be a
+    multiple of the number of ranks and cannot change within a run."""
     window: int = 32_768
-    """If streamed: rows of a lane that are held at a time and shuffled together."""
+    """Number of rows in a window of streamed data: those of a lane that are kept in memory and
+    shuffled together."""
     window_cache: Path | None = None
-    """If streamed: folder for the files of windows; by default, the system's folder for temporary
+    """Folder for the window files of streamed data; by default, the system's folder for temporary
     files."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Number of steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int | None = None
-    """Keep this many of the latest checkpoints, and the best one if one is marked; by default,
-    all."""
+    """Number of latest checkpoints to keep; the best one, if one is marked, is always kept. By
+    default, all are kept."""
     table_rows: Mapping[str, int] = field(default_factory=dict)
     """Number of rows, NAME=N, of tables with more rows than the data need. This reserves rows for
     the ids of later days, so that plans and checkpoints keep their shape. A run that starts from
-    another run has at least as many rows."""
+    another run has at least as many rows as that run."""
     start_from: Path | None = None
     """Run whose weights and optimiser state the new run starts with. The vocabularies of the data
     must begin with those of that run."""
     resume: str = "auto"
-    """auto: resume the run in the folder if it is the same run; never: accept an empty folder only;
+    """auto: resume the run in the folder if it is the same run; never: accept only an empty folder;
     a number: resume from the checkpoint of that step."""
 
     def __post_init__(self) -> None:
@@ -196,7 +197,7 @@ class TrainOptions:
 
     @property
     def model(self) -> ModelOptions:
-        """Those that decide the shape of the model."""
+        """Options that determine the shape of the model."""
         shape = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
         parts = self.parts._asdict()
         del parts["rows"]
@@ -204,11 +205,11 @@ class TrainOptions:
 
     @property
     def parts(self) -> Parts:
-        """The method's parts, with those given in their place."""
+        """Parts of the method, replaced by those that the options set."""
         return resolve_parts(self.method, vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the parts resolved."""
+        """Returns the options as JSON values, with the parts resolved."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
         return values | {

@@ -1,9 +1,9 @@
-"""How many passes over the training split a run takes, if `epochs` is "auto".
+"""Number of passes over the training split when `epochs` is "auto".
 
-Few rows need several passes and many rows need one: in a second pass the embeddings of a large
-model overfit. In between, the number is searched: the model is trained on a part of the rows until
-it stops improving on the others, and then trained anew on all rows for the number of passes that
-was best, so that no row is lost for validation. Both trainings average their weights.
+Few rows need several passes. Many rows need one: in a second pass, the embeddings of a large model
+overfit. In between, the number is searched: the model is trained on a part of the rows until it
+stops improving on the rest, and then trained anew on all rows for the best number of passes, so
+that validation costs no training rows. Both trainings average their weights.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from esmm_torchrec.training.options import TrainOptions
 from esmm_torchrec.training.validation import Validate, hold_out
 
 MAX_SEARCHED_ROWS = 500_000
-"""From this many rows on, one pass is taken unless a validation share is given. From half as many
-on, a second one was never better (benchmarks/passes_by_rows.py)."""
+"""Number of rows from which a run takes one pass unless it has a validation share. From half as
+many on, a second pass was never better (benchmarks/passes_by_rows.py)."""
 
 SEARCH_SHARE = 0.2
 """Share of the rows that a search holds out."""
 
 MAX_PASSES = 30
 PATIENCE = 2
-"""Passes without an improvement after which training stops."""
+"""Number of passes without an improvement after which training stops."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The number of passes, and where it comes from."""
+    """Number of passes, and the reason for it."""
 
     epochs: int
-    """The last one that may be needed."""
+    """Maximum number of passes."""
     reason: str
-    """A sentence for a person; empty if the options give the number."""
+    """Human-readable reason; empty if the options set the number."""
     search: Mapping[str, Any] | None = None
-    """What the search measured, as `Validate.report`."""
+    """Result of `Validate.report` in the search; None: no search."""
 
 
 def choose_passes(
@@ -60,13 +60,13 @@ def choose_passes(
     continues: bool,
     found: Passes | None,
 ) -> Passes:
-    """The number of passes of a run; to be called on every rank.
+    """Returns the number of passes of a run; to be called on every rank.
 
     Args:
-        num_rows: rows that the method trains on.
+        num_rows: number of rows that the method trains on.
         pctr: as in `fit.training_part`.
-        continues: whether an earlier training on other rows is continued.
-        found: what a search of this run found before it was interrupted.
+        continues: whether the run continues an earlier training on other rows.
+        found: result of this run's search before it was interrupted.
     """
     if options.epochs != "auto":
         return Passes(options.epochs, "")
@@ -129,7 +129,7 @@ def choose_passes(
 
 
 def _line(figures: Mapping[str, float]) -> str:
-    """The figures of a pass, for a person."""
+    """Formats the figures of a pass."""
     aucs = [
         f"{key.removeprefix('validation_').removesuffix('_auc').upper()} AUC {value:.4f}"
         for key, value in figures.items()

@@ -1,4 +1,4 @@
-"""Pictures of a run: how training went, and how well predicted and observed rates agree."""
+"""Plots of a run: its learning curves, and its predicted against observed rates."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ def plot_history(
     *,
     held_out: Mapping[str, Any] | None = None,
 ) -> None:
-    """Loss and TorchRec's windowed AUCs over the steps of history.jsonl, as a PNG, and the AUCs of
-    the held-out part over the passes.
+    """Plots, as a PNG, the loss and TorchRec's windowed AUCs over the steps of history.jsonl, and
+    the AUCs of the held-out part over the passes.
 
-    The AUCs of the steps are of scores given just before a step trains on the impressions: up to
-    the end of the first epoch these were never seen, behind it they were. Dashed lines part the
-    epochs.
+    The model scores the impressions of a step just before it trains on them: in the first epoch it
+    has not seen them before, in later epochs it has. Dashed lines separate the epochs.
 
     Args:
-        held_out: as `Validate.report` gives it; None: nothing was held out.
+        held_out: result of `Validate.report`; None: nothing was held out.
     """
     lines = [line for line in read_history(history) if "loss" in line]
     borders = epoch_borders(lines)
@@ -69,17 +68,17 @@ def plot_history(
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of history.jsonl."""
+    """Returns the lines of history.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, figure) of the lines of a history that have the figure."""
+    """Returns (step, figure) for each line of a history that has the figure."""
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
 def _held_out(axes: Axes, held_out: Mapping[str, Any], tasks: TaskChain) -> None:
-    """AUCs and the mean normalised entropy of the held-out part, and the pass that was best."""
+    """Plots the AUCs and the mean normalised entropy of the held-out part, and the best pass."""
     curve = held_out["curve"]
     for number, probability in enumerate(tasks.probabilities):
         known = [(e["epoch"], e[key]) for e in curve if e.get(key := f"{probability.name}_auc")]
@@ -95,9 +94,9 @@ def _held_out(axes: Axes, held_out: Mapping[str, Any], tasks: TaskChain) -> None
 
 
 def epoch_borders(lines: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The steps at which epochs after the first begin, as far as lines of a history tell: half way
-    between the last line of one and the first of the next. A line's "epoch" is that of the step
-    to come, so a change in the last line begins nothing."""
+    """Estimates the steps at which epochs after the first begin: half-way between the last line of
+    an epoch and the first line of the next. The "epoch" of a line is that of the following step, so
+    a change in the last line is not a border."""
     pairs = pairwise(lines[:-1])
     return [
         (before["step"] + after["step"]) / 2
@@ -107,7 +106,8 @@ def epoch_borders(lines: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
-    """Observed against predicted rates in bins of equal size, one panel per rate, as a PNG."""
+    """Plots observed against predicted rates in bins of equal size, one panel per rate, as a
+    PNG."""
     panels = scored.tasks.probabilities
     figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -125,7 +125,7 @@ def plot_calibration(scored: ScoredImpressions, out: Path) -> None:
 
 
 def draw_calibration(axes: Axes, prediction: Prediction, space: Space, *, colour: str) -> None:
-    """Observed rates of a space against its scores, which must be finite."""
+    """Draws the observed rates of a space against its scores, which must be finite."""
     curve = reliability_curve(prediction, space.label, space.weights, num_bins=CALIBRATION_BINS)
     predicted, observed = curve.mean_prediction, curve.mean_target
     top = max(predicted.max(initial=0.0), observed.max(initial=0.0)) * 1.05 or 1.0

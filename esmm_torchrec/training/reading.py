@@ -1,4 +1,4 @@
-"""How a run reads its data: from the mapped copy, at random, or streamed in windows."""
+"""Reading of a run's data: at random from the mapped copy, or streamed in windows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from esmm_torchrec.sharding.process_group import RankExchange, Ranks
 from esmm_torchrec.training.options import TrainOptions
 
 MAX_MAPPED_BYTES = 40 << 30
-"""Parquet files of a data set that --read auto maps; a mapped copy is about five times as large."""
+"""Maximum size of the Parquet files of a data set that `--read auto` maps. A mapped copy is about
+five times as large."""
 
 
 def read_mode(dataset: PreparedDataSet, options: TrainOptions) -> Literal["mapped", "stream"]:
-    """What `options.read` means.
+    """Returns the read mode, with "auto" resolved.
 
     Raises:
-        OptionError: the data set has to be streamed, and something else needs the mapped copy.
+        OptionError: the data set has to be streamed, but another option needs the mapped copy.
     """
     mode = options.read
     if mode == "auto":
@@ -50,11 +51,11 @@ def read_mode(dataset: PreparedDataSet, options: TrainOptions) -> Literal["mappe
 def open_splits(
     dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks
 ) -> dict[SplitName, Split]:
-    """The splits of a data set as a run reads them. The test split is measured in stored order, so
-    its lanes are stretches of it, one for each rank.
+    """Opens the splits of a data set in the run's read mode. The test split is measured in stored
+    order, so it has one lane, a contiguous part of it, per rank.
 
     Raises:
-        DataError: a file is missing, broken or not what the description says.
+        DataError: a file is missing, broken or different from the data set's description.
         OptionError: as `read_mode`.
     """
     if read_mode(dataset, options) == "mapped":
@@ -86,14 +87,14 @@ def training_reader(
     rows_per_step: int,
     selection: Selection | None = None,
 ) -> BatchReader:
-    """What reads the training split.
+    """Builds the reader of the training split.
 
     Args:
-        rows_per_step: over all ranks.
+        rows_per_step: number of rows per step over all ranks.
         selection: rows of a mapped split; None: all.
 
     Raises:
-        OptionError: the lanes fit neither the ranks nor the step.
+        OptionError: the number of lanes does not fit the ranks or the step.
     """
     of_any_reader: dict[str, Any] = {
         "rank": ranks.rank,

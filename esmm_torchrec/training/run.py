@@ -1,4 +1,4 @@
-"""One training run: prepared data in, a run folder out."""
+"""Training run on a prepared data set, which writes a run folder."""
 
 from __future__ import annotations
 
@@ -53,31 +53,31 @@ from esmm_torchrec.training.warm_start import source_checkpoint, with_table_rows
 SIGNAL_ARRIVES_WITHIN_SECONDS = 0.5
 
 _IDENTITY = ("rows", "table_rows", "sparse_optimizer", "history_weights", "shuffle_chunk", "seed")
-"""Options that make a run what it is, beside those of the model: what is trained, on which rows, in
-which order. The others may change when it is resumed."""
+"""Options that identify a run, in addition to those of the model: they determine what is trained,
+on which rows and in which order. The other options may change when the run is resumed."""
 
 
 def train(data: Path | str, out: Path | str, options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
-    """Trains on a prepared data set and measures the result on its test split.
+    """Trains on a prepared data set and measures the model on its test split.
 
-    Every rank calls it; rank 0 writes `out` and prints. A run that is in `out` already is resumed,
-    as `options.resume` says.
+    Every rank calls it; rank 0 writes `out` and prints. A run that exists in `out` is resumed
+    according to `options.resume`.
 
     Args:
-        data: the prepared data set, a folder or its URI.
-        out: the run folder to make or to resume.
+        data: folder or URI of the prepared data set.
+        out: run folder to create or to resume.
         ranks: this process among the others, from `process_group`.
 
     Returns:
-        the content of metrics.json: "test" and "truth" as `metrics.report` describes them,
-        "validation" as `Validate.report` does, if anything was held out, and "throughput".
+        the content of metrics.json: "test" and "truth" as described in `metrics.report`,
+        "validation" as in `Validate.report`, if rows were held out, and "throughput".
 
     Raises:
-        DataError: the data set cannot be read, or leaves the method nothing to train on.
-        Interrupted: by Ctrl-C, or by SIGTERM if torchrun did not start this process; says what is
-            saved.
-        PlanError: the options ask for a sharding that does not exist or does not fit.
-        RunError: `out` holds something else, or a checkpoint cannot be read or written.
+        DataError: the data set cannot be read, or has no impressions for the method to train on.
+        Interrupted: by Ctrl-C, or by SIGTERM if torchrun did not start this process; the message
+            names the step from which the run can be resumed.
+        PlanError: the sharding of the options does not exist or does not fit.
+        RunError: `out` contains something else, or a checkpoint cannot be read or written.
     """
     out = Path(out)
     lock = RunLock(out)
@@ -95,7 +95,7 @@ def _train(
         lock.check()
         return RunFolder.find(out, config, resume=options.resume)
 
-    # Checked now, so that a refusal costs no time, and made once all else is known to work.
+    # Check the folder first, so that a refusal costs no time; create it once all else works.
     found = ranks.from_first(find)
     source = None
     if options.start_from is not None:
@@ -103,7 +103,7 @@ def _train(
         source = ranks.from_first(lambda: source_checkpoint(earlier_run, dataset, options))
     continues = found is not None and found.has_other_data(dataset.fingerprint)
     if found is not None and not found.was_trained_on(dataset.fingerprint):
-        found = None  # what it knows of its rows is of other rows
+        found = None  # its pCTR and its search belong to other rows
     splits = open_splits(dataset, options, ranks)
     split, test = splits["train"], splits["test"]
     pctr = held_out = None
@@ -214,7 +214,7 @@ def _train(
         run.write_json("metrics.json", metrics)
         picture = run.path / "plots" / "history.png"
         plot_history(run.history, picture, scored.tasks, held_out=held_out_figures)
-        if together is None:  # rank 0 has all impressions
+        if together is None:  # rank 0 has the scores of all impressions
             plot_calibration(scored, run.path / "plots" / "calibration.png")
         return metrics
 
@@ -223,8 +223,9 @@ def _train(
 
 @contextmanager
 def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
-    """Says what an interrupted run can be resumed from. SIGTERM counts as an interrupt, except
-    under torchrun, which sends it to the remaining ranks when one has died."""
+    """Converts interrupts to an Interrupted error that names the step to resume from. SIGTERM
+    counts as an interrupt, except under torchrun, which sends it to the remaining ranks when one
+    has died."""
     arrived: set[int] = set()
 
     def interrupt(number: int, _: object) -> None:
@@ -241,8 +242,8 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError:
-            # A signal to all ranks may end another one, and with it a collective, before it is
-            # handled here; or it came where Python ignores exceptions, such as a finaliser.
+            # A signal to all ranks may end another rank, and thereby a collective, before this
+            # rank handles it; or it came where Python ignores exceptions, such as in a finaliser.
             if not arrived:
                 time.sleep(SIGNAL_ARRIVES_WITHIN_SECONDS)
             if arrived:
@@ -268,8 +269,8 @@ def _interrupts_in_words(out: Path, resume: str) -> Iterator[None]:
 def _pctr(
     run: RunFolder | None, split: MappedSplit, options: TrainOptions, ranks: Ranks
 ) -> np.ndarray:
-    """Out-of-fold pCTR, float64 (N,), that of the run if it got so far: training the
-    networks again on other ranks would choose other rows."""
+    """Returns the out-of-fold pCTR, float64 (N,). It is read from the run folder if it was saved
+    there: networks trained again on another number of ranks would select other rows."""
     if run is not None:
         clicked = split.scalars[split.schema.tasks[0].label] == 1
         kept = ranks.from_first(lambda: run.read_pctr(int(clicked.sum())))
@@ -281,7 +282,8 @@ def _pctr(
 
 
 def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Validate) -> None:
-    """Loads the checkpoint that was best on the held-out part, unless it is the last one."""
+    """Loads the checkpoint that was best on the held-out part, unless it is that of the last
+    step."""
     best = validate.best
     if best is None or best["step"] == loop.step:
         return
@@ -299,11 +301,11 @@ def _take_best(loop: TrainingLoop, checkpoints: CheckpointManager, validate: Val
 
 
 def _keep_plan(plan: PlanFile, path: Path) -> None:
-    """Writes the plan to the run folder, and says where it differs from the one that was there."""
+    """Writes the plan to the run folder, and prints its differences from the previous plan."""
     try:
         earlier = read_plan(path) if path.exists() else plan
     except PlanError as error:
-        # The checkpoint does not depend on how the tables were placed before.
+        # The checkpoint does not depend on the previous plan.
         print(f"warning: {error}; it is replaced by the plan of this run", flush=True)
         earlier = plan
     if earlier != plan:
@@ -320,7 +322,8 @@ def _config(dataset: PreparedDataSet, options: TrainOptions, ranks: Ranks) -> di
     streamed = read_mode(dataset, options) == "stream"
     identity = model | {name: values[name] for name in _IDENTITY}
     identity |= {name: values[name] if streamed else None for name in ("lanes", "window")}
-    identity["validation_share"] = options.validation_share  # else rows once trained on validate
+    # Otherwise, a resumed run could validate on rows that it was trained on.
+    identity["validation_share"] = options.validation_share
     if options.validation_share:
         identity["validation"] = options.validation
     entry = {
@@ -354,7 +357,8 @@ def _resume(
     options: TrainOptions,
     validate: Validate | None,
 ) -> Path | None:
-    """Loads the checkpoint to resume from, if there is one, and drops what came after it."""
+    """Loads the checkpoint to resume from, if one exists, and drops what came after it. Returns its
+    path."""
     if options.resume == "never":
         return None
     wanted = int(options.resume) if options.resume.isdecimal() else None
@@ -369,7 +373,7 @@ def _resume(
     if run.data_of(loaded.step) != data["fingerprint"]:
         state |= {"reader": loop.reader.state_dict(), "seconds": 0.0}
         for rank_state in rank_states:
-            (rank_state or {}).pop(Validate.__name__, None)  # of other rows
+            (rank_state or {}).pop(Validate.__name__, None)  # measured on other rows
         if ranks.is_first:
             print(
                 f"{data['path']} is not the data that step {loaded.step} was trained on: training "
@@ -389,7 +393,7 @@ def _resume(
 
 
 def _check_best(best: int, step: int, checkpoints: CheckpointManager) -> None:
-    """Raises RunError if the checkpoint that was the best one at a step is gone."""
+    """Raises RunError if the checkpoint of step `best`, the best one at `step`, does not exist."""
     try:
         checkpoints.find(best)
     except RunError:
@@ -400,7 +404,7 @@ def _check_best(best: int, step: int, checkpoints: CheckpointManager) -> None:
 
 
 def _peak_memory() -> int:
-    """Bytes, of the rank that needed most."""
+    """Returns the peak resident memory, in bytes, of the rank that used the most."""
     peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return int(peak)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page on a run: its data, its training, what its scores are worth."""
+"""Self-contained HTML page on a run: its data, its training and the quality of its scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from esmm_torchrec.training.importance import Importance
 from esmm_torchrec.training.plots import draw_calibration, points, read_history
 
 MAX_VALUES = 12
-"""Values of a field that are shown, those with the most impressions."""
+"""Maximum number of values of a field on the page; those with the most impressions are shown."""
 
 _CURVE_POINTS = 400
 
@@ -43,11 +43,11 @@ def run_report(
     fields: Mapping[str, FieldValues],
     importances: Sequence[Importance],
 ) -> str:
-    """The page.
+    """Returns the HTML of the page.
 
     Args:
-        fields: by name, the values that figures are shown for.
-        importances: of the features.
+        fields: name → values of a field, for each of which the page shows figures.
+        importances: importances of the features.
     """
     environment = Environment(
         loader=PackageLoader("esmm_torchrec.training"), autoescape=True, undefined=StrictUndefined
@@ -108,7 +108,7 @@ def _inline(figures: Sequence[Figure], title: str) -> list[Markup]:
 
 
 def _spaces(scored: ScoredImpressions) -> list[tuple[str, Prediction, Space]]:
-    """(title, scores, space) of each probability that has finite scores."""
+    """Returns (title, scores, space) of each probability whose scores are finite."""
     found = []
     for probability in scored.tasks.probabilities:
         space = scored.space(probability.task, probability.given)
@@ -127,7 +127,7 @@ def _panel(title: str, **labels: str) -> tuple[Figure, Axes]:
 
 
 def _learning(run: RunFolder, scored: ScoredImpressions) -> list[Figure]:
-    """Loss, AUC and NE of history.jsonl, and what a validation measured of the latter two."""
+    """Plots the loss, AUC and NE of history.jsonl, with the AUC and NE of the validation."""
     lines = read_history(run.history) if run.history.exists() else []
     figure, loss = _panel("training loss", xlabel="step")
     loss.plot(*np.array(points(lines, "loss")).reshape(-1, 2).T, color="tab:gray")

@@ -1,8 +1,8 @@
-"""Figures that follow a model while it trains: the mean loss, and TorchRec's metrics over a window.
+"""Running figures of a training: the mean loss, and TorchRec's metrics over a window.
 
-Updating TorchRec's metrics costs a large part of a training step. Here a step only keeps its
-logits and labels; probabilities and metrics are computed of the whole window at once, when figures
-are asked for.
+Updating TorchRec's metrics in each step would take a large part of the step's time. Here, a step
+only stores its logits and labels; `compute` then computes the probabilities and metrics of the
+whole window at once.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from esmm_torchrec.tasks import TaskChain
 
 
 class _Step(NamedTuple):
-    """What the metrics need to know of the impressions of a step on this rank, each (B,)."""
+    """Inputs of the metrics from one step on this rank, each (B,)."""
 
     logits: dict[str, torch.Tensor]
     labels: dict[str, torch.Tensor]
 
 
 class RunningFigures:
-    """The mean loss since the figures were last computed, and normalised entropy, AUC and
-    calibration of the impressions of the last steps.
+    """Computes the mean loss since its last computation, and the normalised entropy, AUC and
+    calibration of a window of impressions from the last steps.
 
     Args:
-        window_size: impressions over all ranks that the metrics cover, at least one step.
+        window_size: number of impressions in the window over all ranks; it has at least one step.
     """
 
     def __init__(self, ranks: Ranks, tasks: TaskChain, *, window_size: int) -> None:
@@ -47,20 +47,20 @@ class RunningFigures:
         self._earlier_losses: list[float] = []
 
     def add(self, output: TrainOutput) -> None:
-        """Takes the outputs of a step of this rank."""
+        """Adds the outputs of a step on this rank."""
         self._losses.append(output.loss)
-        # Labels may be views of the batch's memory, which a copy does not keep alive.
+        # Labels may be views, which would keep the memory of the whole batch alive.
         labels = {name: value.clone() for name, value in output.labels.items()}
         self._window.append(_Step(dict(output.logits.items()), labels))
         self._trim()
 
     def compute(self) -> dict[str, float]:
-        """The figures, by the names of metrics.json, and "loss"; to be called on every rank.
+        """Computes the figures, named as in metrics.json, and "loss"; to be called on every rank.
 
-        Figures that are not finite are left out: the result is valid JSON.
+        Figures that are not finite are left out, so that the result is valid JSON.
 
         Returns:
-            on rank 0 the figures, on the others an empty dictionary.
+            the figures on rank 0, an empty dictionary on the others.
         """
         losses = self._global_losses()
         self._earlier_losses.clear()
@@ -71,7 +71,7 @@ class RunningFigures:
         return ({"loss": math.fsum(finite) / len(finite)} if finite else {}) | figures
 
     def state_dict(self) -> dict[str, Any]:
-        """The part of this rank, on the CPU; to be called on every rank."""
+        """Returns this rank's losses and window, on the CPU; to be called on every rank."""
         return {
             "losses": self._global_losses(),
             "window": [
@@ -84,12 +84,11 @@ class RunningFigures:
         }
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continues from the states of all ranks of an earlier training, which may have been more
-        or fewer."""
+        """Restores the states of all ranks of an earlier training, whose number may differ."""
         self._earlier_losses = list(states[0]["losses"])
         rank, world_size = self._ranks.rank, self._ranks.world_size
         own, rows = states, slice(rank, None, world_size)
-        if len(states) == world_size:  # to the last bit the sums of an uninterrupted training
+        if len(states) == world_size:  # bitwise the sums of an uninterrupted training
             own, rows = states[rank : rank + 1], slice(None)
 
         def joined(steps: Sequence[Mapping[str, Any]], part: str) -> dict[str, torch.Tensor]:
@@ -109,7 +108,7 @@ class RunningFigures:
             rows -= _rows(self._window.popleft())
 
     def _global_losses(self) -> list[float]:
-        """The loss of each step since the last figures."""
+        """Returns the loss of each step since the last computation, as a mean over ranks."""
         if self._losses:
             losses = torch.stack(self._losses)
             dist.all_reduce(losses)
@@ -124,7 +123,7 @@ class RunningFigures:
         )
         known = probabilities(Logits(logits), self._chain)
         window = model_output(known, labels, labels.get("weight"), tasks=self._chain)
-        # A skipped step has no figures to give.
+        # Skipped steps have no finite outputs.
         finite = torch.stack(list(window.values())).isfinite().all(dim=0)
         window = {name: torch.where(finite, value, 0.0) for name, value in window.items()}
         size = len(finite)

@@ -1,7 +1,7 @@
-"""What is changed about fbgemm's fused kernels, which update tables in the backward pass: what they
-differentiate, and on which threads of a CPU they run.
+"""Changes to fbgemm's fused kernels, which update tables in the backward pass: kernels do not
+differentiate bag weights, and on a CPU they run on several threads.
 
-TorchRec has no options for it, so the kernels are reached through a private attribute.
+TorchRec has no options for these, so the kernels are accessed through a private attribute.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from esmm_torchrec.sharding.planner import Workload, embedding_bag_collections_of
 
 _GROUP = "_batch_key"
-"""The fused parameter by which TorchRec groups tables into kernels, and which it keeps from
+"""Fused parameter by which TorchRec groups tables into kernels. TorchRec does not pass it on to
 fbgemm."""
 
 
 def group_tables(module: nn.Module, num_groups: int, *, workload: Workload) -> None:
     """Divides the tables of each collection into groups of about equal work, each of which becomes
-    a kernel of its own; to be called after `optimizers.fuse_optimizer` and before the module is
-    sharded. Neighbours stay together, so that features keep their order.
+    a separate kernel; to be called after `optimizers.fuse_optimizer` and before the module is
+    sharded. Groups are contiguous, so that features keep their order.
 
     Args:
-        module: with collections that are not sharded yet.
-        num_groups: of each collection.
-        workload: what to expect of a batch.
+        module: module with collections that are not sharded yet.
+        num_groups: number of groups in each collection.
+        workload: expected size of a batch.
     """
     if num_groups == 1:
         return
@@ -54,7 +54,8 @@ def group_tables(module: nn.Module, num_groups: int, *, workload: Workload) -> N
 
 
 def _touched_rows(config: EmbeddingBagConfig, workload: Workload) -> float:
-    """Distinct rows of a table that a batch updates, if its ids were drawn evenly."""
+    """Returns the expected number of distinct table rows that a batch updates, if its ids are drawn
+    uniformly."""
     ids = sum(
         workload.bags_per_rank.get(name, workload.rows_per_rank)
         * workload.mean_ids_per_bag.get(name, 1.0)
@@ -64,17 +65,16 @@ def _touched_rows(config: EmbeddingBagConfig, workload: Workload) -> float:
 
 
 class UpdatesOnThreads:
-    """Runs the backward passes of the fused kernels on a CPU side by side, each on a thread of its
-    own. fbgemm updates tables on one thread, and so does autograd, which runs the backward passes
-    of a device one after the other. They touch different tables, so the result is the same to the
-    last bit.
+    """Runs the backward passes of the fused kernels on a CPU in parallel, each on its own thread.
+    fbgemm updates the tables of a kernel on one thread, and autograd runs the backward passes of a
+    device one after the other. Kernels update different tables, so the result is bitwise the same.
 
-    The update starts as soon as the gradient of a kernel's output is known, and has ended when
+    An update starts as soon as the gradient of the kernel's output is known, and has ended when
     `backward` returns.
 
     Args:
-        model: sharded.
-        num_threads: threads of this process.
+        model: sharded model.
+        num_threads: number of threads of this process.
     """
 
     def __init__(self, model: nn.Module, num_threads: int) -> None:
@@ -84,16 +84,16 @@ class UpdatesOnThreads:
             kernel.register_forward_hook(self._cut)
 
     def _cut(self, _kernel: nn.Module, _inputs: Any, pooled: torch.Tensor) -> torch.Tensor:
-        """Gives the output without its autograd history, which the update keeps."""
+        """Detaches the output from its autograd history, which the update then uses."""
         if not pooled.requires_grad:
             return pooled
-        if self._updates:  # a backward pass failed, and nothing waited for what it had begun
+        if self._updates:  # left by a backward pass that failed
             self._wait()
         output = pooled.detach().requires_grad_()
 
         def update(output: torch.Tensor) -> None:
             if not self._updates:
-                # A private name, which DistributedDataParallel uses as well.
+                # A private attribute, which DistributedDataParallel uses as well.
                 Variable._execution_engine.queue_callback(self._wait)
             gradient, output.grad = output.grad, None
             self._updates.append(self._pool.submit(torch.autograd.backward, pooled, gradient))
@@ -109,10 +109,10 @@ class UpdatesOnThreads:
 
 
 class ConstantBagWeights:
-    """Keeps fbgemm's fused kernels from differentiating bags by the weights of their ids. They do
-    unless configured otherwise, and it costs as much as the update of the tables.
+    """Keeps fbgemm's fused kernels from computing the gradients of id weights. By default they do,
+    which costs as much as the update of the tables.
 
-    TorchRec has no option for it; `check` warns if the hook stops working.
+    TorchRec has no option for this; `check` warns if the hook is not called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -126,7 +126,7 @@ class ConstantBagWeights:
             kernel.register_forward_pre_hook(self._without_gradients, with_kwargs=True)
 
     def check(self) -> None:
-        """Warns if the first step did not call the hook although it has weighted bags."""
+        """Warns if the first step has weighted bags but did not call the hook."""
         if self._expected and not self._fired:
             warnings.warn(
                 "this version of TorchRec differentiates the weights of bags, which makes training "
@@ -151,7 +151,7 @@ class ConstantBagWeights:
 
 
 def _has_fused_shard(collection: ShardedEmbeddingBagCollection) -> bool:
-    """Whether a fused kernel of this rank updates part of a table."""
+    """Returns whether a fused kernel on this rank updates a shard of the collection."""
     parameters = collection.fused_optimizer.params.values()
     return any(value.local_shards() for value in parameters if isinstance(value, ShardedTensor))
 
@@ -159,7 +159,7 @@ def _has_fused_shard(collection: ShardedEmbeddingBagCollection) -> bool:
 def _fused_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
     for collection in model.modules():
         if isinstance(collection, ShardedEmbeddingBagCollection):
-            # TorchRec keeps the look-ups of a collection out of its tree of modules.
+            # TorchRec does not register the lookups of a collection as its submodules.
             for lookup in getattr(collection, "_lookups", ()):
                 for module in lookup.modules():
                     if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):

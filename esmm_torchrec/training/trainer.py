@@ -1,4 +1,4 @@
-"""A train task on its ranks: plan, sharded model, optimiser, and TorchRec's train pipeline."""
+"""Trainer of a train task: plan, sharded model, optimiser, and TorchRec's train pipeline."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Trainer:
     """Shards a train task and trains it.
 
     Args:
-        task: as `models.methods.build_train_task` builds it, tables on the meta device.
-        workload: what the planner should expect.
+        task: result of `models.methods.build_train_task`, with tables on the meta device.
+        workload: expected size of a batch, for the planner.
 
     Raises:
-        PlanError: what the options ask for does not exist or does not fit.
+        PlanError: the sharding of the options does not exist or does not fit.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Trainer:
         workload: Workload,
     ) -> None:
         self.objective = options.parts.objective
-        """What the task is trained for."""
+        """Objective of the training."""
         optimizer = options.sparse_optimizer
         fuse = partial(fuse_optimizer, task, optimizer, lr=options.sparse_lr, device=ranks.device)
         if options.plan is None:
@@ -98,9 +98,9 @@ class Trainer:
         )
 
     def steps(self, reader: BatchReader, num_steps: int) -> Generator[TrainOutput, None, None]:
-        """Trains for at most the rest of the reader's epoch, one step at a time, and advances the
-        reader's position with each. Close the generator to stop early: until it has ended, the
-        model cannot be called."""
+        """Trains for `num_steps`, at most the rest of the reader's epoch, one step per `next`, and
+        advances the reader's position after each step. Close the generator to stop early; the model
+        cannot be called until the generator has ended."""
         self.model.train()
         pipeline = self._pipeline(self.model, self.optimizer, self._device)
         stream = iter(reader)
@@ -113,13 +113,13 @@ class Trainer:
             except GeneratorExit:
                 pipeline.detach()
                 raise
-        # Not after an error: within a step it fails and hides the cause.
+        # Not after an error: within a step, `detach` fails and hides the cause.
         pipeline.detach()
 
 
 class _FiniteStepsPipeline(TrainPipelineSparseDist[ImpressionBatch, TrainOutput]):
-    """Leaves out the backward pass and the update of a step whose loss is not finite on any rank.
-    The fused kernels update tables in the backward pass, so this is decided before it."""
+    """Skips the backward pass and the update of a step if the loss of any rank is not finite. The
+    fused kernels update tables in the backward pass, so the loss is checked before it."""
 
     _finite = True
 

@@ -1,4 +1,4 @@
-"""Held-out impressions of the training split, and what a model reaches on them while it trains."""
+"""Validation: held-out impressions of the training split, measured while a model trains."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from esmm_torchrec.training.loop import Callback, TrainingLoop
 from esmm_torchrec.training.options import ValidationOption
 
 MIN_ROWS_BETWEEN = 1_000_000
-"""Rows to train on between two measurements within a pass, at least."""
+"""Minimum number of training rows between two measurements within a pass."""
 
 MIN_ROWS_PER_HELD_OUT = 4
-"""And at least so many for each held-out row, because measuring one takes a third of the time of
-training on one."""
+"""Minimum number of training rows between two measurements, per held-out row: measuring a row takes
+a third of the time of training on it."""
 
 MAX_MEASUREMENTS_PER_PASS = 10
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A split in two."""
+    """Division of the training split into training rows and held-out rows."""
 
     kept: np.ndarray
-    """int64, rows to train on, ascending."""
+    """Rows to train on, int64, ascending."""
     rows: np.ndarray
-    """int64 (H,), held-out rows, ascending."""
+    """Held-out rows, int64 (H,), ascending."""
 
 
 def hold_out(split: MappedSplit, *, share: float, by: ValidationOption) -> HeldOut:
     """Divides the training split.
 
     Args:
-        share: of the rows to hold out, in (0, 1); met on average (hash), or exceeded by the rows
-            of one timestamp (time).
-        by: how rows are chosen.
+        share: share of the rows to hold out, in (0, 1); it is met on average (hash), or exceeded by
+            at most the rows of one timestamp (time).
+        by: choice of the held-out rows.
 
     Raises:
         DataError: the rows have no timestamps, or one side is empty.
@@ -76,8 +76,8 @@ def hold_out(split: MappedSplit, *, share: float, by: ValidationOption) -> HeldO
 
 
 def mean_normalised_entropy(figures: Mapping[str, Any], tasks: TaskChain) -> float | None:
-    """The figure that decides how long to train: the mean of the normalised entropies of the
-    probabilities that the model gives and that can be measured; None if there is none.
+    """Returns the mean of the normalised entropies of all probabilities that the model predicts and
+    that can be measured; None if there is none. It determines when training stops.
 
     Args:
         figures: "test" of `metrics.report.measure`.
@@ -88,15 +88,15 @@ def mean_normalised_entropy(figures: Mapping[str, Any], tasks: TaskChain) -> flo
 
 
 class Validate(Callback):
-    """Measures on held-out impressions after each pass, and within long passes.
+    """Measures the model on held-out impressions after each pass, and within long passes.
 
-    An id that the rows to train on do not have is the unknown id of its table, as in test data.
+    Ids that do not occur in the training rows are replaced by the unknown id, as in test data.
 
     Args:
         held_out: rows to train on, and rows to measure on.
-        patience: passes after the best one until training stops; None: it does not stop early.
-        shared_features: how a batch carries shared features.
-        average: if given, its weights are measured.
+        patience: number of passes after the best one until training stops; None: no early stopping.
+        shared_features: form of the shared features in a batch.
+        average: average of the weights to measure; None: the model's weights are measured.
         on_best: called with the loop if a measurement is the best so far.
         log: called on rank 0 with the step and the figures of each measurement.
     """
@@ -113,8 +113,8 @@ class Validate(Callback):
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.curve: list[dict[str, Any]] = []
-        """What was measured, on every rank: "step", "epoch" (passes, a fraction within one),
-        "mean_ne", and the figures of `metrics.report.measure`."""
+        """Measurements so far, on every rank: "step", "epoch" (passes, with a fraction within a
+        pass), "mean_ne", and the figures of `metrics.report.measure`."""
         self._split = only_ids_of(split, split, held_out.kept)
         self._rows = held_out.rows
         self._patience = patience
@@ -126,12 +126,12 @@ class Validate(Callback):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The measurement with the lowest mean normalised entropy; None if there is none."""
+        """Measurement with the lowest mean normalised entropy; None if there is none."""
         known = [entry for entry in self.curve if entry["mean_ne"] is not None]
         return min(known, key=lambda entry: entry["mean_ne"], default=None)
 
     def report(self) -> dict[str, Any]:
-        """The figures of the best measurement, and the curve."""
+        """Returns the figures of the best measurement, and the "curve" of all."""
         short = [key for key in (self.curve or [{}])[0] if key.endswith(("_auc", "_ne"))]
         names = ("step", "epoch", *short)
         best = self.best or (self.curve or [{}])[-1]
@@ -152,21 +152,21 @@ class Validate(Callback):
             self._measure(loop)
 
     def on_step(self, loop: TrainingLoop, output: object) -> None:  # noqa: ARG002
-        """Asks for a pause if it is time."""
+        """Requests a pause if a measurement is due."""
         if self._is_due(loop):
             loop.pause()
 
     def on_pause(self, loop: TrainingLoop) -> None:
-        """Measures."""
+        """Measures the model."""
         self._measure(loop)
 
     def on_end(self, loop: TrainingLoop) -> None:
-        """Measures if the last step is within a pass."""
+        """Measures the model if the last step is within a pass."""
         if loop.step == loop.last_step:
             self._measure(loop)
 
     def stop_if_done(self, loop: TrainingLoop) -> None:
-        """Stops at the end of a pass if enough passes in a row improved nothing."""
+        """Stops training at the end of a pass if the last `patience` passes were no improvement."""
         if self._patience is None or not self.curve or not self._pass_ended(loop):
             return
         best = self.best
@@ -174,11 +174,11 @@ class Validate(Callback):
             loop.stop()
 
     def rank_state(self) -> dict[str, Any]:
-        """The curve so far."""
+        """Returns the measurements so far."""
         return {"curve": self.curve}
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continues the curve."""
+        """Restores the measurements."""
         self.curve = list(states[0]["curve"])
 
     def _is_due(self, loop: TrainingLoop) -> bool:
@@ -218,7 +218,7 @@ class Validate(Callback):
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-    """What history.jsonl and TensorBoard keep of a measurement."""
+    """Returns the figures of a measurement that are logged to history.jsonl and TensorBoard."""
     return {
         "epoch": entry["epoch"],
         **{

@@ -1,7 +1,7 @@
-"""Starting a run with the weights and the optimiser state of another one.
+"""Warm start: a run that starts with the weights and the optimiser state of another run.
 
-The data may hold ids that the other run did not know: its tables may be longer, as long as the rows
-of known ids are the same.
+The data may contain ids that the other run did not have: tables may have more rows, as long as the
+known ids keep their rows.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from esmm_torchrec.training.options import TrainOptions
 
 
 def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOptions) -> Path:
-    """The checkpoint with the model of a run, which a new run may start from.
+    """Returns the checkpoint with the model of a run that a new run starts from.
 
     Raises:
-        RunError: the other run has another model or optimiser, no checkpoint yet, or its data mean
-            something else.
+        RunError: the other run has another model or optimiser, no checkpoint yet, or incompatible
+            features or vocabularies.
         DataError: the other run's description of its data cannot be read.
     """
     run = RunFolder.open(path)
@@ -43,11 +43,11 @@ def source_checkpoint(path: Path, dataset: PreparedDataSet, options: TrainOption
 
 
 def with_table_rows(dataset: PreparedDataSet, options: TrainOptions) -> PreparedDataSet:
-    """The data set with tables of as many rows as the options ask for: `table_rows`, and no fewer
-    than in the run to start from.
+    """Returns the data set with the tables enlarged to `table_rows` and to the sizes in the run to
+    start from.
 
     Raises:
-        OptionError: `table_rows` names a table that is not there, or has too few rows for it.
+        OptionError: `table_rows` names a table that does not exist, or has too few rows for it.
         RunError: the run to start from cannot be read.
     """
     rows = {table.name: table.num_embeddings for table in dataset.schema.tables}
@@ -74,7 +74,7 @@ def with_table_rows(dataset: PreparedDataSet, options: TrainOptions) -> Prepared
 
 
 def _check_features(run: RunFolder, dataset: PreparedDataSet) -> None:
-    """Makes sure that every id the run knows has the same row in the data."""
+    """Checks that every id known to the run has the same table row in the data."""
     if _without_sizes(run.schema) != _without_sizes(dataset.schema):
         raise _other_data(run, dataset, "has other features than")
     run.check_preprocessing()
