@@ -1,7 +1,7 @@
 """Conversion models over the entire space of impressions, on TorchRec.
 
-The names below are the public ones; each is imported from its module when it is first used, so that
-`import esmm_torchrec` is quick and a model alone needs neither pyarrow nor pandas.
+The names in `__all__` are the public API. Each is imported from its module on first use, so that
+`import esmm_torchrec` is fast and using only a model requires neither pyarrow nor pandas.
 """
 
 from importlib import import_module

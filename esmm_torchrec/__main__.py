@@ -1,4 +1,4 @@
-"""`python -m esmm_torchrec`, the same as the console script."""
+"""Entry point of `python -m esmm_torchrec`, equivalent to the console script."""
 
 from esmm_torchrec.cli.main import main
 

@@ -1,9 +1,9 @@
-"""ImpressionBatch, the one form in which impressions reach a model.
+"""ImpressionBatch, the form in which impressions reach every model.
 
 Shapes in this file: B impressions, U distinct shared rows (U <= B), D dense features.
 
-Features that many impressions share (a user's history) are carried once per distinct row and
-pooled once; `shared_index` says which row each impression uses:
+Features that many impressions share (such as a user's history) are stored once per distinct row
+and pooled once; `shared_index` maps each impression to its row:
 
     shared bags     0: [7, 2]   1: [5]                 U = 2 users
     shared_index    [0, 0, 1, 0]                       B = 4 impressions: three of user 0, one of 1
@@ -25,7 +25,7 @@ _CLICK, _CONVERSION = DEFAULT_TASKS.labels
 
 
 class NamedTensors(dict[str, torch.Tensor]):
-    """Tensors by name, also as attributes: `logits["click"]` is `logits.click`."""
+    """Tensors by name, also available as attributes: `logits["click"]` is `logits.click`."""
 
     def __getattr__(self, name: str) -> torch.Tensor:
         try:
@@ -37,7 +37,7 @@ class NamedTensors(dict[str, torch.Tensor]):
 
 
 class BatchFeatures(NamedTuple):
-    """The features of B impressions: what a model's `forward` takes. Any field may be absent."""
+    """Features of B impressions, the input of a model's `forward`. Any field may be None."""
 
     sparse_features: KeyedJaggedTensor | None = None
     """B bags per key, ids int32 or int64."""
@@ -48,7 +48,7 @@ class BatchFeatures(NamedTuple):
     shared_weighted_sparse_features: KeyedJaggedTensor | None = None
     """U bags per key, with float32 weights."""
     shared_index: torch.Tensor | None = None
-    """int64 (B,), the shared bag of each impression; None: U is B and bag i is impression i's."""
+    """int64 (B,), index of each impression's shared bags; None: U is B, bag i is impression i's."""
     dense_features: torch.Tensor | None = None
     """float32 (B, D)."""
 
@@ -56,21 +56,21 @@ class BatchFeatures(NamedTuple):
 class ImpressionBatch(Pipelineable):
     """B impressions with their labels, ready for TorchRec's pipelines.
 
-    A row of weight 0 is padding: all its bags are empty. `BatchFeatures` documents the arguments
-    that are not listed here.
+    A row of weight 0 is padding and all its bags are empty. Arguments not listed here are
+    documented in `BatchFeatures`.
 
     Args:
         click: float32 (B,), 0 or 1.
         conversion: float32 (B,), 0 or 1; 1 only where click is 1.
-        labels: instead of click and conversion, for another chain of tasks: label → float32 (B,).
+        labels: label → float32 (B,), in place of click and conversion, for other chains of tasks.
         weight: float32 (B,), weight of each impression in the loss; None: all 1.
         mean_weight: float32 (), the sum of `weight` over all ranks of this step divided by the
-            number of ranks. None: this rank's own sum, which is right on one rank.
-        mean_label_weight: label → float32 (), the same sum over the impressions with that label.
+            number of ranks. None: this rank's own sum, which is correct on a single rank.
+        mean_label_weight: label → float32 (), the same mean over the impressions with that label.
 
     Raises:
-        OptionError: labels are missing or given twice, or a tensor has another shape than (B,),
-            (B, D) or B bags per key, or another dtype.
+        OptionError: labels are missing or given twice, or a tensor does not have the shape (B,) or
+            (B, D), B bags per key, or the right dtype.
 
     Example::
 
@@ -121,22 +121,22 @@ class ImpressionBatch(Pipelineable):
 
     @property
     def click(self) -> torch.Tensor:
-        """float32 (B,), the label of the default chain's first task."""
+        """Label of the default chain's first task, float32 (B,)."""
         return self.labels[_CLICK]
 
     @property
     def conversion(self) -> torch.Tensor:
-        """float32 (B,), the label of the default chain's second task."""
+        """Label of the default chain's second task, float32 (B,)."""
         return self.labels[_CONVERSION]
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Number of impressions, B."""
         return len(next(iter(self.labels.values())))
 
     def _check(self) -> None:
-        """Looks at shapes and dtypes only, which costs microseconds: a label or a weight of shape
-        (B, 1) would broadcast to (B, B) and train something else without an error."""
+        """Checks shapes and dtypes only, which takes microseconds. A label or weight of shape
+        (B, 1) would broadcast to (B, B) and silently change the loss."""
         if not self.labels:
             raise OptionError("a batch needs its labels: click and conversion, or labels")
         first = next(iter(self.labels.values()))
@@ -177,7 +177,7 @@ class ImpressionBatch(Pipelineable):
                 )
 
     def _each(self, change: Callable[[Any], Any]) -> ImpressionBatch:
-        """A batch of what `change` makes of every tensor."""
+        """Applies `change` to every tensor and returns the resulting batch."""
 
         def changed(value: Any) -> Any:
             return None if value is None else change(value)
@@ -194,13 +194,13 @@ class ImpressionBatch(Pipelineable):
         return other
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ImpressionBatch:
-        """The batch on `device`; itself if it is there already."""
+        """Returns the batch on `device`, or the batch itself if it is already there."""
         if next(iter(self.labels.values())).device == device:
             return self
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ImpressionBatch:
-        """The batch in page-locked memory, from which copies to a GPU do not block."""
+        """Returns the batch in page-locked memory, from which copies to a GPU do not block."""
         return self._each(lambda value: value.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:

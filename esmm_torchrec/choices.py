@@ -1,9 +1,9 @@
-"""Literal types and ranges checked at run time, so that a value from Python is checked like one
-from the command line.
+"""Runtime checks of Literal types and ranges, so that values passed from Python are checked like
+those from the command line.
 
-A dataclass calls `check_choices(self)` in its `__post_init__`, and `check_ranges` if a type of its
-fields has a `Range`; a function or a method with Literal parameters is decorated with
-`checks_choices`.
+A dataclass calls `check_choices(self)` in its `__post_init__`, and also `check_ranges` if any of
+its fields is annotated with a `Range`. Functions and methods with Literal parameters are decorated
+with `checks_choices`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Positive = Annotated[int, Range("1 or more", lambda value: value >= 1)]
 
 
 def check_choices(options: object) -> None:
-    """Checks every field of a dataclass whose type has a Literal in it.
+    """Checks every field of a dataclass whose type contains a Literal.
 
     Args:
         options: an instance of the dataclass.
 
     Raises:
-        OptionError: the value of such a field is not one of its choices.
+        OptionError: the value of a field is not one of its choices.
     """
     hints = _hints_with_choices(type(options))
     for field in fields(options):  # pyright: ignore[reportArgumentType]
@@ -54,10 +54,10 @@ def check_ranges(options: object, *, of: str) -> None:
 
     Args:
         options: an instance of the dataclass.
-        of: stands before the names of its fields: "objective" for "objective.click_loss_weight".
+        of: prefix of field names in messages: "objective" for "objective.click_loss_weight".
 
     Raises:
-        OptionError: the value of such a field is not in its range.
+        OptionError: the value of a field is outside its range.
     """
     for name, hint in _hints(type(options)).items():
         for note in getattr(hint, "__metadata__", ()):
@@ -70,7 +70,7 @@ def check_positive(**values: int) -> None:
     """Checks options that must be 1 or more.
 
     Raises:
-        OptionError: one is not.
+        OptionError: a value is below 1.
     """
     for name, value in values.items():
         if value < 1:
@@ -78,10 +78,10 @@ def check_positive(**values: int) -> None:
 
 
 def checks_choices(function: F) -> F:
-    """Decorates a function: its Literal parameters are checked before it is called.
+    """Decorates a function so that its Literal parameters are checked on each call.
 
     Raises:
-        OptionError: on a call, an argument is not one of the choices.
+        OptionError: an argument of a call is not one of the choices.
     """
     parameters = list(inspect.signature(function).parameters)
 
@@ -100,7 +100,7 @@ def checks_choices(function: F) -> F:
 def _hints(owner: Any) -> Mapping[str, Any]:
     hints: dict[str, Any] = {}
     for part in reversed(owner.__mro__) if isinstance(owner, type) else [owner]:
-        # The names of a program that `runpy` ran are gone; those of its base classes are not.
+        # Annotations of a program run by `runpy` may not resolve; those of its base classes do.
         with suppress(NameError):
             hints |= get_type_hints(part, include_extras=True)
     hints.pop("return", None)
@@ -113,7 +113,7 @@ def _hints_with_choices(owner: Any) -> Mapping[str, Any]:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """All choices of the Literals in a type."""
+    """Returns all choices of the Literals in a type."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(choice for part in get_args(hint) for choice in _choices(part))
@@ -129,7 +129,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value may be of a type, as far as the type's Literals say."""
+    """Returns whether a value is compatible with a type, judging by the type's Literals only."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value is part or value == part for part in parts)

@@ -1,4 +1,4 @@
-"""What the library raises for things its user can fix.
+"""Exceptions for errors that the user can fix.
 
     EsmmTorchrecError
     ├── DataError      a raw file, a prepared data set, a column, a row
@@ -7,9 +7,9 @@
     └── RunError       a run folder or a checkpoint in it
 
 Each message is one sentence that names the file, row, column or argument and says what to do.
-Arguments stand in backticks, as a Python caller knows them: `embedding_dim`. The command line
-prints the sentence with options in their place, --embedding-dim, and exits with code 2. An internal
-bug raises AssertionError.
+Arguments are in backticks under their Python names, `embedding_dim`. The command line replaces them
+by its options, --embedding-dim, prints the sentence and exits with code 2. An internal bug raises
+an AssertionError.
 
     KeyboardInterrupt
     └── Interrupted    a training that was interrupted; the message says what is saved
@@ -30,26 +30,26 @@ _OPTIONS = {
     "texts": "text",
     "towers": "tower",
 }
-"""Argument → its option, if that has another name."""
+"""Argument → option, for options whose name differs from the argument's."""
 
 
 def for_command_line(sentence: str) -> str:
-    """A sentence with options for arguments: "--embedding-dim" for "`embedding_dim`"."""
+    """Replaces arguments in a sentence by options: "`embedding_dim`" by "--embedding-dim"."""
     return _ARGUMENT.sub(
         lambda found: f"--{_OPTIONS.get(found[1], found[1]).replace('_', '-')}", sentence
     )
 
 
 class EsmmTorchrecError(Exception):
-    """Base of all errors that the user can fix; its argument is a sentence."""
+    """Base class of all errors that the user can fix; its argument is one sentence."""
 
 
 class DataError(EsmmTorchrecError):
-    """A raw file or a prepared data set is missing, broken, or not what it says it is."""
+    """A raw file or a prepared data set is missing, corrupt, or not of the expected kind."""
 
 
 class OptionError(EsmmTorchrecError, ValueError):
-    """An argument cannot be used, alone or beside the others."""
+    """An argument is invalid, on its own or in combination with others."""
 
 
 class PlanError(EsmmTorchrecError):
@@ -57,15 +57,15 @@ class PlanError(EsmmTorchrecError):
 
 
 class RunError(EsmmTorchrecError):
-    """A run folder cannot be written, read or continued as asked."""
+    """A run folder cannot be written, read or resumed as requested."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training was interrupted; one sentence on what is saved and how to resume.
+    """A training run was interrupted.
 
     Args:
-        sentence: for the user.
-        terminated: whether it was by SIGTERM rather than by Ctrl-C.
+        sentence: the message: what is saved, and how to resume.
+        terminated: whether SIGTERM interrupted it rather than Ctrl-C.
     """
 
     def __init__(self, sentence: str, *, terminated: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""One progress bar for all long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long operations: a bar on a terminal, an occasional plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _PlainLines(tqdm):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # An error is said in one sentence; how far the work came does not belong before it.
+        # An error is reported in one sentence, without a line of progress before it.
         self.disable = self.disable or exc_type is not None
         super().__exit__(exc_type, exc_value, traceback)
 
@@ -37,11 +37,11 @@ class _PlainLines(tqdm):
 
 
 def progress_bar(description: str, total: float | None, unit: str, **options: Any) -> tqdm:
-    """A tqdm bar on stderr; use it as a context manager and call `update(amount)`.
+    """Creates a tqdm bar on stderr; use it as a context manager and call `update(amount)`.
 
     If stderr is not a terminal, it prints a plain line every ten seconds and one at the end, but
-    none after an error.
-    Further `options` are tqdm's own (`disable=True` silences it, on ranks other than 0).
+    none after an error. Further `options` are passed to tqdm (`disable=True` silences ranks other
+    than 0).
     """
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "file": sys.stderr}
     common |= {"dynamic_ncols": True, "unit_scale": True} | options

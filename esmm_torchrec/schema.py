@@ -1,8 +1,8 @@
-"""What the columns of a data set of impressions are.
+"""Schema of the columns of a data set of impressions.
 
-A schema says which id features there are, which embedding table each looks up, and which dense
-features are stored beside them. It knows nothing of files, models or devices; `models.embeddings`
-turns it into EmbeddingBagCollections and `data` turns files into columns that obey it.
+A schema lists the id features, the embedding table that each looks up, and the dense features. It
+is independent of files, models and devices: `models.embeddings` builds EmbeddingBagCollections
+from it, and `data` converts files to columns that conform to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 UNKNOWN_ROW = 0
-"""Row of every table for an id that is rare or was never seen in training."""
+"""Row of every table for ids that are rare or were not seen in training."""
 
 NEVER = 2**63 - 1
 """Conversion time of an impression without a conversion."""
@@ -36,16 +36,16 @@ CollectionName = Literal[
     "shared_sparse_features",
     "shared_weighted_sparse_features",
 ]
-"""The collections that id features are divided into, as a batch and a model's forward call them."""
+"""Name of a collection of id features, in batches and in a model's `forward`."""
 
 
 class CollectionKind(NamedTuple):
-    """What the features of a collection have in common."""
+    """Properties that the features of a collection have in common."""
 
     weighted: bool
-    """Ids carry weights."""
+    """Whether ids have weights."""
     shared: bool
-    """A bag is carried once for all impressions that share it."""
+    """Whether a bag is stored once for all impressions that share it."""
 
 
 COLLECTIONS: dict[CollectionName, CollectionKind] = {
@@ -54,7 +54,7 @@ COLLECTIONS: dict[CollectionName, CollectionKind] = {
     "shared_sparse_features": CollectionKind(weighted=False, shared=True),
     "shared_weighted_sparse_features": CollectionKind(weighted=True, shared=True),
 }
-"""Every collection, in the order in which models take them, with its kind."""
+"""Collection → its kind, in the order of the models' arguments."""
 
 RESERVED_COLUMNS = frozenset(
     {
@@ -70,26 +70,26 @@ RESERVED_COLUMNS = frozenset(
         TRUE_CVR,
     }
 )
-"""Names that neither a feature nor, except for click and conversion, a label may have."""
+"""Names that features cannot have, nor labels, except for click and conversion."""
 
 
 def weight_column(feature: str) -> str:
-    """Name of the column that holds the weights of a weighted id feature."""
+    """Returns the name of the column of weights of a weighted id feature."""
     return f"{feature}__weight"
 
 
 def missing_column(feature: str) -> str:
-    """Name of the dense feature that says whether a dense feature is missing."""
+    """Returns the name of the dense feature that indicates whether a dense feature is missing."""
     return f"{feature}__missing"
 
 
 @dataclass(frozen=True)
 class Table:
-    """One embedding table."""
+    """An embedding table."""
 
     name: str
     num_embeddings: int
-    """Rows, row 0 (unknown) included."""
+    """Number of rows, including row 0 (unknown ids)."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class IdFeature:
     name: str
     table: str
     multi_valued: bool = False
-    """A bag of any number of ids instead of at most one."""
+    """Whether a bag may contain any number of ids instead of at most one."""
     weighted: bool = False
-    """Each id carries a weight; the bag is the weighted sum of its embeddings."""
+    """Whether each id has a weight; bags are then weighted sums of embeddings."""
     shared: bool = False
-    """Stored once for the many impressions that share it (the user side of Ali-CCP)."""
+    """Whether it is stored once for the many impressions that share it (Ali-CCP's user side)."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,15 @@ class Schema:
     """Tables, features and labels of a data set.
 
     Raises:
-        DataError: a name occurs twice, a feature names a table that does not exist, a table has
-            no row or no feature, or a feature has the name of a reserved column or of a label.
+        DataError: a name occurs twice, a feature refers to a table that does not exist, a table
+            has no rows or no feature, or a feature has the name of a reserved column or a label.
     """
 
     tables: tuple[Table, ...]
     id_features: tuple[IdFeature, ...]
     dense_features: tuple[str, ...] = ()
     tasks: TaskChain = DEFAULT_TASKS
-    """The chain of tasks; its labels are columns of the data set."""
+    """Chain of tasks; its labels are columns of the data set."""
 
     def __post_init__(self) -> None:
         table_names = [table.name for table in self.tables]
@@ -151,17 +151,17 @@ class Schema:
 
     @property
     def weighted_tables(self) -> frozenset[str]:
-        """Tables with a weighted feature. `is_weighted` holds for a whole
-        EmbeddingBagCollection, so every feature of such a table is carried with weights."""
+        """Tables with a weighted feature. `is_weighted` applies to a whole
+        EmbeddingBagCollection, so all features of these tables are stored with weights."""
         return frozenset(feature.table for feature in self.id_features if feature.weighted)
 
     @property
     def collections(self) -> dict[CollectionName, tuple[IdFeature, ...]]:
-        """Collection → its features, for the collections that have any.
+        """Collection → its features, without empty collections.
 
-        A shared feature whose table also serves a feature that is not shared belongs to the
-        collection of the latter and is written out for every impression, because a table is in
-        one collection only.
+        If the table of a shared feature is also used by a feature that is not shared, the shared
+        feature is in the latter's collection and expanded for every impression, because a table
+        belongs to one collection only.
         """
         weighted = self.weighted_tables
         own = {feature.table for feature in self.id_features if not feature.shared}
@@ -178,21 +178,21 @@ class Schema:
 
     @property
     def has_shared_features(self) -> bool:
-        """Whether some features are stored once for many impressions."""
+        """Whether any feature is stored once for many impressions."""
         return any(feature.shared for feature in self.id_features)
 
     def table(self, name: str) -> Table:
-        """The table called `name`; KeyError if there is none."""
+        """Returns the table called `name`; raises KeyError if it does not exist."""
         return {table.name: table for table in self.tables}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is its inverse."""
+        """Returns the schema as plain values for JSON; `from_dict` is the inverse."""
         values = asdict(self)
         return values | {"tasks": self.tasks.to_list()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schema:
-        """The schema that `to_dict` wrote."""
+        """Restores a schema from the values of `to_dict`."""
         return cls(
             tables=tuple(Table(**table) for table in values["tables"]),
             id_features=tuple(IdFeature(**feature) for feature in values["id_features"]),

@@ -1,14 +1,14 @@
-"""The chain of tasks that a model learns, as data.
+"""Chain of the tasks that a model learns, as data.
 
-What may happen to an impression happens in order: it is clicked, and a clicked one converts. A
-task is one link of such a chain. From the chain follow the label columns of a data set, the logits
-of a model, the products that are trained over the entire space, and the names of scores and
-metrics; no other part of the library names a label by itself.
+Events follow an impression in order: a click, and a conversion after a click. A task is one link
+of such a chain. The chain determines the label columns of a data set, the logits of a model, the
+products trained over the entire space, and the names of scores and metrics; label names are
+defined nowhere else in the library.
 
     impression → click → conversion                          DEFAULT_TASKS
-    impression → click → cart → order                        a chain of three, defined by its user
-    impression → click → cart                                a chain that branches: an order may
-                       → order                               come with a cart or without
+    impression → click → cart → order                        a user-defined chain of three
+    impression → click → cart                                a chain that branches: an order with
+                       → order                               or without a cart
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Task:
     """
 
     name: str
-    """What happens: "click". Lower-case letters, digits and underscores."""
+    """Name of the event, such as "click"; lower-case letters, digits and underscores."""
     label: str
-    """Column of the prepared data set, 1 if it happened and 0 if not."""
+    """Column of the prepared data set, 1 if the event happened and 0 if not."""
     given: str | None = None
-    """An earlier task of the chain, without which it cannot happen; None for the first."""
+    """Earlier task of the chain, without which this one cannot happen; None for the first."""
     short: str | None = None
     """Established name of P(task | given), such as "ctr"; None: derived from the names."""
     joint_short: str | None = None
@@ -74,28 +74,28 @@ class Task:
 
 
 class TaskProbability(NamedTuple):
-    """A probability that scores and metrics have a name for."""
+    """A probability with a name in scores and metrics."""
 
     name: str
-    """In metrics: "ctr", "cvr", "ctcvr"."""
+    """Name in metrics: "ctr", "cvr", "ctcvr"."""
     column: str
-    """In scores: "pctr", "pcvr", "pctcvr"."""
+    """Column in scores: "pctr", "pcvr", "pctcvr"."""
     task: Task
-    """What it is the probability of, and of all tasks between `given` and it."""
+    """Task whose probability it is, together with all tasks between `given` and this one."""
     given: Task | None
-    """Impressions with this task are the space of the metrics; None: all impressions."""
+    """Task that defines the space of the metrics: the impressions with it; None: all."""
 
 
 RESERVED_NAMES = ("impression",)
-"""metrics.json counts tasks as "clicks" beside "impressions"."""
+"""Names that tasks cannot have; metrics.json counts "impressions" next to "clicks"."""
 
 
 @dataclass(frozen=True)
 class TaskChain(Sequence[Task]):
     """Tasks in the order in which they happen.
 
-    A task is usually given the one before it. It may be given an earlier one instead: the chain
-    then branches, and both tasks may happen after that one, with or without the other.
+    A task is usually conditional on the task before it. If it is conditional on an earlier task,
+    the chain branches: either or both of the two tasks may follow that earlier one.
 
     Example::
 
@@ -105,8 +105,8 @@ class TaskChain(Sequence[Task]):
         )
 
     Raises:
-        OptionError: there is no task, a name or label is malformed or occurs twice, the first task
-            is given another, or another is not given one before it.
+        OptionError: there are no tasks, a name or label is malformed or occurs twice, the first
+            task is conditional on another, or a later task is not conditional on an earlier one.
     """
 
     tasks: tuple[Task, ...]
@@ -140,10 +140,11 @@ class TaskChain(Sequence[Task]):
 
     @classmethod
     def of(cls, *names: str) -> TaskChain:
-        """The chain of the tasks called so, each with a label of its name.
+        """Builds a chain of tasks from their names; each label has the name of its task.
 
         Args:
-            names: in order; "order:click" is given "click" instead of the task before it.
+            names: names in order; "order:click" is conditional on "click" instead of the task
+                before it.
 
         Example::
 
@@ -153,7 +154,7 @@ class TaskChain(Sequence[Task]):
             `DEFAULT_TASKS` for "click" and "conversion".
 
         Raises:
-            OptionError: as the class.
+            OptionError: the chain is not valid, see the class.
         """
         if names == DEFAULT_TASKS.names:
             return DEFAULT_TASKS
@@ -180,34 +181,34 @@ class TaskChain(Sequence[Task]):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Label columns, in order. A label is at most that of the task it is given."""
+        """Label columns, in order. A label is at most the label of its task's `given`."""
         return tuple(task.label for task in self.tasks)
 
     @property
     def links(self) -> tuple[tuple[Task, Task], ...]:
-        """(a task, the one it is given) for each task after the first, in order."""
+        """Pairs (task, the task it is conditional on) for all tasks after the first, in order."""
         return tuple((task, self.task(task.given)) for task in self.tasks if task.given is not None)
 
     def task(self, name: str) -> Task:
-        """The task called `name`; KeyError if there is none."""
+        """Returns the task called `name`; raises KeyError if it does not exist."""
         return {task.name: task for task in self.tasks}[name]
 
     def given(self, task: Task) -> Task | None:
-        """The task that `task` is given, None for the first."""
+        """Returns the task that `task` is conditional on, or None for the first."""
         return None if task.given is None else self.task(task.given)
 
     def prefix(self, task: Task) -> tuple[Task, ...]:
-        """The task that `task` is given, what that one is given and so on, first things first, and
-        `task`: those whose probabilities multiply to its joint one."""
+        """Returns all tasks that `task` is conditional on, directly or indirectly, in order, and
+        `task` itself: the tasks whose probabilities multiply to its joint probability."""
         before = self.given(task)
         return (task,) if before is None else (*self.prefix(before), task)
 
     def happened(self, labels: Mapping[str, Values]) -> dict[str, Values]:
-        """By name of each task, whether it and all tasks of its prefix happened, as the product of
-        their labels: a task does not count without those it is given.
+        """Returns, by task name, whether a task and all others of its prefix happened: the product
+        of their labels, because a task does not count without the tasks it is conditional on.
 
         Args:
-            labels: by label of the tasks; booleans, or numbers 0 and 1.
+            labels: label → booleans, or numbers 0 and 1.
         """
         found: dict[str, Values] = {}
         for task in self.tasks:
@@ -217,7 +218,7 @@ class TaskChain(Sequence[Task]):
 
     @property
     def probabilities(self) -> tuple[TaskProbability, ...]:
-        """Task by task, P(task | given), then P(task and all tasks before it)."""
+        """P(task | given) and then P(task and all tasks before it), task by task."""
         found = []
         for task in self.tasks:
             found.append(TaskProbability(task.rate, task.score, task, self.given(task)))
@@ -226,7 +227,8 @@ class TaskChain(Sequence[Task]):
         return tuple(found)
 
     def describe(self, probability: TaskProbability) -> str:
-        """For tables and plots: "click", "conversion if click", "click and conversion"."""
+        """Describes a probability for tables and plots: "click", "conversion if click", "click and
+        conversion"."""
         task, given = probability.task, probability.given
         if given is not None:
             return f"{task.name} if {given.name}"
@@ -234,16 +236,16 @@ class TaskChain(Sequence[Task]):
 
     @property
     def out_of_order(self) -> str:
-        """What rows are called in which a task happened without the one it is given."""
+        """Description of rows in which a task happened without the task it is conditional on."""
         return ", ".join(f"{task.name}s without a {before.name}" for task, before in self.links)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for JSON; `from_list` is its inverse."""
+        """Returns the tasks as plain values for JSON; `from_list` is the inverse."""
         return [asdict(task) for task in self.tasks]
 
     @classmethod
     def from_list(cls, values: Sequence[Mapping[str, Any]]) -> TaskChain:
-        """The chain that `to_list` wrote."""
+        """Restores a chain from the values of `to_list`."""
         return cls(tuple(Task(**task) for task in values))
 
 
@@ -253,4 +255,4 @@ DEFAULT_TASKS = TaskChain(
         Task("conversion", "conversion", given="click", short="cvr", joint_short="ctcvr"),
     )
 )
-"""impression → click → conversion, with the literature's names: CTR, CVR and CTCVR."""
+"""The chain impression → click → conversion, with the literature's CTR, CVR and CTCVR."""
