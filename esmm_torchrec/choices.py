@@ -23,11 +23,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Range:
-    """Values that a field may have, as a note of its type."""
+    """Range of valid values of a field, as metadata of an `Annotated` type."""
 
     words: str
-    """Description of the values, for the error message."""
+    """Description of the valid values, for the error message."""
     holds: Callable[[Any], bool]
+    """Predicate that is true for valid values."""
 
 
 NotNegative = Annotated[float, Range("0 or more", lambda value: value >= 0)]
