@@ -1,4 +1,4 @@
-"""A file or a folder appears under its name only when all of it is on the disk."""
+"""Durable writes: a file or folder gets its final name only once all of it is on disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Renames a folder, its content synchronised first, so that a power failure leaves either the
-    whole folder or none."""
+    """Synchronises the content of a folder to disk and renames it, so that a power failure leaves
+    either the whole folder or none."""
     for folder, _, files in os.walk(partial):
         for name in files:
             synchronise(Path(folder, name))
@@ -18,7 +18,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Gives a file a new content; whoever opens it reads the old one or the new one."""
+    """Replaces the content of a file atomically and durably: readers see the old or the new one."""
     partial = partial_file(path)
     write_durably(partial, content)
     partial.rename(path)
@@ -26,7 +26,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def partial_file(path: Path) -> Path:
-    """Where `replace_file` writes before it renames."""
+    """Returns the path to which `replace_file` writes before it renames."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -37,7 +37,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
 
 def synchronise(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""State of a run on disk."""
+"""Checkpoints of a run and their manager."""

@@ -1,15 +1,15 @@
-"""The files of checkpoints on disk.
+"""Files of checkpoints on disk.
 
     checkpoints/
-        best.json                 the step of the best checkpoint, if one was marked
+        best.json                 step of the best checkpoint, if one was marked
         step-00001234/
             checkpoint.json       step, reader position and the like; size and CRC-32 of each file
             .metadata, *.distcp   weights and optimiser state, torch.distributed.checkpoint's files
             rank-00000.pt         state that belongs to one rank
 
 A checkpoint is written as `step-*.partial`, flushed to disk and then renamed, so every folder with
-a final name is complete. `step-*.removed` is one that is being deleted, and `step-*.replaced` one
-whose step has been saved again.
+a final name is complete. `step-*.removed` is a checkpoint that is being deleted, and
+`step-*.replaced` a checkpoint whose step has been saved again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step → complete checkpoint, ascending."""
+    """Returns step → folder of the complete checkpoints, in ascending order."""
     found = {
         int(path.name.removeprefix(_PREFIX)): path
         for path in folder.glob(f"{_PREFIX}*")
@@ -43,7 +43,7 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
-    """The checkpoint of a step, or the last one; None if there is none at all.
+    """Returns the checkpoint of a step, or the last one; None if the folder has no checkpoint.
 
     Raises:
         RunError: there is no checkpoint of that step.
@@ -58,32 +58,32 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
 
 
 def model_checkpoint(folder: Path, step: int | None = None) -> Path | None:
-    """The checkpoint that holds the model of a run: that of a step, or the best one if one is
-    marked, or the last one; None if there is none at all.
+    """Returns the checkpoint with the model of a run: that of a step, or the best one if one is
+    marked, or the last one; None if the folder has no checkpoint.
 
     Raises:
-        RunError: there is no checkpoint of that step, or the mark of the best one is damaged.
+        RunError: there is no checkpoint of that step, or best.json is damaged.
     """
     return find_checkpoint(folder, find_best(folder) if step is None else step)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """Returns the path of the checkpoint of a step, which need not exist."""
     return folder / f"{_PREFIX}{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps that a checkpoint was written after."""
+    """Returns the number of steps after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file with the state of one rank."""
+    """Returns the name of the file with the state of one rank."""
     return f"rank-{rank:05d}.pt"
 
 
 def written_by(path: Path, rank: int) -> dict[str, tuple[int, int]]:
-    """Name → (bytes, CRC-32) of the files that a rank wrote to a checkpoint."""
+    """Returns name → (bytes, CRC-32) of the files that a rank wrote to a checkpoint."""
     own = [rank_file(rank), *([".metadata"] if rank == 0 else [])]
     files = [path / name for name in own if (path / name).exists()]
     files += path.glob(f"__{rank}_*.distcp")
@@ -97,7 +97,8 @@ def complete(
     description: Mapping[str, Any],
     files: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Gives a checkpoint its description and its final name; what had that name is removed."""
+    """Writes the description of a checkpoint and renames it to its final name, replacing an
+    existing checkpoint."""
     body = {"format_version": FORMAT_VERSION, **description, "files": dict(sorted(files.items()))}
     write_durably(
         partial / _DESCRIPTION,
@@ -114,7 +115,7 @@ def complete(
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What `complete` was given as the description, and "files".
+    """Returns the description that was passed to `complete`, and "files".
 
     Raises:
         RunError: it cannot be read or was changed.
@@ -150,7 +151,7 @@ def check_files(
 
 
 def broken(path: Path, reason: str) -> RunError:
-    """The error for a checkpoint that cannot be used."""
+    """Returns the error for a checkpoint that cannot be used."""
     return RunError(
         f"checkpoint {path} is damaged or belongs to another model ({reason}); delete it to resume "
         "from an earlier one, or train again"
@@ -158,16 +159,16 @@ def broken(path: Path, reason: str) -> RunError:
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint if it exists. It loses its name first, so that an interrupted deletion
-    does not leave a part of it that is taken for the whole."""
+    """Deletes a checkpoint if it exists. It is renamed first, so that what an interrupted deletion
+    leaves is not mistaken for a complete checkpoint."""
     if path.exists():
         removed = path.rename(path.with_name(f"{path.name}.removed"))
         shutil.rmtree(removed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what interrupted saves and deletions left. A checkpoint that was about to be replaced
-    gets its name back."""
+    """Deletes the remains of interrupted saves and deletions. A checkpoint whose replacement was
+    interrupted gets its name back."""
     for path in folder.glob(f"{_PREFIX}*.replaced"):
         if not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
@@ -198,15 +199,15 @@ def mark_best(folder: Path, step: int) -> None:
 
 
 def unmark_best(folder: Path) -> None:
-    """Makes the last checkpoint the model again."""
+    """Deletes the mark of the best checkpoint, so that the last one is the model again."""
     (folder / _BEST).unlink(missing_ok=True)
 
 
 def find_best(folder: Path) -> int | None:
-    """The step of the best checkpoint; None if none is marked.
+    """Returns the step of the best checkpoint; None if none is marked.
 
     Raises:
-        RunError: it is not clear which one is marked.
+        RunError: best.json is damaged.
     """
     try:
         content = json.loads((folder / _BEST).read_text())

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run, written by all ranks and read by any number of them.
+"""Checkpoints of a training run, written by all ranks and read on any number of ranks.
 
 Example::
 
@@ -46,18 +46,19 @@ from esmm_torchrec.sharding.process_group import COLLECTIVE_TIMEOUT, Ranks, on_e
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What a checkpoint holds beside the model and its optimiser."""
+    """Content of a checkpoint other than the state of the model and its optimiser."""
 
     path: Path
     step: int
-    """Steps done when it was written."""
+    """Number of steps done when the checkpoint was written."""
     progress: Mapping[str, Any]
-    """As `CheckpointManager.save` was given it."""
+    """`progress` that was passed to `CheckpointManager.save`."""
     num_ranks: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote the checkpoint."""
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
-        """The `rank_state` that one of the ranks saved, tensors on the CPU; None if it saved none.
+        """Returns the `rank_state` that a rank saved, with tensors on the CPU; None if it saved
+        none.
 
         Args:
             rank: one of the `num_ranks` that wrote the checkpoint.
@@ -71,15 +72,15 @@ class LoadedCheckpoint:
 class CheckpointManager:
     """Saves, finds, loads and prunes the checkpoints in one folder.
 
-    Every rank must make one, and call its methods in the same order as the others.
+    Every rank must create a manager, and call its methods in the same order as the other ranks.
 
     Args:
-        folder: of all checkpoints; made by the first save.
+        folder: folder of all checkpoints; created by the first save.
         ranks: this process among the others.
-        keep_last: number of checkpoints to keep; None keeps all. The best one is kept in any case.
-        asynchronous: whether `save` returns once the state has been copied to host memory, and a
-            thread writes it. The copy takes as much host memory as this rank's part of the weights
-            and of the optimiser's state, from `save` until the checkpoint is complete.
+        keep_last: number of checkpoints to keep; None keeps all. The best one is always kept.
+        asynchronous: whether `save` returns once the state has been copied to host memory, while a
+            thread writes it. Until the checkpoint is complete, the copy takes as much host memory
+            as this rank's part of the weights and of the optimiser state.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class CheckpointManager:
         self.folder = folder
         self._ranks = ranks
         self._keep_last = keep_last
-        self._earlier_steps = 0  # of the optimiser, in the run that this one started from
-        # Collectives of the thread must not mix with those of training.
+        self._earlier_steps = 0  # optimiser steps in the run that this one started from
+        # The thread has its own group, so that its collectives do not mix with those of training.
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
             group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -103,8 +104,8 @@ class CheckpointManager:
         self._writing: Future[None] | None = None
 
     def find(self, step: int | None = None) -> Path | None:
-        """The checkpoint of a step, or the last one; None if there is none at all. Every rank gets
-        the answer of rank 0.
+        """Returns the checkpoint of a step, or the last one; None if there is no checkpoint. Every
+        rank returns the result of rank 0.
 
         Raises:
             RunError: there is no checkpoint of that step.
@@ -128,29 +129,29 @@ class CheckpointManager:
     ) -> None:
         """Saves the state after `step` steps.
 
-        A checkpoint of the same step is replaced once the new one is complete, not before.
+        A checkpoint of the same step is replaced only once the new one is complete.
 
         Args:
             step: number of steps done.
-            model: sharded.
-            optimizer: of the model.
+            model: sharded model.
+            optimizer: optimiser of the model.
             progress: JSON values that do not depend on the rank, such as the reader's position;
                 those of rank 0 are saved.
             rank_state: tensors, numbers, strings and containers of them that belong to this rank,
                 such as its part of a metric's window.
-            best: whether this is the best checkpoint so far, which is never pruned. The one that
-                was the best until now is pruned like any other.
+            best: whether this is the best checkpoint so far, which is never pruned. The previous
+                best checkpoint is pruned like any other.
 
         Raises:
             RunError: this checkpoint, or the one saved asynchronously before it, cannot be written.
-                Those written earlier are as they were.
+                Earlier checkpoints are unchanged.
         """
         self.wait()
         state: State = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         buffer = io.BytesIO()
         if rank_state is not None:
             torch.save(dict(rank_state), buffer)
-        # The form that reading the file gives, of which the checksum is taken.
+        # Convert to the values that reading the file returns: the checksum is computed from them.
         description = json.loads(
             json.dumps(
                 {
@@ -183,16 +184,16 @@ class CheckpointManager:
     ) -> LoadedCheckpoint:
         """Loads a checkpoint into a sharded model and its optimiser.
 
-        Placement, kernels and number of ranks may differ from those it was written with.
+        The placement, the kernels and the number of ranks may differ from those at saving.
 
         Args:
-            checkpoint: as `find` returns it.
-            model: its weights are overwritten.
-            optimizer: of the model; its state and its count of steps are overwritten.
+            checkpoint: result of `find`.
+            model: sharded model, whose weights are overwritten.
+            optimizer: optimiser of the model, whose state and step count are overwritten.
 
         Raises:
-            RunError: it cannot be read, belongs to another model, or holds an optimiser state whose
-                form depends on the placement.
+            RunError: the checkpoint cannot be read, belongs to another model, or contains an
+                optimiser state whose shape depends on the placement and does not match.
         """
         found = load_state(checkpoint, model=model, optimizer=optimizer)
         self._earlier_steps = found["optimizer_step"] - found["step"]
@@ -201,13 +202,13 @@ class CheckpointManager:
     def start_from(
         self, checkpoint: Path, *, model: DistributedModelParallel, optimizer: CombinedOptimizer
     ) -> None:
-        """Starts a run with the weights and the optimiser state of another one, whose tables may
-        have fewer rows: the first rows are loaded, the others keep what they have.
+        """Starts a run with the weights and the optimiser state of another run, whose tables may
+        have fewer rows: the first rows are loaded, the others keep their values.
 
         Args:
-            checkpoint: of the other run.
-            model: its weights are overwritten.
-            optimizer: of the model; its state is overwritten, and its count of steps continues.
+            checkpoint: checkpoint of the other run.
+            model: sharded model, whose weights are overwritten.
+            optimizer: optimiser of the model, whose state is overwritten; its step count continues.
 
         Raises:
             RunError: as `load`.
@@ -234,9 +235,9 @@ class CheckpointManager:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Waits for the last checkpoint, which is complete or does not exist after an error. Of
-        several ranks, another may have ended, and then the thread would wait for it: it is left to
-        end with the process."""
+        """Waits for the last checkpoint; after an error, it is either complete or does not exist.
+        After an error on several ranks, it does not wait, as the thread could wait forever for a
+        rank that has ended; the thread then ends with the process."""
         if error is None:
             self.wait()
         elif self._writing is not None and self._ranks.world_size == 1:
@@ -250,7 +251,7 @@ class CheckpointManager:
         *,
         best: bool,
     ) -> None:
-        """Writes one checkpoint; a collective of all ranks with the same outcome on all of them."""
+        """Writes a checkpoint; a collective operation with the same outcome on all ranks."""
         final = files.checkpoint_path(self.folder, description["step"])
         partial = final.with_name(f"{final.name}.partial")
 

@@ -1,4 +1,4 @@
-"""The state of a sharded model and its optimiser: copied to host memory, written, loaded."""
+"""State of a sharded model and its optimiser: copies it to host memory and loads it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ State = dict[str, Any]
 
 
 def host_copy(value: Any) -> Any:
-    """A copy of a state that does not change when training continues, its tensors in host memory.
+    """Copies a state, with its tensors in host memory, so that further training does not change it.
 
     Args:
         value: nested dicts, lists and tuples of tensors, ShardedTensors and other values.
@@ -76,11 +76,11 @@ def _on_host(placement: Any) -> _remote_device:
 
 
 class _GrowingTables(DefaultLoadPlanner):
-    """Loads tables and their optimiser state into longer ones, whose further rows stay as they
-    are.
+    """Loads tables and their optimiser state into tables with more rows, whose additional rows
+    remain unchanged.
 
     Args:
-        sizes: of the whole tensors to load into, by their names in the checkpoint.
+        sizes: name in the checkpoint → size of the whole tensor to load into.
     """
 
     def __init__(self, sizes: Mapping[str, torch.Size]) -> None:
@@ -100,7 +100,7 @@ class _GrowingTables(DefaultLoadPlanner):
             if not isinstance(entry, TensorStorageMetadata) or _TABLE not in name:
                 continue
             if size[1:] == entry.size[1:] and size[0] > entry.size[0]:
-                # What is read of the files follows from their chunks, which are unchanged.
+                # The chunks, which determine what is read from the files, are unchanged.
                 entries[name] = replace(entry, size=size)
         super().set_up_planner(
             state_dict, replace(metadata, state_dict_metadata=entries), is_coordinator
@@ -108,7 +108,7 @@ class _GrowingTables(DefaultLoadPlanner):
 
 
 def _sizes(state: State) -> dict[str, torch.Size]:
-    """Sizes of the whole tensors of a state, by their names in a checkpoint."""
+    """Returns name in a checkpoint → size of the whole tensor, for all tensors of a state."""
     sizes = {f"model.{key}": _size(tensor) for key, tensor in state["model"].items()}
     for key, tensors in state["optimizer"]["state"].items():
         for name, tensor in tensors.items():
@@ -126,10 +126,10 @@ def load_state(
     """Loads a checkpoint into a sharded model and its optimiser; every rank must call it.
 
     Args:
-        model: its weights are overwritten.
-        optimizer: of the model; its state and its count of steps are overwritten.
-        tables_may_grow: whether tables may have more rows than in the checkpoint; the further rows
-            keep their weights and have no optimiser state yet.
+        model: sharded model, whose weights are overwritten.
+        optimizer: optimiser of the model, whose state and step count are overwritten.
+        tables_may_grow: whether tables may have more rows than in the checkpoint; the additional
+            rows keep their weights and have no optimiser state yet.
 
     Returns:
         the description of the checkpoint.
@@ -138,27 +138,27 @@ def load_state(
         RunError: as `CheckpointManager.load`.
     """
     description, *_ = on_every_rank(lambda: _checked(path, collective=True))
-    optimizer.init_state()  # dcp skips what is not there
+    optimizer.init_state()  # torch.distributed.checkpoint skips missing state
     state: State = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     on_every_rank(lambda: _check_forms(state, path))
     planner = _GrowingTables(_sizes(state)) if tables_may_grow else None
     _load(state, path, collective=True, planner=planner)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    # fbgemm's Adam corrects its bias by a count of its own, which is not part of its state.
+    # fbgemm's Adam corrects its bias with its own step count, which is not part of its state.
     optimizer.set_optimizer_step(description["optimizer_step"])
     return description
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Loads the weights alone.
+    """Loads only the weights.
 
     Args:
-        model: a sharded model, which every rank must load together; or any other module, which
-            this process loads by itself.
+        model: a sharded model, which all ranks must load together; or any other module, which this
+            process loads independently.
 
     Raises:
-        RunError: they cannot be read, or belong to another model.
+        RunError: the weights cannot be read, or belong to another model.
     """
     collective = isinstance(model, DistributedModelParallel)
     if collective:
@@ -171,7 +171,7 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 
 def _checked(path: Path, *, collective: bool) -> dict[str, Any]:
-    """The description of a checkpoint, whose files are intact."""
+    """Checks the files of a checkpoint and returns its description."""
     description = read_description(path)
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if collective else (0, 1)
     check_files(path, description["files"], rank=rank, num_ranks=num_ranks)
@@ -179,27 +179,27 @@ def _checked(path: Path, *, collective: bool) -> dict[str, Any]:
 
 
 def _check_forms(state: State, path: Path) -> None:
-    """Makes sure that all of an optimiser's state was saved in the size it has here, which column
-    shards may change.
+    """Checks that all of an optimiser's state was saved in the size it has here, which may depend
+    on column shards.
 
     Raises:
-        RunError: it was not; names the first table.
+        RunError: a size differs; the message names the first such table.
     """
     try:
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling makes of a damaged file
+    except Exception as error:  # unpickling a damaged file may raise anything
         raise broken(path, f".metadata: {type(error).__name__}") from error
     for key, tensors in sorted(state["optimizer"]["state"].items()):
         weight = saved.get(f"model.{key}")
         if not isinstance(weight, TensorStorageMetadata):
             continue
         if key not in state["model"] or weight.size[1:] != _size(state["model"][key])[1:]:
-            continue  # another model, which `_load` reports
+            continue  # another model: `_load` reports it
         rows, rows_here = weight.size[0], _size(state["model"][key])[0]
         for name, tensor in tensors.items():
             entry = saved.get(f"optimizer.state.{key}.{name}")
             if not isinstance(entry, TensorStorageMetadata) or not len(entry.size):
-                continue  # a number of the whole optimiser
+                continue  # a scalar of the whole optimiser
             per_row, per_row_here = entry.size[0] / rows, _size(tensor)[0] / rows_here
             table = key.removesuffix(".weight").rpartition(".")[2]
             if rows != rows_here and per_row != 1:
@@ -219,7 +219,7 @@ def _check_forms(state: State, path: Path) -> None:
 
 
 def _size(tensor: torch.Tensor) -> torch.Size:
-    """Of the whole tensor."""
+    """Returns the size of the whole tensor, also if it is sharded."""
     return tensor.metadata().size if isinstance(tensor, ShardedTensor) else tensor.size()
 
 
@@ -236,7 +236,7 @@ def _load(
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Keeps torch from logging tracebacks of the errors that it then raises."""
+    """Keeps torch from logging tracebacks of errors that it raises anyway."""
     logged = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -246,10 +246,10 @@ def quiet_torch() -> Iterator[None]:
 
 
 def reason(error: CheckpointException | OSError) -> str:
-    """What went wrong on the first rank that failed.
+    """Returns the reason of the error on the first rank that failed.
 
     Raises:
-        KeyboardInterrupt: it was an interrupt; torch treats that as an error like any other.
+        KeyboardInterrupt: a rank was interrupted; torch treats an interrupt like any other error.
     """
     failures: list[BaseException] = [error]
     if isinstance(error, CheckpointException):
@@ -259,7 +259,7 @@ def reason(error: CheckpointException | OSError) -> str:
             raise KeyboardInterrupt from error
     if isinstance(failures[0], OSError) and failures[0].strerror:
         return failures[0].strerror.lower()
-    if "inline_container" in str(failures[0]):  # torch forgets what the system said
+    if "inline_container" in str(failures[0]):  # torch drops the system's message
         return "a file was cut short"
     first, *_ = re.split(r"[.;] ", " ".join(str(failures[0]).split()))
     return first.rstrip(".") or type(failures[0]).__name__

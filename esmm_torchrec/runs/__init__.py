@@ -1,1 +1,1 @@
-"""Training runs: their folders, and their trained models."""
+"""Training runs: run folders and their trained models."""

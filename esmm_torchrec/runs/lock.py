@@ -1,4 +1,4 @@
-"""At most one training per run folder."""
+"""Lock that allows at most one training per run folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from esmm_torchrec.errors import RunError
 
 LOCK = ".lock"
-"""Name of the lock in a run folder."""
+"""Name of the lock file in a run folder."""
 
 
 class RunLock:
-    """The lock of a run folder, held by rank 0 of a training.
+    """Lock of a run folder, held by rank 0 of a training.
 
-    The system releases it when the process that holds it ends, in whatever way.
+    The operating system releases it when the holding process ends, even if it is killed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,17 +24,17 @@ class RunLock:
         self._descriptor: int | None = None
 
     def check(self) -> None:
-        """Makes sure that no other process holds the lock.
+        """Checks that no other process holds the lock.
 
         Raises:
-            RunError: one does.
+            RunError: another process holds it.
         """
         if self._path.exists():
             self.acquire()
             self.close()
 
     def acquire(self) -> None:
-        """Takes the lock; the folder must exist.
+        """Acquires the lock; the folder must exist.
 
         Raises:
             RunError: another process holds it.
@@ -54,7 +54,7 @@ class RunLock:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, self._holder().encode(), 0)
                 self._descriptor = descriptor
-            else:  # its holder has just removed it
+            else:  # the previous holder has just removed the file
                 os.close(descriptor)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A trained model back from its run folder, on any number of ranks."""
+"""Restores a trained model from its run folder on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def restore(
     sharding: ShardingOption = "auto",
     step: int | None = None,
 ) -> DistributedModelParallel:
-    """The train task of a run with its trained weights, placed anew for these ranks; every rank
-    must call it.
+    """Restores the train task of a run with its trained weights, sharded for these ranks; every
+    rank must call it.
 
     Args:
-        run: the folder of the run.
-        ranks: this process among the others; they need not be as many as in training.
-        batch_size: impressions per rank and step, which the planner counts with.
-        sharding: how tables are placed; "auto" leaves it to TorchRec's planner.
-        step: of the checkpoint; None: the best one if validation chose one, else the last one.
+        run: folder of the run.
+        ranks: this process among the others; their number may differ from that in training.
+        batch_size: impressions per rank and step, for the planner.
+        sharding: sharding type of the tables; "auto" leaves the choice to TorchRec's planner.
+        step: step of the checkpoint; None: the best one if validation chose one, else the last one.
 
     Returns:
         the sharded task, ready for `predict` or `score_split`.
 
     Raises:
-        RunError: the run has no checkpoint, or not the one asked for, or it is broken.
+        RunError: the run has no checkpoint, or none of this step, or the checkpoint is broken.
         PlanError: the tables do not fit.
     """
     checkpoint = run.model_checkpoint(step)

@@ -1,17 +1,17 @@
-"""The folder of one run.
+"""Folder of a run.
 
-config.json        what makes the run what it is ("identity"), its latest options, and "history":
+config.json        options that identify the run ("identity"), its latest options, and "history":
                    for the start and each time it was resumed, the step, the options that may
-                   differ, the data and the placement
-history.jsonl      one line now and then while training
-metrics.json       what the trained model measures on the test split
+                   change, the data and the ranks
+history.jsonl      figures logged while training, a line every few steps
+metrics.json       metrics of the trained model on the test split
 preprocessing/     the data set's description and vocabularies, to score new rows
-passes.json        what a search for the number of passes found, if there was one
-pctr.npz           the pCTR by which a method chose its clicked rows, if it needs one
-plan.json          where each table was
+passes.json        result of the search for the number of passes, if there was one
+pctr.npz           pCTR by which a method chose its clicked rows, if it needs one
+plan.json          sharding plan
 checkpoints/       see `checkpoints.files`
 tensorboard/  plots/
-.lock              while a training writes to the folder
+.lock              exists while a training writes to the folder
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ FORMAT_VERSION = 2
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
 PASSES = "passes.json"
-"""File with what a search for the number of passes found."""
+"""File with the result of the search for the number of passes."""
 
 CALIBRATION = "calibration.json"
-"""File of a run that 'calibrate' writes."""
+"""File that 'calibrate' writes to a run folder."""
 
 _DESCRIPTION = "dataset.json"
-"""Of a prepared data set."""
+"""File with the description of a prepared data set."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunFolder:
         """Opens the folder of a run.
 
         Raises:
-            RunError: it is not a run folder, or this version cannot read it.
+            RunError: `path` is not a run folder, or this version cannot read it.
         """
         path = Path(path)
         try:
@@ -90,17 +90,17 @@ class RunFolder:
 
     @classmethod
     def find(cls, path: Path | str, config: Mapping[str, Any], *, resume: str) -> RunFolder | None:
-        """The run to resume in a folder, or None if one may start there.
+        """Returns the run to resume in a folder, or None if a run may start there.
 
         Args:
-            path: the folder, which need not exist.
-            config: of this run; its "identity" and "schema" say what makes two runs the same, the
-                last entry of "history" what else is as before.
-            resume: "never" accepts an empty folder only, "auto" also a run of the same identity,
-                a number only one with a checkpoint of that step.
+            path: folder, which need not exist.
+            config: config of this run, whose "identity" must match that of a run in the folder; the
+                last entry of "history" names the data.
+            resume: "never" accepts only an empty folder, "auto" also a run with the same identity,
+                a number only a run with a checkpoint of that step.
 
         Raises:
-            RunError: the folder holds something else.
+            RunError: the folder contains something else.
         """
         path = Path(path)
         if (path / _CONFIG).exists():
@@ -123,7 +123,7 @@ class RunFolder:
 
     @classmethod
     def may_be_at(cls, path: Path) -> bool:
-        """Whether a run is at a path, or may start there."""
+        """Returns whether a run exists at a path, or may start there."""
         if (path / _CONFIG).exists() or not path.exists():
             return True
         ours = {partial_file(path / _CONFIG), path / LOCK}
@@ -138,12 +138,12 @@ class RunFolder:
         resume: str,
         lock: RunLock | None = None,
     ) -> RunFolder:
-        """Makes the folder of a run, or opens the one that is there; see `find`.
+        """Creates the folder of a run, or opens an existing one; see `find`.
 
         Args:
-            config: of this run.
+            config: config of this run.
             resume: as in `find`.
-            lock: of the folder, acquired before anything is written.
+            lock: lock of the folder, acquired before anything is written.
 
         Raises:
             RunError: as `find`, or another training holds the lock.
@@ -176,11 +176,11 @@ class RunFolder:
                 )
 
     def difference(self, identity: Mapping[str, Any]) -> str | None:
-        """The first option in which the run differs, as a part of a sentence; None if there is
-        none.
+        """Returns the first option in which the run differs, as part of a sentence; None if there
+        is none.
 
         Args:
-            identity: of another run, or a part of it.
+            identity: identity of another run, or a part of it.
         """
         for key, here in json.loads(json.dumps(identity)).items():
             there = self.config["identity"].get(key, self.config["options"].get(key))
@@ -189,43 +189,44 @@ class RunFolder:
         return None
 
     def was_trained_on(self, fingerprint: str) -> bool:
-        """Whether a data set is the one that the run was started or last resumed with."""
+        """Returns whether the run was started or last resumed with the data set of a
+        fingerprint."""
         return self.config["history"][-1]["data"]["fingerprint"] == fingerprint
 
     def has_other_data(self, fingerprint: str) -> bool:
-        """Whether the run was trained on other data than these, before or at last."""
+        """Returns whether the run was ever trained on a data set with another fingerprint."""
         return any(entry["data"]["fingerprint"] != fingerprint for entry in self.config["history"])
 
     def data_of(self, step: int) -> str:
-        """The fingerprint of the data set that a step was trained on.
+        """Returns the fingerprint of the data set that a step was trained on.
 
         Args:
-            step: from 1, of a checkpoint that exists.
+            step: step of an existing checkpoint, from 1.
         """
-        # A later entry overrides an earlier one, whose steps beyond it were dropped.
+        # A later entry overrides earlier ones, whose steps beyond its own were dropped.
         entries = [entry for entry in self.config["history"] if entry["step"] < step]
         return entries[-1]["data"]["fingerprint"]
 
     @property
     def schema(self) -> Schema:
-        """Of the data the run was trained on."""
+        """Schema of the data that the run was trained on."""
         return Schema.from_dict(self.config["schema"])
 
     @property
     def model_options(self) -> ModelOptions:
-        """Shape of the run's model."""
+        """Options that determine the shape of the run's model."""
         return ModelOptions.from_dict(self.config["model"])
 
     def check_data(self, data: Path | str, description: bytes | None = None) -> None:
-        """Makes sure that ids and dense values of a data set mean what they meant in training:
-        the features, the vocabularies and what dense columns were standardised with are the same.
+        """Checks that ids and dense values of a data set have the same meaning as in training: the
+        features, the vocabularies and the standardisation of dense columns are the same.
 
         Args:
-            data: the folder of the data set, or its name if it is in a store.
-            description: the content of its dataset.json; None: read from the folder.
+            data: folder of the data set, or its name if it is in a store.
+            description: content of its dataset.json; None: read from the folder.
 
         Raises:
-            RunError: they do not, or the run's own description of its data is broken.
+            RunError: one of them differs, or the run's own description of its data is broken.
         """
         differs = self._difference(Path(data), description)
         if differs:
@@ -235,7 +236,8 @@ class RunFolder:
             )
 
     def _difference(self, data: Path, description: bytes | None = None) -> str | None:
-        """In what a data set differs from that of the run; None if ids and values mean the same."""
+        """Returns the difference between a data set and that of the run, as part of a sentence;
+        None if ids and values have the same meaning."""
         own, other = _encoding(self.preprocessing), _encoding(data, description)
         if other["schema"] != own["schema"]:
             return "has other features or vocabularies than"
@@ -247,7 +249,7 @@ class RunFolder:
 
     @property
     def history_weights(self) -> Literal["normalised", "raw"]:
-        """What becomes of the weights of multi-valued features."""
+        """Treatment of the weights of multi-valued features."""
         return self.config["options"]["history_weights"]
 
     @property
@@ -256,10 +258,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def model_checkpoint(self, step: int | None = None) -> Path:
-        """The checkpoint of a step; None: the best one if validation chose one, else the last.
+        """Returns the checkpoint of a step; None: the best one if validation chose one, else the
+        last one.
 
         Raises:
-            RunError: there is none.
+            RunError: it does not exist.
         """
         checkpoint = model_checkpoint(self.checkpoints, step)
         if checkpoint is None:
@@ -268,24 +271,24 @@ class RunFolder:
 
     @property
     def history(self) -> Path:
-        """File of what was measured while training."""
+        """File of the figures logged while training."""
         return self.path / "history.jsonl"
 
     @property
     def preprocessing(self) -> Path:
-        """Folder with what encodes new rows."""
+        """Folder of the description and vocabularies that encode new rows."""
         return self.path / "preprocessing"
 
     @property
     def pctr(self) -> Path:
-        """File of the pCTR that a method chose its rows by; only such methods have it."""
+        """File of the pCTR by which a method chose its rows; only such methods have it."""
         return self.path / "pctr.npz"
 
     def calibration(self, step: int) -> Calibration:
-        """What 'calibrate' fitted to the checkpoint of a step.
+        """Returns the calibration that 'calibrate' fitted to the checkpoint of a step.
 
         Raises:
-            RunError: there is none, or it is of another step.
+            RunError: it does not exist, is damaged or belongs to another step.
         """
         file = self.path / CALIBRATION
         try:
@@ -305,12 +308,12 @@ class RunFolder:
         return found
 
     def resume_from(self, step: int, config: Mapping[str, Any]) -> RunFolder:
-        """Drops everything after a step, which is done again, and records how the run is resumed;
-        on rank 0, and only once the checkpoint of that step has been loaded.
+        """Drops everything after a step and records how the run is resumed; to be called on rank 0,
+        once the checkpoint of that step has been loaded.
 
         Args:
-            step: that training continues from.
-            config: of this run; the last entry of its "history" is added to the run's own.
+            step: step from which training continues.
+            config: config of this run; the last entry of its "history" is added to the run's own.
 
         Returns:
             the same folder with the new config.
@@ -325,8 +328,8 @@ class RunFolder:
         return run
 
     def check_preprocessing(self) -> None:
-        """Makes sure that the description of the data, which encodes raw rows, is one that the run
-        was trained with.
+        """Checks that the description of the data, which encodes raw rows, is one that the run was
+        trained with.
 
         Raises:
             RunError: it is missing or was changed.
@@ -347,16 +350,16 @@ class RunFolder:
             )
 
     def write_pctr(self, pctr: NDArray[np.floating]) -> None:
-        """Keeps the pCTR of the clicked impressions, float64 (clicks,), whole or not at all."""
+        """Writes the pCTR of the clicked impressions, float64 (clicks,), atomically."""
         buffer = io.BytesIO()
         np.savez(buffer, pctr=pctr)  # with a checksum, unlike np.save
         replace_file(self.pctr, buffer.getbuffer())
 
     def read_pctr(self, clicks: int) -> NDArray[np.floating] | None:
-        """What `write_pctr` kept; None if it never did.
+        """Returns the pCTR written by `write_pctr`; None if there is none.
 
         Args:
-            clicks: clicked impressions to train on.
+            clicks: number of clicked impressions to train on.
 
         Raises:
             RunError: the file is broken.
@@ -376,7 +379,7 @@ class RunFolder:
         self.write_json(_CONFIG, {**self.config, "crc32": _crc32(self.config)})
 
     def read_passes(self) -> dict[str, Any] | None:
-        """What a search for the number of passes found; None if there was none.
+        """Returns the result of the search for the number of passes; None if there was none.
 
         Raises:
             RunError: the file is broken.
@@ -389,12 +392,12 @@ class RunFolder:
             raise RunError(f"{self.path / PASSES} is broken ({error}); delete it") from None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        """Writes one of the folder's JSON files, whole or not at all."""
+        """Writes one of the folder's JSON files atomically."""
         replace_file(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
 
     def drop_history(self, after: int) -> None:
-        """Forgets what was noted of steps beyond `after`, and a line that an interrupted run did
-        not end."""
+        """Deletes the lines of steps beyond `after` from the history, and a line that an
+        interrupted run left incomplete."""
         if not self.history.exists():
             return
         kept = []
@@ -414,12 +417,12 @@ class RunFolder:
 
 
 def _encoding(folder: Path, description: bytes | None = None) -> dict[str, Any]:
-    """What turned raw values into those of a prepared data set."""
+    """Returns the parts of a data set's description that determine how raw values are encoded."""
     try:
         content = description or (folder / _DESCRIPTION).read_bytes()
         values = json.loads(content)
         return {
-            # One that was appended to has them below a day.
+            # A data set with appended days has its vocabularies in the folder of a day.
             "vocabularies": {
                 table: checksum
                 for name, checksum in values["checksums"].items()
@@ -438,7 +441,7 @@ def _crc32(config: Mapping[str, Any]) -> int:
 
 
 def _differing_option(name: str, there: Any, here: Any) -> tuple[str, str, str]:
-    """The option in which two values differ, and the values: `name` itself, or one of the options
+    """Returns the option in which two values differ, and the values: `name` itself, or an option
     of a method's part."""
     option = f"`{name}`"
     if not isinstance(there, dict) or not isinstance(here, dict):
@@ -450,7 +453,7 @@ def _differing_option(name: str, there: Any, here: Any) -> tuple[str, str, str]:
 
 
 def _said(value: Any) -> str:
-    """A value of an option as it is given."""
+    """Formats the value of an option as on the command line."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
