@@ -1,6 +1,6 @@
 """Optimisers of tables and towers.
 
-fbgemm updates a table with the fused kernel inside the backward pass; a torch optimiser updates the
+fbgemm updates tables with the fused kernel inside the backward pass; torch optimisers update the
 towers and tables with the dense kernel. Both are parts of one TorchRec optimiser, whose state has
 the same form for every kernel, so that a checkpoint remains valid after a change of plan.
 """
