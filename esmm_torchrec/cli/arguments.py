@@ -1,8 +1,8 @@
-"""Arguments of the command line → a command's options, and what is wrong with them → one sentence.
+"""Parses the options of a command and turns each parsing error into one sentence.
 
-tyro does the reading. It tells a person what is wrong in a box of several lines, and a program only
-through a private module that may change in any release. So its box is read here; a box of an
-unknown shape stays what it is, on one line.
+tyro does the parsing. It prints errors in a box of several lines and exposes them to programs only
+through a private module that may change in any release. So the box is parsed here; a box of an
+unknown shape is kept as it is, on one line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REGISTRY = ConstructorRegistry()
 def _optional(
     info: PrimitiveTypeInfo,
 ) -> PrimitiveConstructorSpec | UnsupportedTypeAnnotationError | None:
-    """`int | None` takes what int takes: nobody writes '--max-steps None'."""
+    """Makes `int | None` accept the same text as int: nobody writes '--max-steps None'."""
     types = get_args(info.type)
     if NoneType not in types or len(types) != 2:
         return None
@@ -55,7 +55,7 @@ def _optional(
 
 @_REGISTRY.primitive_rule
 def _counts_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """`Mapping[str, int]` takes NAME=N, any number of times."""
+    """Makes `Mapping[str, int]` accept NAME=N any number of times."""
     if info.type != Mapping[str, int]:
         return None
 
@@ -78,15 +78,15 @@ def _counts_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
-    """Reads the options of a command; prints the help and ends the process if that is wanted.
+    """Parses the options of a command; prints the help and exits if the arguments request it.
 
     Args:
-        options: a dataclass whose docstrings are the help.
-        prog: what the command is called.
-        arguments: those behind its name.
+        options: a dataclass whose docstrings are the help texts.
+        prog: name of the command.
+        arguments: arguments that follow the name.
 
     Raises:
-        OptionError: an argument is missing, unknown or of no use.
+        OptionError: an argument is missing, unknown or invalid.
     """
     if hasattr(options, "for_arguments"):
         options = options.for_arguments(arguments)  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,14 +104,16 @@ def read_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
 
 
 def wrapped(help_text: str, width: int) -> str:
-    """A help text of tyro's, which keeps the line breaks of a docstring, with paragraphs and the
-    texts of options wrapped anew."""
+    """Rewraps the paragraphs and option texts of a help text from tyro, which keeps the line breaks
+    of the docstrings."""
     lines: list[str] = []
     for block in _blocks(help_text.splitlines()):
         first, *others = block
         column = _indent(others[0]) if others else _indent(first)
         name, text = first, ""
-        if first[max(0, column - 2) : column].isspace() or not column:  # the text begins beside it
+        if (
+            first[max(0, column - 2) : column].isspace() or not column
+        ):  # the text begins on the same line
             name, text = first[:column], first[column:]
         if name.strip() and not text:
             lines.append(name.rstrip())
@@ -131,7 +133,7 @@ def wrapped(help_text: str, width: int) -> str:
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
-    """Each blank line, title or rule by itself; each paragraph, and each option with its text."""
+    """Yields blank lines, titles and rules one by one, and each paragraph or option as a block."""
     block: list[str] = []
     for line in lines:
         goes_on = (
@@ -154,7 +156,7 @@ def _indent(line: str) -> int:
 
 
 def _sentence(box: str) -> str:
-    """What a box of tyro's says."""
+    """Returns the message in one of tyro's error boxes as a sentence."""
     text = " ".join(" ".join(_without_frame(line) for line in box.splitlines()).split())
     text = text.partition(" For full helptext")[0]
     for shape, say in (
@@ -171,7 +173,7 @@ def _sentence(box: str) -> str:
 
 
 def _without_frame(line: str) -> str:
-    """The text of a line of a box; the frame's characters depend on the terminal."""
+    """Returns the text of a line of a box; the frame's characters depend on the terminal."""
     line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
     if re.fullmatch(r"[╭╰+][─-].*[╮╯+]", line):
         return line.strip("╭╮╰╯+─- ")
@@ -181,7 +183,7 @@ def _without_frame(line: str) -> str:
 
 
 def _missing(entries: str, unknown: str | None) -> str:
-    # Each entry is a name, a form, a help text and "(required)".
+    # Each entry consists of a name, a form, a help text and "(required)".
     names = [entry.split()[0] for entry in entries.split("(required)") if entry.strip()]
     needed = f"{' and '.join(names)} must be given"
     return needed if unknown is None else f"{_unknown(unknown, None)}, and {needed}"

@@ -1,4 +1,4 @@
-"""esmm-torchrec bundle: what spark-submit needs of this package."""
+"""`esmm-torchrec bundle`: packs this package for spark-submit."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Options:
     the program to submit."""
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """The zip file to write."""
+    """Zip file to write."""
 
 
 def run(options: Options) -> None:
-    """Writes both files."""
+    """Writes the zip file and the program."""
     if options.out.suffix != ".zip":
         raise OptionError(f"{options.out} must end in .zip; otherwise Python cannot import from it")
     package = Path(esmm_torchrec.__file__).parent

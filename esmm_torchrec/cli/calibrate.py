@@ -1,4 +1,4 @@
-"""`esmm-torchrec calibrate`: also under torchrun, on any number of ranks."""
+"""`esmm-torchrec calibrate`, which runs on any number of ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Options(RestoreOptions):
     """
 
     data: Path
-    """The prepared data set whose test split is used; its vocabularies must be those of the
-    training."""
+    """Prepared data set whose test split is used; it must have the same vocabularies as the
+    training data."""
     kind: CalibrationKind = "isotonic"
-    """isotonic needs many labels; platt (two numbers for each task) needs few."""
+    """Type of calibration; isotonic needs many labels, platt (two parameters per task) few."""
 
 
 def run(options: Options) -> None:
-    """Calibrates on the ranks torchrun started, or on one."""
+    """Fits the calibration on the ranks that torchrun started, or on one."""
     with process_group(options.device) as ranks:
         _calibrate(options, ranks)
 
@@ -79,7 +79,7 @@ def _calibrate(options: Options, ranks: Ranks) -> None:
 def _out_of_fold(
     scored: ScoredImpressions, first: np.ndarray, kind: CalibrationKind
 ) -> Mapping[str, Any]:
-    """Figures of scores calibrated by the other half of the users."""
+    """Measures each half of the users with a calibration fitted on the other half."""
     halves = {part: scored.of(part_rows) for part, part_rows in ((0, first), (1, ~first))}
     calibrated = {
         part: fit_calibration(halves[1 - part], kind).apply(halves[part].scores, scored.tasks)

@@ -1,4 +1,4 @@
-"""`esmm-torchrec evaluate`: also under torchrun, on any number of ranks."""
+"""`esmm-torchrec evaluate`, which runs on any number of ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class Options(RestoreOptions):
     """Measure a trained model on a split of a prepared data set."""
 
     data: str
-    """The prepared data set, a folder or its URI, with the vocabularies of the training."""
+    """Prepared data set (a folder or its URI) with the same vocabularies as the training data."""
     split: Literal["train", "test"] = "test"
     """Split to measure on."""
     calibrated: bool = False
     """Measure the probabilities as calibrated by 'calibrate'."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
     """Also show calibration for each value of these fields: single-valued id features, or dense
-    ones in tenths. The table shows the values that deviate most; --json writes all of them."""
+    features divided into tenths. The table shows the values that deviate most; --json writes all
+    of them."""
     against: Path | None = None
     """metrics.json of another run, or a file written by --json, for the same impressions; adds the
-    RelaImpr of each AUC over that file's."""
+    RelaImpr of each AUC over the AUC in that file."""
     json: Path | None = None
-    """Also write the figures to this file; those based on labels are under the name of the
-    split."""
+    """File to which the figures are also written; figures based on labels are under the name of
+    the split."""
 
 
 def run(options: Options) -> None:
-    """Measures on the ranks torchrun started, or on one."""
+    """Evaluates on the ranks that torchrun started, or on one."""
     with process_group(options.device) as ranks:
         _evaluate(options, ranks)
 
@@ -101,10 +102,10 @@ def _evaluate(options: Options, ranks: Ranks) -> None:
 
 
 def _read(path: Path, options: Options) -> dict[str, Any]:
-    """The figures of another model on the split.
+    """Reads the figures of another model for the same split.
 
     Raises:
-        RunError: the file cannot be read, or has none.
+        RunError: the file cannot be read, or has no figures for the split.
     """
     try:
         return json.loads(path.read_text())[options.split]

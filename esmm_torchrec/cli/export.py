@@ -1,4 +1,4 @@
-"""`esmm-torchrec export`: a trained model for a process that has torch alone."""
+"""`esmm-torchrec export`: packages a trained model for processes that have only torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Options:
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder."""
+    """Run folder."""
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
-    """The folder to create, or its URI."""
+    """Folder to create, or its URI."""
     format: ExportForm = "export"
-    """export: a program for torch.export.load, on any machine. aoti: compiled by AOTInductor for
-    machines like this one, which needs a C++ compiler. triton: the same, and a model repository
-    for NVIDIA Triton in OUT/triton."""
+    """Form of the program. export: for torch.export.load, on any machine. aoti: compiled by
+    AOTInductor for machines like this one, which needs a C++ compiler. triton: the same, with a
+    model repository for NVIDIA Triton in OUT/triton."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the program runs."""
+    """Device on which the program runs."""
     step: int | None = None
     """Step of the checkpoint to use; by default, the best one that validation chose, else the
     last."""
@@ -41,7 +41,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Exports, then says what is where."""
+    """Exports the model and prints where the package is."""
     folder = RunFolder.open(options.run)
     with staged(options.out, last=DESCRIPTION) as out:
         package = export(

@@ -1,10 +1,10 @@
-"""The help of each command, stored as text, so that printing it imports neither torch nor the data
+"""The help of each command, stored as text so that printing it imports neither torch nor the data
 libraries.
 
-    python -m esmm_torchrec.cli.help        writes the texts anew; a test compares them
+    python -m esmm_torchrec.cli.help        regenerates the texts; a test compares them
 
-A text is that of a command without further options. If the arguments choose parts of a method, or
-if an installed package adds parts or methods, the help is made from the options themselves.
+A stored text applies to `--help` alone. If other arguments choose parts of a method, or if an
+installed package adds parts or methods, the help is generated from the options instead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ EXTENDED_GROUPS = tuple(
 
 
 def stored_help(command: str, arguments: Sequence[str]) -> str | None:
-    """The text to print for the arguments of a command; None if it must be made from its options,
-    or if they do not ask for help."""
+    """Returns the stored help of a command; None if the help must be generated from its options,
+    or if the arguments do not request it."""
     if not arguments or not set(arguments) <= {"-h", "--help"}:
         return None
     extended = entry_points()
@@ -40,7 +40,7 @@ def stored_help(command: str, arguments: Sequence[str]) -> str | None:
 
 
 def made_help(command: str) -> str:
-    """The help of a command, from its options."""
+    """Generates the help of a command from its options."""
     from esmm_torchrec.cli.main import import_command, parse_options  # noqa: PLC0415
 
     shown, columns = io.StringIO(), os.environ.get("COLUMNS")
@@ -61,7 +61,7 @@ def _file(command: str) -> Path:
 
 
 def write_texts() -> None:
-    """Writes the text of every command."""
+    """Writes the help text of every command."""
     from esmm_torchrec.cli.main import COMMANDS  # noqa: PLC0415
 
     FOLDER.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""The command line: finds the command, reads its options, turns errors into one sentence.
+"""The command line: finds a command, parses its options and turns errors into one sentence.
 
-Each command is one module with a frozen dataclass `Options`, whose docstrings are
-the help, and `run(options)`. It is imported only when it is called.
+Each command is a module with a frozen dataclass `Options`, whose docstrings are the help texts,
+and a function `run(options)`. It is imported only when the command is called.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "estimate sharding plans for hardware you do not have",
     ),
 }
-"""Command → its module, one line of help."""
+"""Module and one-line help of each command."""
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = 1
@@ -78,7 +78,7 @@ EXIT_TERMINATED = 143
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")
-"""What gloo says on the ranks that are left."""
+"""Messages of gloo on the remaining ranks after another rank has ended."""
 
 
 def _help() -> str:
@@ -97,14 +97,15 @@ def _is_first_rank() -> bool:
 
 
 def print_error(message: str, *, on_every_rank: bool = False) -> None:
-    """Prints a sentence once, however many ranks fail with it.
+    """Prints an error message once, even if several ranks fail with it.
 
-    Rank 0 prints at once. Another rank waits a moment first: where rank 0 failed too, torchrun
-    ends this process meanwhile; if it did not, the sentence would be lost.
+    Rank 0 prints at once. Other ranks wait first: if rank 0 failed too, torchrun ends them during
+    the wait; if it did not, they print the message, which would otherwise be lost.
 
     Args:
-        message: one sentence; arguments in backticks become options.
-        on_every_rank: the error cannot but be the same on all of them, so rank 0 alone prints.
+        message: one sentence; arguments in backticks are shown as options.
+        on_every_rank: whether every rank is certain to fail with this error, so that only rank 0
+            needs to print it.
     """
     if not _is_first_rank():
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
@@ -114,7 +115,7 @@ def print_error(message: str, *, on_every_rank: bool = False) -> None:
 
 
 def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
-    """Reads the options of a command; a wrong one ends the process with a sentence, code 2."""
+    """Parses the options of a command; an invalid one ends the process with a message, code 2."""
     try:
         return read_options(options, prog, arguments)
     except OptionError as error:
@@ -123,26 +124,26 @@ def parse_options(options: type[T], prog: str, arguments: Sequence[str]) -> T:
 
 
 def configure_threads() -> None:
-    """Settles what must be settled before torch is imported.
+    """Configures what must be configured before torch is imported.
 
     Idle OpenMP threads that spin take the cores from each other when several processes share
-    them. Ones that sleep at once wake too late for the many short loops of fbgemm's table updates
-    (13 ms per step instead of 8, two threads). So they spin for some ten microseconds.
+    them. Threads that sleep at once wake too late for the many short loops of fbgemm's table
+    updates (13 ms per step instead of 8 with two threads). So they spin for about ten microseconds.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Said by torchrec and torch to their own developers, on every start.
+    # torchrec and torch print these warnings for their own developers on every start.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; `arguments` default to those of the process."""
+    """Runs one command; `arguments` defaults to the arguments of the process."""
     configure_threads()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and "RANK" not in os.environ:
-        # What a command laid out for a while is cleared away. A rank may be waiting for another
-        # where no Python runs, so torchrun's signal is left to end it.
+        # The exit lets a command remove its temporary files. A rank may be waiting for another one
+        # outside Python, where no handler runs, so torchrun's signal keeps its default action.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     with errors_as_sentences():
         _run(given)
@@ -165,7 +166,7 @@ def _run(given: list[str]) -> None:
 
 
 def import_command(name: str) -> ModuleType:
-    """The module of a command; the laboratories need packages that the core does not."""
+    """Imports the module of a command; the laboratories need packages that the core does not."""
     module = COMMANDS[name][0]
     try:
         return importlib.import_module(f"esmm_torchrec.{module}")
@@ -180,7 +181,7 @@ def import_command(name: str) -> ModuleType:
 
 
 def _named(given: list[str]) -> str:
-    """The command that is not there, with its second word if the first has several."""
+    """Names an unknown command and the existing commands that begin with the same word, if any."""
     longer = [name for name in COMMANDS if name.startswith(f"{given[0]} ")]
     if not longer:
         return repr(given[0])
@@ -190,22 +191,22 @@ def _named(given: list[str]) -> str:
 
 
 def run_command(run: Callable[[T], None], options: T) -> None:
-    """Calls `run(options)`; errors that the user can fix become a sentence and exit code 2."""
+    """Calls `run(options)`; an error that the user can fix becomes a sentence and exit code 2."""
     with errors_as_sentences(getattr(options, "out", None)):
         run(options)
 
 
 @contextlib.contextmanager
 def errors_as_sentences(out: object = None) -> Iterator[None]:
-    """Ends the process with a sentence if the block fails in a way that the user can fix.
+    """Ends the process with one sentence if the block fails in a way that the user can fix.
 
     Args:
-        out: what the block writes, for errors of the system that name no file.
+        out: path that the block writes, for system errors that name no file.
     """
     try:
         try:
             yield
-        except SystemExit:  # behind a help text
+        except SystemExit:  # after a help text
             sys.stdout.flush()
             raise
         sys.stdout.flush()
@@ -218,7 +219,7 @@ def errors_as_sentences(out: object = None) -> Iterator[None]:
             print_error(known or "interrupted; rerun the same command")
         terminated = isinstance(error, Interrupted) and error.terminated
         _end(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
-    except BrokenPipeError:  # nobody reads on, as in '… | head'
+    except BrokenPipeError:  # the reader has closed it, as in '… | head'
         _end(EXIT_BROKEN_PIPE)
     except OSError as error:
         if error.errno is None and error.filename is None and not str(error):
@@ -247,12 +248,12 @@ def _system_error(error: OSError, out: object) -> str:
 
 
 def _end(code: int) -> NoReturn:
-    """Ends a process after an error. One of several ranks ends at once: taking down a model that
-    is spread over processes waits for the others, which may not come."""
+    """Ends a process after an error. One of several ranks exits at once: the teardown of a sharded
+    model waits for the other ranks, which may never get there."""
     try:
         sys.stdout.flush()
     except OSError:
-        # Python flushes once more as it ends, and would exit with a code of its own.
+        # Python flushes once more at exit, and on an error would replace the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if "RANK" in os.environ:
         os._exit(code)

@@ -1,7 +1,7 @@
-"""The options of a method's parts on the command line.
+"""Command-line options of the parts of a method.
 
-Which options exist depends on the parts that are chosen, of this library or of a package that
-extends it, so the options of a command are completed once its arguments are known:
+Which options exist depends on the chosen parts, which may come from a package that extends this
+library. So the options of a command are completed once its arguments are known:
 
     --method esmm --objective.detach-click            an option of the method's own objective
     --method esmm --architecture separate             another architecture, with its options
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
-    """Mixed into the options of a command that trains one method."""
+    """Mixin for the options of a command that trains one method."""
 
     @classmethod
     def for_arguments(cls: type[T], arguments: Sequence[str]) -> type[T]:
-        """This class with the fields of the chosen parts.
+        """Returns this class with the fields of the chosen parts.
 
         Args:
-            arguments: of the command, not parsed yet. A name that does not exist is left for the
-                parser to refuse.
+            arguments: unparsed arguments of the command. A name that does not exist is left for
+                the parser to reject.
         """
         method = _value(arguments, "method") or "esmm"
         preset = METHODS[method] if method in METHODS else METHODS["esmm"]
@@ -65,7 +65,7 @@ class MethodOptions:
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
-    """The last value given for an option, None if there is none."""
+    """Returns the last value given for an option, or None."""
     value = None
     for place, argument in enumerate(arguments):
         name, equals, given = argument.partition("=")

@@ -1,4 +1,4 @@
-"""esmm-torchrec prepare ali-ccp: the raw Ali-CCP files → a prepared data set."""
+"""`esmm-torchrec prepare ali-ccp`: converts the raw Ali-CCP files to a prepared data set."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class Options:
 
     raw: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RAW")]]
     """Folder with sample_skeleton_{train,test}.csv and common_features_{train,test}.csv, or
-    sample_{train,test}.tar.gz. Its truth.parquet is joined if present."""
+    sample_{train,test}.tar.gz. A truth.parquet in it is joined."""
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to create."""
 
     min_count: int = 10
     """Number of training impressions in which an id must occur to get its own embedding row; rarer
-    ids share one. An id of a common row counts once for each impression that shares the row."""
+    ids share one. An id of a shared row counts once for each impression that shares the row."""
 
     max_bad_rows: int = 0
-    """Broken rows to skip, over all files, before giving up. Skipped rows are counted, and the
+    """Maximum number of broken rows, over all files, to skip. Skipped rows are counted, and the
     first ones are named."""
 
     unclicked_purchases: Literal["drop", "keep", "error"] = "drop"
     """Impressions with purchase 1 and click 0, an error in the log: drop them, keep them as neither
-    clicked nor converted, or stop. They are counted."""
+    clicked nor converted, or stop. Their number is reported."""
 
 
 def run(options: Options) -> None:
-    """Prepares, then prints what is in the data set."""
+    """Prepares the data set and prints a summary of it."""
     data_set = prepare_ali_ccp(
         options.raw,
         options.out,

@@ -1,4 +1,4 @@
-"""esmm-torchrec prepare append: more impressions for a prepared data set."""
+"""`esmm-torchrec prepare append`: adds impressions to a prepared data set."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from esmm_torchrec.data.sources.spark_tasks import session
 class Options:
     """Add impressions, such as those of a new day, to a data set written by prepare table.
 
-    They are read in the same way as the first ones, with the same options. Ids that have a row keep
-    it; ids that have now occurred --min-count times get the next rows. The added impressions also
-    form a separate data set, DATA/days/DAY, on which yesterday's model can continue with train
+    They are read with the options that prepare table was given. Ids that have a row keep it; ids
+    that have now occurred --min-count times get the next rows. The added impressions also form a
+    separate data set, DATA/days/DAY, on which yesterday's model can be trained further with train
     --from.
     """
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """The prepared data set, a folder or its URI."""
+    """Prepared data set: a folder or its URI."""
 
     train: tuple[str, ...]
-    """Files of the impressions, as for prepare table."""
+    """Files of the impressions to add, as for prepare table."""
 
     test: tuple[str, ...] = ()
-    """Files of impressions that replace the test split; without them, it is unchanged."""
+    """Files of a new test split; without them, the test split is unchanged."""
 
     day: str | None = None
-    """Name of the added impressions, such as 2026-11-02. A name that already exists is refused, so
-    that no day is added twice. Without this option, days are numbered."""
+    """Name of the added impressions, such as 2026-11-02. An existing name is refused, so that no
+    day is added twice. By default, days are numbered."""
 
     engine: Literal["local", "spark"] = "local"
-    """spark: tasks of Spark, as for prepare table."""
+    """Where the files are processed; see prepare table."""
 
 
 def run(options: Options) -> None:
-    """Appends, then prints what was added."""
+    """Appends the impressions and prints a summary of them."""
     added = append_table(
         options.data,
         train=options.train,

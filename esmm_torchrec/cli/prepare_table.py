@@ -1,4 +1,4 @@
-"""esmm-torchrec prepare table: any files of impressions → a prepared data set."""
+"""`esmm-torchrec prepare table`: converts files of impressions to a prepared data set."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Options:
 
     actions: tuple[str, ...] = ()
     """Instead of --click and --conversion, a longer chain: COL or NAME=COL for each action in the
-    order in which they happen, such as click cart order. Columns are as --click; an action may be
-    empty without the one before it. order:click instead of order means that an order needs only a
-    click. Names are lower-case letters, digits and underscores."""
+    order in which they happen, such as click cart order. Columns have the form of --click; an
+    action may be empty without the one before it. order:click instead of order means that an order
+    needs only a click. Names consist of lower-case letters, digits and underscores."""
 
     test: tuple[str, ...] = ()
-    """Files of the test impressions, as --train."""
+    """Files of the test impressions, in the same form as --train."""
 
     split: str | None = None
     """Instead of --test: the part of the rows of --train to train on. time:COL:0.8 takes the
-    earliest rows, group:COL:0.8 whole groups (users), share:0.8 random rows. The rest is the test
-    split."""
+    earliest rows, group:COL:0.8 whole groups (users), share:0.8 random rows. The rest becomes the
+    test split."""
 
     id: tuple[str, ...] = ()
     """Columns of integers, text or booleans, or of lists of them; each is a feature with an
-    embedding table. A missing value is an empty bag; a value that does not occur in training is row
-    0."""
+    embedding table. A missing value is an empty bag; a value that does not occur in training maps
+    to row 0."""
 
     dense: tuple[str, ...] = ()
     """Columns of numbers, COL or COL:METHOD; each is a feature. METHOD auto, the default, clips
@@ -69,7 +69,7 @@ class Options:
     --id."""
 
     text: tuple[str, ...] = ()
-    """Columns of text; each is a feature of its words, in lower case."""
+    """Columns of text; each is a multi-valued feature of its words in lower case."""
 
     time_features: tuple[str, ...] = ()
     """Columns of times; the hour and the weekday (UTC) of each are features, COL__hour and
@@ -82,16 +82,17 @@ class Options:
     """NAME=COL,COL: id columns that look up one embedding table, NAME."""
 
     hash: Mapping[str, int] = field(default_factory=dict)
-    """COL=N: an id of column COL has row 1 + hash mod N of its table, without a vocabulary: for ids
-    of unbounded number, or too many to count. No id is unknown, and some share a row."""
+    """COL=N: an id of column COL maps to row 1 + hash mod N of its table, without a vocabulary: for
+    ids that are unbounded in number, or too many to count. No id is unknown, and some share a
+    row."""
 
     list_separator: str | None = None
-    """Separates the values of lists in text, such as | in 1|5|9. An id column that contains it
+    """Separator of the values of lists in text, such as | in 1|5|9. An id column that contains it
     anywhere in training is a list."""
 
     sample_id: str | None = None
-    """Column of int64; without it rows are numbered from 0 in each split, or in --train if --split
-    divides it."""
+    """Column of int64 that identifies impressions; by default, rows are numbered from 0 in each
+    split, or in --train if --split divides it."""
 
     group_id: str | None = None
     """Column of integers or text (hashed) by which gauc groups impressions, such as a user or a
@@ -102,8 +103,8 @@ class Options:
     integers as they are."""
 
     conversion_time: str | None = None
-    """Column of times, as --timestamp: when the impression converted, empty if it did not. The rows
-    parts for delayed feedback need it."""
+    """Column of times, in the form of --timestamp: when the impression converted, empty if it did
+    not. The choices of train --rows for delayed feedback need it."""
 
     weight: str | None = None
     """Column of the weight of each impression in training and in metrics, 0 or more."""
@@ -115,16 +116,16 @@ class Options:
     """Column of the true probability of a conversion after a click, if it is known."""
 
     key: str | None = None
-    """Column of the user: impressions are stored in the order of a 64-bit hash of it, which --read
-    stream needs. Without it, they keep the order of the files."""
+    """Column of the user: impressions are stored in the order of its 64-bit hash, as train --read
+    stream requires. By default, they keep the order of the files."""
 
     separator: str | None = None
-    """Separator between the fields of a text file, \\t for a tab; by default, it is detected in the
-    header, among comma, tab, semicolon and |."""
+    """Separator between the fields of a text file, \\t for a tab; by default, comma, tab, semicolon
+    or |, as detected in the header."""
 
     encoding: str | None = None
-    """Encoding of text files, such as cp1252; by default, UTF-8, or UTF-16 with a byte order
-    mark."""
+    """Encoding of text files, such as cp1252; by default, UTF-8, or UTF-16 if they have a byte
+    order mark."""
 
     quote: str = '"'
     """Character around fields of text files that contain separators or line ends; none: fields are
@@ -139,12 +140,12 @@ class Options:
     stop, drop them, or keep them without that action. Their number is reported."""
 
     max_bad_rows: int = 0
-    """Broken rows to skip, over all files, before giving up. Skipped rows are reported, by line in
-    text files and by number from 0 in others."""
+    """Maximum number of broken rows, over all files, to skip. Skipped rows are reported by line
+    number in text files and by row number, from 0, in others."""
 
     engine: Literal["local", "spark"] = "local"
-    """spark: tasks of Spark, on all cores of this machine or, under spark-submit, on a cluster; for
-    Parquet files."""
+    """Where the files are processed; spark: in Spark tasks, on all cores of this machine or, under
+    spark-submit, on a cluster, for Parquet files."""
 
 
 def _pairs(option: str, given: Iterable[str], separator: str, form: str) -> dict[str, str]:
@@ -167,13 +168,13 @@ def _once(option: str, given: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 
 def _named(action: str) -> tuple[str, str]:
-    """NAME=COL, or COL for both."""
+    """Splits NAME=COL into name and column; COL alone is both."""
     name, equals, column = action.partition("=")
     return name, column if equals else name.partition(":")[0]
 
 
 def run(options: Options) -> None:
-    """Prepares, then prints what is in the data set."""
+    """Prepares the data set and prints a summary of it."""
     weights = _pairs("--weights", options.weights, ":", "COL:WCOL")
     shared = _pairs("--share-table", options.share_table, "=", "NAME=COL,COL")
     separator = options.separator

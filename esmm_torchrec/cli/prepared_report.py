@@ -1,4 +1,4 @@
-"""What a prepared data set holds, for the person who has just made it."""
+"""Summary of a prepared data set, which the `prepare` commands print."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from esmm_torchrec.data.prepared_form import SPLITS, SplitName
 from esmm_torchrec.schema import IdFeature
 
 MIN_ROWS_FOR_RANKS = 500_000
-"""Training rows from which two ranks are suggested. They start some seconds later than one process
-(benchmarks/ranks_by_rows.py) and train 1.3 times as fast (benchmarks/two_ranks.py), so that with
-fewer rows the slower start is not recovered."""
+"""Number of training rows from which two ranks are suggested. Two ranks start some seconds later
+than one process (benchmarks/ranks_by_rows.py) and train 1.3 times as fast
+(benchmarks/two_ranks.py); with fewer rows, the slower start does not pay off."""
 
 
 def report(
     data_set: PreparedDataSet, *, unclicked_conversions: str, continues: bool = False
 ) -> str:
-    """Counts by split, what was dropped, tables, missing and unknown values, the command to train.
+    """Summarises counts, dropped rows, tables, missing and unknown values, and says how to train.
 
     Args:
-        data_set: just made; its `source` has "unclicked_conversion_rows" by split.
-        unclicked_conversions: what became of these.
-        continues: whether a model of earlier data is to be trained on it.
+        data_set: a new data set; its `source` has "unclicked_conversion_rows" by split.
+        unclicked_conversions: how those rows were treated.
+        continues: whether to suggest continuing a run on earlier data.
     """
     schema = data_set.schema
     columns = {name: _counts(data_set, name, unclicked_conversions) for name in SPLITS}
@@ -97,7 +97,7 @@ def report(
 def _counts(
     data_set: PreparedDataSet, name: SplitName, unclicked_conversions: str
 ) -> dict[str, str]:
-    """Of a split, by what is counted; dropped rows last."""
+    """Returns the counts of a split by label, dropped rows last."""
     split, tasks = data_set.splits[name], data_set.schema.tasks
     counts = {"impressions": f"{split.impressions:,}"}
     for task in tasks:

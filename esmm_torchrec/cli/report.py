@@ -1,4 +1,4 @@
-"""`esmm-torchrec report`: a run on one page."""
+"""`esmm-torchrec report`: describes a run on one page."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Options:
     """Write one self-contained HTML page about a run."""
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder."""
+    """Run folder."""
     out: Path | None = None
     """File of the page; by default, report.html in the run folder."""
     data: Path | None = None
-    """The prepared data set; by default, the one at the path that the run was given."""
+    """Prepared data set; by default, the data set at the path on which the run was trained."""
     by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD")] = ()
-    """Fields by whose values figures are shown; by default, the first 8 suitable ones."""
+    """Fields for whose values metrics are shown; by default, the first 8 suitable fields."""
     sample: int = 20_000
-    """Number of test impressions for the importance of features."""
+    """Number of test impressions on which the importance of features is measured."""
     step: int | None = None
     """Step of the checkpoint to use; by default, the best one that validation chose, else the
     last."""

@@ -1,4 +1,4 @@
-"""The options of commands that use the model of a run on the ranks torchrun started."""
+"""Options of the commands that restore the model of a run on one or several ranks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from esmm_torchrec.sharding.process_group import DeviceOption, Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreOptions:
-    """Mixed into the options of such a command."""
+    """Mixin for the options of such a command."""
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder."""
+    """Run folder."""
     batch_size: int = 8192
     """Impressions per rank and step."""
     sharding: ShardingOption = "auto"
@@ -30,11 +30,11 @@ class RestoreOptions:
     """Step of the checkpoint to use; by default, the best one that validation chose, else the
     last."""
     device: DeviceOption = "auto"
-    """auto: CUDA if there is a GPU for each rank."""
+    """Device to run on; auto: CUDA if there is a GPU for each rank."""
 
     def __post_init__(self) -> None:
         check_positive(batch_size=self.batch_size)
 
     def restore(self, folder: RunFolder, ranks: Ranks, step: int) -> DistributedModelParallel:
-        """The model of a step, placed as the options say; every rank must call it."""
+        """Restores the model of a step, sharded as in these options; every rank must call it."""
         return restore(folder, ranks, batch_size=self.batch_size, sharding=self.sharding, step=step)

@@ -1,4 +1,4 @@
-"""`esmm-torchrec score`: also under torchrun, on any number of ranks."""
+"""`esmm-torchrec score`, which runs on any number of ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ class Options(RestoreOptions):
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """The run folder, or a package that 'export' wrote."""
+    """Run folder, or a package that 'export' wrote."""
     out: str
-    """The file to write, which ends in .parquet, .csv or .arrow, or a folder; or its URI."""
+    """File to write, whose name ends in .parquet, .csv or .arrow, or a folder; or its URI."""
     data: str | None = None
-    """A prepared data set whose vocabularies are those of the training; a folder or its URI."""
+    """Prepared data set (a folder or its URI) with the same vocabularies as the training data."""
     input: tuple[str, ...] = ()
-    """Instead of --data: Parquet, Arrow or text files with raw ids, with the column names of the
-    data that was prepared; also folders and patterns of files, and URIs of Parquet files. Labels
-    are not needed."""
+    """Instead of --data: Parquet, Arrow or text files of raw rows, with the column names of the
+    data that was prepared; also folders, file patterns, and URIs of Parquet files. Labels are not
+    needed."""
     keep: tuple[str, ...] = ()
     """Columns of --input to write in addition to the scores."""
     max_bad_rows: int = 0
-    """Number of rows of --input that may be impossible to score; their scores are null."""
+    """Maximum number of rows of --input that cannot be scored; their scores are null."""
     split: Literal["train", "test"] = "test"
     """Split of --data to score."""
     calibrated: bool = False
@@ -93,7 +93,7 @@ class Options(RestoreOptions):
 
 
 def run(options: Options) -> None:
-    """Scores on the ranks torchrun started, or on one."""
+    """Scores on the ranks that torchrun started, or on one."""
     if options.data is not None:
         if Package.is_one(options.run):
             raise OptionError(
@@ -111,7 +111,6 @@ def run(options: Options) -> None:
 
 
 def _score_with_package(options: Options, out: Path) -> None:
-    """In this process."""
     if options.step is not None or options.sharding != "auto" or options.device != "auto":
         raise OptionError("`step`, `sharding` and `device` are for runs, not for exported models")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -224,16 +223,16 @@ def _score_rows(options: Options, out: Path, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class _Jobs:
-    """What is still to be scored."""
+    """The files that are still to be scored."""
 
     files: Sequence[tuple[Sequence[str], Path]]
-    """Input files, and the file of their scores."""
+    """Pairs of input files and the file for their scores."""
     folder: ScoreFolder | None
-    """Where the scores go, if it is a folder."""
+    """Folder of the scores; None if they go to one file."""
 
     @classmethod
     def of(cls, options: Options, out: Path, model: str, calibrated: Any) -> _Jobs:
-        """Those of the options; `model` and `calibrated` identify what the scores depend on."""
+        """Creates the jobs; `model` and `calibrated` identify what the scores depend on."""
         inputs: list[str] = []
         for given in options.input:
             inputs += [given] if is_uri(given) else map(str, files_of(Path(given)))
@@ -262,7 +261,7 @@ class _Jobs:
         bad_rows: BadRows,
         is_first: bool = True,
     ) -> Written:
-        """Scores them one after the other; rank 0 records what is done."""
+        """Scores the files one after the other; rank 0 records each finished file."""
         written = Written()
         for files, scores in self.files:
             bad_before = bad_rows.count
@@ -275,7 +274,7 @@ class _Jobs:
 
 
 def _tell(options: Options, written: Written, bad_rows: BadRows, preprocessing: Path) -> None:
-    """What was scored, what ids it held, and what looks wrong."""
+    """Prints the shares of missing and unknown ids, warnings, bad rows and the number of scores."""
     training = PreparedDataSet.open(preprocessing, data_files=False)
     usual = {name: of["test"] for name, of in training.statistics.unknown.items()}
     lines = [["id feature", "missing", "unknown", "unknown in test"]]

@@ -1,4 +1,4 @@
-"""`esmm-torchrec serve`: an exported model behind HTTP."""
+"""`esmm-torchrec serve`: serves an exported model over HTTP."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ class Options:
     """Serve an exported model over HTTP, until SIGTERM or Ctrl-C.
 
     POST /score takes {"rows": [{...}]}, {"columns": {...}} or an Arrow stream of raw values, and
-    /docs describes it. Another model in the same place is loaded automatically, or at once on
-    SIGHUP. One process uses few cores; start several behind a load balancer for more.
+    /docs describes it. A new model at the same path is loaded automatically, or at once on SIGHUP.
+    One process uses few cores; start several behind a load balancer to use more.
     """
 
     model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="MODEL")]]
-    """The package that 'export' wrote, or a symbolic link to it."""
+    """Package that 'export' wrote, or a symbolic link to it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all addresses of this machine."""
     port: int = 8000
-    """Port; 0: any free port."""
+    """Port to listen on; 0: any free port."""
     threads: int = 1
-    """Threads of a matrix product; the loops of a compiled program use one."""
+    """Number of threads for matrix products; other loops of a compiled program use one thread."""
     batch_window_ms: float = 1.0
-    """Milliseconds that a request waits for others to be scored with it."""
+    """Milliseconds that a request waits for others to share its batch."""
     max_rows: int = 4096
     """Maximum number of impressions per request and per batch."""
     max_body_mb: float = 16.0
     """Maximum size of the body of a request, in megabytes."""
     max_waiting: int = 1024
-    """Maximum number of waiting requests; further ones get status 503."""
+    """Maximum number of waiting requests; further requests get status 503."""
     watch_seconds: float = 5.0
-    """Seconds between checks of MODEL for another model; 0: never."""
+    """Seconds between checks whether MODEL has changed; 0: never check."""
     graceful_seconds: int = 30
     """Seconds that requests in progress may take to finish when the server stops."""
 
@@ -52,10 +52,10 @@ class Options:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Opens a listening socket.
 
     Raises:
-        OptionError: there is no such place, or it is taken.
+        OptionError: the address does not exist or is in use.
     """
     try:
         return socket.create_server((host, port), backlog=2048)
@@ -67,7 +67,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(options: Options) -> None:
-    """Serves, then says that it has stopped."""
+    """Serves until a signal arrives, then prints that the server has stopped."""
     try:
         import uvicorn  # noqa: PLC0415
 
@@ -106,7 +106,7 @@ def run(options: Options) -> None:
     with listen(options.host, options.port) as listening:
         host, port = listening.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port} (/docs, /metrics)", flush=True)
-        # Stopping is how it ends; uvicorn raises the signal again when all is answered.
+        # A signal is the normal end; uvicorn raises it again once all requests are answered.
         with suppress(KeyboardInterrupt, SystemExit):
             uvicorn.Server(config).run(sockets=[listening])
     print("stopped")

@@ -1,4 +1,4 @@
-"""Tables for a terminal, and the metrics of a run as such a table."""
+"""Formats tables, and the metrics of a run as tables, for a terminal."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain, TaskProbability
 
 MAX_SLICES = 10
-"""Values of a field that a table shows."""
+"""Maximum number of values of a field that a table shows."""
 
 _SIGNS = frozenset("+-−–")
 
 
 def format_metrics(metrics: Mapping[str, Any], tasks: TaskChain = DEFAULT_TASKS) -> str:
-    """AUC, normalised entropy and calibration of each probability, beside the oracle's AUC if the
-    true probabilities are known, and the conversion score over the entire space."""
+    """Formats the AUC, normalised entropy and calibration of each probability, and, if the true
+    probabilities are known, the oracle's AUC and the conversion score over the entire space."""
     test, truth = metrics["test"], metrics.get("truth")
     names = [probability.name for probability in tasks.probabilities]
-    # What the data or the command do not allow has no column.
+    # A figure that the data or the command does not allow has no column.
     optional = {
         "GAUC": [test.get(f"gauc_{name}") for name in names],
         "RelaImpr": [test.get(f"{name}_relaimpr") for name in names],
@@ -48,13 +48,13 @@ def format_metrics(metrics: Mapping[str, Any], tasks: TaskChain = DEFAULT_TASKS)
         f"{test[name]:,} {name}" for name in ("impressions", *(f"{t.name}s" for t in tasks))
     )
     means = filter(None, (_mean_and_rate(of, test, tasks) for of in tasks.probabilities))
-    # Many figures have the same reason.
+    # Several figures may be null for the same reason.
     return "\n".join([*lines, counts, *means, *dict.fromkeys(test["reasons"].values())])
 
 
 def _mean_and_rate(probability: TaskProbability, test: Mapping[str, Any], tasks: TaskChain) -> str:
-    """A conditional probability over all impressions beside its label's rate where that is known;
-    empty if one of the two is not."""
+    """Compares the mean of a conditional probability over all impressions with the observed rate of
+    its label; empty if one of the two is not known."""
     mean = test.get(f"{probability.name}_mean_entire_space")
     rate = test.get(f"{probability.name}_base_rate")
     if mean is None or rate is None or probability.given is None:
@@ -66,8 +66,8 @@ def _mean_and_rate(probability: TaskProbability, test: Mapping[str, Any], tasks:
 
 
 def format_slices(field: str, slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Calibration by value of a field as `metrics.slices.measure_slices` gives it, those that
-    deviate most in each probability."""
+    """Formats the calibration by value of a field that `metrics.slices.measure_slices` returns: for
+    each probability, the values that deviate most."""
     tables = []
     for name, values in slices.items():
         rows = [[f"{name} by {field}", "impressions", "observed", "predicted", "PCOC", "ECE", "z"]]
@@ -85,8 +85,8 @@ def format_slices(field: str, slices: Mapping[str, Sequence[Mapping[str, Any]]])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns of equal width: the first column and those of words to the left, numbers
-    to the right. A column is of numbers if a cell begins like one."""
+    """Returns lines with aligned columns: numeric columns to the right; the first column and those
+    of words to the left. A column is numeric if a cell begins like a number."""
     columns = []
     for column in zip(*rows, strict=True):
         width = max(map(len, column))
@@ -98,7 +98,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def percentage(part: int, whole: int) -> str:
-    """A share with three decimals; "-" if there is no whole."""
+    """Formats a share as a percentage with three decimals; "-" if the whole is 0."""
     return f"{part / whole:.3%}" if whole else "-"
 
 

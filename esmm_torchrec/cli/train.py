@@ -1,4 +1,4 @@
-"""`esmm-torchrec train`: also under torchrun, `torchrun … -m esmm_torchrec train`."""
+"""`esmm-torchrec train`; on several ranks: `torchrun … -m esmm_torchrec train`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Options(MethodOptions, TrainOptions):
     """Train a conversion model on a prepared data set and measure it on the test split."""
 
     data: str
-    """The prepared data set: a folder, or a URI such as s3://bucket/prepared."""
+    """Prepared data set: a folder, or a URI such as s3://bucket/prepared."""
     out: Path
-    """The run folder to create or to resume."""
+    """Run folder to create or to resume."""
     start_from: Annotated[Path | None, tyro.conf.arg(name="from", metavar="RUN")] = None
-    """A run whose weights and optimiser state a new run starts with; its vocabularies must be the
-    beginning of those of the data."""
+    """Run whose weights and optimiser state a new run starts from; the vocabularies of the data
+    must begin with those of this run."""
 
 
 def run(options: Options) -> None:
-    """Trains on the ranks torchrun started, or on one."""
+    """Trains on the ranks that torchrun started, or on one."""
     with process_group(options.device) as ranks:
         train_and_print(options.data, options.out, options, ranks)
 
 
 def train_and_print(data: Path | str, out: Path, options: TrainOptions, ranks: Ranks) -> None:
-    """Trains and shows the figures; `options` may be of a command that adds to TrainOptions."""
+    """Trains and prints the metrics; `options` may belong to a subclass of TrainOptions."""
     names = [field.name for field in fields(TrainOptions)]
     own = TrainOptions(**{name: getattr(options, name) for name in names})
     metrics = train(data, out, own, ranks)
