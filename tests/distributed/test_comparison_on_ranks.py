@@ -1,4 +1,4 @@
-"""A comparison on two ranks against the same on one."""
+"""Comparison on two ranks against the same comparison on one rank."""
 
 from __future__ import annotations
 

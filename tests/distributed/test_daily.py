@@ -1,4 +1,4 @@
-"""Yesterday's model on today's data, on one rank and on two: which rows are kept, which are new."""
+"""Warm start with yesterday's model on today's data, on one and two ranks: known rows are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = TrainOptions(
     batch_size=64, embedding_dim=8, tower=(8,), sparse_lr=0.2, sharding="row_wise", epochs=2
 )
 STILL = replace(OPTIONS, sparse_lr=1e-30, dense_lr=1e-30, max_steps=1)
-"""Trains without changing a weight."""
+"""Options that train without changing a weight."""
 
 
 def _day(number: int, rows: int = 500) -> pd.DataFrame:
@@ -46,7 +46,7 @@ def _day(number: int, rows: int = 500) -> pd.DataFrame:
 
 
 def _state(run: Path) -> Mapping[str, torch.Tensor]:
-    """Whole tensors of the last checkpoint by name, whatever ranks wrote it."""
+    """Returns name → whole tensor of the last checkpoint, written on any number of ranks."""
     checkpoint = find_checkpoint(run / "checkpoints")
     assert checkpoint is not None
     state: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def _state(run: Path) -> Mapping[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def monday(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of two days and a run on the first of them, on two ranks."""
+    """Data set of two days and a run on the first day, on two ranks."""
     folder = tmp_path_factory.mktemp("days")
     prepare_table(
         folder / "log",

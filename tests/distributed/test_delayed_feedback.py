@@ -1,4 +1,4 @@
-"""docs/delayed_feedback.md as its reader would follow it, and its objectives on two ranks."""
+"""The steps of docs/delayed_feedback.md, and its objectives on two ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(folder: Path) -> list[dict[str, np.ndarray]]:
-    """By method, on one rank and on two."""
+    """Method → scores, on one rank and on two ranks."""
     return [run_on_ranks(ranks, _trained, folder / "prepared")[0] for ranks in (1, 2)]
 
 

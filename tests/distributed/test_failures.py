@@ -1,5 +1,5 @@
-"""Two ranks of which one dies, or that are interrupted: none hangs, none is left, and the run goes
-on to the end it would have had."""
+"""Two ranks, one of which dies, or which are interrupted: no rank hangs or is left running, and the
+resumed run has the result of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Job:
             self.workers |= {int(rank): child for rank in ranks}
 
     def end(self) -> str:
-        """What it said until it ended by itself, within the time it has for that."""
+        """Waits until the job ends without help, within a time limit; returns its stderr."""
         _, err = self.process.communicate(timeout=ENDS_WITHIN_SECONDS)
-        assert self.process.returncode == 1  # torchrun's own
+        assert self.process.returncode == 1  # torchrun's exit status
         for worker in self.workers.values():
             assert not Path(f"/proc/{worker}").exists()
         return err
@@ -87,8 +87,8 @@ def _job(data: Path, out: Path, *, until: Path) -> Iterator[Job]:
 
 
 def _sentences(err: str) -> list[str]:
-    """What the library itself says; torchrun adds forty lines of its own."""
-    assert "[rank" not in err, err  # how torch marks the traceback of a rank
+    """Returns the library's messages, without the forty lines that torchrun adds."""
+    assert "[rank" not in err, err  # torch's prefix of a rank's traceback
     return [line for line in err.splitlines() if line.startswith("esmm-torchrec: ")]
 
 
@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
         os.kill(job.workers[1], signal.SIGKILL)
         err = job.end()
     lost = "esmm-torchrec: another rank has ended; see what it or torchrun says"
-    assert _sentences(err) in ([lost], [])  # torchrun may be quicker
+    assert _sentences(err) in ([lost], [])  # torchrun may have ended the rank first
     assert "Signal 9 (SIGKILL)" in err
 
     with _job(data, out, until=checkpoints / "step-00000120") as job:
@@ -140,12 +140,12 @@ def test_ranks_end_with_a_killed_torchrun(data: Path, tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     ended = "esmm-torchrec: torchrun has ended; rerun the same command"
-    assert _sentences(err) in ([ended], [])  # the other rank may have been quicker
+    assert _sentences(err) in ([ended], [])  # the other rank may have ended first
     assert not (tmp_path / "metrics.json").exists()
 
 
 def _is_running(process: int) -> bool:
-    """Whether a process exists that is more than a zombie."""
+    """Returns whether a process exists and is not a zombie."""
     try:
         return ") Z " not in Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:

@@ -1,5 +1,5 @@
-"""Trainings that are killed at random moments, in a save too, end as if they had not been: weights,
-optimiser state, position, metrics and history are the same bit for bit."""
+"""Trainings killed at random moments, also during a save, end like uninterrupted ones: weights,
+optimiser state, position, metrics and history are bitwise equal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS = [
 ]  # fmt: skip
 MEASURED_TIMES = {"samples_per_second"}
 KILLED_WHILE_STARTING = 0.2
-"""Share of the kills that come before a run has saved anything new."""
+"""Share of the kills that happen before a run has saved a new checkpoint."""
 
 
 def _command(ranks: int, data: Path, out: Path) -> list[str]:
@@ -57,7 +57,7 @@ def _last_step(out: Path) -> int:
 
 
 def _kill_at_a_random_moment(process: subprocess.Popen[bytes], out: Path) -> bool:
-    """Whether it was killed before its end."""
+    """Kills a training at a random moment; returns whether it was still running."""
     if random.random() < KILLED_WHILE_STARTING:
         time.sleep(random.uniform(0, 10))
     else:
@@ -66,7 +66,7 @@ def _kill_at_a_random_moment(process: subprocess.Popen[bytes], out: Path) -> boo
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.05))  # a step and a save take about as long
     was_running = process.poll() is None
-    for one in _descendants(process.pid):  # those of torchrun are in sessions of their own
+    for one in _descendants(process.pid):  # torchrun's workers have separate sessions
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
     process.wait()
@@ -74,7 +74,7 @@ def _kill_at_a_random_moment(process: subprocess.Popen[bytes], out: Path) -> boo
 
 
 def _descendants(process: int) -> list[int]:
-    """A process, its children, theirs, and so on."""
+    """Returns a process and all of its descendants."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
@@ -83,12 +83,12 @@ def _descendants(process: int) -> list[int]:
 
 
 def _state(out: Path) -> dict[str, Any]:
-    """All that a run leaves behind, times apart."""
+    """Returns everything that a run writes, except times."""
     last = find_checkpoint(out / "checkpoints")
     assert last is not None
     description = read_description(last)
     description["progress"].pop("seconds")
-    # The weights and the optimiser state; pickles of equal values need not be equal.
+    # Only weights and optimiser state: pickles of equal values need not be equal.
     files = description.pop("files")
     description["tensors"] = {k: entry for k, entry in files.items() if k.endswith(".distcp")}
     assert description["tensors"]
@@ -109,7 +109,7 @@ def _state(out: Path) -> dict[str, Any]:
 
 
 def _with_bytes(value: Any) -> Any:
-    """A value with the bytes of each tensor in its place."""
+    """Returns a value with each tensor replaced by its bytes."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):

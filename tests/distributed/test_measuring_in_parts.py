@@ -1,4 +1,4 @@
-"""Figures of impressions that lie on several ranks, beside scikit-learn over all of them."""
+"""Figures of impressions distributed over several ranks, against scikit-learn over all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = 5000
 
 
 def _impressions(*, weighted: bool) -> ScoredImpressions:
-    """Scores with many ties, most of them in one place."""
+    """Makes scores with many ties, most of them at one value."""
     random = np.random.default_rng(3)
     ctr, cvr = random.normal(-1, 1, (2, ROWS)).round(1).astype(np.float32)
     ctr[: ROWS // 2] = 0.5

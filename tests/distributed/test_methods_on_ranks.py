@@ -1,4 +1,4 @@
-"""Training each method: the same on one and two ranks, and in worlds whose answer is known."""
+"""Training of each method: the same on one and two ranks, and right on data with a known answer."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _write(path: Path, train: pa.Table, test: pa.Table, *, items: int) -> Prepar
 
 
 def _write_sparse_clicks(path: Path) -> None:
-    """One click in ten, so that many batches of a rank hold none."""
+    """Writes one click in ten, so that many batches of a rank have no click."""
     rng = np.random.default_rng(2)
     item = rng.integers(1, 11, 200)
     click = rng.random(200) < 0.02 * item
@@ -102,7 +102,7 @@ def _write_sparse_clicks(path: Path) -> None:
 
 
 def _write_cells(path: Path) -> None:
-    """20 cells with clicks and conversions in known numbers."""
+    """Writes 20 cells with known numbers of clicks and conversions."""
     cell = np.repeat(np.arange(CELLS), ROWS_PER_CELL)
     place = np.tile(np.arange(ROWS_PER_CELL), CELLS)
     clicks = 240 + 30 * (np.arange(CELLS) * 7 % CELLS)
@@ -113,7 +113,7 @@ def _write_cells(path: Path) -> None:
 
 
 def _write_items(path: Path, ctr: np.ndarray, cvr: np.ndarray, rng: np.random.Generator) -> None:
-    """Both halves of impressions of items with these click and conversion rates."""
+    """Writes both splits, with impressions of items with these click and conversion rates."""
     tables = []
     for _ in range(2):
         item = rng.integers(0, ITEMS, 12_000)
@@ -123,20 +123,20 @@ def _write_items(path: Path, ctr: np.ndarray, cvr: np.ndarray, rng: np.random.Ge
 
 
 def _write_tastes(path: Path) -> None:
-    """Items with a click and a conversion rate each, which have nothing to do with each other."""
+    """Writes items whose click rates and conversion rates are independent."""
     rng = np.random.default_rng(4)
     _write_items(path, rng.uniform(0.2, 0.8, ITEMS), rng.uniform(0.1, 0.9, ITEMS), rng)
 
 
 def _write_related_tastes(path: Path) -> None:
-    """Items that are converted the more the more they are clicked."""
+    """Writes items whose conversion rate rises with their click rate."""
     rng = np.random.default_rng(8)
     ctr = rng.uniform(0.1, 0.9, ITEMS)
     _write_items(path, ctr, np.clip(ctr + rng.normal(0, 0.1, ITEMS), 0.05, 0.95), rng)
 
 
 def _write_own_items(path: Path) -> None:
-    """Users with an item each that no one else sees, which they always click or never."""
+    """Writes users who each see only an item of their own, and click it always or never."""
     rng = np.random.default_rng(9)
     item = np.repeat(np.arange(60), 3)
     click = (rng.random(60) < 0.5)[item]
@@ -159,7 +159,7 @@ class _CountSteps(Callback):
 
 
 def _updates(data: Path, ranks: Ranks) -> dict[str, int]:
-    """Steps that a pass over everything and one over clicks alone take."""
+    """Counts the steps of a pass over all impressions and of a pass over the clicks alone."""
     train = MappedSplit.open(PreparedDataSet.open(data), "train")
     steps = {}
     for method in ("esmm", "base"):
@@ -178,7 +178,8 @@ def _updates(data: Path, ranks: Ranks) -> dict[str, int]:
 
 
 def _train_all(data: Path, ranks: Ranks) -> dict[str, Any]:
-    """Scores of every method after training, and the batches of this rank without a click."""
+    """Trains every method; returns its scores, and for each batch of this rank whether it has no
+    click."""
     dataset = PreparedDataSet.open(data)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
     scores: dict[str, Any] = {}
@@ -215,7 +216,7 @@ def _on_ranks(data: Path) -> dict[str, Any]:
 
 
 def _weights(model: Any, part: str) -> dict[str, np.ndarray]:
-    """Parameters below `model.<part>`, whole tables, by their names within it."""
+    """Returns name → parameter below `model.<part>`, with whole tables."""
     weights = {}
     for key, value in model.state_dict().items():
         prefix = f"model.{part}."
@@ -227,7 +228,7 @@ def _weights(model: Any, part: str) -> dict[str, np.ndarray]:
 
 
 def _identities(data: Path, ranks: Ranks) -> dict[str, dict[str, np.ndarray]]:
-    """Weights of conversion networks that ought to be the same."""
+    """Returns the weights of conversion networks that must be equal."""
     train = MappedSplit.open(PreparedDataSet.open(data), "train")
     columns = {label: train.scalars[label] for label in DEFAULT_TASKS.labels}
     even = np.full(train.impressions, 0.3)
@@ -254,7 +255,7 @@ def _identities(data: Path, ranks: Ranks) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
-    """pCVR of each cell when there is nothing left to learn, by method."""
+    """Returns method → pCVR of each cell after training to convergence."""
     dataset = PreparedDataSet.open(data)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
     own_rows: dict[str, Rows] = {
@@ -288,7 +289,7 @@ def _saturated(data: Path, ranks: Ranks) -> dict[str, np.ndarray]:
 def _shuffled_labels(
     data: Path, ranks: Ranks, methods: tuple[str, ...]
 ) -> dict[str, tuple[ScoredImpressions, ...]]:
-    """Scores of models trained on true and on shuffled conversion labels, by method."""
+    """Returns method → scores of models trained on true and on shuffled conversion labels."""
     dataset = PreparedDataSet.open(data)
     train, test = (MappedSplit.open(dataset, name) for name in ("train", "test"))
     conversion = train.scalars["conversion"].copy()
@@ -426,7 +427,7 @@ def test_shuffled_conversions_leave_aman_what_pctr_alone_gives(known: dict[str, 
     learnt, shuffled = (on_clicks(of, "cvr") for of in known["related"]["aman"])
     of_pctr = on_clicks(known["related"]["ctr"][0], "ctr")
     assert of_pctr > 0.6, "items that are clicked are converted"
-    # With the true labels AMAN knows more, or this would show nothing.
+    # With the true labels, AMAN knows more; otherwise, this test would show nothing.
     assert learnt > of_pctr
     assert shuffled == pytest.approx(of_pctr, abs=0.03)
 

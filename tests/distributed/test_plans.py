@@ -1,4 +1,4 @@
-"""A plan made by `esmm-torchrec plan` trains, and trains to the same numbers changed by hand."""
+"""Training with a plan of `esmm-torchrec plan`; changing it by hand does not change the result."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_plan_changed_by_hand_trains_to_the_same_numbers(
     changed.write_text(json.dumps(values))
     assert len(compare_plans(read_plan(plan), read_plan(changed)).splitlines()) == 3
 
-    # rowwise_adagrad would keep one momentum a row and strip of columns, and differ by design.
+    # rowwise_adagrad keeps one momentum per row and column shard, so it differs by design.
     options = replace(OPTIONS, plan=plan, sparse_optimizer="adagrad")
     before = run_on_ranks(2, train_here, data, tmp_path / "before", options)[0]
     options = replace(options, plan=changed)
@@ -99,8 +99,8 @@ def test_a_plan_for_other_ranks_is_refused_by_every_rank(
 
 
 def _errors_on_two_hosts(path: Path) -> dict[str, float]:
-    """Four ranks as two hosts: sharding type → largest error against an unsharded collection,
-    of pooled embeddings before and after a step of SGD on every rank's own batch."""
+    """Runs four ranks as two hosts. Returns sharding type → largest error, against an unsharded
+    collection, of pooled embeddings before and after an SGD step on a different batch per rank."""
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}
     errors: dict[str, float] = {}
     with process_group("cpu") as ranks:
@@ -115,7 +115,7 @@ PLACES = {
     "column_wise": ([3, 0], [2]),
     "grid_shard": ([0, 1, 2, 3], [2, 3]),
 }
-"""Sharding type → the ranks of tables a and b."""
+"""Sharding type → ranks of tables a and b."""
 
 
 def _error(

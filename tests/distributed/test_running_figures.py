@@ -1,4 +1,4 @@
-"""Running figures on ranks: the same for any number of them, also after a change of it."""
+"""Running figures are the same on any number of ranks, also after the number changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, STEPS, WINDOW_STEPS = 60, 9, 5
 
 
 def _steps() -> list[TrainOutput]:
-    """Outputs of steps over all ranks; the loss of a step is its number."""
+    """Makes the outputs of steps over all ranks; the loss of a step is its number."""
     rng = torch.Generator().manual_seed(4)
     steps = []
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""A run on ranks, from its folder: resumed, evaluated and scored on other numbers of ranks."""
+"""Runs that are resumed, evaluated and scored on another number of ranks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
-    """Trained table_wise on two ranks."""
+    """Run trained table_wise on two ranks."""
     out = data.parent / "run"
     run_on_ranks(2, train_here, data, out, OPTIONS)
     return out
@@ -66,7 +66,7 @@ def run(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(run: Path, data: Path) -> pd.DataFrame:
-    """Scored row_wise on one rank."""
+    """Scores of the run, computed row_wise on one rank."""
     out = data.parent / "scores.parquet"
     run_on_ranks(1, _score, run, data, out, "row_wise", 1000)
     return pd.read_parquet(out)
@@ -201,7 +201,7 @@ def test_predictor_scores_raw_rows_like_the_prepared_ones(
 
 
 def _raw_rows(dataset: PreparedDataSet, frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows as somebody has them: raw ids instead of table rows, 999 for unknown ones."""
+    """Converts rows to raw rows: raw ids instead of table rows, 999 for unknown ids."""
     raw: dict[str, Any] = {"sample_id": frame.index.to_numpy()}
     for feature in dataset.schema.id_features:
         names = [999, *dataset.vocabulary(feature.table).raw_ids.to_pylist()]

@@ -1,4 +1,4 @@
-"""Runs that stream their data: the same on any number of ranks, from a disk and from a store."""
+"""Runs that stream their data are the same on any number of ranks, from a disk and a store."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class _Losses(Callback):
 
 
 def _losses(data: str | Path) -> list[float]:
-    """The loss of each step over all ranks."""
+    """Returns the loss of each step over all ranks."""
 
     def on_rank(ranks: Ranks) -> list[float]:
         dataset = PreparedDataSet.open(data)
@@ -96,7 +96,7 @@ def _losses(data: str | Path) -> list[float]:
 
 
 def _measured(run: Path, data: Path) -> dict[str, Any] | None:
-    """What the model of a run measures on the mapped test split."""
+    """Measures the model of a run on the mapped test split."""
 
     def on_rank(ranks: Ranks) -> dict[str, Any] | None:
         split = MappedSplit.open(PreparedDataSet.open(data), "test")
@@ -109,7 +109,7 @@ def _measured(run: Path, data: Path) -> dict[str, Any] | None:
 
 
 def _scored(run: Path, data: str | Path, out: Path) -> dict[str, Any]:
-    """Writes the scores; gives what the ranks measure where none holds them all."""
+    """Writes the scores; returns the metrics if no rank has the scores of all impressions."""
     scorer.MAX_GATHERED = 10
 
     def on_rank(ranks: Ranks) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def test_a_streamed_test_half_measures_what_a_mapped_one_does(data: Path, whole:
 
 
 def test_each_rank_writes_the_scores_of_its_stretch(data: Path, whole: Path) -> None:
-    """In stored order, the same as on one rank."""
+    """The scores are in stored order and the same as on one rank."""
     tables = []
     for ranks in (1, 2):
         out = data.parent / f"scores-of-{ranks}"
@@ -186,7 +186,7 @@ def test_each_rank_writes_the_scores_of_its_stretch(data: Path, whole: Path) -> 
 
 
 def _in_parts(data: Path, out: Path) -> dict[str, Any]:
-    """A run, and `evaluate` as on data in a store, where rank 0 cannot hold the scores."""
+    """Trains and evaluates as on data in a store, whose scores do not fit in rank 0's memory."""
     scorer.MAX_GATHERED, evaluate.open_in_order = 10, stream_in_order
     with process_group("cpu") as ranks:
         metrics = train(data, out, OPTIONS, ranks)

@@ -1,4 +1,4 @@
-"""Training on ranks against plain PyTorch, for every sharding type and optimiser on offer."""
+"""Training on ranks against plain PyTorch, for every sharding type and optimiser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BASE = TrainOptions(
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train the same model."""
+    """Number of ranks and options with which the same model is trained."""
 
     ranks: int
     options: TrainOptions
@@ -55,7 +55,8 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every sharding type on two ranks, every optimiser, shared features both ways, one rank."""
+    """Returns every sharding type and optimiser, pooled and expanded shared features, one and two
+    ranks."""
     two = [
         replace(BASE, sharding="auto"),
         replace(BASE, sharding="table_wise"),
@@ -156,7 +157,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path) -> dict[str, list[dict[str, Any]]]:
-    """Case → what each rank gave."""
+    """Name of the case → result of each rank."""
     by_case: dict[str, list[dict[str, Any]]] = {}
     for num_ranks in (1, 2):
         results = run_on_ranks(num_ranks, _train_all, num_ranks, data, data.parent)
@@ -166,7 +167,7 @@ def trained(data: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _weights(case: Case, data: Path, step: int) -> dict[str, torch.Tensor]:
-    """The whole, unsharded weights of a checkpoint."""
+    """Returns the unsharded weights of a checkpoint."""
     schema = PreparedDataSet.open(data).schema
     task = build_train_task(schema, case.options.model, embedding_device="cpu")
     load_model(data.parent / case.name / f"step-{step:08d}", task)

@@ -1,5 +1,5 @@
-"""Two hosts and an object store on a third, each a network namespace: training, a host that dies,
-and the run resumed."""
+"""Training on two hosts with an object store on a third, each a network namespace; a host dies and
+the run is resumed."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ write_data_set({uri!r}, train=8000, test=500, users=200)
 
 
 class Program(NamedTuple):
-    """What runs on a host."""
+    """Program that runs on a host."""
 
     process: subprocess.Popen[bytes]
     said: Path
 
     def finished(self) -> str:
-        """Waits for success; what it said."""
+        """Waits for the program to succeed; returns its output."""
         self.process.wait(SECONDS)
         assert self.process.returncode == 0, self.said.read_text()
         return self.said.read_text()
 
 
 class Hosts:
-    """Namespaces joined by a bridge, which lies in that of the store."""
+    """Network namespaces joined by a bridge, which is in the store's namespace."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -105,7 +105,7 @@ class Hosts:
         return Program(process, said)
 
     def kill(self, host: str) -> None:
-        """Ends all that runs on a host, at once."""
+        """Kills all programs on a host at once."""
         found = subprocess.run(
             ["ip", "netns", "pids", self._name(host)], capture_output=True, text=True, check=True
         )
@@ -114,7 +114,7 @@ class Hosts:
                 os.kill(int(process), signal.SIGKILL)
 
     def remove(self) -> None:
-        """Ends everything."""
+        """Kills all programs and removes the namespaces."""
         for host in ADDRESSES:
             self.kill(host)
         for process in self._started:

@@ -1,4 +1,4 @@
-"""Two nodes of one rank, met by a c10d rendezvous, train as one node of two ranks does."""
+"""Two nodes of one rank, joined by a c10d rendezvous, train like one node of two ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = TrainOptions(
 )
 WORDS = ["--batch-size", "32", "--embedding-dim", "8", "--tower", "16", "8"]
 WORDS += ["--epochs", "1", "--sharding", "table_wise", "--device", "cpu", "--seed", "3"]
-"""The same options."""
+"""Options of both trainings."""
 
 NODE_SECONDS = 150
 
@@ -66,7 +66,7 @@ def _on_two_nodes(arguments: list[str]) -> None:
             assert node.returncode == 0, printed
     finally:
         for node in nodes:
-            # torchrun ends its ranks when it is told to end.
+            # torchrun ends its ranks on SIGTERM.
             node.terminate()
             node.wait()
 
@@ -91,6 +91,6 @@ def test_two_nodes_train_as_one_node_of_two_ranks(tmp_path: Path) -> None:
         json.loads((tmp_path / run / "plan.json").read_text()) for run in ("two-nodes", "one-node")
     ]
     assert [(plan["world_size"], plan["local_world_size"]) for plan in plans] == [(2, 1), (2, 2)]
-    # Tables lie on both nodes, so that embeddings did cross between them.
+    # Both nodes have tables, so embeddings were exchanged between them.
     ranks = {rank for table in plans[0]["tables"].values() for rank in table["ranks"]}
     assert ranks == {0, 1}
