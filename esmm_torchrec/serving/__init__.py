@@ -1,1 +1,1 @@
-"""A trained model at work: scores of prepared splits, of new files, of DataFrames."""
+"""Scoring and serving with a trained model: prepared splits, files, DataFrames and requests."""

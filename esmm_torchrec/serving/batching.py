@@ -1,6 +1,6 @@
-"""Requests that come at the same time, scored together.
+"""Batches concurrent requests.
 
-A program takes a batch in little more time than one impression. So a request waits a moment for
+A program scores a batch in little more time than one impression. So a request waits a moment for
 others; all of them are encoded and scored in one worker thread, and each gets its own scores or its
 own error.
 """
@@ -24,13 +24,13 @@ from esmm_torchrec.serving.inputs import Inputs, Request
 from esmm_torchrec.serving.predictor import Predictor
 
 MAX_TOGETHER = 256
-"""Requests that are scored together, at most."""
+"""Maximum number of requests that are scored together."""
 
 _COLUMNS = (list, pa.Array, pa.ChunkedArray)
 
 
 class Overloaded(EsmmTorchrecError):
-    """More requests wait than may."""
+    """Too many requests are waiting."""
 
 
 class Answer(NamedTuple):
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     scores: dict[str, np.ndarray]
     """float32 (B,) by column."""
     model: str
-    """Fingerprint of the package that gave them."""
+    """Fingerprint of the package that computed them."""
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Batcher:
     """Scores requests in batches.
 
     Args:
-        model: gives the predictor to use; asked once per batch.
-        window_seconds: how long the first request of a batch waits for others.
-        max_rows: impressions of a batch and of a request.
-        max_waiting: requests that may wait.
-        observe: called with the impressions of each batch.
+        model: returns the predictor to use; called once per batch.
+        window_seconds: time that the first request of a batch waits for others.
+        max_rows: maximum number of impressions per batch and per request.
+        max_waiting: maximum number of waiting requests.
+        observe: called with the number of impressions of each batch.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     async def __aenter__(self) -> Batcher:
@@ -95,11 +95,11 @@ class Batcher:
         self._worker.shutdown()
 
     async def score(self, request: Request | Sequence[Request]) -> Answer:
-        """The scores of a request; see `Predictor.predict`.
+        """Scores a request; see `Predictor.predict`.
 
         Raises:
             DataError: the request cannot be scored.
-            Overloaded: too many requests wait.
+            Overloaded: too many requests are waiting.
         """
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests wait; try again later")
@@ -119,7 +119,7 @@ class Batcher:
                 taken = self._next()
                 outcomes = await loop.run_in_executor(self._worker, self._score, taken)
                 for waiting, outcome in zip(taken, outcomes, strict=True):
-                    if waiting.answer.done():  # nobody waits for it any more
+                    if waiting.answer.done():  # the caller no longer waits
                         continue
                     if isinstance(outcome, BaseException):
                         waiting.answer.set_exception(outcome)
@@ -127,7 +127,7 @@ class Batcher:
                         waiting.answer.set_result(outcome)
 
     def _next(self) -> list[_Waiting]:
-        """The first requests that wait, of about as many impressions as a batch may have."""
+        """Takes waiting requests in order, up to about the impressions of one batch."""
         taken: list[_Waiting] = []
         rows = 0
         while self._waiting and len(taken) < MAX_TOGETHER:
@@ -140,7 +140,7 @@ class Batcher:
         return taken
 
     def _score(self, taken: list[_Waiting]) -> list[Answer | BaseException]:
-        """In the worker: the answer to each request, or its error."""
+        """Returns the answer to each request, or its error; runs in the worker thread."""
         try:
             return self._answers(self._model(), [waiting.request for waiting in taken])
         except BaseException as error:
@@ -174,11 +174,11 @@ class Batcher:
     def _encoded(
         self, predictor: Predictor, requests: list[Request | Sequence[Request]]
     ) -> tuple[list[Inputs], list[int | DataError]]:
-        """The impressions of all requests, and how many each has, or its error."""
+        """Returns the encoded impressions, and for each request their number or its error."""
         of_rows = [one for one in requests if not isinstance(one, Mapping)]
         sizes = list(map(len, of_rows))
         if len(requests) == len(of_rows) > 1 and max(sizes) <= self._max_rows:
-            # Rows are encoded in one go, unless one of them is wrong.
+            # All rows are encoded at once, unless one of them is invalid.
             with suppress(DataError):
                 return [predictor.encode(list(chain.from_iterable(of_rows)))], [*sizes]
         parts: list[Inputs] = []
@@ -194,7 +194,7 @@ class Batcher:
 
 
 def _size(request: Request | Sequence[Request]) -> int:
-    """Impressions of a request, at most."""
+    """Returns an upper bound of the number of impressions of a request."""
     if not isinstance(request, Mapping):
         return len(request)
     columns = (values for values in request.values() if isinstance(values, _COLUMNS))

@@ -1,7 +1,7 @@
-"""Which checkpoint of a run is used, in numbers and in words.
+"""Chooses the checkpoint of a run to use, and describes it.
 
-Without a step it is the best one if validation chose one, else the last one. A run may still be
-training: what it scores should not be taken for what the finished run would.
+Without a step, this is the best checkpoint if validation chose one, else the last. The run may
+still be training; its scores should not be mistaken for those of the finished run.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from esmm_torchrec.runs.run_folder import RunFolder
 
 
 def chosen_step(run: RunFolder, step: int | None = None) -> int:
-    """The step of the checkpoint asked for, or of the model.
+    """Returns the step of the requested checkpoint; without `step`, that of the model.
 
     Raises:
-        RunError: there is no such checkpoint.
+        RunError: the checkpoint does not exist.
     """
     return step_of(run.model_checkpoint(step))
 
 
 def identity(run: RunFolder, step: int) -> str:
-    """Stands for the weights of a checkpoint: a hash of the checksums of its files."""
+    """Returns a hash of the checksums of a checkpoint's files, which identifies its weights."""
     described = json.dumps(read_description(run.model_checkpoint(step)), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 
 def is_finished(run: RunFolder) -> bool:
-    """Whether the training came to its end, which metrics.json marks."""
+    """Whether the training has ended, which metrics.json marks."""
     return (run.path / "metrics.json").exists()
 
 
 def described(run: RunFolder, step: int) -> str:
-    """A line for a person."""
+    """Returns a line that names the model for the terminal."""
     line = f"model: {run.path}, step {step}"
     return line if is_finished(run) else f"{line}, from an unfinished training"

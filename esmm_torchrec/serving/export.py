@@ -1,4 +1,4 @@
-"""A run's model as a package that scores raw rows without TorchRec; see `package`."""
+"""Exports the model of a run as a package that scores raw rows without TorchRec; see `package`."""
 
 from __future__ import annotations
 
@@ -54,26 +54,26 @@ def export(
     device: Literal["cpu", "cuda"] = "cpu",
     calibrated: bool = False,
 ) -> Package:
-    """Writes a package of a run's model.
+    """Exports the model of a run as a package.
 
-    Memory holds the towers and one table at a time: tables are kept in files while they are
+    Only the towers and one table at a time are in memory: tables are kept in files while they are
     gathered and written.
 
     Args:
         run: the run folder.
-        out: the folder to make; it appears when it is whole and scores its example as the run's
-            model does.
-        form: "export": a program for `torch.export.load`, on any machine. "aoti": one that is
+        out: the folder to create; it appears once it is complete and its program reproduces the
+            scores of the example.
+        form: "export": a program for `torch.export.load`, on any machine. "aoti": a program
             compiled for machines like this one. "triton": the same, with a model repository for
             NVIDIA Triton in the folder `TRITON`.
-        step: of the checkpoint; None: that of the model.
-        device: where the program runs.
-        calibrated: whether the program calibrates its scores as 'calibrate' fitted it.
+        step: step of the checkpoint; None: that of the model.
+        device: device on which the program runs.
+        calibrated: whether the program applies the calibration that 'calibrate' fitted.
 
     Raises:
         RunError: `out` exists, `run` is not a run folder, or it lacks the checkpoint, a calibration
-            of it, or what encodes raw rows.
-        OptionError: there is no such device.
+            of it, or the preprocessing of raw rows.
+        OptionError: the device is not available.
     """
     out = Path(out)
     if out.exists():
@@ -134,10 +134,11 @@ def export(
 
 
 def example_request(encoder: RowEncoder) -> dict[str, Any]:
-    """A request of `EXAMPLE_IMPRESSIONS` impressions: frequent ids, the last one without any value.
+    """Builds a request of `EXAMPLE_IMPRESSIONS` impressions with the first ids of each vocabulary;
+    the last impression has no values.
 
     Args:
-        encoder: of the training data.
+        encoder: encoder of the training data.
     """
     request: dict[str, Any] = {}
     features = encoder.features
@@ -197,7 +198,7 @@ def _write_program(
         if size not in named:
             named[size] = torch.export.Dim(f"ids_{number}", min=0)
         shapes.append({0: named[size]})
-    with warnings.catch_warnings(action="ignore"):  # what torch tells its own developers
+    with warnings.catch_warnings(action="ignore"):  # torch warns its own developers
         exported = torch.export.export(
             program, tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
         )
@@ -216,8 +217,8 @@ def _write_program(
 
 
 class _Whole(io.RawIOBase):
-    """A file for torch to write to, which ends the process where a write fails: the error is kept
-    until torch has ended."""
+    """File for torch.export.save, which ends the process if a write fails. So the error is kept
+    until it returns."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class _Whole(io.RawIOBase):
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Writes, unless a write has failed."""
+        """Writes the data, unless an earlier write has failed."""
         size = memoryview(data).nbytes
         if self._error is None:
             try:
@@ -235,15 +236,15 @@ class _Whole(io.RawIOBase):
         return size
 
     def writable(self) -> bool:
-        """Whether torch may write to it."""
+        """Whether the file is writable; torch checks it."""
         return True
 
     def seekable(self) -> bool:
-        """What torch knows a buffer by."""
+        """Whether the file is seekable, which torch requires of a buffer."""
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:  # noqa: ARG002
-        """Torch goes back to the start when all is written, which a file does not need."""
+        """Ignores the seek to the start after the last write, which a file does not need."""
         return offset
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Raw feature values → the tensors that a program takes.
+"""Encodes raw feature values as the input tensors of a program.
 
 Shapes: B impressions, L ids of a multi-valued feature in all of them, D raw dense columns.
 """
@@ -31,7 +31,7 @@ _NUMBERS = frozenset({float, int, bool, type(None)})
 _SINGLE = _NUMBERS | {str}
 
 MAX_COPIED_IDS = 1 << 24
-"""Ids that the list of one impression may become if all impressions of a request share it."""
+"""Maximum number of ids after the list of one impression is copied to all others of a request."""
 
 Request = Mapping[str, Any]
 """Values by raw column; see `InputEncoder`."""
@@ -45,17 +45,17 @@ class Inputs(NamedTuple):
     """The tensors of B impressions."""
 
     arrays: dict[str, np.ndarray]
-    """By the names of a `Signature`."""
+    """Arrays by input name of a `Signature`."""
     size: int
-    """B."""
+    """Number of impressions, B."""
 
     def tensors(self, signature: Signature, device: torch.device) -> list[torch.Tensor]:
-        """In the order of the signature."""
+        """Returns the tensors in the order of the signature."""
         tensors = [torch.from_numpy(self.arrays[name]) for name in signature.names]
         return tensors if device.type == "cpu" else [one.to(device) for one in tensors]
 
     def batches(self, signature: Signature, size: int) -> Iterator[Inputs]:
-        """The impressions in order, at most `size` at a time."""
+        """Yields the impressions in order, at most `size` at a time."""
         if self.size <= size:
             yield self
             return
@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def concatenate(parts: Sequence[Inputs]) -> Inputs:
-        """The impressions of all parts, in order."""
+        """Concatenates the impressions of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
         arrays = {
@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a raw column holds."""
+    """Form of the values of a raw column."""
 
     kind: Literal["integer", "text", "number"]
     is_list: bool
@@ -94,42 +94,42 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class _Column:
-    """How an id feature is read from a request."""
+    """Reader of one id feature from a request."""
 
     feature: IdFeature
     raw: str
     weights: str | None
     lookup: Lookup
     carefully: FeatureColumns
-    """Reads this feature alone."""
+    """Reader of files, restricted to this feature."""
     is_plain: bool
-    """Whether the raw values are ids, and not texts or times."""
+    """Whether the raw values are ids rather than texts or times."""
 
     @cached_property
     def is_quick(self) -> bool:
-        """Whether an impression has one id and nothing else."""
+        """Whether each impression has a single, unweighted id."""
         plain = self.is_plain and self.feature.name != CONSTANT
         return plain and not (self.feature.multi_valued or self.weights)
 
     @cached_property
     def number_input(self) -> str:
-        """The input with an integer for each impression, its row or its number of ids."""
+        """Name of the input with one integer per impression: its row or its number of ids."""
         name = self.feature.name
         return f"{name}.lengths" if self.feature.multi_valued else name
 
 
 class InputEncoder:
-    """Encodes raw values for a program. Several threads can use it at a time.
+    """Encodes raw values for a program. It is thread-safe.
 
-    A request holds raw values by the names of the raw columns: {"user": 7, "tags": [3, 4]} is one
-    impression, {"user": [7, 8], "tags": [[3], []]} are two, {"user": 7, "item": [1, 2, 3]} are
-    three of one user. Several values are a list, a NumPy array or an Arrow array.
+    A request maps raw column names to raw values: {"user": 7, "tags": [3, 4]} is one impression,
+    {"user": [7, 8], "tags": [[3], []]} are two, {"user": 7, "item": [1, 2, 3]} are three of one
+    user. Several values are a list, a NumPy array or an Arrow array.
 
-    A feature that a request leaves out is missing: for ids this is the zero vector, for a dense
-    value what the training data say (`DenseTransform.missing`, and the indicator if there is one).
+    A feature that a request omits is missing: an id feature becomes the zero vector, a dense value
+    the one that training used (`DenseTransform.missing`, and the indicator if there is one).
 
     Args:
-        encoder: of the training data.
+        encoder: encoder of the training data.
     """
 
     def __init__(self, encoder: RowEncoder) -> None:
@@ -166,7 +166,7 @@ class InputEncoder:
         self.signature = Signature.of(encoder.schema, dense=features.dense)
 
     def form_of(self, raw: str) -> Form:
-        """What a raw column holds, of those that have one form."""
+        """Returns the form of the values of a raw column."""
         if raw in dict(self._dense_columns).values():
             return Form("number", False)
         column = next(one for one in self._columns if raw in (one.raw, one.weights))
@@ -180,17 +180,16 @@ class InputEncoder:
     def encode(
         self, request: Request | Sequence[Request], *, max_size: int | None = None
     ) -> Inputs:
-        """The tensors of a request.
+        """Encodes a request.
 
         Args:
-            request: raw values by raw column, or a list of such for impressions one after the
-                other.
-            max_size: impressions that a request may have; None: any number.
+            request: raw values by raw column, or a list of such requests, one per impression.
+            max_size: maximum number of impressions; None: no limit.
 
         Raises:
             TooManyRows: there are more than `max_size` impressions.
-            DataError: a name is not a raw column, columns differ in length, or a value cannot be
-                used; names the column, and the row if there are several.
+            DataError: a name is not a raw column, columns differ in length, or a value is invalid;
+                the message names the column, and the row if there are several.
         """
         if isinstance(request, Mapping):
             size, columns = self._aligned(request)
@@ -222,7 +221,7 @@ class InputEncoder:
         return Inputs(arrays, size)
 
     def _columns_of(self, rows: Sequence[Request]) -> dict[str, Any]:
-        """The columns of requests of one impression each, without those missing everywhere."""
+        """Converts rows to columns, without columns whose values are all missing."""
         columns: dict[str, Any] = {}
         for name in self._checked(dict.fromkeys(name for row in rows for name in row)):
             values = [row.get(name) for row in rows]
@@ -240,12 +239,12 @@ class InputEncoder:
         return names
 
     def _as_list(self, value: Any) -> Any:
-        """A value of a list column that is not a list is a list of one."""
+        """Wraps a scalar value of a list column in a list."""
         return [value] if np.isscalar(value) and type(value) not in self._nested else value
 
     def encode_rows(self, read: RowsToEncode) -> tuple[Inputs, dict[str, Counts]]:
-        """The tensors of raw rows that were read, and what the good ones among them hold, by id
-        feature. The inputs of bad rows are arbitrary, but can be scored."""
+        """Encodes raw rows that were read, and counts the ids of the good ones by id feature. The
+        inputs of bad rows are arbitrary, but can be scored."""
         size, good = len(read.bad), pa.array(~read.bad)
         arrays: dict[str, np.ndarray] = {}
         counts = {}
@@ -261,8 +260,8 @@ class InputEncoder:
         return Inputs(arrays, size), counts
 
     def _aligned(self, request: Request) -> tuple[int, dict[str, Any]]:
-        """B, and the columns that are not missing: B values of each, or a list of one for all
-        impressions."""
+        """Returns B and the columns that are not missing, each with B values or with a list of one
+        value for all impressions."""
         columns: dict[str, Any] = {}
         size, of_size = None, ""
         for name in self._checked(request):
@@ -295,7 +294,7 @@ class InputEncoder:
             return False
         if not isinstance(values, (list, tuple, np.ndarray)):
             return True
-        # A bag, unless it holds bags or texts with several ids.
+        # A bag, unless it contains bags or texts with several ids.
         if name not in self._lists or (len(values) and type(values[0]) in self._nested):
             return False
         kinds = {str if issubclass(kind, str) else kind for kind in map(type, values)}
@@ -309,7 +308,7 @@ class InputEncoder:
         return f"there are {shown}" + (", …" if len(self.raw_columns) > 8 else "")
 
     def _bags(self, column: _Column, columns: dict[str, Any], size: int) -> Bags:
-        """Of `size` impressions, or of one whose values all of them have."""
+        """Returns the bags of `size` impressions, or a single bag that all of them share."""
         if column.feature.name == CONSTANT:
             return Bags(column.lookup.vocabulary.encode(np.zeros(1, np.int64)))
         given = {raw: columns.get(raw) for raw in (column.raw, column.weights) if raw is not None}
@@ -337,7 +336,7 @@ class InputEncoder:
         return bags
 
     def _dense(self, columns: dict[str, Any], size: int) -> np.ndarray:
-        """float64 (B, D)."""
+        """Returns the raw dense values, float64 (B, D)."""
         dense = np.empty((size, len(self._dense_columns)))
         for place, (name, raw) in enumerate(self._dense_columns):
             values = columns.get(raw)
@@ -351,13 +350,13 @@ class InputEncoder:
         if too_far.any():
             place = int(too_far.any(axis=0).argmax())
             name, raw = self._dense_columns[place]
-            # An infinite value has a sentence of its own.
+            # An infinite value has its own error message.
             self._read_numbers(columns[raw], name, raw)
             _raise_first([Fault(raw, too_far[:, place], lambda _: f"the value is {TOO_FAR}")])
         return dense
 
     def _numbers(self, values: Any, name: str, raw: str) -> np.ndarray:
-        """float64 (B,), NaN for missing."""
+        """Converts values to float64 (B,), with NaN for missing ones."""
         if isinstance(values, (list, tuple)):
             if _NUMBERS.issuperset(map(type, values)):
                 try:
@@ -369,7 +368,7 @@ class InputEncoder:
         return self._read_numbers(values, name, raw)
 
     def _read_numbers(self, values: Any, name: str, raw: str) -> np.ndarray:
-        """As `_numbers`, by what reads files."""
+        """Converts values like `_numbers`, with the reader of files."""
         only = replace(self._features, id_features=(), dense=(name,))
         features, faults = only.read(pa.table({raw: _arrow(values, raw)}))
         _raise_first(faults)
@@ -379,12 +378,12 @@ class InputEncoder:
 def _put(
     arrays: dict[str, np.ndarray], feature: IdFeature, bags: Bags, numbers: np.ndarray
 ) -> None:
-    """The inputs of a feature; a single impression is copied to all B.
+    """Adds the inputs of a feature; a single bag is copied to all B impressions.
 
     Args:
-        arrays: to which all but `numbers` are added.
-        bags: of one impression or of B.
-        numbers: int64 (B,), for the rows of a single-valued feature, or the lengths.
+        arrays: receives all inputs of the feature except `numbers`.
+        bags: bags of one impression or of B.
+        numbers: int64 (B,), overwritten with the rows of a single-valued feature, or the lengths.
 
     Raises:
         DataError: the copies have too many ids.
@@ -392,7 +391,7 @@ def _put(
     size, name = len(numbers), feature.name
     rows, weights = bags.rows, bags.weights
     numbers[:] = rows if bags.lengths is None else bags.lengths
-    # Arrow's memory is read-only, which torch does not know, and so it is copied.
+    # Arrow's memory is read-only, which torch does not support, so it is copied.
     copies = 1 if len(rows if bags.lengths is None else bags.lengths) == size else size
     if copies > 1 and len(rows) * copies > MAX_COPIED_IDS:
         raise DataError(
@@ -407,7 +406,7 @@ def _put(
 
 
 def _nothing(feature: IdFeature) -> Bags:
-    """An impression without the feature."""
+    """Returns the bag of an impression without the feature."""
     rows, lengths = (
         (np.zeros(0, np.int64), np.zeros(1, np.int64))
         if feature.multi_valued
@@ -417,7 +416,7 @@ def _nothing(feature: IdFeature) -> Bags:
 
 
 def _bags_of(feature: IdFeature, encoded: pa.Array, features: Features) -> Bags:
-    """From what `encode_ids` gives for values that were read with care."""
+    """Converts the result of `encode_ids` for values from the reader of files."""
     weights = features.weights[feature.name] if feature.weighted else None
     if feature.multi_valued:
         lengths = np.diff(encoded.offsets.to_numpy())

@@ -1,9 +1,9 @@
-"""Rows of the raw ids of a request.
+"""Looks up the rows of the raw ids of a request.
 
-A request is a few impressions, and every microsecond counts: an id is looked up in a dict, and many
-integers at once in the vocabulary's own array. What that cannot decide (a text where the ids are
-integers, a weight that is missing) is left to `data.sources.feature_columns`, which reads the
-columns of files, so that one value has one row on every road.
+A request has a few impressions, and every microsecond counts: single ids are looked up in a dict,
+many integers at once in the array of the vocabulary. Values that these cannot handle (text in a
+column of integer ids, a missing weight) are left to `data.sources.feature_columns`, which reads the
+columns of files, so that a value has the same row however it is scored.
 
 Shapes: B impressions, L ids of a multi-valued feature in all of them.
 """
@@ -26,12 +26,12 @@ from esmm_torchrec.schema import UNKNOWN_ROW
 from esmm_torchrec.serving.signature import MISSING_ROW
 
 MAX_DICT_IDS = 1 << 22
-"""Ids of a table that are kept in a dict, too (about 100 bytes each), once there is a request.
-Those of a larger table are searched, and hashed texts are hashed by Arrow, which costs a request
-some 100 µs."""
+"""Maximum number of ids of a table for which the first request builds a dict (about 100 bytes per
+id). The ids of a larger table are found by search, and hashed texts are hashed by Arrow, which
+costs a request about 100 µs."""
 
 MAX_TEXTS = 4096
-"""Texts of an Arrow column that are looked up one by one; more of them are looked up together."""
+"""Maximum length of an Arrow column of texts to look up one by one rather than together."""
 
 _NOT_THERE = -2
 
@@ -39,18 +39,18 @@ _IDS = frozenset({int, str, type(None)})
 
 
 class Bags(NamedTuple):
-    """One id feature of B impressions, as a signature has it."""
+    """Values of one id feature of B impressions, in the form of a `Signature`."""
 
     rows: np.ndarray
-    """Integers (B,) with MISSING_ROW for none; (L,) if there are lengths."""
+    """Integers (B,) with MISSING_ROW for a missing id; (L,) if there are lengths."""
     lengths: np.ndarray | None = None
-    """Integers (B,)."""
+    """Number of ids per impression, integers (B,); None for a single-valued feature."""
     weights: np.ndarray | None = None
-    """float32, beside the rows."""
+    """float32, same shape as the rows."""
 
 
 class Lookup:
-    """The rows of a table's raw ids; None means that the values must be read with care."""
+    """Looks up rows of a table; results of None mean that the values need the reader of files."""
 
     def __init__(self, vocabulary: Vocabulary | HashedIds) -> None:
         self.vocabulary = vocabulary
@@ -69,11 +69,11 @@ class Lookup:
         return rows
 
     def one(self, value: Any) -> int | None:
-        """The row of an id, MISSING_ROW for None."""
+        """Returns the row of an id; MISSING_ROW for None."""
         if not self._has_dict:
             rows = self.many([value])
             return None if rows is None else int(rows[0])
-        if type(value) not in _IDS:  # a float may equal an id that it is not
+        if type(value) not in _IDS:  # a float may equal an id
             return None
         row = self._rows.get(value, _NOT_THERE)
         if row == _NOT_THERE:
@@ -81,7 +81,7 @@ class Lookup:
         return row
 
     def many(self, values: Any) -> np.ndarray | None:
-        """The rows of ids in a list, an array or an Arrow array; MISSING_ROW for None."""
+        """Returns the rows of ids in a list, an array or an Arrow array; MISSING_ROW for None."""
         if isinstance(values, pa.Array):
             kind = values.type
             if self._are_integers and pa.types.is_signed_integer(kind) and not values.null_count:
@@ -98,7 +98,7 @@ class Lookup:
         if self._are_integers:
             try:
                 ids = np.frombuffer(array("q", values), np.int64)
-            except (TypeError, OverflowError):  # None, or no integers
+            except (TypeError, OverflowError):  # None, or not integers
                 pass
             else:
                 return self.vocabulary.rows_of(ids)
@@ -121,8 +121,8 @@ class Lookup:
         return type(value) is int and -(2**63) <= value < 2**63
 
     def bags(self, values: Any, weights: Any = None, *, are_lists: bool) -> Bags | None:
-        """The rows of values that have one id each, or of lists of ids; None also if an id is
-        missing, or if the weights are not finite numbers of the same form."""
+        """Returns the bags of single ids or of lists of ids; None also if an id is missing or if
+        the weights are not finite numbers of the same form."""
         lengths = None
         if are_lists:
             if not _are_lists(values):
@@ -143,7 +143,7 @@ class Lookup:
 
 
 def _weights(values: Any) -> np.ndarray | None:
-    """float32 (L,) of weights in a list; None if they are not finite numbers."""
+    """Converts a list of weights to float32 (L,); None if they are not finite numbers."""
     if not isinstance(values, (list, tuple)) or not {float, int}.issuperset(map(type, values)):
         return None
     try:

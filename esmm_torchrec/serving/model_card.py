@@ -1,5 +1,5 @@
-"""What a person should know of an exported model. Figures by value of a field are of a part of the
-test split, scored by the program itself, whose tables may be in files."""
+"""Writes the model card of an exported model. Its metrics by value of a field are measured on a
+part of the test split, scored by the program itself, whose tables may be in files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_VALUES = 8
 _LICENCES = {
     "ali-ccp": "the terms of Ali-CCP on its Tianchi page, which permit research only; read them",
 }
-"""By kind of source."""
+"""Licence by kind of source."""
 
 
 def model_card(
@@ -42,7 +42,8 @@ def model_card(
     program: Program,
     calibration: str | None,
 ) -> str:
-    """The card, as Markdown; the program is on the CPU, and its calibration of that kind."""
+    """Returns the card as Markdown. The program is on the CPU; `calibration` is the kind of its
+    calibration, or None."""
     data = PreparedDataSet.open(run.preprocessing, data_files=False)
     tasks = data.schema.tasks
     licence = _LICENCES.get(str(data.source.get("kind")), "not known to this library")
@@ -98,7 +99,7 @@ def model_card(
 
 
 def _table(heading: Sequence[str], *rows: Sequence[str]) -> list[str]:
-    """A table in Markdown."""
+    """Formats a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in (heading, *rows)]
     return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
 
@@ -122,7 +123,7 @@ def _metrics(run: RunFolder) -> list[str]:
 
 
 def _by_value(run: RunFolder, program: Program) -> list[str]:
-    """Tables, or why there are none: the data may not be where the run found them."""
+    """Returns tables, or why there are none: the data may have moved since the training."""
     path = run.config["history"][-1]["data"]["path"]
     try:
         dataset = PreparedDataSet.open(path)

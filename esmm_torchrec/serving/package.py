@@ -1,11 +1,11 @@
 """An exported model: a folder that scores raw rows in a process without TorchRec.
 
     OUT/
-        package.json      what the program takes and gives, versions, a checksum of each file
+        package.json      inputs and outputs of the program, versions, a checksum of each file
         model.pt2         the program: for torch.export.load, or compiled by AOTInductor
-        preprocessing/    dataset.json and the vocabularies: from raw values to its inputs
+        preprocessing/    dataset.json and the vocabularies, which encode raw values as inputs
         example.json      a request and its scores, which are checked when the package is loaded
-        MODEL_CARD.md     for a person
+        MODEL_CARD.md     human-readable description
 
 `export` writes a package; `Predictor` opens one.
 """
@@ -31,7 +31,7 @@ from esmm_torchrec.serving.signature import Signature
 from esmm_torchrec.tasks import TaskChain
 
 FORMAT_VERSION = 3
-"""Since 3 a package says whether its scores are calibrated."""
+"""Version of the format; since 3, a package states whether its scores are calibrated."""
 
 DESCRIPTION = "package.json"
 PROGRAM = "model.pt2"
@@ -42,10 +42,11 @@ MODEL_CARD = "MODEL_CARD.md"
 PackageForm = Literal["export", "aoti"]
 
 EXAMPLE_TOLERANCE = 1e-5
-"""How far the scores of the example may be from those at the export, on another processor."""
+"""Maximum absolute difference between the scores of the example at load and at export, which may be
+on different processors."""
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
-"""Tensors of the inputs, in order → those of the outputs."""
+"""Function from the input tensors, in order, to the output tensors."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,22 @@ class Package:
     method: str
     step: int
     torch: str
-    """Version that exported it."""
+    """Version of torch that exported it."""
     machine: str
-    """What an aoti program was compiled for: "x86_64 AVX512", or the name of a GPU."""
+    """Target of an aoti program, such as "x86_64 AVX512" or the name of a GPU; otherwise "any"."""
     signature: Signature
     tasks: TaskChain
     calibration: str | None
-    """Kind of the calibration inside the program, if there is one."""
+    """Kind of the calibration in the program; None if it has none."""
     fingerprint: str
-    """sha256 of package.json; as that holds every checksum, it identifies the whole package."""
+    """sha256 of package.json, which contains every checksum, so it identifies the whole package."""
 
     def __post_init__(self) -> None:
         check_choices(self)
 
     @staticmethod
     def is_one(path: Path) -> bool:
-        """Whether a folder says that it is a package."""
+        """Whether a folder contains the description of a package."""
         return (path / DESCRIPTION).exists()
 
     @classmethod
@@ -81,7 +82,7 @@ class Package:
         """Reads the description and compares every file with its checksum.
 
         Raises:
-            RunError: it is not a package, is of another version, or a file of it was changed.
+            RunError: the folder is not a package, has another version, or contains a changed file.
         """
         path = Path(path)
         try:
@@ -117,7 +118,7 @@ class Package:
         return package
 
     def write(self) -> None:
-        """Writes package.json beside the other files, whose checksums it notes."""
+        """Writes package.json next to the other files, with their checksums."""
         files = sorted(file for file in self.path.rglob("*") if file.is_file())
         values = {
             "format_version": FORMAT_VERSION,
@@ -134,10 +135,10 @@ class Package:
         """Loads the program.
 
         Args:
-            runners: how many threads can run a compiled program at the same time.
+            runners: number of threads that can run a compiled program at the same time.
 
         Raises:
-            RunError: the program is for another machine or another version of torch, or broken.
+            RunError: the program is broken, or for another machine or another version of torch.
         """
         if self.form == "aoti":
             here = machine(self.device)
@@ -153,8 +154,8 @@ class Package:
                 )
         try:
             if self.form == "aoti":
-                # torch.inductor's load_package compiles a test of the processor each time, and what
-                # it returns reads descriptions of the inputs at each call.
+                # torch.inductor's load_package compiles a processor test on each load, and what it
+                # returns parses descriptions of the inputs on each call.
                 loader = torch._C._aoti.AOTIModelPackageLoader(  # pyright: ignore
                     str(self.path / PROGRAM), "model", False, runners, -1
                 )
@@ -166,16 +167,16 @@ class Package:
         return lambda tensors: module(*tensors)
 
     def example(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """A request, and its scores at the export, float32 by column."""
+        """Reads the example: a request, and its scores at export time, float32 by column."""
         content = json.loads((self.path / EXAMPLE).read_text())
         scores = {name: np.array(one, np.float32) for name, one in content["scores"].items()}
         return content["request"], scores
 
     def check_example(self, predict: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]) -> None:
-        """Makes sure that the example has the scores that it had at the export.
+        """Checks that the example still has the scores that it had at export time.
 
         Raises:
-            RunError: it has others.
+            RunError: the scores differ.
         """
         request, expected = self.example()
         found = predict(request)
@@ -192,7 +193,7 @@ _PLAIN = ("form", "device", "method", "step", "torch", "machine", "calibration")
 
 
 def machine(device: str) -> str:
-    """What a compiled program depends on."""
+    """Describes the hardware that a compiled program depends on."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""Scores for raw rows in one process: those of a request at once, those of files block by block."""
+"""Scores raw rows in one process: requests at once, files block by block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_SIZE = 8192
 
 
 class Predictor:
-    """A model that scores raw rows. Several threads can use it at a time.
+    """A model that scores raw rows. It is thread-safe.
 
     Example::
 
@@ -31,16 +31,16 @@ class Predictor:
 
     Args:
         model: the folder of a run, or of an exported model.
-        step: of the checkpoint of a run; None: that of the model.
+        step: step of the checkpoint of a run; None: that of the model.
         calibrated: apply the calibration that 'calibrate' fitted to a run. For a package, this was
             decided at export.
-        device: where the model of a run is; that of an exported one is where it was exported for.
-        runners: how many threads can run a compiled program at the same time.
+        device: device of the model of a run; an exported model runs on its device of export.
+        runners: number of threads that can run a compiled program at the same time.
 
     Raises:
-        RunError: it is neither, or is broken, or was exported for another machine, or the run has
-            no such checkpoint or no calibration of it.
-        OptionError: `calibrated` with a package that is not.
+        RunError: the folder is neither, is broken, or was exported for another machine; or the run
+            lacks the checkpoint or a calibration of it.
+        OptionError: `calibrated` is set for a package without a calibration.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Predictor:
         else:
             self._open_run(path, step, torch.device(device), calibrated)
         self.encoder = InputEncoder(self._rows)
-        """From raw values to the inputs of the program."""
+        """Encoder of raw values as inputs of the program."""
         if self.package is not None:
             self.package.check_example(self.predict)
 
@@ -81,7 +81,7 @@ class Predictor:
     def _open_run(
         self, path: Path, step: int | None, device: torch.device, calibrated: bool
     ) -> None:
-        # TorchRec takes seconds to import.
+        # Importing TorchRec takes seconds.
         from esmm_torchrec.runs.run_folder import RunFolder  # noqa: PLC0415
         from esmm_torchrec.serving.trained_program import trained_program  # noqa: PLC0415
 
@@ -97,31 +97,31 @@ class Predictor:
         """Scores the impressions of a request.
 
         Args:
-            request: raw values by raw column, one for each of B impressions or one for all of them,
-                or a list of such for impressions one after the other; see `InputEncoder`. What is
-                left out is missing.
+            request: raw values by raw column, one for each of B impressions or one for all of them;
+                or a list of such requests, one per impression; see `InputEncoder`. An omitted
+                value is missing.
 
         Returns:
-            float32 (B,) by column: pctr, pcvr and pctcvr, without those that the model cannot give.
+            float32 (B,) by column: pctr, pcvr and pctcvr, except those the model does not predict.
 
         Raises:
-            DataError: a name is not a raw column, or a value cannot be used.
+            DataError: a name is not a raw column, or a value is invalid.
         """
         return self.run_program(self.encode(request))
 
     def encode(
         self, request: Request | Sequence[Request], *, max_size: int | None = None
     ) -> Inputs:
-        """The inputs of the program for a request; see `predict`.
+        """Encodes a request as inputs of the program; see `predict`.
 
         Raises:
             TooManyRows: there are more than `max_size` impressions.
-            DataError: as `predict`.
+            DataError: same as in `predict`.
         """
         return self.encoder.encode(request, max_size=max_size)
 
     def run_program(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """The scores of encoded impressions, float32 (B,) by column."""
+        """Returns the scores of encoded impressions, float32 (B,) by column."""
         if inputs.size == 0:
             return {name: scores[:0] for name, scores in self.predict({}).items()}
         with torch.inference_mode():
@@ -129,20 +129,19 @@ class Predictor:
         return {name: score.cpu().numpy() for name, score in scores.items()}
 
     def score(self, rows: Frame | Sequence[Frame], *, batch_size: int = BATCH_SIZE) -> pd.DataFrame:
-        """Scores raw rows, in their order.
+        """Scores raw rows, in order.
 
         Args:
-            rows: DataFrames, Arrow tables or files, one or several, as `prepare_table` takes them;
-                the columns are those the training data were prepared from, labels not needed.
-            batch_size: impressions at a time.
+            rows: one or several DataFrames, Arrow tables or files, as in `prepare_table`, with the
+                columns from which the training data were prepared; labels are not needed.
+            batch_size: number of impressions scored at a time.
 
         Returns:
-            sample_id int64 (the row number if the data has none), pctr, pcvr and pctcvr
-            float32, NaN for those that the model cannot give; the index of a DataFrame given is
-            kept.
+            sample_id int64 (the row number if the data has none); pctr, pcvr and pctcvr float32,
+            NaN if the model does not predict them. The index of a DataFrame is kept.
 
         Raises:
-            DataError: a column is missing or a value cannot be used, or there is no row.
+            DataError: a column is missing, a value is invalid, or there are no rows.
         """
         parts = [
             score_columns(block.scores, self.tasks, block.read.sample_ids)
@@ -164,14 +163,14 @@ class Predictor:
         """Scores raw rows block by block, in bounded memory.
 
         Args:
-            rows: as in `score`.
-            keep: further columns to give with them.
-            bad_rows: counts the rows that cannot be scored; None allows none.
-            batch_size: impressions at a time.
+            rows: same as in `score`.
+            keep: further columns to return with the scores.
+            bad_rows: counter of the rows that cannot be scored; None allows none.
+            batch_size: number of impressions scored at a time.
 
         Raises:
-            DataError: a column is missing, a value cannot be used and may not be skipped, or there
-                is no row.
+            DataError: a column is missing, a value is invalid and may not be skipped, or there are
+                no rows.
         """
         for read in read_rows(self._rows, rows, keep=keep, bad_rows=bad_rows):
             inputs, counts = self.encoder.encode_rows(read)

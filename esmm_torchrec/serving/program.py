@@ -1,8 +1,8 @@
-"""A trained model as a program of plain tensors: raw dense values and rows in, probabilities out.
+"""A trained model as a program on plain tensors: raw dense values and rows in, probabilities out.
 
 TorchRec's collections take KeyedJaggedTensors and call fbgemm's operators. Here torch's own
-operators look into the same tables, so that the program can be exported, and compiled for a
-process that has torch alone. What it takes is described in `signature`.
+operators read the same tables, so that the program can be exported, and compiled for a process
+that has only torch. `signature` describes its inputs.
 
 Shapes: B impressions, L ids of one feature, F pooled features.
 """
@@ -27,14 +27,14 @@ from esmm_torchrec.serving.signature import DENSE, MISSING_ROW, Signature
 
 
 class Program(nn.Module):
-    """From the tensors of a `Signature` to its outputs.
+    """Computes the outputs of a `Signature` from its inputs.
 
     Args:
-        model: of a train task; its embeddings are replaced, the tables stay.
-        schema: of its data.
-        dense: by raw dense column, how its values become inputs of the model.
+        model: model of a train task; its embedding modules are replaced, the tables are kept.
+        schema: schema of its data.
+        dense: transform of each raw dense column.
         normalise: divide the weights of a multi-valued feature by their sum in each bag.
-        calibration: applied to the scores; None: none is.
+        calibration: calibration to apply to the scores; None: none.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Program(nn.Module):
         self._signature = Signature.of(schema, dense=tuple(dense))
 
     def outputs(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The scores that the model gives, float32 (B,), by their column."""
+        """Computes the scores that the model predicts, float32 (B,), by column."""
         given = dict(zip(self._signature.names, inputs, strict=True))
         self._check(given)
         bags = {f.name: self._bag(f, given) for f in self._schema.id_features}
@@ -71,10 +71,10 @@ class Program(nn.Module):
         }
 
     def scores(self, features: BatchFeatures) -> dict[str, Score]:
-        """The scores of a batch of a prepared data set, by the names of `read_scores`.
+        """Scores a batch of a prepared data set, by the names of `read_scores`.
 
         Args:
-            features: of B impressions, encoded; no feature is shared.
+            features: encoded features of B impressions; none is shared.
         """
         collections = (getattr(features, name) for name in COLLECTIONS)
         bags = {
@@ -90,11 +90,11 @@ class Program(nn.Module):
         return known if self._calibration is None else known | self._calibrated(known)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The values of `outputs`."""
+        """Returns the values of `outputs`, in order."""
         return tuple(self.outputs(*inputs).values())
 
     def _calibrated(self, scores: Mapping[str, Score]) -> dict[str, Score]:
-        """What `Calibration.apply` gives: a curve for each task, and products of what they give."""
+        """Calibrates like `Calibration.apply`: a curve per task, then products of the results."""
         assert self._calibration is not None
         logits = {}
         for task in self._schema.tasks:
@@ -105,7 +105,7 @@ class Program(nn.Module):
         return read_scores(logits, self._schema.tasks)
 
     def _check(self, given: Mapping[str, torch.Tensor]) -> None:
-        """Stops before a wrong score or a read outside of a table."""
+        """Raises an error instead of computing a wrong score or reading outside a table."""
         in_range = []
         for feature in self._schema.id_features:
             rows = self._schema.table(feature.table).num_embeddings
@@ -137,7 +137,7 @@ class Program(nn.Module):
         return _Bag(given[f"{name}.values"], lengths, weights)
 
     def _dense(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """float32 (B, dense features)."""
+        """Transforms the raw dense values to float32 (B, dense features)."""
         if not self._schema.dense_features:
             return None
         raw = given[DENSE]
@@ -157,30 +157,30 @@ class Program(nn.Module):
 
 
 class _Bag(NamedTuple):
-    """One feature of B impressions."""
+    """Values of one feature of B impressions."""
 
     ids: torch.Tensor
     lengths: torch.Tensor | None
-    """None: at most one id per impression, `MISSING_ROW` for none."""
+    """Number of ids per impression; None: one id per impression, or `MISSING_ROW`."""
     weights: torch.Tensor | None
 
 
 class _Features(NamedTuple):
-    """What a program's model takes in place of `BatchFeatures`."""
+    """Input of the model of a program, instead of `BatchFeatures`."""
 
     bags: Mapping[str, _Bag]
     dense: torch.Tensor | None
 
 
 class _Lookup(nn.Module):
-    """What `PooledFeatures` does, by torch's own operators; takes its place in a model."""
+    """Replaces `PooledFeatures` in a model; uses torch's own operators."""
 
     def __init__(self, pooled: PooledFeatures, schema: Schema) -> None:
         super().__init__()
         self.tables = nn.ParameterList()
         self._table_of: dict[str, int] = {}
         known = {feature.name for feature in schema.id_features}
-        # In the order of PooledFeatures.forward's result.
+        # Features are in the order of the result of PooledFeatures.forward.
         for collection in pooled.children():
             assert isinstance(collection, EmbeddingBagCollection)
             for config in collection.embedding_bag_configs():
@@ -191,7 +191,7 @@ class _Lookup(nn.Module):
                 self.tables.append(weight)
 
     def forward(self, features: _Features) -> torch.Tensor:
-        """(B, F)."""
+        """Returns the pooled and dense features, (B, F)."""
         parts = [
             _pooled(features.bags[feature], self.tables[table])
             for feature, table in self._table_of.items()
@@ -202,7 +202,7 @@ class _Lookup(nn.Module):
 
 
 def _pooled(bag: _Bag, table: torch.Tensor) -> torch.Tensor:
-    """(B, embedding dim): the weighted sum of a bag's embeddings."""
+    """Returns the weighted sum of the embeddings of each bag, (B, embedding dim)."""
     if bag.lengths is None:
         embeddings = table[bag.ids.clamp(min=0)]
         if bag.weights is not None:
@@ -219,7 +219,8 @@ def _pooled(bag: _Bag, table: torch.Tensor) -> torch.Tensor:
 
 
 def _normalised(weights: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """As `data.mapped` does it: divided by the sum of absolute values; a bag of zeros stays."""
+    """Divides weights by the sum of their absolute values in each bag, like `data.mapped`; a bag
+    of zeros is unchanged."""
     exact = weights.double()
     places = torch.arange(weights.shape[0], device=weights.device)
     bag = torch.bucketize(places, lengths.cumsum(0), right=True)
@@ -228,5 +229,5 @@ def _normalised(weights: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _assert(holds: torch.Tensor, sentence: str) -> None:
-    """Raises RuntimeError with the sentence, also from an exported or compiled program."""
+    """Raises RuntimeError with the sentence, even in an exported or compiled program."""
     torch.ops.aten._assert_async.msg(holds, sentence)

@@ -1,4 +1,4 @@
-"""What a request and its answer look like, as JSON Schema."""
+"""JSON Schemas of a request and its response."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from esmm_torchrec.serving.inputs import InputEncoder
 
 MAX_SHOWN_ID = 2**53 - 1
-"""Integers up to here are exact in every JSON library."""
+"""Largest integer up to which all integers are exact in every JSON library."""
 
 
 def request_schema(encoder: InputEncoder) -> dict[str, Any]:
-    """Either rows, an object per impression, or columns with a value per impression or one for
-    all."""
+    """Returns the schema of a request: rows, one object per impression, or columns, each with a
+    value per impression or one value for all."""
     of_row = {name: _value(encoder, name) for name in encoder.raw_columns}
     of_column = {
         name: {"anyOf": [value, {"type": "array", "items": value}]}
@@ -28,7 +28,7 @@ def request_schema(encoder: InputEncoder) -> dict[str, Any]:
 
 
 def response_schema(outputs: tuple[str, ...]) -> dict[str, Any]:
-    """Scores by column, a number for each impression, and the fingerprint of the model."""
+    """Returns the schema of a response: columns of scores, and the fingerprint of the model."""
     numbers = {"type": "array", "items": {"type": "number"}}
     scores = {**_object(dict.fromkeys(outputs, numbers)), "required": list(outputs)}
     return {
@@ -42,7 +42,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(encoder: InputEncoder, name: str) -> dict[str, Any]:
-    """Of one impression."""
+    """Returns the schema of the value of a column for one impression."""
     form = encoder.form_of(name)
     kind = {
         "integer": {"type": "integer", "minimum": -MAX_SHOWN_ID, "maximum": MAX_SHOWN_ID},

@@ -1,8 +1,8 @@
-"""Files of scores: of which kind they are, which are still to be made, and how they are written.
+"""Writes files of scores, and keeps track of those that are still missing from a folder.
 
-A file appears when it is whole. A folder of scores has one file for each input file, and
-`scores.json`, which says by what model they were made and from which input files: a command that
-was interrupted goes on after the last whole file.
+A file appears once it is complete. A folder of scores has one file for each input file, and
+`scores.json`, which records the model and the input files. So an interrupted command resumes after
+the last complete file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MANIFEST = "scores.json"
 
 
 def is_folder(out: Path) -> bool:
-    """Whether scores go to a folder of files and not to one file.
+    """Whether scores go to a folder of files rather than to one file.
 
     Raises:
-        OptionError: the name says neither.
+        OptionError: the name fits neither.
     """
     if out.suffix.lower() in SUFFIXES:
         return False
@@ -43,22 +43,22 @@ def is_folder(out: Path) -> bool:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises RunError where `out` is; makes the folder that it is to be in."""
+    """Raises RunError if `out` exists; otherwise creates its parent folder."""
     if out.exists():
         raise RunError(f"{out} already exists; remove it or choose another `out`")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_scores(out: Path, tables: Iterator[pa.Table], *, rows: int | None = None) -> None:
-    """Writes a file of the kind that its name says; it appears when it is whole.
+    """Writes scores to a file, whose type follows from its name; it appears once it is complete.
 
     Args:
         out: the file.
-        tables: its rows, block by block, at least one; as `score_columns` gives them.
-        rows: how many there are, for a progress bar; None: nobody knows.
+        tables: rows of the file in one or several blocks, as returned by `score_columns`.
+        rows: number of rows, for a progress bar; None: unknown.
 
     Raises:
-        OptionError: a column cannot be written to such a file.
+        OptionError: a column cannot be written to a file of this type.
     """
     first = next(tables)
     partial = out.with_name(f"{out.name}.partial")
@@ -97,23 +97,23 @@ class ScoreFolder:
 
     Args:
         path: the folder.
-        made_by: what the scores depend on, plain values for JSON.
+        made_by: what the scores depend on, as values for JSON.
     """
 
     path: Path
     made_by: Mapping[str, Any]
 
     def open(self, inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
-        """Creates the folder, or resumes in the existing one.
+        """Creates the folder, or resumes an existing one.
 
         Args:
             inputs: the input files.
 
         Returns:
-            (input, output) of the files that are still to be scored.
+            Pairs (input, output) of the files that are still to be scored.
 
         Raises:
-            RunError: the folder holds something else, the scores of another model, or those of an
+            RunError: the folder contains something else, scores of another model, or scores of an
                 input file that has changed since.
             OptionError: two inputs would have the same output.
         """
@@ -141,7 +141,7 @@ class ScoreFolder:
         return todo
 
     def record(self, path: Path, out: Path, **counts: int) -> None:
-        """Notes that an input file was scored."""
+        """Records that an input file was scored."""
         self._write(self._read() | {out.name: {"input": _identity(path), **counts}})
 
     def _read(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Raw rows that are scored: how they are read, their scores as columns, and what ids they held."""
+"""Reads raw rows to score, arranges their scores in columns, and counts their unknown ids."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from esmm_torchrec.schema import SAMPLE_ID, UNKNOWN_ROW
 from esmm_torchrec.tasks import TaskChain
 
 MIN_IDS = 100
-"""Fewer ids of a feature say nothing about the share of unknown ones."""
+"""Minimum number of ids of a feature for a warning about the share of unknown ids."""
 
 
 class Counts(NamedTuple):
-    """What some impressions hold of one id feature."""
+    """Counts of one id feature over some impressions."""
 
     impressions: int = 0
     missing: int = 0
-    """Impressions without a value."""
+    """Number of impressions without a value."""
     ids: int = 0
     unknown: int = 0
-    """Ids that training did not see, or too rarely."""
+    """Number of ids that did not occur in training, or too rarely."""
 
     @classmethod
     def of(cls, encoded: pa.Array) -> Counts:
-        """The counts of a feature as `encode_ids` gives it: int32 rows, or lists of them."""
+        """Counts the result of `encode_ids` for a feature: int32 rows, or lists of them."""
         if pa.types.is_list(encoded.type):
             rows = encoded.flatten().to_numpy()
             missing = int((np.diff(encoded.offsets.to_numpy()) == 0).sum())
@@ -42,7 +42,7 @@ class Counts(NamedTuple):
         return cls(len(encoded), missing, len(rows), int((rows == UNKNOWN_ROW).sum()))
 
     def plus(self, other: Counts) -> Counts:
-        """The counts of both."""
+        """Returns the sum of both counts."""
         return Counts(*map(sum, zip(self, other, strict=True)))
 
 
@@ -51,22 +51,22 @@ class ScoredRows(NamedTuple):
 
     read: RowsToEncode
     scores: dict[str, np.ndarray]
-    """By column, float32 (n,); arbitrary for bad rows."""
+    """Scores by column, float32 (n,); arbitrary for bad rows."""
     counts: dict[str, Counts]
-    """By id feature, of the rows that are not bad."""
+    """Counts by id feature, without bad rows."""
 
 
 @dataclass
 class Written:
-    """What was scored."""
+    """Totals over the rows that were scored."""
 
     impressions: int = 0
-    """Bad ones included."""
+    """Number of impressions, including bad rows."""
     counts: dict[str, Counts] = field(default_factory=dict)
-    """By id feature, of the rows that are not bad."""
+    """Counts by id feature, without bad rows."""
 
     def add(self, impressions: int, counts: Mapping[str, Counts]) -> None:
-        """Adds further rows."""
+        """Adds the totals of further rows."""
         self.impressions += impressions
         for name, of_feature in counts.items():
             self.counts[name] = self.counts.get(name, Counts()).plus(of_feature)
@@ -79,10 +79,10 @@ def read_rows(
     keep: Sequence[str] = (),
     bad_rows: BadRows | None = None,
 ) -> Iterator[RowsToEncode]:
-    """Raw rows to score, as `RowEncoder.read_blocks` reads them.
+    """Reads raw rows to score with `RowEncoder.read_blocks`.
 
     Raises:
-        DataError: as that, or there is no row.
+        DataError: same as in `read_blocks`, or there are no rows.
     """
     blocks = encoder.read_blocks(rows, keep=keep, bad_rows=bad_rows)
     first = next(blocks, None)
@@ -100,18 +100,18 @@ def score_columns(
     bad: np.ndarray | None = None,
     kept: pa.Table | None = None,
 ) -> pa.Table:
-    """Columns sample_id int64 and, for each probability of the chain, float32: by default pctr,
-    pcvr and pctcvr. A score that the model does not give is NaN; a quotient of probabilities
-    (DIVISION's pcvr) may exceed 1.
+    """Returns a table of sample_id int64 and a float32 column for each probability of the chain: by
+    default pctr, pcvr and pctcvr. A score that the model does not predict is NaN; a quotient of
+    probabilities (DIVISION's pcvr) may exceed 1.
 
     Args:
-        scores: by column, float32 (n,).
+        scores: scores by column, float32 (n,).
         sample_ids: int64 (n,).
-        bad: bool (n,), rows without scores, which are null; None: none.
-        kept: further columns, of n rows.
+        bad: bool (n,), marks rows without scores, which become null; None: no such rows.
+        kept: further columns, with n rows.
 
     Raises:
-        OptionError: a column to keep has the name of one of scores.
+        OptionError: a column to keep has the same name as a column of scores.
     """
     columns: dict[str, Any] = {SAMPLE_ID: pa.array(sample_ids, pa.int64(), mask=bad)}
     for _, column, *_ in tasks.probabilities:
@@ -130,8 +130,8 @@ def score_columns(
 
 
 def unknown_warnings(counts: Mapping[str, Counts], expected: Mapping[str, float]) -> list[str]:
-    """A sentence on each feature with far more unknown ids than the test split of the training data
-    had (`expected`): over twice the share, and over 5 percentage points more."""
+    """Returns a warning for each feature with far more unknown ids than the test split of the
+    training data (`expected`): over twice the share, and over 5 percentage points more."""
     sentences = []
     for name, of_feature in counts.items():
         if of_feature.ids < MIN_IDS:

@@ -1,7 +1,7 @@
-"""The scores of a model for a stream of impressions, by name, in the order of the stream.
+"""Scores a stream of impressions with a sharded model, in the order of the stream.
 
-Evaluation, `score` and `compare` get their scores from here. Padding is stripped here, and ranks
-are gathered here.
+Evaluation, `score` and `compare` get their scores from here. This module strips padding and gathers
+the scores of all ranks.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from esmm_torchrec.sharding.process_group import RankExchange, Ranks
 from esmm_torchrec.tasks import TaskChain
 
 MAX_GATHERED = 1 << 26
-"""Impressions of a streamed split that rank 0 measures, 28 bytes each and several copies of
-them while they arrive; of larger ones, all ranks together measure what `metrics.in_parts` can."""
+"""Maximum number of impressions of a streamed split that rank 0 gathers and measures, at 28 bytes
+each and with several copies on arrival. For larger splits, all ranks together compute the metrics
+of `metrics.in_parts`."""
 
 BATCH_SIZE = 8192
-"""Impressions per rank and step that are scored at a time, unless the caller chooses another."""
+"""Default number of impressions scored per rank and step."""
 
 Scores = dict[str, Prediction]
-"""By `TaskProbability.name`: "ctr", "cvr" and "ctcvr", without those that the model cannot give."""
+"""Scores by `TaskProbability.name` ("ctr", "cvr", "ctcvr"), except those not predicted."""
 
 
 def scores_of(logits: Logits, tasks: TaskChain, size: int) -> Scores:
-    """The scores of the first `size` impressions of a batch; the others are padding. The logits are
-    float32 (B,), on the CPU."""
+    """Computes the scores of the first `size` impressions of a batch; the others are padding. The
+    logits are float32 (B,), on the CPU."""
     return {
         name: Prediction(values[:size].numpy(), form)
         for name, (values, form) in read_scores(logits, tasks).items()
@@ -50,8 +51,8 @@ def scores_of(logits: Logits, tasks: TaskChain, size: int) -> Scores:
 def score_stream(
     model: DistributedModelParallel, reader: ImpressionReader, ranks: Ranks
 ) -> Iterator[Scores | None]:
-    """Scores the rows of a reader, which does not shuffle and is at its first row, without training
-    the model; every rank must go through all of its stream.
+    """Scores the rows of a reader in evaluation mode. The reader must be at its first row and not
+    shuffle; every rank must exhaust the iterator.
 
     Yields:
         on rank 0, for each step, the scores of the rows of all ranks; on the other ranks None.
@@ -71,7 +72,7 @@ def score_stream(
 
 
 def _logits(model: DistributedModelParallel, reader: BatchReader, ranks: Ranks) -> Iterator[Logits]:
-    """The logits of each batch, on the device, padding included."""
+    """Yields the logits of each batch, on the device, padding included."""
     was_training = model.training
     model.eval()
     pipeline = EvalPipelineSparseDist(model, model.fused_optimizer, ranks.device)
@@ -84,7 +85,7 @@ def _logits(model: DistributedModelParallel, reader: BatchReader, ranks: Ranks) 
             except StopIteration:
                 break
             yield output.logits
-        # Not after an error: within a step it fails, and hides what went wrong.
+        # Not after an error: within a step, detaching fails and hides the original error.
         pipeline.detach()
     finally:
         model.train(was_training)
@@ -93,10 +94,10 @@ def _logits(model: DistributedModelParallel, reader: BatchReader, ranks: Ranks) 
 def own_scores(
     model: DistributedModelParallel, reader: StreamReader, ranks: Ranks
 ) -> Iterator[Scores]:
-    """Scores the rows of this rank; otherwise as `score_stream`.
+    """Scores the rows of this rank; otherwise the same as `score_stream`.
 
     Yields:
-        for each step, the scores of the rows of this rank, which may be none.
+        for each step, the scores of the rows of this rank, possibly no rows.
     """
     for size, logits in zip(reader.own_rows(), _logits(model, reader, ranks), strict=True):
         on_cpu = Logits({name: values.cpu() for name, values in logits.items()})
@@ -113,15 +114,15 @@ def score_split(
     rows: np.ndarray | None = None,
     progress: bool = True,
 ) -> ScoredImpressions | None:
-    """Scores impressions of a split; to be called on every rank.
+    """Scores impressions of a split; every rank must call it.
 
     Args:
-        batch_size: rows per rank and step, at most.
-        rows: int (M,), which impressions of the split; None: all.
+        batch_size: maximum number of rows per rank and step.
+        rows: int (M,), indices of the impressions to score; None: all.
 
     Returns:
-        on rank 0 the scores that the model gives and the labels, in the order of `rows`; on the
-        other ranks None. If `is_in_parts`, on every rank those of its own stretch of the split.
+        on rank 0, the scores that the model predicts and the labels, in the order of `rows`; on the
+        other ranks None. If `is_in_parts`, each rank gets those of its own part of the split.
     """
     tasks = split.schema.tasks
     if isinstance(split, StreamedSplit):
@@ -175,8 +176,8 @@ def streamed_reader(
     batch_size: int,
     shared_features: SharedFeatures = "once",
 ) -> StreamReader:
-    """Reads a split with a lane for each rank in stored order, at most `batch_size` rows per rank
-    and step."""
+    """Creates a reader of a split that has a lane for each rank, in stored order, with at most
+    `batch_size` rows per rank and step."""
     rows_per_rank = max(1, min(batch_size, split.window, -(-split.impressions // split.lanes)))
     return StreamReader(
         split,
@@ -191,12 +192,12 @@ def streamed_reader(
 
 
 def is_in_parts(split: Split) -> bool:
-    """Whether rank 0 could not hold the scores of a split; `metrics.in_parts` measures them."""
+    """Whether a split has too many scores for rank 0; `metrics.in_parts` then measures them."""
     return isinstance(split, StreamedSplit) and split.impressions > MAX_GATHERED
 
 
 def _gathered(own: ScoredImpressions, ranks: Ranks) -> ScoredImpressions | None:
-    """On rank 0, the impressions of all ranks in stored order."""
+    """Gathers the impressions of all ranks on rank 0, in stored order."""
     if ranks.world_size == 1:
         return own
     parts: list[ScoredImpressions] | None = None
@@ -212,8 +213,8 @@ def scored_impressions(
     tasks: TaskChain,
     rows: np.ndarray | None = None,
 ) -> ScoredImpressions:
-    """Scores of N impressions with their columns of a split, by name; `rows`, int (N,), are their
-    places in the columns if these have more."""
+    """Joins the scores of N impressions with columns of their split, by name. `rows`, int (N,), are
+    the indices of the impressions if the columns have more rows."""
     if rows is not None:
         columns = {name: column[rows] for name, column in columns.items()}
     return ScoredImpressions(

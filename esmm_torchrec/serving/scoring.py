@@ -1,8 +1,8 @@
-"""Scores of every impression of a split or of raw rows, by the sharded model of a run on any number
+"""Scores every impression of a split or of raw rows with the sharded model of a run, on any number
 of ranks.
 
-The impressions keep their order. Memory is bounded by a batch: rows are mapped or read from disk
-and scores are written as they come, by rank 0 to one file, or by each rank to a file of its own.
+The impressions keep their order. Memory is bounded by a batch: rows are mapped or read from disk,
+and scores are written as they are computed, by rank 0 to one file or by each rank to its own file.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from esmm_torchrec.sharding.process_group import Ranks, on_every_rank
 from esmm_torchrec.tasks import TaskChain
 
 DESCRIPTION = "scores.json"
-"""Names the files of a folder in the order of their rows; it is written last."""
+"""File that lists the files of a folder in the order of their rows; it is written last."""
 
 _BAD = "__bad"
 
 
 def check_preprocessing(run: RunFolder) -> None:
-    """Makes sure that a run has what encodes raw rows, as it was in training.
+    """Checks that a run has the preprocessing of raw rows, unchanged since training.
 
     Raises:
-        RunError: it has not.
+        RunError: it is missing or was changed.
     """
     if not run.preprocessing.is_dir():
         raise RunError(
@@ -59,14 +59,14 @@ def check_preprocessing(run: RunFolder) -> None:
 
 
 class LaidOutRows(NamedTuple):
-    """Raw rows that were encoded and laid out for a run's model."""
+    """Raw rows, encoded and laid out for the model of a run."""
 
     folder: Path
-    """What `MappedSplit.map` maps."""
+    """Folder for `MappedSplit.map`."""
     written: Written
 
     def beside(self) -> pa.Table:
-        """Columns to keep and `_BAD`, mapped."""
+        """Maps the columns to keep and `_BAD` into memory."""
         return pa.ipc.open_file(pa.memory_map(str(_side_file(self.folder)))).read_all()
 
 
@@ -78,17 +78,17 @@ def encode_rows(
     keep: Sequence[str] = (),
     bad_rows: BadRows | None = None,
 ) -> LaidOutRows:
-    """Lays out raw rows for a run's model, encoded as its training data were. `remove` clears them
-    away, also after an error.
+    """Encodes raw rows like the training data of a run and lays them out for its model. `remove`
+    deletes them, also after an error.
 
     Args:
-        rows: files, DataFrames or Arrow tables, one or several; no labels needed.
-        folder: to be made, for the rows laid out.
-        bad_rows: counts the rows that cannot be scored; None allows none.
+        rows: one or several files, DataFrames or Arrow tables; labels are not needed.
+        folder: folder to create for the encoded rows.
+        bad_rows: counter of the rows that cannot be scored; None allows none.
 
     Raises:
-        DataError: a column is missing, a value cannot be used, or there is no row.
-        RunError: the run folder lacks what encodes raw rows.
+        DataError: a column is missing, a value is invalid, or there are no rows.
+        RunError: the run folder lacks the preprocessing of raw rows.
     """
     check_preprocessing(run)
     encoder = RowEncoder.load(run.preprocessing)
@@ -139,8 +139,8 @@ def _score_table(
     calibration: Calibration | None,
     beside: pa.Table | None = None,
 ) -> pa.Table:
-    """Scores by name as the columns of `score_columns`, calibrated if there is a calibration, and
-    what `LaidOutRows.beside` has of the same rows."""
+    """Arranges scores by name as in `score_columns`, calibrated if `calibration` is given.
+    `beside` has the same rows of `LaidOutRows.beside`."""
     if calibration is not None:
         scores = calibration.apply(scores, tasks)
     by_column = {
@@ -164,13 +164,13 @@ def score(
     rows: LaidOutRows | None = None,
     calibration: Calibration | None = None,
 ) -> None:
-    """Writes sample_id, pctr, pcvr and pctcvr of every impression; every rank calls it.
+    """Writes sample_id, pctr, pcvr and pctcvr of every impression; every rank must call it.
 
     Args:
-        out: a file to be made by rank 0.
-        batch_size: impressions per rank and step.
-        rows: what the split was laid out from, for the columns to keep; None: none. Only rank 0
-            needs it.
+        out: file that rank 0 writes.
+        batch_size: number of impressions per rank and step.
+        rows: rows from which the split was laid out, for the columns to keep; None: no such
+            columns. Only rank 0 needs it.
 
     Raises:
         RunError: `out` exists.
@@ -216,11 +216,11 @@ def score_streamed(
     calibration: Calibration | None = None,
 ) -> None:
     """Writes the scores of every impression of a split, which has a lane for each rank, to a folder
-    or its URI, a file for each rank; every rank calls it. No rank holds more than a batch of
-    scores and the ids of its rows.
+    or its URI, one file per rank; every rank must call it. A rank keeps at most a batch of scores
+    and the sample ids of its rows in memory.
 
     Raises:
-        RunError: `out` holds scores.
+        RunError: `out` already contains scores.
         DataError: a file of the split is missing, broken or cannot be read.
     """
     folder = Location.of(out)

@@ -1,11 +1,11 @@
-"""An exported model behind HTTP.
+"""Serves an exported model over HTTP.
 
     POST /score      impressions in, scores out: JSON or an Arrow stream
-    GET  /model      what is served
-    GET  /healthz    200 while it serves
-    GET  /metrics    for Prometheus
+    GET  /model      description of the model
+    GET  /healthz    200 while the server runs
+    GET  /metrics    metrics for Prometheus
 
-Another model is loaded beside the one that serves; a request is scored by one of them as a whole.
+A new model is loaded while the current one serves; each request is scored entirely by one of them.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ log = logging.getLogger("uvicorn.error")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """How requests are taken."""
+    """Options of the server."""
 
     batch_window_seconds: float = 0.001
-    """How long a request waits for others to be scored with."""
+    """Seconds that a request waits for others to share its batch."""
     max_rows: int = 4096
-    """Impressions of a request, and of a batch."""
+    """Maximum number of impressions per request and per batch."""
     max_body_bytes: int = 16 << 20
-    """Bytes of the body of a request."""
+    """Maximum size of the body of a request, in bytes."""
     max_waiting: int = 1024
-    """Requests that may wait; further ones are answered 503."""
+    """Maximum number of waiting requests; further requests get status 503."""
     watch_seconds: float = 5.0
-    """How often the folder is looked at for another model; 0: never."""
+    """Seconds between checks whether the package has changed; 0: never check."""
 
 
 class ServedModel:
-    """The model that serves, and its exchange for another.
+    """The current model, which can be replaced by another one.
 
     Args:
-        path: the package, or a link to it.
+        path: the package, or a symbolic link to it.
 
     Raises:
-        RunError: it is not a package or cannot be loaded.
+        RunError: `path` is not a package or cannot be loaded.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,20 +79,20 @@ class ServedModel:
         self.predictor = self._load()
 
     def _load(self) -> Predictor:
-        # A link may point elsewhere before all files are read.
+        # A link may change its target before all files are read.
         return Predictor(self.path.resolve())
 
     @property
     def package(self) -> Package:
-        """The package that serves."""
+        """Package of the current model."""
         assert self.predictor.package is not None
         return self.predictor.package
 
     def reload(self) -> bool:
-        """Loads what the folder holds now, if it is another model.
+        """Loads the model now at `path` if it is a different one; returns whether it is.
 
         Raises:
-            EsmmTorchrecError: it cannot be loaded; the model before goes on.
+            EsmmTorchrecError: it cannot be loaded; the current model continues to serve.
         """
         try:
             found = Location.of(self.path / DESCRIPTION).sha256()
@@ -106,8 +106,8 @@ class ServedModel:
 
 
 def keep_out_of_collections() -> None:
-    """Frees what is no longer used, and keeps what is loaded out of full collections, which would
-    stall requests."""
+    """Collects unused objects, then excludes all loaded ones from full collections, which would
+    otherwise stall requests."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
@@ -119,7 +119,7 @@ class _ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Metrics:
-    """What /metrics shows."""
+    """Metrics for /metrics."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -145,13 +145,13 @@ class _Metrics:
         )
 
     def observe(self, rows: int) -> None:
-        """Counts a batch."""
+        """Counts the impressions of a batch."""
         self.rows.inc(rows)
         self.batch_rows.observe(rows)
 
 
 def create_app(model: ServedModel, options: ServerOptions) -> FastAPI:
-    """The application; see the head of this module."""
+    """Creates the application with the endpoints of this module."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -254,14 +254,14 @@ def create_app(model: ServedModel, options: ServerOptions) -> FastAPI:
 async def _watch(
     model: ServedModel, metrics: _Metrics, asked: asyncio.Event, seconds: float
 ) -> None:
-    """Loads another model in a thread of its own, when asked and every so many seconds."""
+    """Reloads the model in another thread, every `seconds` seconds and when `asked` is set."""
     while True:
         with suppress(TimeoutError):
             await asyncio.wait_for(asked.wait(), seconds if seconds > 0 else None)
         asked.clear()
         try:
             is_other = await asyncio.to_thread(model.reload)
-        except Exception as error:  # whatever it is, the next attempt may succeed
+        except Exception as error:  # after any error, the next attempt may succeed
             expected = isinstance(error, (EsmmTorchrecError, OSError))
             metrics.reloads.labels("failed").inc()
             log.error("the current model continues to serve: %s", error, exc_info=not expected)
@@ -301,7 +301,7 @@ def _error(status: int, sentence: str, headers: Mapping[str, str] | None = None)
 
 
 async def _body(request: Request, limit: int) -> bytes | None:
-    """None if it is too long."""
+    """Reads the body of a request; None if it is longer than `limit` bytes."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         return None

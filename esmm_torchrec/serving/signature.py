@@ -1,13 +1,13 @@
-"""What a program that serves a model takes and gives: plain tensors in one order.
+"""Inputs and outputs of the program of a model: plain tensors in a fixed order.
 
     B impressions, L ids of a multi-valued feature in all of them, D raw dense columns
 
     NAME           int64 (B,)       row of the raw id in the vocabulary; -1: missing
-    NAME.weights   float32 (B,)     of a weighted feature
-    NAME.values    int64 (L,)       of a multi-valued feature: the rows of the first impression,
-                                    then those of the second, …
-    NAME.lengths   int64 (B,)       how many of them each impression has; 0: missing
-    NAME.weights   float32 (L,)     beside its values, as in the raw data
+    NAME.weights   float32 (B,)     weight of each id, if the feature is weighted
+    NAME.values    int64 (L,)       multi-valued feature: the rows of the first impression, then
+                                    those of the second, …
+    NAME.lengths   int64 (B,)       number of rows of each impression; 0: missing
+    NAME.weights   float32 (L,)     weight of each value, as in the raw data
     dense          float64 (B, D)   raw values; NaN: missing
 
 An id that is not in the vocabulary is row 0. The outputs are float32 (B,).
@@ -24,28 +24,28 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature, Schema
 
 MISSING_ROW = -1
-"""Stands for a missing id of a single-valued feature."""
+"""Row of a missing id of a single-valued feature."""
 
 DENSE = "dense"
 IMPRESSIONS = "impressions"
-"""The dimension that all inputs but values, and their weights, begin with."""
+"""Name of the first dimension of all inputs except values and their weights."""
 
 TensorType = Literal["int64", "float32", "float64"]
 
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that a program takes."""
+    """An input tensor of a program."""
 
     name: str
     dtype: TensorType
     dims: tuple[int | str, ...]
-    """A dimension of any size has a name."""
+    """Size of each dimension; a dimension of variable size has a name instead."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The tensors of a program, in order."""
+    """Input and output tensors of a program, in order."""
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
@@ -55,19 +55,19 @@ class Signature:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of the inputs."""
+        """Names of the inputs."""
         return tuple(one.name for one in self.inputs)
 
     @classmethod
     def of(cls, schema: Schema, *, dense: tuple[str, ...]) -> Signature:
-        """The signature of a model, not yet with its outputs.
+        """Creates the signature of a model, without its outputs.
 
         Args:
-            schema: of its data; the inputs are in the order of its id features.
+            schema: schema of its data; the inputs are in the order of its id features.
             dense: raw dense columns.
 
         Raises:
-            DataError: a feature is called like an input of another one.
+            DataError: the name of a feature is that of an input of another feature.
         """
         inputs = [one for feature in schema.id_features for one in _inputs(feature)]
         if dense:

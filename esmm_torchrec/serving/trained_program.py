@@ -1,4 +1,4 @@
-"""The program of a run's model, and what its checkpoint is loaded into."""
+"""Loads the model of a run as a program."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from esmm_torchrec.serving.scoring import check_preprocessing
 
 
 class TrainedProgram(NamedTuple):
-    """The model of a run."""
+    """The model of a run as a program."""
 
     program: Program
     task: TrainTask
-    """The train task that the program was made of; its embedding collections are replaced."""
+    """Train task from which the program was built; its embedding collections are replaced."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
 
 
 def trained_program(
@@ -40,14 +40,14 @@ def trained_program(
     """Loads the model of a run in this process, unsharded.
 
     Args:
-        step: of the checkpoint; None: that of the model.
-        tables: a folder for files in which the tables are kept instead of in memory, one per table;
-            they may go once the program is no longer used.
-        calibrated: whether the program calibrates its scores as 'calibrate' fitted it.
+        step: step of the checkpoint; None: that of the model.
+        tables: folder for files that store the tables instead of memory, one per table; they may
+            be deleted once the program is no longer used.
+        calibrated: whether the program applies the calibration that 'calibrate' fitted.
 
     Raises:
-        RunError: the run has no such checkpoint, has no calibration of it, or lacks the description
-            of its data.
+        RunError: the run lacks the checkpoint, a calibration of it, or the description of its
+            data.
     """
     check_preprocessing(run)
     checkpoint = run.model_checkpoint(step)
@@ -72,7 +72,7 @@ def trained_program(
 
 
 def _keep_in_files(task: nn.Module, folder: Path) -> None:
-    """Lets every table be a mapped file, which the system writes to disk where memory is short."""
+    """Replaces every table by a mapped file, which the system writes to disk if memory is short."""
     collections = [one for one in task.modules() if isinstance(one, EmbeddingBagCollection)]
     for number, collection in enumerate(collections):
         for config in collection.embedding_bag_configs():

@@ -1,10 +1,10 @@
-"""A model repository for NVIDIA Triton out of a compiled package; no Python runs in it.
+"""Writes a model repository for NVIDIA Triton from a compiled package; serving it runs no Python.
 
     OUT/NAME/config.pbtxt    inputs and outputs
     OUT/NAME/1/model.pt2     the program, for Triton's PyTorch backend (platform "torch_aoti")
 
-Triton calls inputs by their place, INPUT__0 and so on; package.json says which is which. A batch
-is one request: multi-valued features of several requests cannot be laid side by side by Triton.
+Triton names inputs by position, INPUT__0 and so on; package.json lists them in this order. A batch
+is one request, because Triton cannot concatenate the multi-valued features of several requests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from esmm_torchrec.serving.package import PROGRAM, Package
 from esmm_torchrec.serving.signature import Input
 
 NAME = "esmm"
-"""Of the model in Triton."""
+"""Name of the model in Triton."""
 
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float64": "TYPE_FP64"}
 
@@ -25,8 +25,8 @@ def write_repository(package: Package, out: Path) -> None:
     """Writes the repository.
 
     Args:
-        package: compiled (`form` "aoti"); its program is linked, not copied.
-        out: the folder to write to, on the same disk.
+        package: a compiled package (`form` "aoti"); its program is hard-linked, not copied.
+        out: folder to write to, on the same file system.
     """
     assert package.form == "aoti"
     version = out / NAME / "1"
@@ -36,7 +36,7 @@ def write_repository(package: Package, out: Path) -> None:
 
 
 def _config(package: Package) -> str:
-    """config.pbtxt, with the name of each input in a comment."""
+    """Returns the text of config.pbtxt, with the name of each input in a comment."""
     signature = package.signature
     inputs = [_tensor(f"INPUT__{place}", one) for place, one in enumerate(signature.inputs)]
     outputs = [
