@@ -1,8 +1,8 @@
-"""More impressions for a prepared data set whose ids keep their rows.
+"""Appending impressions to a prepared data set, whose ids keep their rows.
 
-What is added at once is a day. It becomes a prepared data set of its own, `days/<day>` below the
-other one, and then dataset.json is replaced by one that names its files, too. So a model continues
-on the day alone, and another one is trained on everything, from the same folder.
+Each call of `append_table` adds one day: a prepared data set of its own in `days/<day>` below the
+original one. Then dataset.json is replaced by a version that also lists the files of the day. So
+the same folder serves to continue a model on the day alone and to train another one on all days.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def append_table(
     engine: Session | None = None,
     progress: bool = False,
 ) -> PreparedDataSet:
-    """Adds impressions to a data set that `prepare_table` made, read as those of it were.
+    """Adds impressions to a data set made by `prepare_table`, read in the same way.
 
-    Ids that have a row keep it. An id that has occurred `min_count` times, on all days together,
-    gets the next row; the impressions of earlier days keep row 0 for it. Dense values are encoded
-    with the statistics of the first day. If the process is killed, the data set is as it was.
+    Existing ids keep their rows. An id that has occurred `min_count` times over all days gets the
+    next row; in the impressions of earlier days it remains row 0. Dense values are encoded with the
+    statistics of the first day. If the process is killed, the data set is unchanged.
 
     Example::
 
@@ -67,21 +67,21 @@ def append_table(
         train(today.path, "runs/2026-11-02", TrainOptions(start_from="runs/2026-11-01"), ranks)
 
     Args:
-        data_set: the folder, or its URI.
-        train: the impressions, in the forms that `prepare_table` takes.
-        test: impressions that take the place of the test split; None keeps the test split.
-        day: name of what is added, of letters, digits and ._-; None numbers it.
-        engine: a SparkSession whose tasks do the work, as in `prepare_table`.
-        progress: show a bar.
+        data_set: folder of the data set, or its URI.
+        train: training impressions, in the forms that `prepare_table` accepts.
+        test: impressions that replace the test split; None keeps the test split.
+        day: name of the added day, made of letters, digits and ._-; None numbers it.
+        engine: SparkSession whose tasks do the work, as in `prepare_table`.
+        progress: show a progress bar.
 
     Returns:
-        what was added, as a data set of its own with the vocabularies of all days. The data set
-        of all days is `data_set`, to be opened again.
+        The added day, as a data set of its own with the vocabularies of all days. For the data set
+        of all days, reopen `data_set`.
 
     Raises:
-        DataError: `data_set` cannot be appended to, or has that day already; or as
-            `prepare_table`.
-        OptionError: `day` cannot be the name of a folder.
+        DataError: `data_set` cannot be appended to or already has that day; also for the reasons
+            listed in `prepare_table`.
+        OptionError: `day` is not a valid folder name.
     """
     root = Location.of(data_set)
     if day is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?<!\.partial)", day):
@@ -97,7 +97,7 @@ def append_table(
         if day in whole.days:
             raise DataError(f"{root} already has the day {day}; append each day once")
         left = root / DAYS / day / DESCRIPTION
-        if root.local is None and left.size() is not None:  # of one that was killed
+        if root.local is None and left.size() is not None:  # left by a killed process
             left.delete()
         reading = made.reading
         rows = TableRows(
@@ -113,7 +113,7 @@ def append_table(
             rows,
             made.columns,
             list_separator=None,
-            min_count=1,  # ids that are rare on this day may have occurred on others
+            min_count=1,  # ids that are rare on this day may occur on other days
             features=reading.features,
             group_kinds=made.group_kinds,
         )
@@ -152,7 +152,7 @@ def append_table(
 
 @dataclass(frozen=True)
 class _Made:
-    """What a data set says of how it was made."""
+    """How a data set was made, as recorded in its `source`."""
 
     columns: TableColumns
     reading: RawReading
@@ -180,8 +180,7 @@ class _Made:
 
 @contextmanager
 def _locked(root: Location) -> Iterator[None]:
-    """Keeps others from appending, which a store cannot, and removes what one that was killed has
-    left."""
+    """Locks a local data set, and removes what a killed process left; a store cannot be locked."""
     if root.local is None:
         yield
         return
@@ -204,7 +203,8 @@ def _locked(root: Location) -> Iterator[None]:
 def _grown(
     whole: PreparedDataSet, of_day: Mapping[str, Vocabulary | HashedIds]
 ) -> dict[str, Vocabulary | HashedIds]:
-    """What gives ids their rows on all days, by table, from all that occur on the new one."""
+    """Returns the id-to-row mapping of each table over all days; `of_day` has every id of the new
+    day."""
     rows_of_ids = {table.name: whole.row_of_ids(table.name) for table in whole.schema.tables}
     for table, known in rows_of_ids.items():
         further = of_day[table]
@@ -218,7 +218,7 @@ def _grown(
 
 
 def _copy_test(whole: PreparedDataSet, writer: PreparedWriter) -> None:
-    """The test split as it is, whose ids have the same rows."""
+    """Copies the test split unchanged; its ids keep their rows."""
     for batch in whole.checked_rows("test", "impressions"):
         writer.write_impressions("test", pa.Table.from_batches([batch]))
     impressions = whole.splits["test"].impressions
@@ -235,7 +235,7 @@ def _copy_test(whole: PreparedDataSet, writer: PreparedWriter) -> None:
 def _together(
     whole: PreparedDataSet, added: PreparedDataSet, day: str, *, new_test: bool
 ) -> Description:
-    """The description of a data set once a day is added."""
+    """Returns the description of the data set with the day added."""
     of_day: dict[SplitName, Split] = {
         name: replace(
             split,
@@ -291,7 +291,7 @@ def _together(
 def _statistics(
     whole: PreparedDataSet, added: PreparedDataSet, last: PreparedDataSet
 ) -> Statistics:
-    """Those of the training rows of both, and of the test rows of the last."""
+    """Combines the training statistics of both parts; the test statistics are those of `last`."""
     parts = [(part.statistics, part.splits["train"].impressions) for part in (whole, added)]
 
     def mean(values: Sequence[float], counts: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""What a file says of a column, by its type or first value, and what all files say together."""
+"""The form of a column in each file, by its type or first value, and in all files together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class IdForm(NamedTuple):
-    """What the type of an id column in one file says; None if it does not say."""
+    """Form of an id column in one file, as its type defines it; None if the type leaves it open."""
 
     multi_valued: bool | None
     kind: IdKind | None
@@ -26,10 +26,10 @@ class IdForm(NamedTuple):
 
     @classmethod
     def of(cls, table: RawTable, column: str, list_separator: str | None) -> IdForm:
-        """The form of a column of a file.
+        """Returns the form of a column of a file.
 
         Raises:
-            DataError: its type is none of ids.
+            DataError: the type of the column cannot hold ids.
         """
         if table.is_text:
             multi_valued = None if list_separator else False
@@ -42,14 +42,15 @@ class IdForm(NamedTuple):
             raise DataError(f"{where}, but ids must be integers or text; convert it") from None
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
         unsure = pa.types.is_null(kind) or (list_separator is not None and is_text(values))
-        # A column without any value comes as floats from pandas; `raw_ids` finds out.
+        # pandas stores a column without any value as floats; `raw_ids` checks for it.
         return cls(
             None if unsure else is_list(kind), None if pa.types.is_floating(kind) else found, where
         )
 
 
 def time_form(table: RawTable, column: str) -> tuple[Literal["times", "integers"] | None, str]:
-    """What the times in a column of a file are, None if nothing says it; and a sentence on that."""
+    """Returns the form of the times in a column of a file, None if unknown, and a sentence about
+    it."""
     kind = table.type_of(column)
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     form: Literal["times", "integers"] | None = None
@@ -67,14 +68,14 @@ def time_form(table: RawTable, column: str) -> tuple[Literal["times", "integers"
 
 
 def agreed(said: Iterable[tuple[T | None, str]], what: str) -> T | None:
-    """What those of a column's files that say anything say; None if none does.
+    """Returns the value on which the files of a column agree; None if it is unknown in all of them.
 
     Args:
-        said: what each of them says, and a sentence on that.
-        what: must be one, for a person.
+        said: value for each file, None if unknown, and a sentence about it.
+        what: noun for the value in the error message.
 
     Raises:
-        DataError: two of them say different things; names their files.
+        DataError: two files differ; names both.
     """
     first: tuple[T, str] | None = None
     for value, where in said:

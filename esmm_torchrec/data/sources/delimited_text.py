@@ -1,9 +1,9 @@
-"""CSV, TSV and other delimited text: cut into records here, parsed by pyarrow.
+"""CSV, TSV and other delimited text: divided into records here, parsed by pyarrow.
 
-pyarrow parses fast, but it accepts what it should not: a quote that is never closed swallows the
-rest of the file, and a quote that is closed in front of other text joins two records. So quotes are
-checked here first, a whole block of bytes at a time, and the rows that pyarrow returns are counted
-against the records of the block. That also gives the line number of every row.
+pyarrow parses fast but accepts malformed text: an unclosed quote swallows the rest of the file, and
+a closing quote followed by other text joins two records. So quotes are checked here first, a whole
+block of bytes at a time, and the rows that pyarrow returns are counted against the records of the
+block. This also yields the line number of every row.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import pyarrow.csv as pa_csv
 from esmm_torchrec.errors import DataError, OptionError
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
-"""Suffix → codec."""
+"""Codec of each file name suffix."""
 
 BYTES_PER_BLOCK = 1 << 23
 MAX_RECORD_BYTES = 1 << 26
 
 SEPARATORS = (",", "\t", ";", "|")
-"""What a separator is detected among."""
+"""Candidates for separator detection."""
 
 _SEPARATOR_NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
 
@@ -38,19 +38,20 @@ _LF, _CR = 10, 13
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How delimited text is written.
+    """Format of delimited text.
 
     Raises:
-        OptionError: a separator or a quote is not one ASCII character, or Python does not know
-            the encoding.
+        OptionError: a separator or a quote is not one ASCII character, both are the same, or Python
+            does not know the encoding.
     """
 
     separator: str | None = None
-    """None detects it in the header, among comma, tab, semicolon and vertical bar."""
+    """Field separator; None detects it in the header: comma, tab, semicolon or vertical bar."""
     encoding: str | None = None
-    """A name that Python knows; None is UTF-8, or UTF-16 if the file begins with its mark."""
+    """Encoding name that Python knows; None means UTF-8, or UTF-16 if the file begins with its byte
+    order mark."""
     quote: str | None = '"'
-    """Encloses fields that hold separators or line ends; doubled, it means itself. None: the
+    """Quote around fields that contain separators or line ends; doubled, it means itself. None: the
     file has no quoting."""
 
     def __post_init__(self) -> None:
@@ -72,13 +73,13 @@ class Fields(NamedTuple):
     """Fields of a block of records."""
 
     table: pa.Table
-    """Strings, an empty field is ''."""
+    """Strings; an empty field is ''."""
     lines: np.ndarray
-    """int64, the line in which each record begins, from 1."""
+    """int64, the line in which each record begins, counted from 1."""
 
 
 class Misfit(NamedTuple):
-    """A record that has not as many fields as the header."""
+    """A record whose number of fields differs from the header's."""
 
     line: int
     fields: int
@@ -87,16 +88,16 @@ class Misfit(NamedTuple):
 class _Records(NamedTuple):
     data: bytes
     starts: np.ndarray
-    """Of the records that are not blank."""
+    """Offsets of the records that are not blank."""
     lines: np.ndarray
 
 
 class DelimitedText:
-    """One file of delimited text with a header.
+    """A file of delimited text with a header.
 
     Args:
-        path: of the file; a suffix such as .gz or .zst says how it is compressed.
-        format: how it is written.
+        path: path of the file; a suffix such as .gz or .zst determines its compression.
+        format: format of the text.
 
     Raises:
         DataError: the file cannot be read or has no header.
@@ -120,7 +121,7 @@ class DelimitedText:
 
     @property
     def form(self) -> str:
-        """Separator and encoding, for a person."""
+        """Human-readable separator and encoding."""
         separator = _SEPARATOR_NAMES.get(self.separator, repr(self.separator))
         return f"separator {separator}, encoding {self._encoding_name}"
 
@@ -130,14 +131,14 @@ class DelimitedText:
         return self.encoding.upper().removesuffix("-SIG")
 
     def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Fields, list[Misfit]]]:
-        """The records after the header, in order, in blocks of bounded size.
+        """Reads the records after the header, in order, in blocks of bounded size.
 
         Args:
-            columns: those to read, in this order.
+            columns: columns to read, in this order.
 
         Yields:
-            Records, and those of the block that have not as many fields as the header. The latter
-            are not among the former.
+            The records of a block, and separately those whose number of fields differs from the
+            header's.
 
         Raises:
             DataError: the file cannot be read, is not in its encoding, or a quote is not closed.
@@ -215,7 +216,7 @@ class DelimitedText:
         return max(SEPARATORS, key=lambda separator: head.count(separator.encode()))
 
     def _texts(self) -> Iterator[bytes]:
-        """The file in UTF-8, in pieces that begin and end anywhere."""
+        """Yields the file in UTF-8, in pieces that begin and end at any character."""
         line = 1
         try:
             with self._open() as stream:
@@ -238,7 +239,7 @@ class DelimitedText:
             raise self._broken(error) from None
 
     def _records(self) -> Iterator[_Records]:
-        """Whole records, with at least one in each piece; quotes are checked."""
+        """Yields whole records, at least one in each piece, and checks their quotes."""
         line, rest = 1, b""
         for text in chain(self._texts(), [None]):
             data = rest + (text or b"")
@@ -255,10 +256,11 @@ class DelimitedText:
                 )
 
     def _cut(self, data: bytes, line: int, *, is_last: bool) -> tuple[int, int, _Records | None]:
-        """Finds the records of `data`, which begins with one, in line `line`.
+        """Finds the whole records in `data`, which begins with a record in line `line`.
 
         Returns:
-            The bytes that whole records take, the line in which the next one begins, the records.
+            Number of bytes of the whole records, the line in which the next record begins, the
+            records.
         """
         values = np.frombuffer(data, np.uint8)
         ends = np.flatnonzero(values == _LF)
@@ -287,7 +289,7 @@ class DelimitedText:
     def _check_quotes(
         self, values: np.ndarray, quotes: np.ndarray, ends: np.ndarray, line: int
     ) -> None:
-        """Every other quote opens a field and the one after it closes it, or is doubled."""
+        """Checks that quotes alternately open and close a field, or are doubled."""
         if not len(quotes):
             return
         padded = np.concatenate([[_LF], values, [_LF]])

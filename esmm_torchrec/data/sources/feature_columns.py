@@ -1,6 +1,6 @@
-"""Which raw columns hold the features, and what the features of a block of raw rows are.
+"""Raw columns of the features, and how their values are read from blocks of raw rows.
 
-The same for what a model is trained on and for what it scores. In this file: n rows of a block.
+Training and scoring share this module. In shapes, n is the number of rows of a block.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from esmm_torchrec.errors import DataError
 from esmm_torchrec.schema import IdFeature
 
 TOO_LONG = f"the list holds more than {MAX_BAG_LENGTH} ids; shorten it"
-"""The end of a sentence."""
+"""Description in a `Fault`, the end of a sentence."""
 
 CONSTANT = "__constant"
-"""The id feature of a table that has no other: a model looks up at least one table."""
+"""Id feature of a raw table that has no other: a model looks up at least one embedding table."""
 
 
 class Features(NamedTuple):
-    """Feature values of n rows, not yet encoded. The content of a row with a fault is arbitrary."""
+    """Feature values of n rows, not yet encoded. Rows with a fault have arbitrary values."""
 
     ids: dict[str, pa.Array]
-    """By feature, int64 or string: n scalars with null for missing, or n lists without nulls."""
+    """Ids by feature, int64 or string: n scalars, null if missing, or n lists without nulls."""
     weights: dict[str, pa.Array]
-    """By weighted feature, float32: n scalars, null if the id is, or n lists beside the ids."""
+    """Weights by weighted feature, float32: n scalars, null if the id is, or n lists parallel to
+    the ids."""
     dense: dict[str, np.ndarray]
-    """By dense feature, float64 (n,), NaN for missing."""
+    """Values by dense feature, float64 (n,), NaN if missing."""
 
     def filter(self, keep: np.ndarray) -> Features:
-        """The rows where `keep`, bool (n,), is true."""
+        """Returns the rows for which `keep`, bool (n,), is true."""
         mask = pa.array(keep)
         return Features(
             {name: values.filter(mask) for name, values in self.ids.items()},
@@ -50,31 +51,31 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureColumns:
-    """Which raw columns hold the features, and how. A feature is called as its raw column, unless
-    `columns` says otherwise."""
+    """Raw columns of the features and how to read them. A feature has the name of its raw column,
+    unless `columns` contains it."""
 
     id_features: tuple[IdFeature, ...]
     kinds: Mapping[str, IdKind]
-    """By id feature: what its raw ids are."""
+    """Kind of raw ids, by id feature."""
     weights: Mapping[str, str]
-    """By weighted feature: the raw column of its weights."""
+    """Raw column of the weights, by weighted feature."""
     dense: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
-    """By feature that is not called as its raw column: the raw column."""
+    """Raw column by feature, for features with a name other than that of their column."""
     texts: tuple[str, ...] = ()
     """Id features whose ids are the words of a text."""
     time_parts: Mapping[str, TimePart] = field(default_factory=dict)
-    """By id feature that is a part of a time: which."""
+    """Part of a time, by id feature that is such a part."""
     list_separator: str | None = None
-    """Separator of the values of lists that are written as text."""
+    """Separator of the values in lists that are written as text."""
 
     def column_of(self, feature: str) -> str:
-        """The raw column of a feature."""
+        """Returns the raw column of a feature."""
         return self.columns.get(feature, feature)
 
     @property
     def roles(self) -> list[tuple[str, str]]:
-        """(what it is, name) of every raw column."""
+        """(role, name) of every raw column."""
         return [
             *(
                 ("an id feature", self.column_of(feature.name))
@@ -86,10 +87,10 @@ class FeatureColumns:
         ]
 
     def read(self, block: pa.Table) -> tuple[Features, list[Fault]]:
-        """The features of a block.
+        """Reads the features of a block, and the faults of its rows.
 
         Raises:
-            DataError: a column is of a type that cannot hold the feature.
+            DataError: a column has a type that cannot hold the feature.
         """
         features, faults = Features({}, {}, {}), []
         for feature in self.id_features:
@@ -133,23 +134,23 @@ class FeatureColumns:
 
 @dataclass(frozen=True)
 class RawReading:
-    """How the rows of a data set were read; new rows are read in the same way."""
+    """Settings for reading the raw rows of a data set; new rows are read with the same settings."""
 
     features: FeatureColumns
     sample_id: str | None
-    """The raw column of sample ids, if there was one."""
+    """Raw column of the sample ids; None if there is none."""
     text_format: TextFormat
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is its inverse."""
+        """Returns plain values for JSON; `from_dict` is the inverse."""
         return msgspec.to_builtins(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> RawReading:
-        """The reading that `to_dict` wrote.
+        """Restores the settings from the values that `to_dict` returned.
 
         Raises:
-            DataError: something else wrote it.
+            DataError: `to_dict` did not write these values.
         """
         try:
             return msgspec.convert(values, cls)

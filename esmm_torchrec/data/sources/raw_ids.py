@@ -1,10 +1,10 @@
-"""Ids in raw columns, as int64 or string: single ones, lists, weights beside them, words of texts.
+"""Ids in raw columns, as int64 or string: single ids, lists, their weights, words of texts.
 
 Values come with a `Fault` for the rows that cannot be used, as in `raw_values`; a missing id is
-null. An id column is integers or text, and numbers are never text ids: 7 may have been written "7",
-"007" or "7.0". So one value has one row, whatever kind of file it comes from.
+null. An id column contains integers or text, and numbers never become text ids: 7 may have been
+written "7", "007" or "7.0". So a value has one row, whatever kind of file contains it.
 
-In this file: n rows of a block.
+In shapes, n is the number of rows of a block.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ pc: Any = pyarrow.compute
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is one of lists. Views are none: pyarrow 26 casts them wrongly."""
+    """Whether an Arrow type is a list type. List views do not count: pyarrow 26 casts them
+    wrongly."""
     is_one = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(is_kind(kind) for is_kind in is_one)
 
 
 def id_kind(kind: pa.DataType) -> IdKind | None:
-    """Whether ids of an Arrow type, or in lists of it, are integers or text; None if all are null.
+    """Returns the kind of ids of an Arrow type, or of lists of it; None for the null type.
 
     Raises:
-        TypeError: the type is neither.
+        TypeError: values of this type cannot be ids.
     """
     kind = kind.value_type if is_list(kind) else kind
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -69,24 +70,24 @@ def read_ids(
     weights_name: str = "",
     list_separator: str | None = None,
 ) -> tuple[pa.Array, pa.Array | None, list[Fault]]:
-    """Ids and their weights.
+    """Reads ids and their weights.
 
     Args:
-        column: n ids or n lists of ids. Nulls, in lists too, are missing; so is NaN.
-        name: of the column.
-        kind: integers become int64, also a text that spells one; text becomes string.
-        multi_valued: whether the column holds lists.
-        weights: beside the ids, numbers in the same form; None for none. Those of missing ids
-            count for nothing, all others must be finite.
-        weights_name: of their column.
-        list_separator: separator of the values of a list that is written as text.
+        column: n ids or n lists of ids. Nulls, also within lists, are missing; so is NaN.
+        name: name of the column.
+        kind: integers become int64, including texts that spell an integer; text becomes string.
+        multi_valued: whether the column contains lists.
+        weights: weights of the ids, numbers in the same form; None if there are none. Weights of
+            missing ids are ignored; all others must be finite.
+        weights_name: name of the column of weights.
+        list_separator: separator of the values in lists that are written as text.
 
     Returns:
-        Ids, int64 or string, n scalars with null for missing or n lists without nulls; weights,
-        float32 in the same form; faults.
+        Ids, int64 or string: n scalars, null if missing, or n lists without nulls; weights, float32
+        in the same form, or None; faults.
 
     Raises:
-        DataError: a column is of a type that cannot hold ids, or weights, of this form.
+        DataError: a column has a type that cannot hold ids, or weights, in this form.
     """
     raw = _form(column, name, multi_valued, list_separator)
     faults: list[Fault] = []
@@ -122,9 +123,9 @@ def read_ids(
 def read_groups(
     column: pa.Array | pa.ChunkedArray, name: str, kind: IdKind
 ) -> tuple[np.ndarray, Fault, np.ndarray]:
-    """Group ids, int64 (n,): integers as they are, a text as its pandas.util.hash_array (SipHash
-    under a fixed key: the same on every machine and in every run), read as int64. Also the rows
-    that cannot be used, and those without a group, bool (n,)."""
+    """Reads group ids, int64 (n,): integers unchanged, a text as its pandas.util.hash_array
+    (SipHash under a fixed key: the same on every machine and in every run), viewed as int64. Also
+    returns the rows that cannot be used, and a mask of those without a group, bool (n,)."""
     ids, failed = _ids(one_array(column), name, kind)
     fault = Fault.of(name, failed, column, "a group id")
     if kind == "integer":
@@ -133,15 +134,15 @@ def read_groups(
 
 
 def split_lists(texts: pa.Array, separator: str) -> pa.ListArray:
-    """Lists of text out of texts in which a separator divides the values."""
+    """Splits texts at a separator into lists of texts."""
     return pc.split_pattern(texts, separator)
 
 
 def read_tokens(column: pa.Array | pa.ChunkedArray, name: str) -> pa.ListArray:
-    """Lists of the words of texts, in lower case, without punctuation.
+    """Splits texts into lists of their words, in lower case, without punctuation.
 
     Raises:
-        DataError: the column does not hold text.
+        DataError: the column does not contain text.
     """
     array = one_array(column)
     if pa.types.is_null(array.type):
@@ -156,7 +157,7 @@ def read_tokens(column: pa.Array | pa.ChunkedArray, name: str) -> pa.ListArray:
 
 
 def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray]:
-    """int64 or string, null if there is none; and a mask of values that are not ids."""
+    """Returns ids, int64 or string, null if missing, and a mask of values that are not ids."""
     if kind == "integer":
         try:
             return integers_in(array, name)
@@ -166,7 +167,7 @@ def _ids(array: pa.Array, name: str, kind: IdKind) -> tuple[pa.Array, np.ndarray
             ) from None
     if is_text(array.type):
         return array, np.zeros(len(array), np.bool_)
-    # A column without any value comes as nulls, or as floats from pandas.
+    # A column without any value consists of nulls or, from pandas, of floats.
     if array.null_count == len(array) or (
         pa.types.is_floating(array.type) and pc.all(pc.is_nan(array)).as_py()
     ):
@@ -192,7 +193,7 @@ def _describe_id(array: pa.Array, row: int) -> str:
 def _form(
     column: pa.Array | pa.ChunkedArray, name: str, multi_valued: bool, list_separator: str | None
 ) -> pa.Array:
-    """Single values, or lists of them as `pa.list_`."""
+    """Returns single values, or lists of them as `pa.list_`."""
     array = one_array(column)
     if multi_valued and is_text(array.type) and list_separator is not None:
         array = split_lists(array, list_separator)
@@ -216,7 +217,7 @@ def _form(
 def _side_by_side(
     lists: pa.ListArray, name: str, weights: pa.ListArray, weights_name: str
 ) -> tuple[pa.ListArray, pa.ListArray, Fault]:
-    """The lists and their weights, null in the rows where they are not equally long; these rows."""
+    """Returns lists and weights, null in the rows in which their lengths differ, and these rows."""
     of_ids, of_weights = np.diff(_offsets(lists)), np.diff(_offsets(weights))
     unequal = of_ids != of_weights
     fault = Fault(
@@ -235,17 +236,16 @@ def _bags(offsets: np.ndarray, values: pa.Array | np.ndarray) -> pa.ListArray:
 
 
 def _offsets(lists: pa.Array) -> np.ndarray:
-    """int64 (n + 1,), where the values of each of n lists begin among those of all; a null has
-    none."""
+    """Returns offsets of n lists into their joined values, int64 (n + 1,); a null has no values."""
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _before(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """int64 (n + 1,), how many of the flags of all lists are set before each offset."""
+    """Returns the number of flags that are set before each offset, int64 (n + 1,)."""
     return np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])[offsets]
 
 
 def _rows_with(flags: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
-    """bool (n,), the lists in which a flag is set; without offsets, each flag is one of a row."""
+    """Returns the lists in which a flag is set, bool (n,); without offsets, each flag is a row."""
     return flags if offsets is None else np.diff(_before(flags, offsets)) > 0
