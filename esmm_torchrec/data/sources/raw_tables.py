@@ -1,9 +1,8 @@
-"""Tables of impressions as people have them: delimited text, Parquet, Arrow, DataFrames.
+"""Tables of impressions in common forms: delimited text, Parquet, Arrow, DataFrames.
 
-Every kind gives the same thing, blocks of Arrow columns with the number of each row, so that what
-follows need not know where rows come from. Delimited text has no types: all its columns are strings
-here, and `raw_values` reads the numbers in them, because only there is it known which column should
-hold some.
+Each form yields blocks of Arrow columns with the number of every row, so that later steps need not
+know where rows come from. Delimited text has no types: its columns are all strings here.
+`raw_values` reads the numbers in them, because only there is it known which columns are numeric.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from esmm_torchrec.data.storage import Location, is_uri
 from esmm_torchrec.errors import DataError, OptionError
 
 Frame = Path | str | pd.DataFrame | pa.Table
-"""Path of a file, a folder or a pattern, such a URI of Parquet files, or rows in memory."""
+"""Path of a file, folder or pattern, such a URI of Parquet files, or rows in memory."""
 
 ROWS_PER_BLOCK = 1 << 16
 
@@ -41,15 +40,15 @@ _COMPRESSED = tuple(text + suffix for text in _TEXT_SUFFIXES for suffix in COMPR
 _SUFFIXES = (*_TEXT_SUFFIXES, *_COMPRESSED, *_PARQUET_SUFFIXES, *_ARROW_SUFFIXES)
 
 MAX_EXAMPLES = 10
-"""Bad rows that are named in the end."""
+"""Maximum number of bad rows that are described in the result."""
 
 
 class BadRows:
-    """Counts the rows that are skipped because something in them is broken.
+    """Counts the bad rows that are skipped.
 
     Args:
-        limit: how many may be skipped; 0 stops at the first.
-        by_option: whether `max_bad_rows` sets the limit, of which an error tells then.
+        limit: maximum number of skipped rows; 0 raises at the first.
+        by_option: whether `max_bad_rows` sets the limit; errors then mention it.
     """
 
     def __init__(self, limit: int, *, by_option: bool = True) -> None:
@@ -59,14 +58,14 @@ class BadRows:
         self.examples: list[str] = []
 
     def skip(self, rows: int, sentence: Callable[[int], str]) -> None:
-        """Counts broken rows.
+        """Counts bad rows.
 
         Args:
-            rows: how many they are.
-            sentence: what is wrong with the n-th of them, from 0.
+            rows: number of bad rows.
+            sentence: function from n, counted from 0, to the problem of the n-th bad row.
 
         Raises:
-            DataError: there is one too many.
+            DataError: the limit is exceeded.
         """
         allowed = min(rows, self.limit - self.count)
         if allowed < rows:
@@ -76,14 +75,14 @@ class BadRows:
             self.examples.append(sentence(row))
 
     def leave_out(self, faults: Sequence[Fault], place: Callable[[int], str]) -> np.ndarray:
-        """The rows without a fault, bool (n,); skips the others.
+        """Skips the rows with a fault and returns a mask of the others, bool (n,).
 
         Args:
-            faults: of n rows, at least one.
-            place: how a person finds a row.
+            faults: faults of n rows; not empty.
+            place: function from a row to its human-readable location.
 
         Raises:
-            DataError: there is one bad row too many.
+            DataError: the limit is exceeded.
         """
         bad = np.zeros_like(faults[0].rows)
         for fault in faults:
@@ -114,52 +113,54 @@ class RawRows(NamedTuple):
 
     table: pa.Table
     numbers: np.ndarray
-    """int64, how `RawTable.place` finds each row."""
+    """int64, number of each row, as `RawTable.place` takes it."""
 
 
 class RawTable(ABC):
-    """One file or frame of rows.
+    """A file or frame of rows.
 
-    `name` is how sentences call it; `file_name` is what may be stored: no path of this machine.
+    `name` identifies the table in messages; `file_name` may be stored: it has no path of this
+    machine.
     """
 
     name: str
     file_name: str
     absolute: str | None = None
-    """The name of the file wherever it is given; None for rows in memory."""
+    """Name of the file, however it was given; None for rows in memory."""
     column_names: Sequence[str]
     is_text = False
     """Whether all columns are strings because the file has no types."""
     form = ""
-    """Of a text file, how it was read, for a person."""
+    """Human-readable format of a text file; empty for other tables."""
 
     @abstractmethod
     def type_of(self, column: str) -> pa.DataType:
-        """The Arrow type of a column."""
+        """Returns the Arrow type of a column."""
 
     @abstractmethod
     def blocks(self, columns: Sequence[str], bad_rows: BadRows | None = None) -> Iterator[RawRows]:
-        """The rows in order, `columns` alone, in blocks of bounded size.
+        """Yields the rows in order, with only `columns`, in blocks of bounded size.
 
         Args:
-            columns: those to give, in this order.
-            bad_rows: counts the records of a text file that have not as many fields as its header;
-                they are left out. None allows none.
+            columns: columns to read, in this order.
+            bad_rows: counts the records of a text file whose number of fields differs from the
+                header's; they are left out. None allows no such record.
 
         Raises:
-            DataError: the file cannot be read, or there is one bad record too many.
+            DataError: the file cannot be read, or the limit of bad rows is exceeded.
         """
 
     def place(self, number: int) -> str:
-        """How a person finds a row; numbers count from 0."""
+        """Returns the human-readable location of a row; numbers count from 0."""
         return f"{self.name}, row {number}"
 
     def pieces(self) -> list[tuple[RawTable, int]]:
-        """Parts of the table that processes can read by themselves, in order, with the number of
-        rows of each. What is said of their rows is as of the whole table's.
+        """Returns parts that processes can read independently, in order, with their row counts.
+
+        Messages locate a row in the whole table.
 
         Raises:
-            OptionError: tables of this kind have none.
+            OptionError: tables of this kind cannot be divided.
         """
         raise OptionError(
             f"{self.name} cannot be divided among the tasks of Spark, which read Parquet files; "
@@ -167,13 +168,13 @@ class RawTable(ABC):
         )
 
     def check_columns(self, wanted: Iterable[tuple[str, str]]) -> None:
-        """Checks that columns are there, once each.
+        """Checks that each column exists exactly once.
 
         Args:
-            wanted: (what it is, column).
+            wanted: (role, column) pairs.
 
         Raises:
-            DataError: names the column and the closest ones that are there.
+            DataError: a column is missing or repeated; names it and the closest existing columns.
         """
         for role, column in wanted:
             times = Counter(self.column_names)[column]
@@ -186,7 +187,7 @@ class RawTable(ABC):
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Puts the name of the table before the sentence of a DataError."""
+        """Puts the name of the table before the message of a DataError."""
         try:
             yield
         except DataError as error:
@@ -206,16 +207,17 @@ class RawTable(ABC):
 def open_raw_tables(
     given: Frame | Sequence[Frame], *, what: str, text_format: TextFormat | None = None
 ) -> list[RawTable]:
-    """Opens what a caller gave as one split.
+    """Opens the tables of one split.
 
     Args:
         given: one frame or several, in the order of their rows. The files of a folder or a pattern
-            are in the order of their names.
-        what: how sentences call it ("train").
-        text_format: how text files are written.
+            are sorted by name.
+        what: name of the split in messages ("train").
+        text_format: format of text files.
 
     Raises:
-        DataError: nothing is given, or a file is missing, empty, broken or of unknown kind.
+        DataError: nothing is given, or a file is given twice, missing, empty, broken or of an
+            unknown type.
     """
     frames = list(given) if isinstance(given, (list, tuple)) else [given]
     if not frames:
@@ -241,8 +243,8 @@ def open_raw_tables(
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, those in the folder, or those that match the pattern. Hidden files are left out:
-    programs write to such names what is not complete yet."""
+    """Returns the file, the files of the folder, or the files that match the pattern. Leaves out
+    hidden files: programs use such names for incomplete files."""
     if path.is_dir():
         files = sorted(
             file
@@ -267,8 +269,8 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _files_in_store(uri: str) -> list[Location]:
-    """The Parquet files that a URI names: one, those in a folder, or those that match a pattern,
-    in the order of their names."""
+    """Returns the Parquet files that a URI names, sorted by name: one file, those of a folder, or
+    those that match a pattern."""
     given = Location.of(uri)
     parts = given.path.split("/")
     if "**" in parts:
@@ -286,7 +288,7 @@ def _files_in_store(uri: str) -> list[Location]:
         own = file.path.split("/")
         if any(name.startswith(".") for name in own[fixed:]):
             continue
-        # The file itself, or a file in a folder, as on a disk.
+        # A matching file, or a file in a matching folder, as on a disk.
         matches = len(parts) <= len(own) <= len(parts) + 1 and all(
             fnmatch.fnmatchcase(name, part) for name, part in zip(own, parts, strict=False)
         )
@@ -329,7 +331,7 @@ class _InMemory(RawTable):
         self._arrow: dict[str, pa.Array | pa.ChunkedArray] = {}
 
     def _column(self, name: str) -> Any:
-        # Converted once, and only what is used: another column may hold what Arrow has no type for.
+        # Only columns in use are converted, once: Arrow may have no type for the others.
         if isinstance(self._rows, pa.Table):
             return self._rows.column(name)
         if name not in self._arrow:
@@ -358,7 +360,7 @@ class _InMemory(RawTable):
 
 
 class _TypedFile(RawTable):
-    """A file that says the types of its columns and holds them in batches."""
+    """A file that defines the types of its columns and stores rows in batches."""
 
     def __init__(self, path: Path | Location) -> None:
         self._file = Location.of(path)
@@ -373,10 +375,10 @@ class _TypedFile(RawTable):
 
     @abstractmethod
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Batches of at most ROWS_PER_BLOCK rows."""
+        """Yields batches of at most ROWS_PER_BLOCK rows."""
 
     kind: ClassVar[str]
-    """With its article."""
+    """File type with its article."""
     _first_row = 0
 
     @contextmanager
@@ -400,7 +402,7 @@ class _TypedFile(RawTable):
         rows = self._first_row
         with self._damage_named():
             for batch in self._batches(list(columns)):
-                # A name with a dot may bring a column along that nobody asked for.
+                # A name with a dot may also select a field of a nested column.
                 table = pa.Table.from_batches([batch]).select(list(columns))
                 table.validate(full=True)
                 yield _numbered(table, rows)
@@ -410,7 +412,7 @@ class _TypedFile(RawTable):
 class _ParquetFile(_TypedFile):
     kind = "a Parquet"
     _row_groups: list[int] | None = None
-    """None: all."""
+    """Row groups to read; None reads all."""
 
     def _read_schema(self) -> pa.Schema:
         with self._open() as file:
@@ -429,7 +431,7 @@ class _ParquetFile(_TypedFile):
             rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         for group, (size, end) in enumerate(zip(rows, np.cumsum(rows).tolist(), strict=True)):
             piece = copy.copy(self)
-            if self._file.local is not None:  # tasks run in folders of their own
+            if self._file.local is not None:  # tasks have other working directories
                 piece._file = Location.of(self._file.local.absolute())
             piece._row_groups, piece._first_row = [group], end - size
             pieces.append((piece, size))
@@ -494,7 +496,7 @@ class _TextFile(RawTable):
 
 def _numbered(table: pa.Table, first: int) -> RawRows:
     for place, column in enumerate(table.schema):
-        if column.type == pa.string_view():  # of which pyarrow 26 cannot take rows
+        if column.type == pa.string_view():  # pyarrow 26 cannot take rows of this type
             text = table.column(place).cast(pa.string())
             table = table.set_column(place, column.name, text)
     return RawRows(table, np.arange(first, first + len(table)))

@@ -1,6 +1,6 @@
-"""Times in raw columns: typed, ISO 8601 text or integers; and the hour and weekday in them.
+"""Times in raw columns: typed, ISO 8601 text or integers; also their hours and weekdays.
 
-In this file: n rows of a block.
+In shapes, n is the number of rows of a block.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ _ZONE = r":[0-9.]*(Z|[+-][0-9]{2}:?[0-9]{2})$"
 _INTEGER = r"^\s*-?[0-9]+(\.0*)?\s*$"
 
 _UNITS = ((1, 1e8, 7.26e9), (1_000, 1e11, 7.26e12), (10**6, 1e14, 7.26e15), (10**9, 1e17, 7.26e18))
-"""(per second, lowest, highest) of integers that are times between 1973 and 2200."""
+"""(ticks per second, lower bound, upper bound) of integers that are times between 1973 and 2200."""
 
 
 class _Times(NamedTuple):
     values: pa.Array
     """int64 (n,), null without a time."""
     are_integers: np.ndarray
-    """bool (n,), times that stay as they are; the others are seconds."""
+    """bool (n,), integers, which stay unchanged; other times are in seconds."""
     failed: np.ndarray
-    """bool (n,), values that are there and not times."""
+    """bool (n,), values that are not missing and not times."""
 
 
 def read_times(
     column: pa.Array | pa.ChunkedArray, name: str, *, may_be_missing: bool = True
 ) -> tuple[np.ndarray, np.ndarray, Fault]:
-    """Times, int64 (n,).
+    """Reads times, int64 (n,).
 
-    Typed times and ISO 8601 text become seconds since 1970-01-01 UTC; without a zone they are in
-    UTC. Integers stay as they are.
+    Typed times and ISO 8601 text become seconds since 1970-01-01 UTC; times without a zone are in
+    UTC. Integers stay unchanged.
 
     Returns:
-        The times; which rows hold one, bool (n,); rows that hold something else, or nothing
-        unless it `may_be_missing`.
+        The times; a mask of the rows that have one, bool (n,); the fault of rows with another value
+        or, unless `may_be_missing`, without a value.
 
     Raises:
-        DataError: the column is of a type that cannot hold times.
+        DataError: the column has a type that cannot hold times.
     """
     array = one_array(column)
     times = _read(array, name)
@@ -68,10 +68,10 @@ def read_times(
 def read_time_part(
     column: pa.Array | pa.ChunkedArray, name: str, part: TimePart
 ) -> tuple[pa.Array, Fault]:
-    """Hour (0 to 23) or weekday (1 for Monday to 7) in UTC, int64 (n,), null for missing.
+    """Reads the hour (0 to 23) or weekday (1 for Monday to 7) in UTC, int64 (n,), null if missing.
 
-    Integers are seconds, milliseconds, microseconds or nanoseconds since 1970-01-01 UTC, whichever
-    gives a time between 1973 and 2200.
+    Integers are seconds, milliseconds, microseconds or nanoseconds since 1970-01-01 UTC: the unit
+    is the one that yields a time between 1973 and 2200.
     """
     array = one_array(column)
     times = _read(array, name)
@@ -86,7 +86,7 @@ def read_time_part(
 
 
 def are_integers(texts: pa.Array) -> pa.Array:
-    """Whether texts are integers rather than times, bool (n,)."""
+    """Returns which texts are integers rather than times, bool (n,)."""
     return pc.match_substring_regex(texts, _INTEGER)
 
 
@@ -109,10 +109,10 @@ def _read(array: pa.Array, name: str) -> _Times:
 
 
 def _seconds_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Seconds in ISO 8601 texts, int64, and a mask of the others."""
+    """Parses ISO 8601 texts to seconds, int64, and returns a mask of other texts."""
     plain = pc.utf8_trim_whitespace(texts)
     plain = pc.replace_substring_regex(plain, r"(\.[0-9]{6})[0-9]+", r"\1")
-    # Arrow takes zones from all texts or from none, and none after a date.
+    # Arrow requires a zone in all texts or in none, and rejects one after a bare date.
     no_zone = pc.if_else(pc.equal(pc.binary_length(plain), 10), " 00:00Z", "Z")
     suffix = pc.if_else(pc.match_substring_regex(plain, _ZONE), "", no_zone)
     zoned = pc.binary_join_element_wise(plain, suffix, "")
@@ -121,7 +121,7 @@ def _seconds_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _seconds(times: pa.Array) -> pa.Array:
-    """Whole seconds, int64 (n,), of typed times."""
+    """Converts typed times to whole seconds, int64 (n,)."""
     per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[times.type.unit]
     ticks = times.view(pa.int64())
     seconds = np.floor_divide(ticks.fill_null(0).to_numpy(), per_second)

@@ -1,13 +1,13 @@
-"""The values in raw columns: text, numbers, labels.
+"""Values in raw columns: text, numbers, labels.
 
-Everything here takes an Arrow column as somebody's file has it and returns the values with a
-`Fault` for the rows that cannot be used, so that a caller may name them, skip them or stop. A
-missing number is NaN. What is wrong with a column as a whole is raised.
+The functions take an Arrow column as a file contains it and return its values with a `Fault` for
+the rows that cannot be used, so that a caller may report them, skip them or stop. A missing number
+is NaN. A problem of a whole column raises an error.
 
-The same value reads the same from every kind of file. Text has the values that CSV has: NULL_TEXTS
-are missing, in Parquet too.
+A value reads the same from every kind of file. Text follows CSV: NULL_TEXTS are missing values, in
+Parquet too.
 
-In this file: n rows of a block.
+In shapes, n is the number of rows of a block.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import pyarrow.compute
 from esmm_torchrec.errors import DataError
 
 pc: Any = pyarrow.compute
-"""Its functions are made when it is imported; type checkers know none of them."""
+"""pyarrow creates these functions on import, so type checkers know none of them."""
 
 _hash_array: Any = pandas.util.hash_array
 
 NULL_TEXTS = ("", "NaN", "nan", "NULL", "null")
-"""Texts that are missing values. "NA" is not among them: it is Namibia, too."""
+"""Texts that mean a missing value. "NA" is not among them: it is also the code of Namibia."""
 
 _INTEGER_TEXT = r"^(0|-?[1-9][0-9]*)$"
 MAX_INT64 = 2**63 - 1
@@ -43,33 +43,34 @@ class Fault:
 
     column: str
     rows: np.ndarray
-    """bool (n,)."""
+    """bool (n,), the rows that cannot be used."""
     describe: Callable[[int], str]
-    """What is wrong with the value in a row: the end of a sentence."""
+    """Function from a row to the problem of its value, as the end of a sentence."""
 
     @classmethod
     def of(
         cls, column: str, rows: np.ndarray, values: pa.Array | pa.ChunkedArray, must_be: str
     ) -> Fault:
-        """That of `values` (n,) which are not what they must be."""
+        """Creates the fault of those `values` (n,) that are not `must_be`, such as "a finite
+        number"."""
         return cls(column, rows, lambda row: describe(values[row].as_py(), must_be))
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is one of strings."""
+    """Whether an Arrow type is a string type."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is one of numbers, booleans included."""
+    """Whether an Arrow type is numeric or boolean."""
     types = pa.types
-    # Integers with missing values come as floats from pandas, keys as decimals from databases.
+    # pandas stores integers with missing values as floats; databases export keys as decimals.
     numbers = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean)
     return any(is_one(kind) for is_one in numbers)
 
 
 def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column without chunks or a dictionary; text is string, with null for NULL_TEXTS."""
+    """Returns a column without chunks or a dictionary; text as string, with null for NULL_TEXTS."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -81,18 +82,18 @@ def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def is_null(array: pa.Array) -> np.ndarray:
-    """Which values are null, bool (n,)."""
+    """Returns which values are null, bool (n,)."""
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
 def is_missing(array: pa.Array) -> np.ndarray:
-    """Which values are null or NaN, bool (n,)."""
+    """Returns which values are null or NaN, bool (n,)."""
     return array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
 def cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
-    """`array` as `kind`, null if a value does not fit, and a mask of those values. Only
-    stretches that hold one are cast piece by piece."""
+    """Casts an array to `kind`, null if a value does not fit, and returns a mask of such values.
+    Only stretches with such a value are cast piece by piece."""
     try:
         return array.cast(kind), np.zeros(len(array), np.bool_)
     except pa.ArrowInvalid:
@@ -105,7 +106,7 @@ def cast_what_can_be(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.n
 
 
 def _plain_text(texts: pa.Array) -> pa.Array:
-    """Spellings of numbers that Arrow does not read: spaces around, true and false."""
+    """Rewrites spellings of numbers that Arrow cannot read: surrounding spaces, true and false."""
     texts = pc.utf8_trim_whitespace(texts)
     lower = pc.utf8_lower(texts)
     texts = pc.if_else(pc.equal(lower, "true"), "1", texts)
@@ -113,7 +114,7 @@ def _plain_text(texts: pa.Array) -> pa.Array:
 
 
 def _numbers_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """float64, and a mask of texts that are not one."""
+    """Parses texts to float64, and returns a mask of texts that are not numbers."""
     try:
         return texts.cast(pa.float64()), np.zeros(len(texts), np.bool_)
     except pa.ArrowInvalid:
@@ -121,7 +122,7 @@ def _numbers_in(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def floats(column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
-    """float64 (n,), NaN if a value is missing or is not a number."""
+    """Converts a column to float64 (n,), NaN if a value is missing or is not a number."""
     array = one_array(column)
     kind = array.type
     if is_text(kind):
@@ -134,27 +135,28 @@ def floats(column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
 
 
 def _integer_texts(texts: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Integers as they are written, without spaces and zeros behind the point, and a mask of the
-    texts that are one. 007 is none: as a number it would be one with 7."""
+    """Returns integers as text, without spaces and without zeros after the point, and a mask of the
+    texts that are integers. 007 is not: as a number it would equal 7."""
     plain = pc.replace_substring_regex(_plain_text(texts), r"\.0*$", "")
     return plain, pc.match_substring_regex(plain, _INTEGER_TEXT)
 
 
 def holds_integers(column: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether all texts of a column of a text file are integers of 64 bits, or missing. 7, 7.0,
-    true and false are; 007 is not."""
+    """Whether all texts of a column of a text file are 64-bit integers or missing. 7, 7.0, true and
+    false are integers; 007 is not."""
     _, failed = integers_in(one_array(column), "")
     return not failed.any()
 
 
 def holds_text(column: pa.Array | pa.ChunkedArray, part: str) -> bool:
-    """Whether any text of a column has this part."""
+    """Whether any text of a column contains `part`."""
     array = one_array(column)
     return is_text(array.type) and bool(pc.any(pc.match_substring(array, part)).as_py())
 
 
 def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
-    """int64, null if a value is missing or is not an integer; and a mask of the latter."""
+    """Converts to int64, null if a value is missing or is not an integer; also returns a mask of
+    the latter."""
     if is_text(array.type):
         with contextlib.suppress(pa.ArrowInvalid):
             integers = array.cast(pa.int64())
@@ -170,7 +172,7 @@ def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
     if not pa.types.is_floating(array.type):
         return cast_what_can_be(array, pa.int64())
     floats = array.to_numpy(zero_copy_only=False)
-    # Beyond it neighbours are one float: such ids were lost before they came here.
+    # Beyond this, neighbouring integers share a float: the exact id is already lost.
     exact = 2.0 ** (np.finfo(floats.dtype).nmant + 1)
     failed = (np.abs(floats) > exact) | (floats != np.floor(floats)) & ~np.isnan(floats)
     usable = ~failed & ~np.isnan(floats)
@@ -178,7 +180,7 @@ def integers_in(array: pa.Array, name: str) -> tuple[pa.Array, np.ndarray]:
 
 
 def describe(value: object, must_be: str) -> str:
-    """The end of a sentence on a value that cannot be used."""
+    """Returns the end of a sentence about a value that cannot be used."""
     if value is None or value in NULL_TEXTS or (isinstance(value, float) and math.isnan(value)):
         return f"the value is missing and must be {must_be}"
     text = repr(value)
@@ -188,8 +190,8 @@ def describe(value: object, must_be: str) -> str:
 class LabelReader:
     """Reads one label column: 0 and 1, -1 and 1, or words such as yes and no.
 
-    Both 0 and -1 may mean no, but not in one column: where both occur, one of them means something
-    else, perhaps "unknown".
+    Both 0 and -1 may mean no, but not in the same column: if both occur, one of them means
+    something else, perhaps "unknown".
     """
 
     def __init__(self, name: str) -> None:
@@ -197,10 +199,10 @@ class LabelReader:
         self._no: set[float] = set()
 
     def read(self, column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, Fault, np.ndarray]:
-        """Labels, int8 (n,); the rows without one; those of them that are missing, bool (n,).
+        """Reads labels, int8 (n,), the fault of rows without one, and missing labels, bool (n,).
 
         Raises:
-            DataError: the column holds both 0 and -1, or is of a type that cannot hold labels.
+            DataError: the column contains both 0 and -1, or has a type that cannot hold labels.
         """
         array = one_array(column)
         if is_text(array.type):
@@ -221,13 +223,14 @@ class LabelReader:
 
 
 LABEL_WORDS = ("no", "yes", "false", "true", "n", "y", "f", "t")
-"""Texts that mean 0 and 1, in turn."""
+"""Texts that mean 0 and 1, alternately."""
 
 
 def read_numbers(
     column: pa.Array | pa.ChunkedArray, name: str, *, may_be_missing: bool = False
 ) -> tuple[np.ndarray, Fault]:
-    """float64 (n,) from numbers of any type or text, NaN for missing; each must be finite."""
+    """Reads numbers of any type or text, float64 (n,), NaN if missing; each must be finite or, with
+    `may_be_missing`, missing."""
     values = floats(column, name)
     bad = ~np.isfinite(values)
     if may_be_missing and bad.any():
@@ -236,32 +239,32 @@ def read_numbers(
 
 
 def read_weights(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
-    """float32 (n,), weights of impressions; each must be finite and 0 or more."""
+    """Reads weights of impressions, float32 (n,); each must be finite and 0 or more."""
     values = float32(floats(column, name))
     bad = ~((values >= 0) & np.isfinite(values))
     return values, Fault.of(name, bad, column, "a weight, 0 or more")
 
 
 def read_probabilities(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
-    """float64 (n,) as `read_numbers`; each must lie in [0, 1]."""
+    """Reads probabilities as `read_numbers` does, float64 (n,); each must be in [0, 1]."""
     values = floats(column, name)
     bad = ~((values >= 0) & (values <= 1))
     return values, Fault.of(name, bad, column, "a probability, 0 to 1")
 
 
 def read_integers(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, Fault]:
-    """int64 (n,) from integers, floats without a fraction, or text; each must be there."""
+    """Reads integers, floats without a fraction, or text, int64 (n,); none may be missing."""
     integers, failed = integers_in(one_array(column), name)
     fault = Fault.of(name, failed | is_null(integers), column, "an integer of 64 bits")
     return integers.fill_null(0).to_numpy(), fault
 
 
 def row_hashes(numbers: np.ndarray) -> np.ndarray:
-    """uint64 (n,), well mixed, the same on every machine, from int64 numbers (n,)."""
+    """Hashes int64 numbers (n,) to uint64 (n,), well mixed, the same on every machine."""
     return np.asarray(_hash_array(numbers, categorize=False))
 
 
 def float32(values: np.ndarray) -> np.ndarray:
-    """float32 (n,) from float64 (n,); what is too large is infinite."""
+    """Converts float64 (n,) to float32 (n,); values that are too large become infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)

@@ -1,6 +1,7 @@
-"""One table → training and test rows: by time, by group or at random.
+"""Division of one table into training and test rows: by time, by group or at random.
 
-The rule looks at each row alone, so both halves are read from the same files in bounded memory.
+The rule decides on each row separately, so both splits are read from the same files in bounded
+memory.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ SplitKind = Literal["time", "share", "group"]
 
 @dataclass(frozen=True)
 class RowSplit:
-    """How rows are divided.
+    """Rule that divides the rows of a table into training and test rows.
 
     Raises:
         OptionError: the share is not between 0 and 1, or a column is missing or superfluous.
     """
 
     kind: SplitKind
-    """time: the earliest rows are training; group: whole groups, by a hash; share: rows, by a
-    hash of their number."""
+    """Basis of the division: time trains on the earliest rows, group divides whole groups by a
+    hash, share divides rows by a hash of their number."""
     column: str | None
     share: float
-    """Of the training rows; about this much, and for "time" no less."""
+    """Approximate share of the training rows; for "time", a lower bound."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -58,7 +59,8 @@ class RowSplit:
 
     @classmethod
     def parse(cls, text: str) -> RowSplit:
-        """The rule in time:COL:0.8, group:COL:0.8 or share:0.8; a column may hold colons."""
+        """Parses time:COL:0.8, group:COL:0.8 or share:0.8; the name of the column may contain
+        colons."""
         kind, _, rest = text.partition(":")
         column, _, share = rest.rpartition(":")
         try:
@@ -72,7 +74,7 @@ class RowSplit:
         return cls(kind, column or None, number)  # type: ignore[arg-type]
 
     def faults(self, block: pa.Table) -> list[Fault]:
-        """Rows that have no time to be split by. They count as training rows."""
+        """Returns the fault of rows without a time to split by. They count as training rows."""
         if self.kind != "time":
             return []
         assert self.column is not None
@@ -81,12 +83,12 @@ class RowSplit:
     def is_train(
         self, block: pa.Table, numbers: np.ndarray, last_train_time: int | None
     ) -> np.ndarray:
-        """Which rows of a block are training, bool (n,).
+        """Returns which rows of a block are training rows, bool (n,).
 
         Args:
-            block: rows that hold the column.
-            numbers: int64 (n,), of the rows in all files.
-            last_train_time: what `last_train_time` gave, for "time".
+            block: rows with the column.
+            numbers: int64 (n,), numbers of the rows over all files.
+            last_train_time: result of `last_train_time`, for "time".
         """
         if self.kind == "time":
             assert self.column is not None
@@ -101,13 +103,13 @@ class RowSplit:
         return hashes / 2.0**64 < self.share
 
     def last_train_time(self, blocks: Iterable[tuple[RawTable, RawRows]]) -> int:
-        """The time up to which rows are training, for "time".
+        """Returns the time up to which rows are training rows, for "time".
 
         Args:
             blocks: all rows, with the column.
 
         Raises:
-            DataError: all rows have one time, or none has one.
+            DataError: all rows have the same time, or none has a time.
         """
         assert self.column is not None
         counter = IdCounter()
@@ -131,16 +133,18 @@ class RowSplit:
                 "least two; name another column"
             )
         reached = np.cumsum(counts) >= self.share * counts.sum()
-        # Rows of one time stay together, and the last ones are always test.
+        # Rows of the same time stay together, and the latest rows are always test rows.
         return int(times[min(int(reached.argmax()), len(times) - 2)])
 
 
 def _groups(column: pa.ChunkedArray, name: str) -> pa.Array:
-    """Groups as text, null if there is none. An integer has one spelling, whatever kind of column
-    it comes from, so that the rows of a group stay together; see `raw_ids`.
+    """Returns groups as text, null if missing.
+
+    An integer has one spelling, whatever the type of its column, so that the rows of a group stay
+    together; see `raw_ids`.
 
     Raises:
-        DataError: the column is of a type that cannot name groups.
+        DataError: the column has a type that cannot name groups.
     """
     array = one_array(column)
     kind = array.type

@@ -1,8 +1,8 @@
-"""The first pass over training rows in the tasks of Spark: ids are counted, dense values sampled.
+"""The first pass over training rows in Spark tasks: counts ids and samples dense values.
 
 Each task counts the ids of its rows. Spark sums the counts and sorts (table, falling count, id) by
-ranges, so that no task sees all ids. The driver reads the ranges in order, 16 bytes an id, which
-gives every id its row.
+ranges, so that no task sees all ids. The driver reads the ranges in order, 16 bytes per id, and so
+assigns each id its row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IDS_PER_BATCH = 1 << 16
 
 
 class _Met(NamedTuple):
-    """Lists and texts were met where none were expected."""
+    """Reply of a task that found lists or texts where none were expected."""
 
     lists: Mapping[str, bool | None]
     kinds: Mapping[str, IdKind]
@@ -53,8 +53,9 @@ _COUNTED_COLUMNS = pa.schema(
 
 
 def count_table(spark: Session, preparation: Preparation) -> Counted | None:
-    """What the training rows give, or None if they are not what they seemed, which `preparation`
-    knows then.
+    """Counts the training rows; returns None if lists or texts appeared unexpectedly.
+
+    In that case, `preparation` has been updated and the rows must be counted again.
 
     Raises:
         DataError: a row cannot be used.
@@ -63,7 +64,7 @@ def count_table(spark: Session, preparation: Preparation) -> Counted | None:
     from pyspark import StorageLevel  # noqa: PLC0415  # pyright: ignore
     from pyspark.sql import functions as F  # noqa: PLC0415  # pyright: ignore
 
-    _ = preparation.rows.pieces("test")  # can they be read?
+    _ = preparation.rows.pieces("test")  # raises if Spark cannot read them
     pieces = preparation.rows.pieces("train")
     features = preparation.features
     kinds: dict[str, IdKind] = {
@@ -104,7 +105,7 @@ def count_table(spark: Session, preparation: Preparation) -> Counted | None:
         ordered = ids.repartitionByRange(ranges, *columns).sortWithinPartitions(*columns)
         ordered = ordered.mapInArrow(_pack, "tab int, rare boolean, ids binary")
         ordered = ordered.persist(StorageLevel.DISK_ONLY)
-        ordered.count()  # all ranges at once; the iterator asks for one after the other
+        ordered.count()  # computes all ranges at once; the iterator requests one at a time
         vocabularies = _vocabularies(ordered.toLocalIterator(), kinds, preparation.min_count)
     finally:
         counted.unpersist()
@@ -148,7 +149,7 @@ def _state_row(place: int, state: Any) -> pa.RecordBatch:
 
 
 def _pack(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Ids that are sorted by table and rarity, packed by these."""
+    """Packs sorted ids of the same table and rarity into compressed rows."""
     for batch in batches:
         table, rare = batch.column("tab").to_numpy(), batch.column("rare").to_numpy(False)
         group = 2 * table.astype(np.int64) + rare
@@ -171,7 +172,7 @@ def _pack(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 def _vocabularies(
     rows: Iterable[Any], kinds: Mapping[str, IdKind], min_count: int
 ) -> dict[str, Vocabulary]:
-    """The vocabularies out of packed ids in their order."""
+    """Builds the vocabularies from packed ids in their order."""
     tables: list[dict[bool, list[pa.Table]]] = [{False: [], True: []} for _ in kinds]
     for table, rare, ids in rows:
         with pa.ipc.open_stream(bytes(ids)) as stream:

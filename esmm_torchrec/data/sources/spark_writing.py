@@ -1,8 +1,8 @@
-"""The second pass over rows in the tasks of Spark: they are encoded and written.
+"""The second pass over rows in Spark tasks: encodes and writes them.
 
-If the data set is stored by a key, Spark sorts the encoded rows by its hash in between. Tasks write
-row groups as they come, to files with random names. The driver names the files of the tasks that
-succeeded in dataset.json; a file of a task that was repeated is deleted.
+If the data set is stored by a key, Spark sorts the encoded rows by the hash of the key in between.
+Tasks write row groups as they come, to files with random names. The driver lists the files of the
+tasks that succeeded in dataset.json; files of repeated tasks are deleted.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from esmm_torchrec.schema import Schema
 pc: Any = pyarrow.compute
 
 ROWS_PER_PART = 1 << 21
-"""Rows of a file of impressions, about."""
+"""Approximate number of rows in a file of impressions."""
 _KEY, _PLACE, _STATE = "__key", "__place", "__state"
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """What a task needs to encode and write the rows of a split."""
+    """Data that a task needs to encode and write the rows of a split."""
 
     pieces: list[TableRows]
     split: SplitName
@@ -64,7 +64,7 @@ class _Encoding:
     hashed: Mapping[str, HashedIds]
     root: Location
     version: str
-    """Of the vocabularies, which a process keeps from one task to the next."""
+    """Version of the vocabularies, which a process keeps from one task to the next."""
 
     @property
     def types(self) -> pa.Schema:
@@ -86,7 +86,7 @@ def write_table_on_spark(
     """
     root = writer.root
     if root.local is not None:
-        root = Location.of(root.local.absolute())  # tasks run in folders of their own
+        root = Location.of(root.local.absolute())  # tasks have other working directories
     version = uuid4().hex
     bad_rows = BadRows(rows.max_bad_rows)
     writer.source["unclicked_conversion_rows"] = dict.fromkeys(SPLITS, 0)
@@ -150,8 +150,8 @@ def _write_split(
 
 
 def _row_columns(types: pa.Schema) -> pa.Schema:
-    """Columns of encoded rows on their way through Spark. Its names ignore case, so they are
-    numbered."""
+    """Returns the columns of encoded rows within Spark. Column names in Spark ignore case, so the
+    columns are numbered."""
     fields = [pa.field(f"c{place}", _nullable(field.type)) for place, field in enumerate(types)]
     fields += [(_KEY, pa.int64()), (_PLACE, pa.int64()), (_STATE, pa.binary())]
     return pa.schema(fields)
@@ -165,7 +165,7 @@ _encoders: dict[str, RowEncoder] = {}
 
 
 def _encoder(encoding: _Encoding) -> RowEncoder:
-    """The encoder of this process, which reads the vocabularies once."""
+    """Returns the encoder of this process, which reads the vocabularies once."""
     if encoding.version not in _encoders:
         _encoders.clear()
         vocabularies = dict(encoding.hashed) | {
@@ -198,7 +198,7 @@ def _encode_piece(encoding: _Encoding, number: int) -> Iterator[pa.RecordBatch]:
             key = np.zeros(len(rows), np.uint64) if encoded.key is None else encoded.key
             arrays = [
                 *rows.columns,
-                # In the order of the unsigned hashes.
+                # int64 in the order of the unsigned hashes.
                 pa.array((key ^ np.uint64(1 << 63)).view(np.int64)),
                 pa.array(np.arange(place, place + len(rows))),
                 pa.nulls(len(rows), pa.binary()),
@@ -213,7 +213,7 @@ def _encode_piece(encoding: _Encoding, number: int) -> Iterator[pa.RecordBatch]:
 
 
 def _write_part(encoding: _Encoding, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Writes the rows of a task, and tells of them and of what came with them."""
+    """Writes the rows of a task; replies with the written files and what its pieces skipped."""
     from pyspark import TaskContext  # noqa: PLC0415  # pyright: ignore
 
     types = encoding.types
@@ -244,9 +244,9 @@ def _write_part(encoding: _Encoding, batches: Iterable[pa.RecordBatch]) -> Itera
 
 
 def _remove_others(writer: PreparedWriter) -> None:
-    """Deletes files that tasks wrote which Spark then repeated."""
+    """Deletes the files of tasks that Spark repeated."""
     if writer.root.local is None:
-        return  # they are of no consequence, and a store is slow to list
+        return  # such files do no harm, and listing a store is slow
     for split in SPLITS:
         named = {part.file for part in writer.split_writer(split).parts("impressions")}
         for file in (writer.root.local / split).glob("*.parquet"):

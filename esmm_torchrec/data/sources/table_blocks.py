@@ -1,4 +1,4 @@
-"""Blocks of table rows: their ids are counted, their impressions encoded and written."""
+"""Counts of the training rows of a table, and encoding and writing of its rows block by block."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.progress import progress_bar
 
 BAD_ROWS = "bad rows"
-"""What rows are called among the dropped ones."""
+"""Reason under which bad rows are recorded as dropped."""
 
 
 class Counted(NamedTuple):
-    """What the training rows gave."""
+    """Result of counting all training rows."""
 
     vocabularies: Mapping[str, Vocabulary | HashedIds]
-    """By table."""
+    """Vocabulary or hash, by table."""
     fitter: DenseFitter
 
 
 class TrainingCount(NamedTuple):
-    """What some of the training rows gave."""
+    """Result of counting some of the training rows."""
 
     counters: dict[str, IdCounter]
-    """By table whose ids are not hashed."""
+    """Id counters, by table whose ids are not hashed."""
     fitter: DenseFitter
 
 
@@ -44,7 +44,7 @@ class EncodedBlock(NamedTuple):
 
     impressions: pa.Table
     key: np.ndarray | None
-    """uint64 (n,), the hash that they are stored by, if they are stored by one."""
+    """uint64 (n,), hash by which the impressions are stored; None without a key."""
 
 
 def encode_block(
@@ -55,8 +55,9 @@ def encode_block(
     *,
     skipped: Skipped,
 ) -> EncodedBlock:
-    """The impressions among the rows of a block, with the columns `types`; `skipped` counts what is
-    left out or missing.
+    """Encodes the usable rows of a block into the columns `types`.
+
+    `skipped` counts left-out rows and missing values.
 
     Raises:
         DataError: a row cannot be used and may not be skipped, or a value cannot be encoded.
@@ -77,8 +78,8 @@ def write_table(
     *,
     progress: bool,
 ) -> None:
-    """Encodes and writes all rows, block by block, and notes what was left out. `writer` has the
-    vocabularies and the transforms already."""
+    """Encodes and writes all rows, block by block, and records what was left out. `writer` must
+    already have the vocabularies and the transforms."""
     types, bad_rows = impression_columns(writer.schema, writer.columns), BadRows(rows.max_bad_rows)
     writer.source["unclicked_conversion_rows"] = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
@@ -98,7 +99,8 @@ def write_table(
 def noted(
     writer: PreparedWriter, rows: TableRows, split: SplitName, bad_rows: BadRows
 ) -> Iterator[Skipped]:
-    """What is left out or missing in a split while it is written; `writer` notes it in the end."""
+    """Collects what is left out or missing in a split while it is written, then records it in
+    `writer`."""
     skipped, count, examples = Skipped(bad_rows), bad_rows.count, len(bad_rows.examples)
     yield skipped
     for name, missing in skipped.missing_dense.items():

@@ -1,4 +1,4 @@
-"""Which column of a raw table is what."""
+"""Roles of the columns of a raw table."""
 
 from __future__ import annotations
 
@@ -22,56 +22,59 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 @dataclass(frozen=True)
 class TableColumns:
-    """What the columns of a raw table are.
+    """Roles of the columns of a raw table.
 
-    A feature is called as its column. A dense feature whose column is an id feature, too, is called
-    "price__dense"; a feature whose column has the name of a column of prepared data sets is called
-    "timestamp__id"; and the parts of a time are called "shown__hour" and "shown__weekday".
+    A feature has the name of its column, with these exceptions. A dense feature whose column is
+    also an id feature is called "price__dense"; a feature whose column has the name of a column of
+    prepared data sets is called "timestamp__id"; and the parts of a time are called "shown__hour"
+    and "shown__weekday".
 
     Raises:
-        OptionError: a column has two roles that exclude each other, weights or a shared table name
-            a column that is not an id column, or there is no feature.
+        OptionError: a column has two roles that exclude each other, `weights` or `shared_tables`
+            names a column that is not an id column, or there is no feature.
     """
 
     tasks: TaskChain
-    """What may happen to an impression."""
+    """Chain of tasks: the events that may follow an impression."""
     labels: Mapping[str, str]
-    """Label → raw column of 0 or 1, -1 or 1, no or yes; yes only if the label before it is, and
-    ignored if it is missing without that. A label without a column is 0 for every impression."""
+    """Label → raw column of 0 or 1, -1 or 1, no or yes. A label may be yes only if the label before
+    it is; otherwise a missing value is ignored. A label without a column is 0 for every
+    impression."""
     ids: tuple[str, ...] = ()
-    """Integers, text, booleans, or lists of them; each is an id feature."""
+    """Columns of integers, text, booleans, or lists of them; each is an id feature."""
     dense: tuple[str, ...] = ()
-    """Numbers; each is a dense feature."""
+    """Columns of numbers; each is a dense feature."""
     texts: tuple[str, ...] = ()
-    """Text; each is a multi-valued id feature of its words."""
+    """Columns of text; each is a multi-valued id feature of its words."""
     time_features: tuple[str, ...] = ()
-    """Times; the hour and the weekday (UTC) of each are id features."""
+    """Columns of times; the hour and the weekday (UTC) of each are id features."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Id column → column of its weights, in the same form."""
     shared_tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Embedding table → the id or text columns that look it up. A feature that is in none has a
-    table of its own, called as the feature."""
+    """Embedding table → the id or text columns that look it up. Any other feature has its own
+    table, with the name of the feature."""
     hashed: Mapping[str, int] = field(default_factory=dict)
-    """Id column → rows that its ids are hashed to, which then need no vocabulary. All id columns of
-    a table are hashed to as many rows."""
+    """Id column → number of rows to which its ids are hashed; such ids need no vocabulary. All id
+    columns of a table must have the same number."""
     sample_id: str | None = None
-    """int64; None numbers the rows of a split from 0."""
+    """Column of int64 sample ids; None numbers the rows of a split from 0."""
     group_id: str | None = None
-    """int64, or text, of which a 64-bit hash is kept (`raw_values.read_groups`). A row without one
-    is a group of its own."""
+    """Column of groups: int64, or text, stored as a 64-bit hash (`raw_ids.read_groups`). A row
+    without a group is a group of its own."""
     timestamp: str | None = None
-    """Integers as they are; typed times and ISO 8601 text as seconds since 1970-01-01 UTC."""
+    """Column of times: integers stay unchanged; typed times and ISO 8601 text become seconds since
+    1970-01-01 UTC."""
     conversion_time: str | None = None
-    """When the last task of the chain happened, in the form and unit of `timestamp`; missing
-    exactly if it did not."""
+    """Column of the time at which the last task of the chain happened, in the form and unit of
+    `timestamp`; missing exactly if it did not happen."""
     weight: str | None = None
-    """What an impression counts for, 0 or more."""
+    """Column of the weights of impressions, 0 or more."""
     true_ctr: str | None = None
-    """Probability of a click, if it is known."""
+    """Column of the true probability of a click, if known."""
     true_cvr: str | None = None
-    """Probability of a conversion given a click, if it is known."""
+    """Column of the true probability of a conversion given a click, if known."""
     key: str | None = None
-    """Integers or text of a user: impressions are stored by a 64-bit hash of it."""
+    """Column of users, integers or text: impressions are stored by a 64-bit hash of it."""
 
     def __post_init__(self) -> None:
         if not (self.ids or self.texts or self.time_features or self.dense):
@@ -147,7 +150,7 @@ class TableColumns:
 
     @property
     def _taken(self) -> frozenset[str]:
-        """Names of columns of the prepared form, which no feature can have."""
+        """Names of the columns of the prepared form, which features cannot have."""
         return RESERVED_COLUMNS.union(self.tasks.labels)
 
     def _check_hashed(self) -> None:
@@ -167,7 +170,7 @@ class TableColumns:
 
     @property
     def id_features(self) -> dict[str, str]:
-        """Id feature → raw column."""
+        """Raw column of each id feature."""
         return dict(self._named_ids)
 
     @property
@@ -182,7 +185,7 @@ class TableColumns:
 
     @property
     def dense_features(self) -> dict[str, str]:
-        """Dense feature → raw column."""
+        """Raw column of each dense feature."""
         return dict(self._named_dense)
 
     @property
@@ -192,11 +195,11 @@ class TableColumns:
 
     @property
     def time_parts(self) -> dict[str, TimePart]:
-        """Id feature → which part of a time it is, for those that are one."""
+        """Part of a time, by id feature that is such a part."""
         return {f"{name}__{part}": part for name in self.time_features for part in TIME_PARTS}
 
     def table_of(self, feature: str) -> str:
-        """The embedding table of an id feature."""
+        """Returns the embedding table of an id feature."""
         for table, columns in self.shared_tables.items():
             if self.id_features[feature] in columns and feature not in self.time_parts:
                 return table
@@ -204,7 +207,7 @@ class TableColumns:
 
     @property
     def optional(self) -> dict[str, str]:
-        """Optional column of the prepared form → raw column, for those that are there."""
+        """Raw column of each optional column of the prepared form that is given."""
         given = {
             GROUP_ID: self.group_id,
             TIMESTAMP: self.timestamp,
@@ -217,7 +220,7 @@ class TableColumns:
 
     @property
     def roles(self) -> list[tuple[str, str]]:
-        """(what it is, raw column) of every column beside the features."""
+        """(role, raw column) of every column except the features."""
         options = ("sample_id", "group_id", "key", "timestamp", "conversion_time", "weight")
         options = (*options, "true_ctr", "true_cvr")
         return [
@@ -230,7 +233,7 @@ class TableColumns:
         ]
 
     def label_role(self, label: str) -> str:
-        """The option that names the column of a label."""
+        """Returns the option that names the column of a label."""
         return f"`{label}`" if self.tasks == DEFAULT_TASKS else f"`actions` {label}"
 
     @property
@@ -240,7 +243,7 @@ class TableColumns:
 
     @property
     def features(self) -> list[tuple[str, str]]:
-        """(what it is, raw column) of every feature column."""
+        """(role, raw column) of every feature column."""
         return [
             *(("`ids`", name) for name in self.ids),
             *(("`texts`", name) for name in self.texts),

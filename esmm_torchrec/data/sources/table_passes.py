@@ -1,5 +1,5 @@
-"""The two passes over the rows of a table, by this process or by the tasks of Spark: training rows
-are counted, then all rows are encoded and written."""
+"""The two passes over the rows of a table, in this process or in Spark tasks: the first counts
+training rows, the second encodes and writes all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from esmm_torchrec.progress import progress_bar
 def count_training_rows(
     preparation: Preparation, engine: Session | None, *, progress: bool
 ) -> Counted:
-    """Reads the training rows once, or again if they are not what they seemed."""
+    """Counts the training rows, and starts again if lists or texts appear unexpectedly."""
     preparation.rows.find_last_train_time()
     with progress_bar("count train", None, "rows", disable=not progress) as bar:
         while (counted := _try_to_count(preparation, engine, bar)) is None:
@@ -54,8 +54,8 @@ def write_rows(
     *,
     progress: bool,
 ) -> None:
-    """Writes the vocabularies, by table, and all rows, dense values encoded by the transforms of
-    their columns."""
+    """Writes the vocabularies, by table, and all rows; the transforms encode dense values, by
+    feature."""
     for table, vocabulary in vocabularies.items():
         writer.write_vocabulary(table, vocabulary)
     for name, transform in dense.items():

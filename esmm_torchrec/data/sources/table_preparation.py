@@ -1,4 +1,4 @@
-"""What the columns of a table turn out to hold while its training rows are counted."""
+"""The forms of the columns of a table, which become known while its training rows are counted."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from esmm_torchrec.schema import IdFeature, Schema, Table
 
 
 class Preparation:
-    """How the rows of a table are read, as far as is known; `count_rows` finds out the rest.
+    """How the rows of a table are read, as far as is known; `count_rows` determines the rest.
 
     Args:
-        rows: of both splits.
-        columns: what their columns are.
-        list_separator: separator of the values of lists that are written as text.
-        min_count: the least count of an id in the vocabularies.
-        features: how features are read, if that is settled; with `group_kinds`.
-        group_kinds: what group ids are, by raw column.
+        rows: rows of both splits.
+        columns: roles of their columns.
+        list_separator: separator of the values in lists that are written as text.
+        min_count: minimum count of an id in the vocabularies.
+        features: how features are read, if already known; requires `group_kinds`.
+        group_kinds: kind of group ids, by raw column.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Preparation:
         self.min_count = min_count
         self._settled = features
         self._lists: dict[str, bool | None] = {}
-        """By raw id column; None while no list has been met."""
+        """Whether each raw id column has lists; None while no list has been found."""
         self._kinds = rows.kinds
         self._kinds |= group_kinds or {}
         self._guessed: list[tuple[str, ...]] = []
-        """Groups of raw columns whose ids are integers until a text is met."""
+        """Groups of raw columns whose ids count as integers until a text is found."""
         if features is None:
             self._guess()
 
     def _guess(self) -> None:
-        """Learns what the types of columns tell."""
+        """Takes the forms of columns from their types, as far as these define them."""
         columns = self._columns
         self._lists |= {
             name: agreed(
@@ -75,7 +75,7 @@ class Preparation:
             self._kinds |= dict.fromkeys(family, kind or "integer")
             if kind is None:
                 self._guessed.append(family)
-        # Its checks, before the long work.
+        # Run the checks of Schema before the long work.
         features = self.features
         Schema(
             tuple(Table(name, 1) for name in {of.table for of in features.id_features}),
@@ -90,7 +90,8 @@ class Preparation:
         return agreed(kinds, "type")
 
     def _families(self) -> list[tuple[str, ...]]:
-        """Raw columns whose ids are of one kind: those that share a table; the group ids."""
+        """Returns groups of raw columns with ids of the same kind: those of a table, and each group
+        id."""
         families: dict[str, tuple[str, ...]] = {}
         for feature, column in self._columns.id_features.items():
             table = self._columns.table_of(feature)
@@ -118,13 +119,13 @@ class Preparation:
 
     @property
     def group_kinds(self) -> dict[str, IdKind]:
-        """What group ids are, as far as is known: by raw column, of --group-id and --key."""
+        """Kind of group ids, as far as is known, by raw column of `group_id` and `key`."""
         columns = (self._columns.group_id, self._columns.key)
         return {name: self._kinds[name] for name in columns if name is not None}
 
     @property
     def features(self) -> FeatureColumns:
-        """How features are read, as far as is known."""
+        """Raw columns of the features and how to read them, as far as is known."""
         if self._settled is not None:
             return self._settled
         columns = self._columns
@@ -161,8 +162,7 @@ class Preparation:
         )
 
     def check_test_kinds(self) -> None:
-        """Raises DataError if the test files have other ids than the training rows turned out
-        to have."""
+        """Raises DataError if the test files have ids of another kind than the training rows."""
         for family in self._guessed:
             for form in self._forms(family, ["test"]):
                 kind = self._kinds[family[0]]
@@ -174,7 +174,7 @@ class Preparation:
 
     @property
     def hashed(self) -> dict[str, HashedIds]:
-        """By table whose ids are hashed."""
+        """Hash by table, for the tables with hashed ids."""
         hashed, kinds = self._columns.hashed, self.features.kinds
         return {
             feature.table: HashedIds(kinds[feature.name], hashed[column])
@@ -190,13 +190,13 @@ class Preparation:
         *,
         of_rows: int | None = None,
     ) -> TrainingCount | None:
-        """Counts training rows; None if a list or a text appeared unexpectedly, which
-        `met` has then.
+        """Counts training rows; returns None if a list or text appears unexpectedly, and updates
+        `met`.
 
         Args:
-            rows: all of them, or a piece.
-            on_rows: is called with how many more have been read.
-            of_rows: how many all pieces have, about.
+            rows: all training rows, or a piece of them.
+            on_rows: called with the number of rows in each block read.
+            of_rows: approximate number of rows in all pieces.
         """
         columns, hashed = self.features, self.hashed
         counters = {
@@ -220,11 +220,11 @@ class Preparation:
 
     @property
     def met(self) -> tuple[dict[str, bool | None], dict[str, IdKind]]:
-        """What is known of raw id columns: whether each holds lists, and what its ids are."""
+        """Whether raw id columns have lists, and the kind of their ids, as far as is known."""
         return self._lists, self._kinds
 
     def meet(self, lists: Mapping[str, bool | None], kinds: Mapping[str, IdKind]) -> bool:
-        """Learns of lists and texts that were met in a piece; whether any of them is new."""
+        """Adds lists and texts that were found in a piece; returns whether any of them is new."""
         before = dict(self._lists), dict(self._kinds)
         self._lists |= {name: True for name, is_list in lists.items() if is_list}
         self._kinds |= {name: kind for name, kind in kinds.items() if kind == "text"}

@@ -1,4 +1,4 @@
-"""The rows of raw tables that become impressions: split, read, and free of faults."""
+"""Rows of raw tables that become impressions: divided into splits, read and checked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from esmm_torchrec.schema import (
 UnclickedConversions = Literal["error", "drop", "keep"]
 
 KEY = "key"
-"""What the hash is called that impressions are stored by."""
+"""Name of the hash by which impressions are stored."""
 
 
 class RawBlock(NamedTuple):
@@ -51,9 +51,9 @@ class RawBlock(NamedTuple):
     table: RawTable
     rows: pa.Table
     places: np.ndarray
-    """int64, of the rows in their file, as `RawTable.place` takes them."""
+    """int64, numbers of the rows in their file, as `RawTable.place` takes them."""
     numbers: np.ndarray
-    """int64, of the rows in all files of the split."""
+    """int64, numbers of the rows over all files of the split."""
     split: SplitName
 
 
@@ -61,38 +61,39 @@ class Impressions(NamedTuple):
     """Impressions without a fault."""
 
     numbers: np.ndarray
-    """int64, of their rows, as in `RawBlock`."""
+    """int64, numbers of their rows, as in `RawBlock`."""
 
     scalars: dict[str, np.ndarray]
-    """Labels, sample_id and optional columns, by their prepared names, and KEY, uint64 (n,)."""
+    """Labels, sample_id and optional columns, by their prepared names; also KEY, uint64 (n,), if
+    there is a key."""
     features: Features
 
 
 @dataclass
 class Skipped:
-    """What one reading of a split left out or found missing."""
+    """Rows that one reading of a split left out, and values that it found missing."""
 
     bad_rows: BadRows
     unclicked_conversions: int = 0
     missing_dense: Counter[str] = field(default_factory=Counter)
-    """By dense feature: impressions without a value."""
+    """Number of impressions without a value, by dense feature."""
 
 
 class TableRows:
     """The rows of raw tables.
 
     Args:
-        train: files or rows in memory, one or several.
-        test: in the same form; None: there are none, or `split` says which they are.
-        text_format: how text files are written.
-        split: the rule that divides the training rows into both splits.
-        columns: what the columns are.
-        unclicked_conversions: what becomes of rows with a task and not the one before it.
-        max_bad_rows: how many may be skipped.
-        first_train_row: the number of the first training row.
+        train: training rows: files or rows in memory, one or several.
+        test: test rows in the same form; None if there are none or `split` selects them.
+        text_format: format of text files.
+        split: rule that divides the training rows into both splits.
+        columns: roles of the columns.
+        unclicked_conversions: treatment of rows with a task but without the one before it.
+        max_bad_rows: maximum number of rows to skip.
+        first_train_row: number of the first training row.
 
     Raises:
-        DataError: a file cannot be opened, a column is not there, or it has times in two forms.
+        DataError: a file cannot be opened, a column is missing, or a column has times in two forms.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class TableRows:
             tests = open_raw_tables(test, what="test", text_format=text_format)
         self.tables: dict[SplitName, list[RawTable]] = {"train": tables, "test": tests}
         self.kinds: dict[str, IdKind] = {}
-        """What ids are, by raw column, as far as `Preparation` has found out."""
+        """Kind of ids, by raw column, as far as `Preparation` knows it."""
         self._split = split
         self._columns = columns
         self.unclicked_conversions: UnclickedConversions = unclicked_conversions
@@ -121,7 +122,7 @@ class TableRows:
         self._first_row: dict[SplitName, int] = {"train": first_train_row, "test": 0}
         self._rows_read: dict[SplitName, int] = {}
         self.rows_given: dict[SplitName, int] = {}
-        """How many rows `blocks` has given the last time, once it has given all."""
+        """Number of rows that `blocks` yielded in its last complete iteration, by split."""
         self._labels = {label: LabelReader(column) for label, column in columns.labels.items()}
         self._last_train_time: int | None = None
         wanted = columns.roles + columns.features
@@ -134,13 +135,13 @@ class TableRows:
         times = [columns.timestamp, columns.conversion_time]
         if split is not None and split.kind == "time":
             times.append(split.column)
-        # Integers stay as they are and other times become seconds.
+        # Integers stay unchanged but other times become seconds, so a column must not have both.
         for name in dict.fromkeys(name for name in times if name is not None):
             agreed((time_form(table, name) for table in every), "form")
 
     @property
     def files(self) -> dict[str, Any]:
-        """What a data set says of its files."""
+        """Entries about the files in the `source` of a data set."""
         splits = SPLITS if self._split is None else ("train",)
         opened = [table for name in splits for table in self.tables[name]]
         trained_on = {table.absolute for table in self.tables["train"]} - {None}
@@ -153,7 +154,7 @@ class TableRows:
         }
 
     def find_last_train_time(self) -> None:
-        """Reads the times that rows are split by, if they are."""
+        """Reads the times by which rows are split, if they are split by time."""
         if self._split is None or self._split.kind != "time":
             return
         assert self._split.column is not None
@@ -165,14 +166,14 @@ class TableRows:
         )
 
     def blocks(self, split: SplitName, bad_rows: BadRows) -> Iterator[RawBlock]:
-        """The rows of a split in order, block by block.
+        """Yields the rows of a split in order, block by block.
 
         Raises:
-            DataError: a file cannot be read, or there is one bad record too many.
+            DataError: a file cannot be read, or the limit of bad rows is exceeded.
         """
         before, given = self._first_row[split], 0
         for table in self.tables[split]:
-            # Records with too few fields are in neither half; they count as training rows.
+            # Records with a wrong number of fields are in neither split but count as training rows.
             ignored = BadRows(self.max_bad_rows)
             counts_all = self._split is None or split == "train"
             for rows in table.blocks(self._raw_columns, bad_rows if counts_all else ignored):
@@ -186,7 +187,7 @@ class TableRows:
         self._rows_read[split], self.rows_given[split] = before, given
 
     def pieces(self, split: SplitName) -> list[TableRows]:
-        """The rows of a split in parts that processes can read by themselves, in order.
+        """Returns the rows of a split in parts that processes can read independently, in order.
 
         Raises:
             OptionError: a table cannot be divided.
@@ -205,7 +206,7 @@ class TableRows:
         return pieces
 
     def rows_read(self, split: SplitName) -> int:
-        """The number after that of the last row, once `blocks` or `pieces` has given all."""
+        """Returns the number after that of the last row, once `blocks` or `pieces` has finished."""
         return self._rows_read[split]
 
     def _half(self, block: RawBlock, rule: RowSplit) -> RawBlock:
@@ -219,7 +220,7 @@ class TableRows:
         )
 
     def usable(self, block: RawBlock, features: FeatureColumns, skipped: Skipped) -> Impressions:
-        """The rows of a block that become impressions."""
+        """Returns the rows of a block that become impressions; `skipped` counts the others."""
         with block.table.named_in_errors():
             scalars, values, faults = self._values(block, features)
         keep = skipped.bad_rows.leave_out(
@@ -247,10 +248,10 @@ class TableRows:
     def _out_of_order(
         self, block: RawBlock, scalars: Mapping[str, np.ndarray], keep: np.ndarray
     ) -> np.ndarray:
-        """bool (n,), rows of `keep` where something happened without the task before it.
+        """Returns rows of `keep` in which a task happened without the one before it, bool (n,).
 
         Raises:
-            DataError: there is one, and the option says so.
+            DataError: there is such a row, and `unclicked_conversions` is "error".
         """
         found = np.zeros_like(keep)
         for task, before in self._columns.tasks.links:
@@ -277,7 +278,7 @@ class TableRows:
                 continue
             column = block.rows.column(self._columns.labels[label])
             labels[label], fault, missing = self._labels[label].read(column)
-            if before is not None:  # without that, the label may be missing
+            if before is not None:  # the label may be missing if the task before did not happen
                 missing &= (labels[before.label] == 0) & ~faulty[before.label]
                 fault = replace(fault, rows=fault.rows & ~missing)
             faults.append(fault)
@@ -322,7 +323,8 @@ class TableRows:
     def _conversion_times(
         self, scalars: Mapping[str, np.ndarray], column: pa.ChunkedArray, name: str
     ) -> tuple[np.ndarray, Fault]:
-        """int64 (n,), NEVER without a conversion; a time before the impression is a fault."""
+        """Reads times, int64 (n,), NEVER without a conversion; a time before the impression is a
+        fault."""
         times, there, fault = read_times(column, name)
         converted = scalars[self._columns.tasks[-1].label] == 1
         wrong = (there != converted) | (there & (times < scalars[TIMESTAMP]))
@@ -339,9 +341,9 @@ class TableRows:
 
 
 def _groups(block: RawBlock, name: str, kind: IdKind) -> tuple[np.ndarray, Fault]:
-    """The groups that rows belong to by a column, int64 (n,), and the values that cannot be used.
-    A row without a value is a group of its own, in training another than in test."""
+    """Returns the groups of rows by a column, int64 (n,), and the fault of unusable values. A row
+    without a value is a group of its own, with different groups in training and in test."""
     groups, fault, missing = read_groups(block.rows.column(name), name, kind)
-    # The hash of a small number may be small itself.
+    # Large numbers, because the hash of a small one may be small, like an id.
     alone = row_hashes((1 << 62) + 2 * block.numbers + (block.split == "test"))
     return np.where(missing, alone.view(np.int64), groups), fault

@@ -1,8 +1,8 @@
-"""Any table of impressions → a prepared data set: delimited text, Parquet, Arrow, DataFrames.
+"""Preparation of any table of impressions: delimited text, Parquet, Arrow, DataFrames.
 
-Two passes over the training rows, a block at a time: the first counts ids and samples dense
-columns, the second encodes. The test rows are encoded in one pass with what training gave.
-Memory holds the distinct ids and a block.
+Training rows are read in two passes, a block at a time: the first counts ids and samples dense
+columns, the second encodes. Test rows are encoded in one pass with the vocabularies and statistics
+of training. Memory holds the distinct ids and a block.
 """
 
 from __future__ import annotations
@@ -79,40 +79,42 @@ def prepare_table(
             weights={"history": "history_weights"},
         )
 
-    The arguments that are not listed here name raw columns, see `TableColumns`. A missing id (null,
-    NaN, one of `raw_values.NULL_TEXTS`) is an empty bag, a missing dense value the training mean; a
-    missing label is a bad row. `dense` may map columns to the methods of `data.dense`.
+    Arguments that are not listed here name raw columns; see `TableColumns`. A missing id (null,
+    NaN, one of `raw_values.NULL_TEXTS`) becomes an empty bag, a missing dense value the training
+    mean; a row with a missing label is a bad row. `dense` may map columns to the methods of
+    `data.dense`.
 
     Args:
-        out: the folder to make, or its URI; it must not exist.
-        click: column of the default chain's first label, 0 or 1, -1 or 1, no or yes.
-        conversion: as click; None: only clicks are known.
-        actions: instead of click and conversion, the columns of a chain of tasks in the order in
-            which they happen, such as ["click", "cart", "order"], or task → column. A task may
-            name an earlier one that it is given instead of the one before: "order:click".
-        train: paths or rows, one or several; all vocabularies and statistics are theirs. A path
-            is that of a file, a folder or a pattern such as "logs/2026-*.tsv.gz".
-        test: in the same form; ids that training does not have become row 0.
-        split: instead of `test`: which of the rows in `train` become test rows, a `RowSplit` or
+        out: folder to create, or its URI; it must not exist.
+        click: column of the default chain's first label: 0 or 1, -1 or 1, no or yes.
+        conversion: column of the second label, in the same form; None if only clicks are known.
+        actions: columns of a chain of tasks, instead of `click` and `conversion`, in the order in
+            which the tasks happen, such as ["click", "cart", "order"], or task → column. A task may
+            name an earlier task that it is conditional on instead of the previous one:
+            "order:click".
+        train: training rows: paths or rows, one or several; all vocabularies and statistics come
+            from them. A path is a file, a folder or a pattern such as "logs/2026-*.tsv.gz".
+        test: test rows in the same form; ids that do not occur in training become row 0.
+        split: rule that selects test rows from `train`, instead of `test`: a `RowSplit` or
             "time:COL:0.8", "group:COL:0.8" or "share:0.8".
-        list_separator: separator of the values of lists that are written as text ("1|5|9").
-            An id column of text that holds it anywhere in training is multi-valued.
-        text_format: how text files are written.
-        min_count: in how many training impressions an id must occur to have an embedding row. The
-            others share row 0, also with ids that training does not have; with 1 that row is never
-            trained.
-        unclicked_conversions: what becomes of rows with a task and not the one before it, such as
-            conversion 1 and click 0: "error" refuses them, "drop" leaves them out, "keep" keeps
-            them up to what is missing, as neither clicked nor converted. How many there were is in
-            `source["unclicked_conversion_rows"]`.
-        max_bad_rows: how many rows, over all files, may be skipped because a value is broken.
-        engine: a SparkSession whose tasks read, encode and write, each a row group of Parquet at a
-            time; None: this process does. The result is the same, except that files are divided
-            otherwise. What tasks read and write must be in a place that all of them see.
-        progress: show a bar.
+        list_separator: separator of the values in lists that are written as text ("1|5|9"). An id
+            column of text that contains it anywhere in training is multi-valued.
+        text_format: format of text files.
+        min_count: minimum number of training impressions in which an id must occur to have an
+            embedding row. Other ids share row 0 with ids that do not occur in training; with 1,
+            that row is never trained.
+        unclicked_conversions: treatment of rows with a task but without the one before it, such as
+            conversion 1 and click 0: "error" raises, "drop" leaves them out, "keep" keeps them as
+            if the later task had not happened, here neither clicked nor converted. The number of
+            such rows is in `source["unclicked_conversion_rows"]`.
+        max_bad_rows: maximum number of rows, over all files, to skip because a value is broken.
+        engine: SparkSession whose tasks read, encode and write, each one row group of Parquet at a
+            time; None does so in this process. The result is the same, except for the division into
+            files. All tasks must have access to the places they read from and write to.
+        progress: show progress bars.
 
     Returns:
-        The data set, opened. What was dropped is in its `dropped` and `dropped_rows`.
+        The data set, opened. Its `dropped` and `dropped_rows` describe what was dropped.
 
     Raises:
         DataError: a file, a column or a row cannot be used; names it. Lines of text count from 1,
@@ -213,7 +215,7 @@ def prepare_table(
 def _chain(
     click: str | None, conversion: str | None, actions: Sequence[str] | Mapping[str, str]
 ) -> tuple[TaskChain, dict[str, str]]:
-    """The chain, and the raw column of each label that has one."""
+    """Returns the chain, and the raw column of each label that has one."""
     if bool(actions) == (click is not None) or (actions and conversion is not None):
         raise OptionError(
             "give either `actions`, the columns of a chain in order, or `click` and `conversion`"
