@@ -1,4 +1,4 @@
-"""What is wrong with one raw Ali-CCP line, for a reader who has to find it."""
+"""Explanations of what is wrong with a raw Ali-CCP line, so that a reader can find the problem."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _as_integer(text: bytes) -> int | None:
 
 
 def explain(line: bytes, layout: Layout) -> str:
-    """What is wrong with one line, in words that continue 'line 3: '."""
+    """Returns the problem of a line, in words that continue 'line 3: '."""
     cells = line.rstrip(b"\r\n").split(b",")
     if cells == [b""]:
         return "the line is empty"

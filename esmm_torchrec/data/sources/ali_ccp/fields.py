@@ -1,9 +1,9 @@
 """The fields of Ali-CCP and the columns of its raw files.
 
-Raw, for each split: `sample_skeleton_<split>.csv` (one impression per line) and
-`common_features_<split>.csv` (what many impressions share), or one `sample_<split>.tar.gz` that
-holds both. Lines are comma-separated; their last column is a list of features,
-`field 0x02 id 0x03 value` joined by 0x01.
+Each split consists of `sample_skeleton_<split>.csv` (one impression per line) and
+`common_features_<split>.csv` (features shared by many impressions), or of one
+`sample_<split>.tar.gz` that contains both. Lines are comma-separated; their last column is a list
+of features, `field 0x02 id 0x03 value` joined by 0x01.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ FIELDS: tuple[IdFeature, ...] = (
     _skeleton("853", multi_valued=True, weighted=True),  # 150_14 x 210
     _skeleton("301"),  # context
 )
-"""Every field of the raw data, a feature with a table of its own; shared: it comes from the common
-features. The order is the one in which a batch carries them."""
+"""Every field of the raw data, each a feature with its own table; shared fields come from the
+common features. The order is the one in which a batch contains them."""
 
 INDEX = "common_feature_index"
 FEATURE_NUM = "feature_num"
@@ -74,14 +74,14 @@ class Layout:
     """The columns of one kind of raw file, and the fields of its feature lists."""
 
     stem: str
-    """Of its name."""
+    """Name of the file without split and suffix."""
     columns: Mapping[str, pa.DataType]
     features: tuple[IdFeature, ...]
     reason: str
-    """Name of its bad rows in the report."""
+    """Reason under which bad rows of this file are recorded as dropped."""
 
     def file(self, split: SplitName) -> str:
-        """Name of the file of a split."""
+        """Returns the name of the file of a split."""
         return f"{self.stem}_{split}.csv"
 
 

@@ -1,4 +1,4 @@
-"""The raw Ali-CCP files of a split, as they are or in their archive → blocks of whole lines."""
+"""Raw Ali-CCP files of a split, plain or in their archive, read in blocks of whole lines."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from esmm_torchrec.data.sources.ali_ccp.lines import Block
 from esmm_torchrec.errors import DataError
 
 MAX_LINE_BYTES = 256 << 20
-"""Bytes after which a file without a newline is not read further."""
+"""Maximum number of bytes to read without finding a newline."""
 
 
 class RawFile(NamedTuple):
-    """A raw file that is open, by itself or within its archive."""
+    """An open raw file, either plain or within its archive."""
 
     name: str
-    """After that of the archive if it is in one."""
+    """File name; within an archive, preceded by the name of the archive."""
     path: str
-    """The same, and where it is."""
+    """The name with its folder."""
     size: int
     stream: IO[bytes]
 
 
 class Folder:
-    """Raw files as they are."""
+    """Raw files in a folder, not archived."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = dict(files)
 
     @property
     def names(self) -> list[str]:
-        """The files, as progress and errors call them."""
+        """Names of the files in progress bars and errors."""
         return [path.name for path in self._files.values()]
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[RawFile]:
-        """One of the raw files, by its name at the source."""
+        """Opens one of the raw files, by its original name."""
         path = self._files[name]
         with path.open("rb", buffering=0) as stream:
             yield RawFile(path.name, str(path), path.stat().st_size, stream)
 
     def close(self) -> None:
-        """Nothing stays open between files."""
+        """Does nothing: no file stays open between reads."""
 
 
 class Archive:
-    """Raw files inside a tar.gz, read as a stream: forward while the next member is ahead, from
-    the beginning again if it lies behind."""
+    """Raw files inside a tar.gz, read as a stream: forward to a later member, from the beginning
+    again for an earlier one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,7 +100,7 @@ class Archive:
 
 
 def locate(raw: Path, split: SplitName) -> Folder | Archive:
-    """The raw files of a split: the two csv files, else the archive."""
+    """Returns the raw files of a split: the two CSV files if both exist, otherwise the archive."""
     wanted = (COMMON.file(split), SKELETON.file(split))
     found: dict[str, Path] = {}
     for name in wanted:
@@ -126,7 +126,7 @@ def locate(raw: Path, split: SplitName) -> Folder | Archive:
 
 
 def read_blocks(file: RawFile, block_bytes: int) -> Iterator[Block]:
-    """Whole lines, about `block_bytes` at a time."""
+    """Yields blocks of whole lines, about `block_bytes` each."""
     line, rest = 1, b""
     while data := file.stream.read(block_bytes):
         cut = data.rfind(b"\n") + 1

@@ -1,11 +1,11 @@
-"""Blocks of raw Ali-CCP lines → columns, every byte parsed once.
+"""Parsing of blocks of raw Ali-CCP lines into columns.
 
-A block of lines goes through Arrow's CSV reader twice: once by commas, then its feature lists,
-joined and with 0x01 turned into newlines, once more by 0x02. The features are regrouped into one
-column a field with a stable sort of their field numbers.
+Every byte is parsed once. Arrow's CSV reader splits a block of lines at commas, then its feature
+lists, joined and with 0x01 turned into newlines, at 0x02. A stable sort by field number regroups
+the features into one column per field.
 
-A block that Arrow cannot read, or whose values cannot be, is halved until the bad line is
-alone; only then does Python look at it, to say what is wrong.
+A block that Arrow cannot read, or that has invalid values, is halved until the bad line is alone;
+only then does Python inspect the line to explain the problem.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from esmm_torchrec.schema import CLICK, CONVERSION, SAMPLE_ID, IdFeature, weight
 
 
 class _MalformedError(Exception):
-    """Something in a block of lines is not as it should be; which line is not known yet."""
+    """A block contains a malformed line, not yet known which."""
 
 
 def _demand(condition: bool | np.bool_) -> None:
@@ -60,8 +60,9 @@ def _read_csv(text: Any, *, delimiter: str, columns: Mapping[str, pa.DataType]) 
 
 
 def _parse(text: bytes, layout: Layout) -> pa.Table:
-    """Columns of whole lines: labels and sample_id if there are any, the index as uint64, and
-    each field's raw ids (int64, or a list of them) with its weights.
+    """Parses whole lines: labels and sample_id if present, the index as uint64, fields.
+
+    Each field becomes a column of raw ids (int64, or lists of them), with its weights.
 
     Raises:
         _MalformedError: a line is bad in any way that `explain` can name.
@@ -80,7 +81,7 @@ def _parse(text: bytes, layout: Layout) -> pa.Table:
 
 
 def _index_numbers(index: pa.BinaryArray) -> np.ndarray:
-    """The 16 hex digits of each index as uint64."""
+    """Converts the 16 hex digits of each index to uint64."""
     _, offsets, data = index.buffers()
     ends = np.frombuffer(offsets, np.int32)[: len(index) + 1]
     _demand((np.diff(ends) == INDEX_DIGITS).all())
@@ -92,7 +93,7 @@ def _index_numbers(index: pa.BinaryArray) -> np.ndarray:
 def _parse_features(
     lists: pa.BinaryArray, counts: np.ndarray, features: Sequence[IdFeature]
 ) -> dict[str, pa.Array]:
-    """Columns of the features; `counts` is the number of features each list should hold."""
+    """Returns columns of the features; `counts` is the expected number of features in each list."""
     lengths = np.diff(np.frombuffer(lists.buffers()[1], np.int32)[: len(lists) + 1])
     _demand((counts >= 0).all() and ((counts > 0) == (lengths > 0)).all())
     total = int(counts.sum())
@@ -101,8 +102,8 @@ def _parse_features(
     else:
         filled = lengths > 0
         text = _join(lists.filter(pa.array(filled)))
-        # Of the separators, the ones between lists must be where the counts put them: no list
-        # holds a feature more or less than its count, in whatever way the sums agree.
+        # The separators between lists must be where the counts put them. So no list has more or
+        # fewer features than its count, even if the sums agree.
         (separators,) = np.nonzero(text == 1)
         _demand(len(separators) == total - 1)
         between = np.cumsum(lengths[filled] + 1)[:-1] - 1
@@ -141,8 +142,9 @@ def _join(lists: pa.BinaryArray) -> np.ndarray:
 
 
 def _to_lines(text: np.ndarray) -> None:
-    """0x01 → newline, 0x03 → 0x02, in place. In pieces, so that the masks stay in the cache; with
-    arithmetic, because `bytes.translate` is slower and keeps the other threads waiting."""
+    """Replaces 0x01 by newline and 0x03 by 0x02, in place. Works in pieces, so that the masks stay
+    in the cache, and with arithmetic, because `bytes.translate` is slower and blocks the other
+    threads."""
     piece_bytes = 1 << 18
     for start in range(0, len(text), piece_bytes):
         piece = text[start : start + piece_bytes]
@@ -174,10 +176,10 @@ def _lists(given: Mapping[str, np.ndarray], row_of: np.ndarray, rows: int) -> di
 
 
 class BadRow(NamedTuple):
-    """A raw line that is not used, and why."""
+    """A raw line that is not used, and the reason."""
 
     line: int
-    """Counted from 1."""
+    """Line number, counted from 1."""
     what: str
 
 
@@ -186,21 +188,21 @@ class Block(NamedTuple):
 
     first_line: int
     text: bytes
-    """Whole lines, a newline after each."""
+    """Whole lines, each with a newline at its end."""
 
 
 class ParsedLines(NamedTuple):
-    """What the lines of a block say."""
+    """Result of parsing the lines of a block."""
 
     table: pa.Table
     lines: np.ndarray
-    """int64, the line each row comes from."""
+    """int64, the line from which each row comes."""
     bad: list[BadRow]
-    """In the order of the file."""
+    """Bad lines in the order of the file."""
 
 
 def parse_block(block: Block, layout: Layout, most_bad: int) -> ParsedLines:
-    """The good lines of a block and the bad ones; gives up after `most_bad` + 1 of these."""
+    """Parses a block into its good and bad lines; gives up after `most_bad` + 1 bad lines."""
     tables: list[pa.Table] = []
     lines: list[np.ndarray] = []
     bad: list[BadRow] = []
@@ -209,7 +211,7 @@ def parse_block(block: Block, layout: Layout, most_bad: int) -> ParsedLines:
         piece = pieces.pop()
         try:
             table = _parse(piece.text, layout)
-            # Arrow takes a lone carriage return for the end of a line.
+            # Arrow treats a lone carriage return as the end of a line.
             num_lines = piece.text.count(b"\n")
             _demand(len(table) == num_lines)
         except _MalformedError:
@@ -238,7 +240,7 @@ def _parse_nothing(layout: Layout) -> pa.Table:
 
 
 def _halve(block: Block) -> tuple[Block, Block] | None:
-    """Two blocks of about half the bytes; None if the block is one line."""
+    """Returns two blocks of about half the bytes; None if the block is one line."""
     middle = len(block.text) // 2
     cut = block.text.rfind(b"\n", 0, middle) + 1 or block.text.find(b"\n", middle) + 1
     if cut == len(block.text):

@@ -1,10 +1,10 @@
-"""The raw Ali-CCP files → a prepared data set.
+"""Preparation of the raw Ali-CCP files.
 
-Impressions are joined to their common rows by number, never by copying. The training split waits
-as raw ids in scratch files until all of it is counted and the vocabularies are known; the test
-split is encoded as it is read. Threads parse blocks while this one reads, counts and writes, in
-the order of the files. Memory holds a few blocks, and what grows with distinct ids and common
-rows; nothing grows with impressions.
+Impressions are joined to their common rows by number, without copying. The training split is stored
+as raw ids in scratch files until it has been counted and the vocabularies are known; the test split
+is encoded as it is read. Threads parse blocks while the main thread reads, counts and writes, in
+the order of the files. Memory holds a few blocks and grows with the distinct ids and common rows,
+not with the impressions.
 """
 
 from __future__ import annotations
@@ -66,24 +66,24 @@ from esmm_torchrec.schema import (
 UnclickedPurchases = Literal["drop", "keep", "error"]
 
 UNCLICKED_CONVERSIONS = "conversions without a click"
-"""What such rows are called among the dropped ones."""
+"""Reason under which such rows are recorded as dropped."""
 
 BLOCK_BYTES = 16 << 20
 
 
 class _Rows(NamedTuple):
-    """The rows of a block that can be used."""
+    """Usable rows of a block."""
 
     table: pa.Table
-    """Common rows with their index and group, or impressions, which are joined to them."""
+    """Common rows with their index and group, or impressions joined to common rows."""
     lines: np.ndarray
-    """int64: of common rows, where each is; of impressions, the purchases without a click."""
+    """int64: the lines of common rows; for impressions, the lines of purchases without a click."""
     bad: list[BadRow]
 
 
 @dataclass
 class _Preparation:
-    """State of one run; `prepare_ali_ccp` says what it does."""
+    """State of one call of `prepare_ali_ccp`."""
 
     writer: PreparedWriter
     unclicked_purchases: UnclickedPurchases
@@ -95,7 +95,7 @@ class _Preparation:
     vocabularies: dict[str, Vocabulary] = field(default_factory=dict)
 
     def run(self, sources: Mapping[SplitName, Folder | Archive]) -> dict[SplitName, int]:
-        """Reads both splits; gives the purchases without a click of each."""
+        """Prepares both splits; returns the number of purchases without a click in each."""
         waiting = WaitingRows(self.writer.scratch)
         train = self._read_split(sources["train"], "train", waiting.add)
         self.vocabularies = waiting.vocabularies(self.min_count)
@@ -111,7 +111,7 @@ class _Preparation:
         return {"train": train, "test": test}
 
     def _encoded(self, kind: RowKind, table: pa.Table) -> pa.Table:
-        """The table as it is stored, once the vocabularies are known."""
+        """Encodes a table if the vocabularies are known; otherwise returns it unchanged."""
         return encoded(table, kind, self.vocabularies) if self.vocabularies else table
 
     def _write(self, split: SplitName, kind: RowKind, table: pa.Table) -> None:
@@ -128,7 +128,8 @@ class _Preparation:
         split: SplitName,
         store: Callable[[RowKind, pa.Table], None],
     ) -> int:
-        """Gives the rows of a split to `store`; how many purchases have no click."""
+        """Passes the rows of a split to `store`; returns the number of purchases without a
+        click."""
         with contextlib.closing(source):
             common = self._read_common(source, split, store)
             return self._read_skeleton(source, split, store, common)
@@ -140,7 +141,8 @@ class _Preparation:
         layout: Layout,
         finish: Callable[[ParsedLines], _Rows],
     ) -> Generator[tuple[RawFile, _Rows], None, None]:
-        """Each block of a file, `finish` being what threads do last; its bad rows are noted."""
+        """Yields each block of a file after threads have applied `finish` to it; counts its bad
+        rows."""
 
         def work(block: Block) -> tuple[_Rows, int]:
             return finish(parse_block(block, layout, self.bad_rows.limit)), len(block.text)
@@ -158,7 +160,7 @@ class _Preparation:
 
     def _note_bad(self, split: SplitName, layout: Layout, file: RawFile, bad: list[BadRow]) -> None:
         noted = len(self.bad_rows.examples)
-        # Sentences go into the data set, where no path of this machine belongs.
+        # Messages are stored in the data set and must not contain a path of this machine.
         self.bad_rows.skip(
             len(bad), lambda row: f"{file.name}, line {bad[row].line}: {bad[row].what}"
         )
@@ -263,28 +265,29 @@ def prepare_ali_ccp(
 ) -> PreparedDataSet:
     """Prepares the raw Ali-CCP files of the folder `raw` into the new folder `out`.
 
-    group_id of an impression is its user (field 101); impressions of a common row without a user
-    are a group of their own, whose number is negative and made of the row's index.
+    The group_id of an impression is its user (field 101). The impressions of a common row without a
+    user form their own group, with a negative number derived from the index of the row.
 
     Args:
-        raw: holds `sample_skeleton_{train,test}.csv` and `common_features_{train,test}.csv`, here
-            or one folder down, or `sample_{train,test}.tar.gz`. Its `truth.parquet` (sample_id,
-            split, true_ctr, true_cvr) is joined if present.
-        out: the folder to make.
-        min_count: in how many training impressions an id must occur to have a row of its own.
-        max_bad_rows: broken rows to skip, over all files, before giving up.
-        unclicked_purchases: what becomes of impressions with a purchase and no click, a fault of
-            the logging: "drop" leaves them out, "keep" keeps them as neither clicked nor
-            converted, "error" stops.
-        block_bytes: text parsed at a time. It has no influence on the result.
-        progress: show bars.
+        raw: folder of `sample_skeleton_{train,test}.csv` and `common_features_{train,test}.csv`,
+            directly or one folder down, or of `sample_{train,test}.tar.gz`. A `truth.parquet` in it
+            (sample_id, split, true_ctr, true_cvr) is joined if present.
+        out: folder to create.
+        min_count: minimum number of training impressions in which an id must occur to have its own
+            row.
+        max_bad_rows: maximum number of bad rows, over all files, to skip.
+        unclicked_purchases: treatment of impressions with a purchase but no click, a logging fault:
+            "drop" leaves them out, "keep" keeps them as neither clicked nor converted, "error"
+            raises.
+        block_bytes: size of the text parsed at a time. It does not influence the result.
+        progress: show progress bars.
 
     Returns:
-        The data set, opened. What was dropped is in its `dropped` and `dropped_rows`.
+        The data set, opened. Its `dropped` and `dropped_rows` describe what was dropped.
 
     Raises:
-        DataError: a file is missing, empty or broken; more rows are bad than allowed; `out`
-            exists; training has no click or no conversion.
+        DataError: a file is missing, empty or broken; more rows are bad than allowed; `out` exists;
+            training has no click or no conversion.
         OptionError: `min_count` is below 1 or `max_bad_rows` below 0.
     """
     raw, out = Path(raw), Path(out)

@@ -1,4 +1,4 @@
-"""The common rows of a split, by their common_feature_index."""
+"""Common rows of a split, looked up by their common_feature_index."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from esmm_torchrec.schema import GROUP_ID
 
 
 class CommonRows:
-    """Index → common row, and the group of each.
+    """Common row of each index, and the group of each common row.
 
     Args:
-        file: which they are of.
+        file: file of the common rows.
         table: index and group, in the order of the file.
-        lines: int64, of each row in the file.
+        lines: int64, line of each row in the file.
 
     Raises:
         DataError: an index occurs twice.
@@ -37,8 +37,8 @@ class CommonRows:
                 f"{lines[first]}; remove one of them"
             )
         self.group_of = array_of(table, GROUP_ID).to_numpy()
-        """int64, of each row."""
+        """int64, group of each row."""
 
     def find(self, index: np.ndarray) -> np.ndarray:
-        """int32 row of each index, -1 if there is none."""
+        """Returns the row of each index, int32, -1 if there is none."""
         return self._rows.get_indexer(pd.Index(index)).astype(np.int32)

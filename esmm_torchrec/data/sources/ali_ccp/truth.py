@@ -1,4 +1,4 @@
-"""The true probabilities of generated impressions, joined to them by sample_id."""
+"""True probabilities of generated impressions, joined to them by sample_id."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from esmm_torchrec.schema import SAMPLE_ID, TRUE_CTR, TRUE_CVR
 
 
 class Truth:
-    """`truth.parquet` of one split, read alongside the impressions. Memory stays small where both
-    are in the same order, and the result is right if they are not."""
+    """`truth.parquet` of one split, read alongside the impressions. Memory use is small if both are
+    in the same order; the result is right in any order."""
 
     _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
         (SAMPLE_ID, pa.int64()),
@@ -35,7 +35,7 @@ class Truth:
 
     @classmethod
     def open(cls, path: Path) -> pq.ParquetFile:
-        """The file, its columns checked."""
+        """Opens the file and checks its columns."""
         try:
             file = pq.ParquetFile(path)
         except pa.ArrowException:
@@ -55,7 +55,7 @@ class Truth:
         self._file.close()
 
     def take(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """float32 true_ctr and true_cvr of these impressions.
+        """Returns true_ctr and true_cvr of these impressions, float32.
 
         Raises:
             DataError: the file has no row for one of them, or a value is not a probability.

@@ -1,4 +1,4 @@
-"""Rows with raw ids that wait in scratch files until the ids of a split are counted."""
+"""Rows with raw ids, stored in scratch files until the ids of a split are counted."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FEATURES: Mapping[RowKind, tuple[IdFeature, ...]] = {
 
 
 class WaitingRows:
-    """The rows of a split and the counts of their ids, by impression.
+    """Rows of a split, and the number of impressions in which each of their ids occurs.
 
     Args:
-        folder: of the scratch files.
+        folder: folder of the scratch files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,17 +35,17 @@ class WaitingRows:
         self._counters = {feature.table: IdCounter("integer") for feature in FIELDS}
         self._use = SharedRowUse()
         self.num_rows = 0
-        """Of both kinds."""
+        """Number of rows of both kinds."""
 
     def add(self, kind: RowKind, table: pa.Table) -> None:
-        """Appends rows: raw ids and weights in columns called as the fields, and whatever else
-        comes with them."""
+        """Appends rows. The columns of raw ids and weights have the names of the fields; other
+        columns are kept."""
         if kind == "impressions":
             self._count(kind, table)
             self._use.add(array_of(table, SHARED_ROW).to_numpy())
         files = self._files[kind]
         files.append(self._folder / f"{kind}-{len(files)}.arrow")
-        # The high bytes of ids are zeros.
+        # Ids compress well, because their high bytes are zeros.
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with (
             pa.OSFile(str(files[-1]), "wb") as file,
@@ -55,7 +55,8 @@ class WaitingRows:
         self.num_rows += len(table)
 
     def vocabularies(self, min_count: int) -> dict[str, Vocabulary]:
-        """By table: of the ids that occur in `min_count` impressions or more."""
+        """Returns the vocabulary of each table: ids that occur in `min_count` impressions or
+        more."""
         first = 0
         for path in self._files["shared"]:
             table = _read(path)
@@ -70,7 +71,7 @@ class WaitingRows:
         count_raw_ids(self._counters, FEATURES[kind], ids, impressions)
 
     def take(self, kind: RowKind) -> Iterator[pa.Table]:
-        """What was added, piece by piece; its files are removed."""
+        """Yields the added tables of a kind in order, and deletes their files."""
         for path in self._files[kind]:
             yield _read(path)
             path.unlink()
@@ -82,7 +83,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def encoded(table: pa.Table, kind: RowKind, vocabularies: Mapping[str, Vocabulary]) -> pa.Table:
-    """The table with rows of the embedding tables in place of raw ids."""
+    """Returns the table with rows of the embedding tables in place of raw ids."""
     columns = dict(zip(table.column_names, table.columns, strict=True))
     for feature in FEATURES[kind]:
         ids = array_of(table, feature.name)
