@@ -1,1 +1,1 @@
-"""From raw logs to a prepared data set: Ali-CCP's text, and any table of impressions."""
+"""Preparation of raw logs: Ali-CCP's text, and any table of impressions."""

@@ -152,7 +152,7 @@ def append_table(
 
 @dataclass(frozen=True)
 class _Made:
-    """How a data set was made, as recorded in its `source`."""
+    """Settings with which a data set was made, as recorded in its `source`."""
 
     columns: TableColumns
     reading: RawReading

@@ -25,7 +25,7 @@ from esmm_torchrec.schema import IdFeature, Schema, Table
 
 
 class Preparation:
-    """How the rows of a table are read, as far as is known; `count_rows` determines the rest.
+    """Settings for reading the rows of a table, as far as is known; `count_rows` finds the rest.
 
     Args:
         rows: rows of both splits.

@@ -1,4 +1,4 @@
-"""The importer against a parser of a few plain lines, written from the format alone."""
+"""The Ali-CCP importer against a plain parser of a few lines, written from the format alone."""
 
 import io
 import re
@@ -47,7 +47,7 @@ def lines_of(path: Path) -> list[str]:
 
 @dataclass
 class Plain:
-    """One split as plain Python values."""
+    """A split as plain Python values."""
 
     common: list[dict[str, Bag]] = field(default_factory=list)
     impressions: list[dict] = field(default_factory=list)
@@ -111,7 +111,7 @@ def vocabularies_of(data_set: PreparedDataSet) -> dict[str, dict[int, int]]:
 
 
 def joined(data_set: PreparedDataSet, split: str) -> list[dict]:
-    """Labels and bags of each impression, wherever the shared row is stored."""
+    """Returns labels and bags of each impression, wherever its shared row is stored."""
     shared = rows_of(data_set.shared_files(split))
     result = []
     for row in rows_of(data_set.impression_files(split)):
@@ -714,7 +714,8 @@ def lines_in(raw: Path, name: str) -> int:
     "mutations", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_damaged_files_are_read_line_by_line_or_refused(mutations: int, tmp_path: Path):
-    """Every line becomes a row or is counted as dropped; if none is, all values are right."""
+    """Checks that every line becomes a row or is counted as dropped; if none is, all values are
+    right."""
     raw = write_random(tmp_path / "raw", users=5)
     random, files = np.random.default_rng(0), sorted(raw.glob("*.csv"))
     compared = 0

@@ -1,4 +1,4 @@
-"""Days that are added to a prepared data set, beside all days prepared together."""
+"""Days appended to a prepared data set, compared with all days prepared together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ OPTIONS = {
 
 
 def _day(number: int, rows: int = 700) -> pd.DataFrame:
-    """New users and items come from day to day; items and users of all days are skewed."""
+    """Returns the rows of a day: new users and items come each day; those of all days are
+    skewed."""
     random = np.random.default_rng(number)
     users = np.minimum(random.geometric(0.02, rows), 300) + 20 * number
     items = np.minimum(random.geometric(0.01, rows), 400) + 30 * number
@@ -56,7 +57,7 @@ def _rows(data_set: PreparedDataSet, split: str = "train") -> pa.Table:
 
 
 def _raw_ids(data_set: PreparedDataSet, table: pa.Table, column: str, of: str) -> list:
-    """The ids behind the rows of a column; None for row 0."""
+    """Returns the ids of the rows in a column; None for row 0."""
     ids = [None, *data_set.vocabulary(of).raw_ids.to_pylist()]
     return [
         [ids[row] for row in rows]
@@ -70,7 +71,7 @@ def _raw_ids(data_set: PreparedDataSet, table: pa.Table, column: str, of: str) -
 
 @pytest.fixture
 def days(tmp_path: Path) -> Path:
-    """A data set of day 0 that is tested on day 1."""
+    """Prepares a data set that trains on day 0 and tests on day 1."""
     prepare_table(tmp_path / "days", train=_day(0), test=_day(1), **OPTIONS)
     return tmp_path / "days"
 
@@ -102,7 +103,7 @@ def test_days_added_one_by_one_are_the_days_prepared_together(days: Path) -> Non
     assert rows.slice(0, first).equals(_rows(before))
     for name in ("click", "conversion", "sample_id", "group_id"):
         assert rows[name].equals(whole[name])
-    # What has a row on the last day has the same id as if all days were prepared together.
+    # Ids with a row on the last day are the same as when all days are prepared together.
     last = added[1].splits["train"].impressions
     for column, table in (("user", "user"), ("item", "item"), ("seen", "item")):
         parts = (after, rows), (together, whole)
@@ -197,7 +198,7 @@ def test_what_cannot_be_appended_is_said(
 
 
 def test_a_text_file_is_read_as_the_first_day_was(tmp_path: Path) -> None:
-    """Ids that look like numbers stay text if the first day had text among them."""
+    """Ids that look like numbers remain text if the ids of the first day included text."""
     first = pd.DataFrame({"y": [1, 0] * 4, "c": [1, 0] * 4, "id": ["007", "7", "a", "a"] * 2})
     first.to_csv(tmp_path / "first.tsv", sep="\t", index=False)
     next_day = first.assign(id=["007", "8", "8", "7"] * 2)
@@ -223,7 +224,7 @@ def test_other_data_sets_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_day_is_stored_by_the_key_of_the_data_set(tmp_path: Path):
-    """Users of a day stand together, and the test split keeps its order."""
+    """The rows of each user are contiguous within a day, and the test split keeps its order."""
     options = {**OPTIONS, "key": "user"}
     first = prepare_table(tmp_path / "data", train=_day(0), test=_day(9, 90), **options)  # type: ignore[arg-type]
     added = append_table(tmp_path / "data", train=_day(1))

@@ -1,4 +1,4 @@
-"""Tables as people have them: one file, lists in text, times, words, labels in words, no group."""
+"""Tables as found in practice: one file, lists in text, times, words, labels in words, no group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of conversions, from a raw table to the mapped split."""
+"""Conversion times, from a raw table to the mapped split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Damaged files of a real log: a right result or one sentence, and every row is accounted for."""
+"""Damaged files of a real log: either the result is right and every row is accounted for, or one
+sentence explains the error."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def prepare(path: Path, out: Path) -> PreparedDataSet:
 
 
 def accounted(data_set: PreparedDataSet) -> dict[str, int]:
-    """Rows that became impressions and rows that were dropped, by split."""
+    """Returns the number of rows that became impressions or were dropped, by split."""
     return {
         split: data_set.splits[split].impressions + sum(data_set.dropped[split].values())
         for split in ("train", "test")
@@ -64,7 +65,7 @@ def accounted(data_set: PreparedDataSet) -> dict[str, int]:
 
 
 def reference_channels(content: bytes) -> Counter[str | None]:
-    """How often each channel occurs in the usable rows, read line by line."""
+    """Counts each channel in the usable rows, read line by line."""
     header, *rows = reference_rows(content)
     found: Counter[str | None] = Counter()
     for row in rows:

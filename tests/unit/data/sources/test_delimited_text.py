@@ -1,4 +1,4 @@
-"""Delimited text is read whole or not at all, beside Python's csv module as the reference."""
+"""Delimited text is read completely or not at all; Python's csv module is the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esmm_torchrec.errors import DataError, OptionError
 
 
 def read(path: Path, **format: str | None) -> tuple[list[str], list[list[str]], list[int]]:
-    """Header, rows and their lines."""
+    """Returns the header, the rows and their lines."""
     text = DelimitedText(path, TextFormat(**format))
     names = list(text.column_names)
     rows, lines = [], []
@@ -96,7 +96,7 @@ def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quoted", ["0", "999"])
 def test_a_quote_that_joins_two_records_is_named(quoted: str, tmp_path: Path) -> None:
-    """pyarrow reads 999 rows here, csv too unless it is strict."""
+    """pyarrow reads 999 rows here; so does csv unless it is strict."""
     lines = [f'{row},city,"{row}"\n' for row in range(1000)]
     lines[9] = lines[9].replace('"9"', f'"{quoted}')
     path = tmp_path / "a.csv"

@@ -34,7 +34,7 @@ def users(seed: int = 0) -> np.ndarray:
 
 
 def in_both(data_set: PreparedDataSet) -> set[int]:
-    """Groups that are in training and in test."""
+    """Returns the groups that occur both in training and in test."""
     return set(stored(data_set, "train")["group_id"]) & set(stored(data_set, "test")["group_id"])
 
 

@@ -1,4 +1,4 @@
-"""Values of raw columns in all the types that files give them."""
+"""Values of raw columns in all types that files use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esmm_torchrec.errors import DataError
 
 
 def faulty(*faults: Fault) -> list[int]:
-    """The rows that are at fault."""
+    """Returns the rows with a fault."""
     return np.flatnonzero(np.any([fault.rows for fault in faults], axis=0)).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What the tasks of Spark prepare is what this process prepares, value by value."""
+"""Spark tasks prepare the same data set as this process, value by value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[4]
 OPTIONS: dict[str, Any] = {
     "click": "click",
     "conversion": "buy",
-    "ids": ["user", "item", "seen", "ID", "id"],  # Spark's own names ignore case
+    "ids": ["user", "item", "seen", "ID", "id"],  # column names in Spark ignore case
     "weights": {"seen": "weights"},
     "shared_tables": {"item": ["item", "seen"]},
     "dense": ["price"],
@@ -218,7 +218,7 @@ session.stop()
 def test_executors_prepare_what_this_process_prepares(
     killed: bool, logs: Path, tmp_path: Path
 ) -> None:
-    """Executors are processes of their own; one of them is killed while tasks write."""
+    """Executors are separate processes; one of them is killed while tasks write."""
     here = prepare_table(tmp_path / "here", key="user", **OPTIONS, **_files(logs))
     out = tmp_path / "there"
     program = _ON_A_CLUSTER.format(root=str(ROOT), out=str(out), logs=str(logs))
@@ -243,7 +243,7 @@ def test_executors_prepare_what_this_process_prepares(
 
 
 def _kill_an_executor(driver: int, out: Path, struck: list[int]) -> None:
-    """Kills one as soon as a file of impressions is there."""
+    """Kills an executor as soon as a file of impressions exists."""
     partial = out.with_name(f"{out.name}.partial")
     while Path(f"/proc/{driver}").exists() and not struck:
         if any(partial.glob("train/impressions-*")):
@@ -267,7 +267,7 @@ def test_a_bundle_is_all_that_spark_submit_needs(logs: Path, tmp_path: Path, pac
         pytest.skip(
             "OLDEST_PYTHON names no Python with the oldest packages; `make test-spark` does"
         )
-    python = os.path.abspath(python)  # not resolved: a link is what tells an environment
+    python = os.path.abspath(python)  # not resolved: the link identifies the environment
     main(["bundle", str(tmp_path / "esmm_torchrec.zip")])
     found = "import pyspark; print(pyspark.__path__[0])"
     home = Path(subprocess.check_output([python, "-c", found], text=True).strip())

@@ -27,7 +27,8 @@ HILLSTROM = Path(
         "HILLSTROM_CSV", Path(__file__).parents[4] / "../shared/data/hillstrom/hillstrom.csv"
     )
 )
-"""Not ours to distribute; datasets/hillstrom.md says where it comes from."""
+"""Hillstrom data, which this project may not distribute; see datasets/hillstrom.md for the
+source."""
 
 ROLES: dict[str, Any] = {
     "click": "clicked",
@@ -39,7 +40,7 @@ ROLES: dict[str, Any] = {
 
 
 def impressions(rows: int = 300, seed: int = 0, users: int = 40) -> pd.DataFrame:
-    """Rows without anything missing."""
+    """Returns rows without missing values."""
     random = np.random.default_rng(seed)
     clicked = random.random(rows) < 0.3
     clicked[:2] = True
@@ -59,13 +60,14 @@ def impressions(rows: int = 300, seed: int = 0, users: int = 40) -> pd.DataFrame
 
 
 def stored(data_set: PreparedDataSet, split: str) -> pd.DataFrame:
-    """The impressions of a split; missing ids are -1."""
+    """Returns the impressions of a split; missing ids are -1."""
     files = sorted((data_set.path / split).glob("impressions-*.parquet"))
     return pd.concat([pq.read_table(file).to_pandas() for file in files], ignore_index=True)
 
 
 def expected_rows(train: pd.Series, values: pd.Series, min_count: int = 1) -> np.ndarray:
-    """Rows by descending count, ties by ascending id; unknown 0, missing NaN."""
+    """Assigns rows by descending count, ties by ascending id; unknown ids get 0, missing ids
+    NaN."""
     counts = train.dropna().value_counts()
     kept = sorted(counts[counts >= min_count].index, key=lambda raw: (-counts[raw], raw))
     row_of = {raw: row for row, raw in enumerate(kept, start=1)}
@@ -153,11 +155,11 @@ def test_every_form_of_the_same_rows_gives_the_same_bytes(
     form: Callable[[pd.DataFrame, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = impressions(), impressions(seed=1)
-    train.loc[5:30, "user"] = np.nan  # The column turns into floats; a CSV says "7.0".
+    train.loc[5:30, "user"] = np.nan  # The column becomes floats; a CSV contains "7.0".
     train["stamp"], test["stamp"] = 2**60 + train.index, 2**60 + test.index
     options = {"group_id": "city", "timestamp": "stamp", "sample_id": "age"}
     from_frame = prepare(tmp_path / "frame", train, test, **options)
-    # Blocks of other sizes, and several of them.
+    # Several blocks, of another size.
     monkeypatch.setattr(delimited_text, "BYTES_PER_BLOCK", 3000)
     monkeypatch.setattr(raw_tables, "ROWS_PER_BLOCK", 77)
     other = prepare(
@@ -257,7 +259,8 @@ def test_na_is_a_place_and_an_empty_field_is_missing(tmp_path: Path) -> None:
 def test_a_column_of_a_csv_holds_integers_if_all_its_values_are(
     texts: list[str], raw_ids: list[int | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delimited_text, "BYTES_PER_BLOCK", 16)  # What decides is in a late block.
+    # The deciding value is in a late block.
+    monkeypatch.setattr(delimited_text, "BYTES_PER_BLOCK", 16)
     text = "click,buy,id\n" + "".join(f"1,1,{text}\n" for text in texts)
     (tmp_path / "a.csv").write_text(text)
     data_set = prepare_table(
@@ -276,7 +279,7 @@ def test_a_column_of_a_csv_holds_integers_if_all_its_values_are(
 
 
 def with_histories(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """The rows with lists of weighted items; some empty, some missing, some holding a null."""
+    """Adds lists of weighted items to the rows: some empty, some missing, some with a null."""
     random = np.random.default_rng(seed)
     items, weights = [], []
     for row in range(len(frame)):
@@ -719,7 +722,7 @@ def test_files_of_one_split_must_agree_on_the_type_of_ids(tmp_path: Path) -> Non
     numbers = _as_csv(impressions(), tmp_path / "numbers")
     texts = _as_parquet(impressions().astype({"user": str}), tmp_path / "texts")
     more = _as_parquet(impressions(), tmp_path / "more")
-    # A file without types follows those with types, where they come first, last or in the test.
+    # An untyped file adopts the types of typed files, be they first, last or in the test split.
     data_set = prepare(tmp_path / "out", [numbers, texts], texts)
     assert data_set.vocabulary("user").kind == "text"
     with pytest.raises(DataError, match=r"more\.parquet has int64 .*texts\.parquet has .*string"):
@@ -771,7 +774,7 @@ def test_options_that_contradict_each_other_are_refused(
 
 
 def test_rows_that_many_strings_are_looked_up_in_are_right(tmp_path: Path) -> None:
-    # Beyond some tens of thousands strings are found by another way than fewer.
+    # Above some tens of thousands of strings, another look-up algorithm is used.
     random = np.random.default_rng(0)
     train = impressions(120_000).assign(user=random.integers(0, 10**6, 120_000).astype(str))
     test = impressions(20_000).assign(user=random.integers(0, 10**6, 20_000).astype(str))
