@@ -1,4 +1,4 @@
-"""`esmm-torchrec evaluate` and `score`, as they are typed, on one rank."""
+"""The commands `evaluate` and `score` on one rank, called with their arguments."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_model_is_calibrated_on_the_test_half(
     assert re.search(rf"^cvr +{recorded['cvr_pcoc']:.4f} ", shown, flags=re.M)
     main(["evaluate", run, "--data", data, "--calibrated", "--json", str(tmp_path / "c.json")])
     calibrated = json.loads((tmp_path / "c.json").read_text())["test"]
-    # Where it was fitted, the intercept makes the sums equal.
+    # On the data it was fitted to, the intercept makes the sums equal.
     assert calibrated["cvr_pcoc"] == pytest.approx(1, abs=1e-3)
     assert calibrated["cvr_auc"] == pytest.approx(recorded["cvr_auc"])
     found = RunFolder.open(Path(run)).calibration(LAST_STEP)
@@ -204,7 +204,7 @@ def test_the_checkpoint_is_told_and_whether_the_training_ended(
 def test_a_folder_that_is_there_is_left_alone(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Raw rows are laid out in OUT.rows for a while; that name may be somebody else's."""
+    """Raw rows are laid out temporarily in OUT.rows, a name that the user may already have."""
     own = tmp_path / "x.parquet.rows"
     (own / "deeper").mkdir(parents=True)
     out = ["--out", str(tmp_path / "x.parquet")]
@@ -221,7 +221,7 @@ def test_a_folder_that_is_there_is_left_alone(
 def test_a_score_that_is_ended_leaves_nothing(
     signal_name: str, folder: Path, tmp_path: Path
 ) -> None:
-    """As a batch system ends it. The rows are many enough for it to be at work."""
+    """A batch system ends it with these signals. There are enough rows that it is still scoring."""
     frame = pd.read_parquet(folder / "new.parquet")
     pd.concat([frame] * 4000, ignore_index=True).to_parquet(tmp_path / "many.parquet")
     given = ["--input", "many.parquet", "--out", "x.parquet", "--batch-size", "16"]
@@ -271,7 +271,7 @@ def test_a_data_set_is_scored_in_parts(
 def test_raw_rows_score_like_the_prepared_ones(
     name: str, folder: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without labels, or with labels that do not matter."""
+    """Raw rows without labels, or with labels, which are ignored."""
     out = f"{name}-scores.parquet"
     scored = _score(folder, out, "--input", str(folder / name), "--batch-size", "50")
     assert f"{TEST_ROWS} impressions scored: {folder / out}\n" in capsys.readouterr().out
@@ -449,7 +449,7 @@ def test_an_output_that_cannot_be_is_refused(
 
 
 def _day(folder: Path, day: Path, files: int) -> list[str]:
-    """A day's log in files."""
+    """Writes the log of a day to files."""
     day.mkdir()
     new = pd.read_parquet(folder / "new.parquet")
     for number, rows in enumerate(np.array_split(np.arange(len(new)), files)):

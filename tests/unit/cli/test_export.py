@@ -1,4 +1,4 @@
-"""`esmm-torchrec export`: the program, in a process with torch alone, scores as `score` does."""
+"""`esmm-torchrec export`: the program, in a process with only torch, scores like `score`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.prepared_data import DENSE, FEATURES, write_data_set
 
 TEST_ROWS = 333
 
-# Puts the features of prepared impressions before the program in the order of its inputs. It knows
-# the form of the files from package.json and dataset.json alone.
+# Passes the features of prepared impressions to the program in the order of its inputs. It knows
+# the form of the files only from package.json and dataset.json.
 SERVE = """
 import json, sys
 import numpy, pyarrow.parquet, torch
@@ -109,7 +109,7 @@ def run(data: Path) -> Path:
 
 
 def _served(out: Path, data: Path) -> dict[str, np.ndarray]:
-    """What the program gives for the test split, in a process of its own."""
+    """Runs the program on the test split in a separate process."""
     scores = out.with_suffix(".npz")
     arguments = [data / "test/impressions-00000.parquet", data / "test/shared-00000.parquet"]
     command = [sys.executable, "-c", SERVE, out, *arguments, scores]
@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # of one file; the model has more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # per file; the model is larger
     try:
         with pytest.raises(SystemExit) as stop:
             main(["export", str(run), str(tmp_path / "out")])

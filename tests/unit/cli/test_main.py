@@ -1,4 +1,4 @@
-"""The command line as a whole: commands, their help, and one sentence for whatever goes wrong."""
+"""The command line as a whole: commands, their help, and one sentence for each error."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_help_names_every_option_and_says_what_it_is_for(
 ) -> None:
     main([*command.split(), "--help"])
     shown = capsys.readouterr().out
-    # Versions of tyro may wrap lines in other places.
+    # Versions of tyro may wrap lines differently.
     assert shown.split() == made_help(command).split(), "run python -m esmm_torchrec.cli.help"
     assert f"usage: esmm-torchrec {command} " in shown
     assert "{None}" not in shown
@@ -96,10 +96,10 @@ def test_help_names_every_option_and_says_what_it_is_for(
             assert f" {field.name.upper()} " in text
             continue
         option = f"--{field.name.removeprefix('start_').replace('_', '-')}"
-        # An option that is a dataclass has its fields' names behind a dot.
+        # The fields of an option that is a dataclass follow its name and a dot.
         told = [part for part in parts if re.match(rf"{option}(\.[a-z-]+)?[ ,]", part)]
         assert told, f"{option} is not named"
-        # Behind its name and form stands what it is for.
+        # A description follows its name and form.
         places = [m.end() for m in re.finditer(rf" {option}[ ,]", text)]
         following = [text[place : place + 300].split("(default")[0].split() for place in places]
         counts = [sum(word.strip(".,;:").islower() for word in words) for words in following]
@@ -196,7 +196,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
 
 @dataclass(frozen=True)
 class Sample:
-    """Options of kinds that no command has."""
+    """Options of types that no command has."""
 
     place: Annotated[tuple[int, int], tyro.conf.arg(metavar="X Y")] = (0, 0)
     kind: Literal["a", "b"] | None = None
@@ -249,7 +249,7 @@ def test_the_options_own_sentence_is_not_touched() -> None:
 
 @dataclass(frozen=True)
 class Out:
-    """Where something is written."""
+    """Options with only an output path."""
 
     out: Path
 

@@ -1,4 +1,4 @@
-"""Logs in which every impression is clicked, every click converts, or a half has one class.
+"""Logs in which every impression is clicked, every click converts, or a split has one class.
 
 What can be trained is trained, and what cannot be measured is null, with a reason.
 """
@@ -20,7 +20,7 @@ Share = Literal[0, 1] | None
 
 
 def _log(seed: int, *, clicks: Share = None, conversions: Share = None) -> pd.DataFrame:
-    """300 rows; `clicks` of all and `conversions` of clicks are 0, 1, or some."""
+    """Returns 300 rows; `clicks`: all (1), none (0) or some (None); `conversions`: same for clicks."""
     rng = np.random.default_rng(seed)
     click = rng.random(300) < (0.5 if clicks is None else clicks)
     conversion = click & (rng.random(300) < (0.4 if conversions is None else conversions))

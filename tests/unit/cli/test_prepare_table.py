@@ -1,4 +1,4 @@
-"""`esmm-torchrec prepare table`, as it is typed."""
+"""The command `prepare table`, called with its arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOWN = [*FILES, *LABELS, "--id", "town"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, the working one, with files of two splits."""
+    """The working directory, with files of two splits."""
     random = np.random.default_rng(0)
     rows = 400
     visit = random.random(rows) < 0.25
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command which cannot go on prints."""
+    """Returns the single line that a failing command prints."""
     with pytest.raises(SystemExit) as stop:
         main([*COMMAND, *arguments])
     assert stop.value.code == 2
@@ -132,7 +132,7 @@ def test_what_it_cannot_use_is_said_in_a_sentence(
 
 
 def test_it_does_not_load_torch_to_prepare(folder: Path) -> None:
-    """Seconds that a person would wait for nothing, and a table needs none of it."""
+    """Importing torch takes seconds, and preparing a table does not need it."""
     program = (
         "import sys; from esmm_torchrec.cli.main import main; main(sys.argv[1:]);"
         "assert 'torch' not in sys.modules"
@@ -152,8 +152,8 @@ def test_it_does_not_load_torch_to_prepare(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_ends_cleanly_on_a_busy_machine(folder: Path) -> None:
-    """More processes than processors. A Python object that one of Arrow's threads lets go of while
-    the interpreter ends has aborted one process in 200."""
+    """Runs more processes than processors. One process in 200 used to abort when one of Arrow's
+    threads released a Python object while the interpreter was shutting down."""
 
     def prepare(number: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "esmm_torchrec", *COMMAND, f"data-{number}", *TOWN]

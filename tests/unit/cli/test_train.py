@@ -1,4 +1,4 @@
-"""`esmm-torchrec train`, as it is typed, on one rank."""
+"""The command `train` on one rank, called with its arguments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _train(data: Path, out: Path, *more: str) -> None:
 
 
 def _refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: str) -> str:
-    """The only thing that a training which cannot be says."""
+    """Returns the only message of a training that is refused."""
     with pytest.raises(SystemExit) as stop:
         _train(data, out, *more)
     assert stop.value.code == 2
@@ -53,20 +53,20 @@ def _refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: s
 
 
 def _sentence(err: str) -> str:
-    """The only line except those of progress."""
+    """Returns the only line besides progress lines, without the prefix."""
     (line,) = (line for line in err.splitlines() if not line.startswith(PROGRESS))
     assert line.startswith("esmm-torchrec: ")
     return line.removeprefix("esmm-torchrec: ")
 
 
 def _metrics(out: Path) -> dict[str, Any]:
-    """What does not depend on how fast the machine was."""
+    """Returns the metrics that do not depend on the speed of the machine."""
     metrics = json.loads((out / "metrics.json").read_text())
     return {name: metrics[name] for name in ("test", "truth")}
 
 
 def _steps(out: Path) -> list[int]:
-    """Of the lines of history.jsonl."""
+    """Returns the step of each line of history.jsonl."""
     return [json.loads(line)["step"] for line in (out / "history.jsonl").read_text().splitlines()]
 
 
@@ -150,7 +150,7 @@ def test_another_run_in_the_folder_is_refused(
         f"{other} standardised its dense features differently from the data of {run}; give data "
         f"prepared with the same vocabularies, or start another run with --from {run}"
     )
-    assert not (other / ".mapped").exists()  # a refusal costs no work
+    assert not (other / ".mapped").exists()  # it is refused before any work is done
     assert _refused(capsys, data, data) == f"{data} is not empty and does not hold a run; {choose}"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_is_broken_is_named_and_kept(
         )
         assert sentence.endswith(advice)
         assert (out / last / file).stat().st_size == size
-    shutil.rmtree(out / last)  # the advice
+    shutil.rmtree(out / last)  # as the message advises
     _train(data, out)
     assert "resuming from step 8 (" in capsys.readouterr().out
     assert _metrics(out) == _metrics(run)
@@ -336,7 +336,7 @@ def _start(data: Path, out: Path, *more: str, largest_file_kib: str = "unlimited
 def test_a_full_disk_is_said_and_what_was_there_is_gone_on_with(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file may grow beyond what all but the checkpoints need."""
+    """The limit on file size allows every file except those of the checkpoints."""
     out = tmp_path / "run"
     process = _start(data, out, "--checkpoint-every", "4", largest_file_kib="40")
     _, err = process.communicate(timeout=120)
@@ -357,7 +357,7 @@ def test_a_full_disk_is_said_and_what_was_there_is_gone_on_with(
 def test_an_interrupted_run_goes_on_to_the_same_end(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C after a checkpoint, then SIGTERM after a later one, wherever the run then is."""
+    """Ctrl-C after a checkpoint, then SIGTERM after a later one, at any point of the run."""
     long = ["--epochs", "20", "--checkpoint-every", "10"]
     whole, out = tmp_path / "whole", tmp_path / "interrupted"
     for number, code, step in ((signal.SIGINT, 130, 10), (signal.SIGTERM, 143, 40)):

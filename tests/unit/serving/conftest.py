@@ -48,7 +48,7 @@ def impressions(rows: int, seed: int) -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, its package, raw rows and the scores that `score` gives them."""
+    """A run, its package, raw rows, and their scores from `score`."""
     folder = tmp_path_factory.mktemp("roads")
     impressions(400, 0).to_parquet(folder / "train.parquet")
     impressions(ROWS, 1).to_parquet(folder / "test.parquet")
@@ -86,7 +86,7 @@ def compiled(folder: Path) -> Path:
 
 @contextmanager
 def serve(package: Path, options: ServerOptions) -> Iterator[httpx.Client]:
-    """A client of a server in a thread of this process."""
+    """Yields a client of a server that runs in a thread of this process."""
     config = uvicorn.Config(create_app(ServedModel(package), options), log_level="error")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -1,4 +1,4 @@
-"""Requests as tensors: lists in text, and limits that hold before anything large is made."""
+"""Requests as tensors: lists in text, and limits that apply before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.prepared_data import prepare_log
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> InputEncoder:
-    """Of a log with a list in text, a list, and a list with weights."""
+    """Encoder of a log with a list in text, a list, and a list with weights."""
     rows = 60
     log = pd.DataFrame(
         {

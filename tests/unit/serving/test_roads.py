@@ -1,4 +1,4 @@
-"""One model, the same scores on every road: a run and its packages, files, frames and requests."""
+"""A model returns the same scores for a run and its packages, for files, frames and requests."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_one_value_stands_for_all_impressions(predictor: Predictor) -> None:
 
 @pytest.mark.parametrize("tags", [3, np.int64(3), [3]])
 def test_rows_keep_their_own_lists(predictor: Predictor, tags: Any) -> None:
-    """Beside others, a value without a list is not taken for one of a common list."""
+    """Next to other rows, a value outside a list is not taken as part of a list for all rows."""
     alone = [predictor.predict({"user": 1, "tags": tags}), predictor.predict({"user": 2})]
     alone.append(predictor.predict({"user": 2, "tags": [5, 3]}))
     rows = [{"user": 1, "tags": tags}, {"user": 2}, {"user": 2, "tags": [5, 3]}]
@@ -173,7 +173,7 @@ def test_the_program_refuses_what_does_not_fit(folder: Path) -> None:
 
 
 def test_the_transforms_in_the_program_are_those_of_the_data(folder: Path) -> None:
-    """Beyond the clipping bounds, where the logarithm is, and missing."""
+    """Values beyond the clipping bounds, values under the logarithm, and missing values."""
     predictor, rows = Predictor(folder / "package"), RowEncoder.load(folder / "data")
     transform = rows.dense["price"]
     assert transform.method == "log"
@@ -299,7 +299,8 @@ def test_a_compiled_package_scores_the_same_without_torchrec(folder: Path, compi
 
 
 def test_triton_finds_the_program_as_its_config_says(folder: Path, compiled: Path) -> None:
-    """Without Triton: its own message reads the config, and the program takes those tensors."""
+    """Tests without Triton: its protobuf message parses the config, and the program takes those
+    tensors."""
     model = compiled / "triton" / "esmm"
     config = text_format.Parse((model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
     assert (config.name, config.backend, config.platform) == ("esmm", "pytorch", "torch_aoti")
@@ -323,7 +324,7 @@ def test_triton_finds_the_program_as_its_config_says(folder: Path, compiled: Pat
 
 @pytest.fixture(scope="module")
 def calibrated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run with a calibration, a package of it, and what `score --calibrated` writes."""
+    """A calibrated run, a package of it, and the scores that `score --calibrated` writes."""
     out = tmp_path_factory.mktemp("calibrated")
     run = shutil.copytree(folder / "run", out / "run")
     main(["calibrate", str(run), "--data", str(folder / "data"), "--kind", "platt"])

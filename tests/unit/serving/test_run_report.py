@@ -1,4 +1,4 @@
-"""The page that `report` writes: its figures are those of the run and of its scores."""
+"""The page that `report` writes contains the figures of the run and of its scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLICK, IF_CLICK = "click", "conversion if click"
 
 
 class _Page(HTMLParser):
-    """The rows of tables by the heading above them, and the pictures by their description."""
+    """Rows of tables by the heading above them, and images by their description."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def test_scores_have_no_padding_and_do_not_depend_on_the_batch(split: MappedSpli
     with process_group("cpu") as ranks:
         model = _trainer(ranks, split).model
         reader = ImpressionReader(split, batch_size=8, shuffle=False)
-        for _ in range(2):  # a model scores again after a whole stream
+        for _ in range(2):  # a model can score again after a complete stream
             steps = list(score_stream(model, reader, ranks))
             sizes = [[len(score.values) for score in step.values()] for step in steps if step]
             assert sizes == [[8] * 3] * 4 + [[5] * 3]

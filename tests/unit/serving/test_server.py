@@ -1,5 +1,5 @@
-"""An exported model behind HTTP: in this process, and as a process that is stopped and given other
-models while it answers."""
+"""An exported model over HTTP: in this process, and in a separate process that is stopped or gets
+other models while it answers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_queue_that_is_full_is_told(folder: Path) -> None:
 
 
 def test_requests_of_one_batch_have_their_own_answers(folder: Path) -> None:
-    """All in one window; with a wrong one, and without."""
+    """All requests come in one window, with and without an invalid one."""
     package = folder / "package"
     predictor = Predictor(package)
     good: list[list[dict[str, Any]]] = [
@@ -151,7 +151,7 @@ def test_requests_of_one_batch_have_their_own_answers(folder: Path) -> None:
 
 
 def test_batches_have_at_most_the_rows_of_a_request(folder: Path) -> None:
-    """Requests of one window, of 2 impressions each, where a batch has up to 3."""
+    """Requests of 2 impressions each come in one window, and a batch has at most 3 impressions."""
     package = folder / "package"
     rows = [{"user": 1, "tags": 3}, {"user": 2, "tags": 5}]
     options = ServerOptions(batch_window_seconds=0.4, max_rows=3, watch_seconds=0)
@@ -165,7 +165,7 @@ def test_batches_have_at_most_the_rows_of_a_request(folder: Path) -> None:
             np.testing.assert_allclose(answer, expected, rtol=0, atol=2e-7)
         shown = client.get("/metrics").text
         assert "esmm_batch_impressions_count 5.0" in shown
-        # Those of one impression go together.
+        # Requests of one impression share a batch.
         for answer, value in zip(threads.map(post, [[row] for row in rows]), expected, strict=True):
             np.testing.assert_allclose(answer, [value], rtol=0, atol=2e-7)
         assert "esmm_batch_impressions_count 6.0" in client.get("/metrics").text
@@ -181,7 +181,7 @@ def test_an_arrow_column_counts_as_its_rows() -> None:
 def test_a_model_that_cannot_be_loaded_once_is_loaded_later(
     folder: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the error is, the server keeps looking."""
+    """The server keeps checking for a new model after any error."""
     link = tmp_path / "current"
     link.symlink_to(folder / "package")
     with serve(link, ServerOptions(watch_seconds=0.05)) as client:
@@ -234,7 +234,7 @@ def test_requests_made_from_the_schema_have_the_answers_it_says(client: httpx.Cl
 
 
 def _another(package: Path, out: Path, note: int) -> Path:
-    """The same model as a package of its own."""
+    """Copies a model to a package with another fingerprint."""
     shutil.copytree(package, out)
     described = json.loads((out / "package.json").read_text())
     (out / "package.json").write_text(json.dumps(described | {"note": note}))
@@ -275,7 +275,8 @@ def test_no_request_is_lost_while_models_are_exchanged_or_the_server_stops(
         askers = [threading.Thread(target=ask) for _ in range(4)]
         for asker in askers:
             asker.start()
-        for number, package in enumerate([*packages[1:], tmp_path]):  # the last one is no package
+        # The last one is not a package.
+        for number, package in enumerate([*packages[1:], tmp_path]):
             _link(tmp_path / "model", package)
             if number == 1:
                 server.send_signal(signal.SIGHUP)
