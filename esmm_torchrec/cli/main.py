@@ -230,7 +230,7 @@ def errors_as_sentences(out: object = None) -> Iterator[None]:
         if not any(words in str(error) for words in _LOST_CONNECTION):
             raise
         if _is_first_rank():
-            print_error("another rank has ended; see what it or torchrun says")
+            print_error("another rank has ended; see its output or that of torchrun")
         _end(EXIT_LOST_RANK)
 
 

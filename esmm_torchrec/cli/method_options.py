@@ -49,7 +49,7 @@ class MethodOptions:
                     f"{part}_name",
                     Annotated[
                         Literal[tuple(registry)],  # pyright: ignore[reportInvalidTypeForm]
-                        tyro.conf.arg(name=part, help=f"The {part} part of the method."),
+                        tyro.conf.arg(name=part, help=f"Override the {part} of the method."),
                     ],
                     registry.name_of(type(default)),
                 ),

@@ -101,7 +101,7 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
     with _job(data, out, until=checkpoints / "step-00000020") as job:
         os.kill(job.workers[1], signal.SIGKILL)
         err = job.end()
-    lost = "esmm-torchrec: another rank has ended; see what it or torchrun says"
+    lost = "esmm-torchrec: another rank has ended; see its output or that of torchrun"
     assert _sentences(err) in ([lost], [])  # torchrun may have ended the rank first
     assert "Signal 9 (SIGKILL)" in err
 
