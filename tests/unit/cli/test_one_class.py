@@ -20,7 +20,7 @@ Share = Literal[0, 1] | None
 
 
 def _log(seed: int, *, clicks: Share = None, conversions: Share = None) -> pd.DataFrame:
-    """Returns 300 rows; `clicks`: all (1), none (0) or some (None); `conversions`: same for clicks."""
+    """Returns 300 rows; `clicks`: all (1), none (0) or some (None); likewise `conversions`."""
     rng = np.random.default_rng(seed)
     click = rng.random(300) < (0.5 if clicks is None else clicks)
     conversion = click & (rng.random(300) < (0.4 if conversions is None else conversions))
