@@ -1,1 +1,1 @@
-"""Pure torch and TorchRec modules; they know no file and no process group."""
+"""Pure torch and TorchRec modules, independent of files and process groups."""

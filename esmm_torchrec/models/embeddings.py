@@ -1,4 +1,4 @@
-"""From a schema to TorchRec's EmbeddingBagCollections, and from those to one matrix of features.
+"""Builds TorchRec's EmbeddingBagCollections from a schema, and a matrix of features from them.
 
 Shapes: B impressions, F the sum of the embedding dims of all features plus the dense features.
 """
@@ -21,17 +21,17 @@ from esmm_torchrec.models.id_range import LookedUp, check_ids, looked_up
 from esmm_torchrec.schema import COLLECTIONS, CollectionName, Schema
 
 DIM_MULTIPLE = 4
-"""fbgemm's kernels require embedding dims that are a multiple of it."""
+"""Embedding dims must be a multiple of this number, as fbgemm's kernels require."""
 
 _RESERVED_MODULE_NAMES = frozenset({"", *dir(nn.ModuleDict())})
 
 
 class EmbeddingBagCollections(NamedTuple):
-    """The collections of a schema, in the order `PooledFeatures` takes them.
+    """Collections of a schema, in the order of `PooledFeatures`' arguments.
 
-    `is_weighted` holds for a whole EmbeddingBagCollection, and weighting every single-valued
-    feature would double its cost; features that impressions share have a batch size of their own.
-    Hence up to four collections where TorchRec's models have one.
+    `is_weighted` applies to a whole EmbeddingBagCollection, and weighting every single-valued
+    feature would double its cost. Features that impressions share have a different batch size.
+    Hence there are up to four collections, whereas TorchRec's models have one.
     """
 
     sparse_features: EmbeddingBagCollection | None
@@ -41,13 +41,13 @@ class EmbeddingBagCollections(NamedTuple):
 
 
 def module_names(tables: Iterable[str], *, prefix: str = "") -> dict[str, str]:
-    """What a model calls each table: its name, changed if torch cannot hold it in an nn.ModuleDict
-    ("items", "a.b") or if another table has that name already. Plans and checkpoints use it.
+    """Maps each table to its name in a model, in plans and in checkpoints. The name is changed if
+    it cannot be a key of an nn.ModuleDict ("items", "a.b") or if another table already has it.
 
     Args:
-        tables: names of a schema's tables, in its order.
-        prefix: put before each name, for a model with more than one set of tables. A name cannot
-            collide with one of another prefix, because ":" occurs in prefixes only.
+        tables: names of a schema's tables, in the schema's order.
+        prefix: prefix of each name, for a model with more than one set of tables. Names with
+            different prefixes cannot collide, because ":" occurs in prefixes only.
     """
     names: dict[str, str] = {}
     taken = set(_RESERVED_MODULE_NAMES)
@@ -76,15 +76,15 @@ def embedding_bag_collections(
 ) -> EmbeddingBagCollections:
     """Builds the collections that look up every id feature of a schema.
 
-    Bags are sums: a missing feature is the zero vector, a weighted bag the weighted sum.
+    Bags are sum-pooled: a missing feature is the zero vector, a weighted bag the weighted sum.
 
     Args:
         schema: tables and features.
         embedding_dim: columns of every table; a multiple of 4, which fbgemm's kernels require.
         device: "meta" allocates nothing; `sharding.shard` then draws the weights table by table.
-        prefix: as in `module_names`.
-        init_scale: factor of the range that weights are drawn from, which is ±1/√rows at 1.
-        zero_columns: first columns of every table that start at zero.
+        prefix: prefix of the tables' names, see `module_names`.
+        init_scale: factor of the range from which weights are drawn; at 1, it is ±1/√rows.
+        zero_columns: number of leading columns of every table that start at zero.
 
     Raises:
         OptionError: the embedding dim is not a positive multiple of 4.
@@ -125,7 +125,7 @@ def embedding_bag_collections(
 
 
 def _init_fn(rows: int, scale: float) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
-    """None: as TorchRec does it."""
+    """Returns the initialisation of a table, or None for TorchRec's default."""
     if scale == 1:
         return None
     reach = scale / rows**0.5
@@ -135,18 +135,18 @@ def _init_fn(rows: int, scale: float) -> Callable[[torch.Tensor], torch.Tensor |
 def _draw_others(
     weight: torch.Tensor, *, draw: Callable[[torch.Tensor], object], zero_columns: int
 ) -> torch.Tensor:
-    """Draws a table, except for its first columns."""
+    """Draws the weights of a table, except for its first columns, which are zero."""
     draw(weight)
     with torch.no_grad():
-        weight[..., :zero_columns] = 0  # a table of another rank is one empty dimension here
+        weight[..., :zero_columns] = 0  # a table of another rank has one empty dimension here
     return weight
 
 
 class PooledFeatures(nn.Module):
-    """Looks up and pools every id feature and lays the dense features beside them.
+    """Looks up and pools every id feature, and concatenates the dense features.
 
-    Embeddings are addressed by key: the order in which a sharded collection returns its keys
-    follows the plan, so taking its values as they come would feed the towers permuted features.
+    Embeddings are selected by key. A sharded collection returns its keys in the order of the plan,
+    so using its values in that order would feed permuted features to the towers.
 
     Args:
         embedding_bag_collection: unweighted, or None.
@@ -156,8 +156,8 @@ class PooledFeatures(nn.Module):
         dense_in_features: number of dense features.
 
     Raises:
-        OptionError: there is no collection, one is weighted and must not be or the other way
-            round, or two have a feature of the same name.
+        OptionError: there is no collection, a collection is weighted but must not be (or vice
+            versa), or two collections have a feature of the same name.
     """
 
     def __init__(
@@ -204,15 +204,15 @@ class PooledFeatures(nn.Module):
         """Pools the features of one batch.
 
         Args:
-            features: of B impressions; a KeyedJaggedTensor alone means `sparse_features`.
+            features: features of B impressions; a KeyedJaggedTensor means `sparse_features` only.
 
         Returns:
-            float32 (B, F): features in the order in which the collections declare them, those of
-            the shared collections after the others, dense features last.
+            float32 (B, F): features in the order of the collections' declarations, first those of
+            the collections that are not shared, then the shared ones, then the dense features.
 
         Raises:
-            OptionError: dense features are given to a model without or missing from one with, or
-                an id is not a row of its table.
+            OptionError: the number of dense features is not `dense_in_features`, or an id is not a
+                row of its table.
         """
         if isinstance(features, KeyedJaggedTensor):
             features = BatchFeatures(features)
@@ -242,13 +242,13 @@ def _check_ids(features: KeyedJaggedTensor | None, tables: dict[str, LookedUp]) 
 
 @torch.fx.wrap
 def _expanded(once: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """(U, F) → (B, F)."""
+    """Expands shared rows, (U, F), to impressions, (B, F)."""
     return once if index is None else once.index_select(0, index)
 
 
 @torch.fx.wrap
 def _checked_dense(dense: torch.Tensor | None, num_features: int) -> torch.Tensor:
-    """The dense features, checked against the model's number of them."""
+    """Checks the number of dense features and returns them."""
     given = 0 if dense is None else dense.shape[1]
     if given != num_features:
         raise OptionError(
@@ -260,14 +260,14 @@ def _checked_dense(dense: torch.Tensor | None, num_features: int) -> torch.Tenso
 
 @torch.fx.wrap
 def _in_order(pooled: list[KeyedTensor], keys: list[str]) -> torch.Tensor:
-    """The values of all keys, (rows, sum of dims), in the order of `keys`."""
+    """Returns the values of all keys, (rows, sum of dims), in the order of `keys`."""
     if len(pooled) == 1 and pooled[0].keys() == keys:
         return pooled[0].values()
     return KeyedTensor.regroup(pooled, [keys])[0]
 
 
 def _keys(*collections: EmbeddingBagCollection | None) -> list[str]:
-    """Features in the order in which collections declare them."""
+    """Returns the features in the order in which the collections declare them."""
     return [
         key
         for collection in collections

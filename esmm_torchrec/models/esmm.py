@@ -1,9 +1,9 @@
 """The Entire Space Multi-Task Model and its train task.
 
 ESMM (Ma et al., "Entire Space Multi-Task Model", SIGIR 2018, arXiv 1804.07931) trains two towers
-over shared embeddings on all impressions. The click tower gives pCTR; the conversion tower gives
-pCVR and is trained only through pCTCVR = pCTR · pCVR, whose label is known for every impression.
-pCVR is the output of its own tower, not a ratio.
+over shared embeddings on all impressions. The click tower predicts pCTR. The conversion tower
+predicts pCVR and is trained only through pCTCVR = pCTR · pCVR, whose label is known for every
+impression. pCVR is the output of its own tower, not a ratio.
 
 Shapes: B impressions, D dense features, F pooled features.
 """
@@ -26,21 +26,22 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
 class TrainOutput(NamedTuple):
-    """What a train task returns beside the loss it is differentiated by."""
+    """Output of a train task in addition to the loss that is differentiated."""
 
     loss: torch.Tensor
     """The same loss, detached."""
     logits: Logits
-    """Detached, float32 (B,) by name."""
+    """Detached logits, float32 (B,) by name."""
     labels: NamedTensors
-    """float32 (B,) by label, and "weight" if the batch has weights."""
+    """Labels, float32 (B,) by name, and "weight" if the batch has weights."""
 
 
 class ESMM(nn.Module):
     """Shared embeddings with a tower per task: click and conversion (Ma et al., SIGIR 2018,
     figure 2).
 
-    B impressions in, `Logits` out, each float32 (B,). At least one collection is needed.
+    Maps the features of B impressions to `Logits`, each float32 (B,). At least one collection is
+    required.
 
     Args:
         embedding_bag_collection: unweighted id features, as in `torchrec.models.dlrm.DLRM`.
@@ -52,8 +53,8 @@ class ESMM(nn.Module):
             `EsmmTowers`.
 
     Raises:
-        OptionError: there is no collection, one is weighted and must not be or the other way
-            round, or two have a feature of the same name.
+        OptionError: there is no collection, a collection is weighted but must not be (or vice
+            versa), or two collections have a feature of the same name.
 
     Example::
 
@@ -94,25 +95,25 @@ class ESMM(nn.Module):
         self.towers = EsmmTowers(self.features.out_features) if towers is None else towers
 
     def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> Logits:
-        """Logits of B impressions, each float32 (B,).
+        """Computes the logits of B impressions, each float32 (B,).
 
         Args:
-            features: of a batch; a KeyedJaggedTensor alone means its `sparse_features`.
+            features: features of a batch; a KeyedJaggedTensor means `sparse_features` only.
         """
         return self.towers(self.features(features))
 
 
 LossFunction = Callable[[Logits, ImpressionBatch], torch.Tensor]
-"""Loss of a batch, float32 (), from logits in float32. Over several ranks it is each rank's share
-of the global mean, see `losses.weighted_mean`; TorchRec's pipelines trace through it."""
+"""Function that maps float32 logits and a batch to a loss, float32 (). With several ranks, it is
+each rank's share of the global mean, see `losses.weighted_mean`. TorchRec's pipelines trace it."""
 
 
 class TrainTask(nn.Module):
-    """A model and its objective, in the form that TorchRec's pipelines expect of a model.
+    """A model and its objective, with the interface that TorchRec's pipelines expect of a model.
 
     Args:
         model: maps `BatchFeatures` to `Logits`.
-        objective: what the model is trained for.
+        objective: loss of the logits.
     """
 
     def __init__(self, model: nn.Module, objective: LossFunction) -> None:
@@ -121,7 +122,7 @@ class TrainTask(nn.Module):
         self.objective = objective
 
     def forward(self, batch: ImpressionBatch) -> tuple[torch.Tensor, TrainOutput]:
-        """The loss of a batch, float32 (), and what there is to log."""
+        """Returns the loss of a batch, float32 (), and the outputs to log."""
         logits = self.model(batch.features)
         loss = self.objective(logits, batch)
         return loss, TrainOutput(
@@ -141,20 +142,20 @@ def _labels(batch: ImpressionBatch) -> NamedTensors:
 
 
 class EsmmTrainTask(TrainTask):
-    """ESMM's loss around a model (Ma et al., SIGIR 2018, equation 2, as a mean):
+    """A model with ESMM's loss (Ma et al., SIGIR 2018, equation 2, as a mean):
 
         w₁ · mean BCE(y, pCTR) + w₂ · mean BCE(y·z, pCTR · pCVR)        y click, z conversion
 
     both over all impressions, weighted by the batch's `weight`, computed from the logits in
     float32. A longer chain of tasks has one further term per task. `forward` takes an
     `ImpressionBatch` of B impressions and returns the loss, float32 (), and a `TrainOutput` whose
-    logits and labels are float32 (B,): what TorchRec's pipelines expect of a model.
+    logits and labels are float32 (B,), as TorchRec's pipelines expect.
 
     Args:
         model: maps `BatchFeatures` to a logit for every task.
         click_loss_weight: w₁.
-        ctcvr_loss_weight: w₂, also of the terms of further tasks.
-        detach_click: keeps the product terms from training the towers of the tasks before.
+        ctcvr_loss_weight: w₂, also used for the terms of further tasks.
+        detach_click: whether product terms do not train the towers of the tasks before.
         tasks: the chain.
 
     Example::

@@ -1,9 +1,9 @@
-"""A first-order term beside each logit: a weight for each id and each dense feature.
+"""First-order term added to each logit: a weight for each id and each dense feature.
 
 Rare ids have few rows, from which a tower learns less than a linear model does. The term is the
 linear part of Cheng et al., "Wide & Deep Learning for Recommender Systems", DLRS 2016, without
 crossed features, and of DeepFM (Guo et al., IJCAI 2017, equation 2). The weights of an id are the
-first columns of its embedding, one for each logit, so that there are no further tables.
+first columns of its embedding, one per logit, so that no further tables are needed.
 
 Shapes: B impressions, F pooled features, H logits.
 """
@@ -17,14 +17,14 @@ from esmm_torchrec.models.towers import Logits
 
 
 class FirstOrder(nn.Module):
-    """Adds the term to what towers give: `Logits` in their order, or one logit (B,).
+    """Adds the term to the output of towers: `Logits`, in their order, or one logit (B,).
 
     Args:
         towers: maps pooled features (B, F) to logits.
-        num_embeddings: one for each id feature; they come first among the F.
-        embedding_dim: of each, at least H.
+        num_embeddings: number of embeddings, one per id feature; they come first among the F.
+        embedding_dim: dim of each embedding, at least H.
         num_logits: H.
-        dense_in_features: the last of the F.
+        dense_in_features: number of dense features, which are the last of the F.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FirstOrder(nn.Module):
             nn.init.zeros_(self.dense.weight)
 
     def forward(self, features: torch.Tensor) -> Logits | torch.Tensor:
-        """(B, F) → logits, float32 (B,)."""
+        """Maps pooled features (B, F) to logits, float32 (B,)."""
         count, dim = self._shape
         embeddings = features[:, : count * dim].unflatten(1, (count, dim))
         terms = embeddings[:, :, : self._num_logits].sum(dim=1)

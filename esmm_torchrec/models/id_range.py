@@ -1,7 +1,7 @@
-"""Ids that are not rows of their table are refused before they reach a kernel.
+"""Rejects ids that are not rows of their table before they reach a kernel.
 
 fbgemm replaces such an id by 0, with one line on stderr, and trains row 0. A table sharded by rows
-may silently use another row. This library's reader never gives such ids; others may.
+may silently use another row. This library's reader never produces such ids; other sources may.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from esmm_torchrec.errors import OptionError
 
 
 class LookedUp(NamedTuple):
-    """The table that a feature looks up."""
+    """Table that a feature looks up."""
 
     table: str
     rows: int
 
 
 _UNCHECKED = -1
-"""Rows of a feature that is not looked up."""
+"""Number of rows that marks a feature that is not looked up."""
 
 
 def looked_up(configs: Iterable[EmbeddingBagConfig]) -> dict[str, LookedUp]:
-    """Feature → its table."""
+    """Maps each feature to its table."""
     return {
         name: LookedUp(config.name, config.num_embeddings)
         for config in configs
@@ -40,19 +40,19 @@ def looked_up(configs: Iterable[EmbeddingBagConfig]) -> dict[str, LookedUp]:
 
 
 def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]) -> None:
-    """Makes sure that every id of a batch is a row of its table.
+    """Checks that every id of a batch is a row of its table.
 
-    fbgemm's own check would not do: it lets -1 pass, and comes after a table sharded by rows has
-    divided ids among ranks.
+    fbgemm's own check does not suffice: it accepts -1, and it runs after a table sharded by rows
+    has distributed the ids to the ranks.
 
-    On a GPU nobody waits for the answer: a wrong id ends the process with a device-side assertion.
+    On a GPU, the check does not synchronise: a wrong id ends the process with a device-side assert.
 
     Args:
-        features: ids int32 or int64. None is not checked, nor is anything while torch compiles.
-        tables: by feature; other features are not checked.
+        features: ids, int32 or int64. None is not checked, and nothing is while torch compiles.
+        tables: feature → table; other features are not checked.
 
     Raises:
-        OptionError: an id is out of range; names the feature.
+        OptionError: an id is out of range; the message names the feature.
     """
     if features is None or torch.compiler.is_compiling():
         return
@@ -78,8 +78,8 @@ def check_ids(features: KeyedJaggedTensor | None, tables: Mapping[str, LookedUp]
 def _in_range(
     ids: NDArray[np.integer], lengths: Sequence[int], rows_of_keys: tuple[int, ...]
 ) -> bool:
-    """Whether the ids of each key, one after the other, are below its number of rows and not
-    negative: read as unsigned, negative ids are larger than any number of rows."""
+    """Returns whether the ids of each key (all keys concatenated) are below the key's number of
+    rows and not negative: as unsigned integers, negative ids exceed any number of rows."""
     ids_of_keys = np.array(lengths)
     some = ids_of_keys > 0
     starts = (ids_of_keys.cumsum() - ids_of_keys)[some]
@@ -90,7 +90,7 @@ def _in_range(
 
 @lru_cache(maxsize=256)
 def _tensor(rows: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # A table may have more rows than an int32 can count; its ids then cannot all be int32.
+    # A table may have more rows than int32 can represent; int32 ids then reach only some of them.
     return torch.tensor(rows).clamp_(max=torch.iinfo(dtype).max).to(dtype).to(device)
 
 

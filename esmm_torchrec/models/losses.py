@@ -1,13 +1,13 @@
 """Losses along a chain of tasks, computed from logits in float32.
 
-Notation: a₁ … a_k are the logits of the tasks of a prefix of the chain, each given the one before,
-all (B,); p = σ(a₁)·…·σ(a_k) is the probability of all of them. For the default chain k is 2:
+Notation: a₁ … a_k are the logits of the tasks of a prefix of the chain, each conditional on the
+task before, all (B,); p = σ(a₁)·…·σ(a_k) is their joint probability. For the default chain k is 2:
 a₁ is the click logit, a₂ the logit of a conversion given a click, p is pCTCVR. Multiplying the
 sigmoids first and taking the cross entropy afterwards loses most of the precision and, for
 confident predictions, the gradient; every function here starts from the logits instead.
 
-Losses come per impression, (B,); `weighted_mean` reduces them. The functions are leaves for
-torch.fx, so that TorchRec's pipelines can trace through a train task that calls them.
+Losses are per impression, (B,); `weighted_mean` reduces them. The functions are leaves for
+torch.fx, so that TorchRec's pipelines can trace a train task that calls them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch.autograd.function import once_differentiable
 
 
 def product_logit(logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logit of σ(a₁)·…·σ(a_k), exactly: L(a, b) = −logsumexp(−a, −b, −a−b), applied in turn.
-
-    Ranking by it ranks by the product without its underflow.
+    """Returns the exact logit of σ(a₁)·…·σ(a_k): L(a, b) = −logsumexp(−a, −b, −a−b), applied
+    repeatedly. It ranks like the product, but does not underflow.
 
     Args:
         logits: k tensors (B,) of any float dtype, at least one.
@@ -40,11 +39,11 @@ def _logit_of_two(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> torch.Tensor:
-    """Logit of pCTR · pCVR: `product_logit` of the default chain.
+    """Returns the logit of pCTR · pCVR: `product_logit` of the default chain.
 
     Args:
-        click_logit: (B,) any float dtype.
-        conversion_logit: (B,) any float dtype.
+        click_logit: (B,), any float dtype.
+        conversion_logit: (B,), any float dtype.
 
     Returns:
         float32 (B,).
@@ -53,13 +52,13 @@ def ctcvr_logit(click_logit: torch.Tensor, conversion_logit: torch.Tensor) -> to
 
 
 def log_conversion_ratio(ctcvr_logit: torch.Tensor, click_logit: torch.Tensor) -> torch.Tensor:
-    """log(pCTCVR / pCTR) of two independent networks, float32 (B,): above 0 if the quotient
-    exceeds 1. Dividing the probabilities instead overflows where pCTR is small."""
+    """Returns log(pCTCVR / pCTR) of two independent networks, float32 (B,); above 0 if the
+    quotient exceeds 1. Dividing the probabilities instead overflows for small pCTR."""
     return F.logsigmoid(ctcvr_logit.float()) - F.logsigmoid(click_logit.float())
 
 
 class _ProductLoss(torch.autograd.Function):
-    """−t·log p − (1−t)·log(1−p) for p = Π σ(aᵢ), with its gradient in closed form.
+    """Loss −t·log p − (1−t)·log(1−p) for p = Π σ(aᵢ), with its gradient in closed form.
 
     ∂/∂aᵢ = −t·σ(−aᵢ) + (1−t)·p·σ(softplus(Lᵢ) − aᵢ), where Lᵢ is the logit of the product without
     aᵢ: autograd through the logsumexp would be a hundred times less precise.
@@ -93,26 +92,26 @@ class _ProductLoss(torch.autograd.Function):
 
 @torch.fx.wrap
 def binary_cross_entropy(logit: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of σ(logit) and a target in [0, 1], float32 (B,)."""
+    """Computes the cross entropy of σ(logit) and a target in [0, 1], float32 (B,)."""
     return F.binary_cross_entropy_with_logits(logit.float(), target.float(), reduction="none")
 
 
 @torch.fx.wrap
 def entropy(logit: torch.Tensor) -> torch.Tensor:
-    """Entropy of a label of probability σ(logit), in nats, float32 (B,): the cross entropy of
-    σ(logit) with itself, −x·σ(x)·σ(−x) its gradient."""
+    """Computes the entropy of a label of probability σ(logit), in nats, float32 (B,): the cross
+    entropy of σ(logit) with itself. Its gradient at logit x is −x·σ(x)·σ(−x)."""
     size = logit.float().abs()
     return F.softplus(-size) + size * torch.sigmoid(-size)
 
 
 @torch.fx.wrap
 def product_loss(logits: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of σ(a₁)·…·σ(a_k) and a label: the entire-space term of a prefix of the chain
-    (for two tasks Ma et al., SIGIR 2018, equation 2, second term).
+    """Computes the cross entropy of σ(a₁)·…·σ(a_k) and a label: the entire-space term of a prefix
+    of the chain (for two tasks: Ma et al., SIGIR 2018, equation 2, second term).
 
     Args:
         logits: k tensors (B,), at least one.
-        target: (B,), 1 where all k tasks happened.
+        target: (B,), 1 if all k tasks happened.
 
     Returns:
         float32 (B,). Not twice differentiable for k > 1.
@@ -126,8 +125,8 @@ def product_loss(logits: Sequence[torch.Tensor], target: torch.Tensor) -> torch.
 def ctcvr_loss(
     click_logit: torch.Tensor, conversion_logit: torch.Tensor, conversion: torch.Tensor
 ) -> torch.Tensor:
-    """Cross entropy of pCTR · pCVR and the conversion label: the second term of ESMM's loss
-    (Ma et al., SIGIR 2018, equation 2).
+    """Computes the cross entropy of pCTR · pCVR and the conversion label: the second term of
+    ESMM's loss (Ma et al., SIGIR 2018, equation 2).
 
     Args:
         click_logit: (B,).
@@ -144,12 +143,12 @@ def ctcvr_loss(
 def weighted_mean(
     loss: torch.Tensor, weight: torch.Tensor | None, mean_weight: torch.Tensor | None
 ) -> torch.Tensor:
-    """Σ weight·loss over this rank, divided by `mean_weight`.
+    """Returns Σ weight·loss over this rank, divided by `mean_weight`.
 
-    If `mean_weight` is the sum of weights over all ranks divided by their number, the average
-    of the results over the ranks, which is what data-parallel training differentiates, is the
-    weighted mean over the global batch however the weights are spread. A global batch whose
-    weights are all 0 gives 0.
+    If `mean_weight` is the sum of weights over all ranks divided by the number of ranks, the
+    average of the results over the ranks, which data-parallel training differentiates, is the
+    weighted mean over the global batch, however the weights are distributed. The result is 0 for a
+    global batch whose weights are all 0.
 
     Args:
         loss: float32 (B,).

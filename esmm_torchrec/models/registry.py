@@ -1,6 +1,6 @@
-"""Parts and methods by name, of this library and of packages that extend it.
+"""Registries of parts and methods by name, from this library and packages that extend it.
 
-A package adds its own through entry points, and the command line knows them once it is installed:
+A package adds its own through entry points; once installed, they are available on the command line:
 
     [project.entry-points."esmm_torchrec.rows"]
     [project.entry-points."esmm_torchrec.architectures"]
@@ -25,16 +25,16 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Built-in entries and, behind them in the order of their names, those of entry points.
+    """Built-in entries followed by those of entry points, sorted by name.
 
-    An entry point is loaded when it is first asked for. Looking up a name that does not exist
-    raises OptionError with the names that do.
+    An entry point is loaded on first use. Looking up a name that does not exist raises an
+    OptionError that lists the existing names.
 
     Args:
-        kind: what an entry is, for error messages.
-        group: of the entry points.
+        kind: kind of the entries, for error messages.
+        group: group of the entry points.
         built_in: entries of this library.
-        of_type: what an entry must be: a subclass of it, or an instance.
+        of_type: class that every entry must be a subclass or an instance of.
     """
 
     def __init__(self, kind: str, *, group: str, built_in: Mapping[str, T], of_type: type) -> None:
@@ -55,10 +55,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return entry
 
     def register(self, name: str, entry: T) -> None:
-        """Adds an entry in this process; an installed package uses an entry point instead.
+        """Adds an entry in this process; installed packages use an entry point instead.
 
         Raises:
-            OptionError: it is not what this registry holds.
+            OptionError: the entry is not of this registry's type.
         """
         kind = entry if isinstance(entry, type) else type(entry)
         if not issubclass(kind, self._of_type):
@@ -75,10 +75,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def name_of(self, entry: object) -> str:
-        """The name under which an entry is registered.
+        """Returns the name under which an entry is registered.
 
         Raises:
-            OptionError: it is not registered.
+            OptionError: the entry is not registered.
         """
         for name in self:
             if self[name] is entry:
@@ -89,7 +89,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def part_to_dict(registry: Registry[Any], part: Any) -> dict[str, Any]:
-    """A part and its options as plain values for JSON; `part_from_dict` is its inverse.
+    """Returns a part and its options as plain values for JSON; `part_from_dict` is the inverse.
 
     Raises:
         OptionError: the part's class is not registered.
@@ -98,7 +98,7 @@ def part_to_dict(registry: Registry[Any], part: Any) -> dict[str, Any]:
 
 
 def part_from_dict(registry: Registry[Any], values: Mapping[str, Any]) -> Any:
-    """The part that `part_to_dict` wrote.
+    """Restores a part from the values of `part_to_dict`.
 
     Raises:
         OptionError: no part of that name is installed, or it does not have these options.

@@ -1,4 +1,4 @@
-"""From the logits of a model to the scores by which impressions are ranked."""
+"""Computes the scores by which impressions are ranked from the logits of a model."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
 class Score(NamedTuple):
-    """A probability of B impressions, in a form that neither underflows nor clips."""
+    """Probabilities of B impressions, in a form that neither underflows nor clips."""
 
     values: torch.Tensor
-    """float32 (B,)."""
+    """Logits or log-probabilities, float32 (B,)."""
     form: Literal["logit", "log_probability"]
-    """A quotient of two networks is a log-probability: it may exceed 0."""
+    """Form of the values. The quotient of two networks is a log-probability, which may exceed 0."""
 
     @property
     def probability(self) -> torch.Tensor:
-        """float32 (B,); a quotient is not clipped at 1."""
+        """Probabilities, float32 (B,); a quotient is not clipped at 1."""
         return torch.sigmoid(self.values) if self.form == "logit" else torch.exp(self.values)
 
 
 def read_scores(
     logits: Mapping[str, torch.Tensor], tasks: TaskChain = DEFAULT_TASKS
 ) -> dict[str, Score]:
-    """The scores that a model's logits allow, by the names of `Task.rate` and `Task.joint`.
+    """Computes all scores that a model's logits determine, by `Task.rate` and `Task.joint`.
 
-    A logit called like a task is that of the task given the one before; one called
-    `joint_name(task)` is that of the task and all before it. The others follow: a product of
-    conditional probabilities by its exact logit, a quotient of joint ones by its logarithm.
+    A logit with the name of a task is that of P(task | given); a logit called `joint_name(task)`
+    is that of P(task and all tasks before it). The other scores are derived: a product of
+    conditional probabilities as its exact logit, a quotient of joint ones as its logarithm.
 
     Args:
-        logits: name → float32 (B,). Further logits (of auxiliary towers) are ignored.
+        logits: name → float32 (B,). Other logits (of auxiliary towers) are ignored.
         tasks: the chain.
 
     Returns:
-        for the default chain "ctr", "cvr" and "ctcvr", without those that the model cannot give.
+        "ctr", "cvr" and "ctcvr" for the default chain, without those that the logits do not
+        determine.
     """
     scores: dict[str, Score] = {}
     for task in tasks:
@@ -67,5 +68,5 @@ def read_scores(
 def probabilities(
     logits: Mapping[str, torch.Tensor], tasks: TaskChain = DEFAULT_TASKS
 ) -> dict[str, torch.Tensor]:
-    """The probabilities of `read_scores`, float32 (B,) by the same names: "ctr", "cvr", "ctcvr"."""
+    """Returns the scores of `read_scores` as probabilities, float32 (B,): "ctr", "cvr", "ctcvr"."""
     return {name: score.probability for name, score in read_scores(logits, tasks).items()}

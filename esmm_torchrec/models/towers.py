@@ -1,4 +1,4 @@
-"""The multi-layer perceptrons that turn features into logits, one per task.
+"""Multi-layer perceptrons that map features to logits, one per task.
 
 Shapes: B impressions, F pooled features.
 """
@@ -22,7 +22,7 @@ class Logits(NamedTensors):
     """Logits of B impressions by task name, each float32 (B,).
 
     `logits.click` (or `logits["click"]`) is the logit of pCTR, `logits.conversion` that of pCVR,
-    the probability of a conversion given a click. A model may give others beside them.
+    the probability of a conversion given a click. A model may return further logits.
     """
 
 
@@ -30,8 +30,8 @@ class Logits(NamedTensors):
 def _float32_linear(
     features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """A linear layer in float32, also inside somebody's autocast."""
-    if features.is_meta:  # which autocast does not know
+    """Applies a linear layer in float32, even inside an autocast context."""
+    if features.is_meta:  # autocast does not support the meta device
         return F.linear(features.float(), weight, bias)
     with torch.autocast(features.device.type, enabled=False):
         return F.linear(features.float(), weight, bias)
@@ -40,18 +40,18 @@ def _float32_linear(
 class Tower(nn.Module):
     """ReLU layers and a last linear layer with one output.
 
-    The hidden layers may compute in bfloat16; their weights, the last layer and the logit stay
-    float32, because bfloat16 logits tie by the thousand and ties blur every ranking.
+    The hidden layers may compute in bfloat16. Their weights, the last layer and the logit stay
+    float32, because bfloat16 logits have thousands of ties, which degrade every ranking.
 
     Args:
         in_features: F.
-        layer_sizes: widths of the hidden layers; the paper's are 360, 200, 80. None of them makes
-            a linear layer.
+        layer_sizes: widths of the hidden layers; 360, 200, 80 in the paper. Without any, the tower
+            is a linear layer.
         prior: share of positives among the examples, in (0, 1). The last bias starts at its
             logit, so that training does not begin by learning the base rate. None keeps torch's
             initialisation.
-        dtype: what the hidden layers compute in, torch.float32 or torch.bfloat16.
-        device: where the parameters are.
+        dtype: dtype in which the hidden layers compute, torch.float32 or torch.bfloat16.
+        device: device of the parameters.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Tower(nn.Module):
                 self.logit.bias.fill_(math.log(prior) - math.log1p(-prior))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) → float32 logits (B,)."""
+        """Maps features (B, F) to logits, float32 (B,)."""
         return self.read_out(self.last_hidden(features))
 
     def last_hidden(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) → what the last linear layer sees, (B, width of the last hidden layer)."""
+        """Maps features (B, F) to the input of the last linear layer, (B, last hidden width)."""
         hidden = features.to(self.dtype)
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
@@ -90,12 +90,12 @@ class Tower(nn.Module):
         return hidden
 
     def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last linear layer: → float32 logits (B,)."""
+        """Applies the last linear layer and returns logits, float32 (B,)."""
         return _float32_linear(hidden, self.logit.weight, self.logit.bias).squeeze(-1)
 
 
 def module_key(logit: str) -> str:
-    """What a module of a logit is called: its name, changed if torch has an attribute of it."""
+    """Returns the module name of a logit: its own name, changed if nn.ModuleDict reserves it."""
     return f"{logit}_" if hasattr(nn.ModuleDict, logit) else logit
 
 
@@ -103,7 +103,7 @@ class ByLogit(nn.ModuleDict):
     """A module for each logit, float32 (B,), over the same inputs.
 
     Args:
-        modules: by name of the logit.
+        modules: name of the logit → its module.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -111,20 +111,20 @@ class ByLogit(nn.ModuleDict):
         self._logits = {module_key(name): name for name in modules}
 
     def forward(self, features: Any) -> Logits:
-        """Logits of B impressions, by the names of the modules."""
+        """Computes the logits of B impressions, by the names of the modules."""
         return Logits({name: module(features) for name, module in self.by_logit()})
 
     def by_logit(self) -> Iterator[tuple[str, Any]]:
-        """Each logit's name and its module."""
+        """Yields the name of each logit and its module."""
         for key, module in self.items():
             yield self._logits[key], module
 
 
 class Towers(ByLogit):
-    """One tower per logit over the same features, agnostic to how the features were pooled.
+    """One tower per logit over the same features, independent of how the features were pooled.
 
     Args:
-        towers: name of the logit → its tower; all with the same dtype.
+        towers: name of the logit → its tower; all have the same dtype.
     """
 
     def __init__(self, towers: Mapping[str, Tower]) -> None:
@@ -132,11 +132,11 @@ class Towers(ByLogit):
         self.dtype = next(iter(towers.values())).dtype
 
     def forward(self, features: torch.Tensor) -> Logits:
-        """(B, F), as `PooledFeatures` gives them → logits, float32 (B,) by name."""
+        """Maps features (B, F), such as those of `PooledFeatures`, to logits, float32 (B,)."""
         return super().forward(features.to(self.dtype))  # cast once for all towers
 
     def of_each(self, features: torch.Tensor) -> Logits:
-        """(T, B, F), the features of each tower in their order → logits, float32 (B,) by name."""
+        """Maps the features of each of T towers, (T, B, F) in their order, to logits (B,)."""
         towers = enumerate(self.by_logit())
         return Logits({name: tower(features[place]) for place, (name, tower) in towers})
 
@@ -149,8 +149,8 @@ class EsmmTowers(Towers):
         layer_sizes: widths of the hidden layers of each tower.
         click_prior: share of clicks among impressions, see `Tower`.
         conversion_prior: share of conversions among clicks.
-        dtype: what the hidden layers compute in.
-        device: where the parameters are.
+        dtype: dtype in which the hidden layers compute.
+        device: device of the parameters.
     """
 
     def __init__(
