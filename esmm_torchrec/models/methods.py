@@ -1,10 +1,10 @@
 """The methods of the ESMM paper, and others, as presets of three parts.
 
 Ma et al., "Entire Space Multi-Task Model", SIGIR 2018, section 3.2 describes the competitors in a
-sentence each; if it leaves something open, the docstring of the part says how it is read here.
+sentence each. If it leaves something open, the docstring of the part states the interpretation.
 
-Methods that train on some of the impressions select rows before batches are made; nothing is masked
-inside a batch.
+Methods that train on some of the impressions select rows before batching; nothing is masked inside
+a batch.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ class Method:
     """A preset of three parts."""
 
     title: str
-    """As the paper and the reports write it."""
+    """Name in the paper and in reports."""
     summary: str
-    """What it is, in one sentence for a report."""
+    """Description for reports, a phrase."""
     rows: Rows
     architecture: Architecture
     objective: Objective
     interaction: Interaction = field(default_factory=NoInteraction)
-    """Of the features, before the towers of the architecture."""
+    """Interaction of the features, before the towers of the architecture."""
     tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Option such as "rows.rate" → the values that a comparison tries."""
+    """Option, such as "rows.rate" → values that a comparison tries."""
 
 
 ROWS: Registry[type[Rows]] = Registry(
@@ -149,7 +149,7 @@ PARTS: Mapping[str, Registry[Any]] = {
     "objective": OBJECTIVES,
     "interaction": INTERACTIONS,
 }
-"""Part → where its kinds are registered."""
+"""Part → registry of its implementations."""
 
 _QUANTILES = {"rows.rate": (0.9, 0.5, 0.8, 0.95)}
 _CTCVR_WEIGHTS = {"objective.ctcvr_loss_weight": (1.0, 4.0, 16.0, 64.0, 0.25)}
@@ -313,7 +313,7 @@ _AFTER = {
 }
 
 CLICK_METHOD = "ctr"
-"""The method whose network predicts clicks alone."""
+"""Name of the method whose network predicts clicks only."""
 
 METHODS: Registry[Method] = Registry(
     "method",
@@ -327,19 +327,19 @@ METHODS: Registry[Method] = Registry(
     },
     of_type=Method,
 )
-"""By the names of `--method`, in the order of the paper's table, then those that came after it and
-those of other packages. "shared-bottom" is the strong baseline that the paper left out; "ctr"
-supplies pCTR to all methods of a comparison."""
+"""Methods by the names of `--method`: first those of the paper's table, in its order, then later
+ones and those of other packages. "shared-bottom" is a strong baseline that the paper does not
+include; "ctr" supplies pCTR to all methods of a comparison."""
 
 PAPER_METHODS = tuple(_PAPER)
-"""Those of the table of the ESMM paper, and the others compared with them here."""
+"""Methods of the ESMM paper's table, and the other baselines compared with them here."""
 
 AFTER_METHODS = tuple(_AFTER)
-"""Those that came after it."""
+"""Methods published after the ESMM paper."""
 
 
 class Parts(NamedTuple):
-    """The parts of a method, with their options."""
+    """Parts of a method, with their options."""
 
     rows: Rows
     architecture: Architecture
@@ -347,7 +347,7 @@ class Parts(NamedTuple):
     interaction: Interaction
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Each part's name and options as plain values for JSON.
+        """Returns each part's name and options as plain values for JSON.
 
         Raises:
             OptionError: a part is not registered.
@@ -356,10 +356,10 @@ class Parts(NamedTuple):
 
 
 def resolve_parts(method: str, given: Mapping[str, Any]) -> Parts:
-    """The parts of a method, each replaced by the one given if it is not None.
+    """Returns the parts of a method, each replaced by the given part if that is not None.
 
     Raises:
-        OptionError: there is no such method.
+        OptionError: the method does not exist.
     """
     preset = METHODS[method]
     chosen = {name: given[name] for name in Parts._fields if given.get(name) is not None}
@@ -367,12 +367,12 @@ def resolve_parts(method: str, given: Mapping[str, Any]) -> Parts:
 
 
 _SHAPING = ("architecture", "objective", "interaction")
-"""The parts that decide the shape of a model and its loss."""
+"""Parts that determine the shape of a model and its loss."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What, beside a schema, decides the shape of a model and its loss."""
+    """Options that, together with a schema, determine the shape of a model and its loss."""
 
     method: str = "esmm"
     embedding_dim: int = 16
@@ -380,11 +380,11 @@ class ModelOptions:
     dtype: DtypeOption = "float32"
     init_scale: float = 1.0
     architecture: Architecture | None = None
-    """None: that of the method."""
+    """Architecture; None: the method's."""
     objective: Objective | None = None
-    """None: that of the method."""
+    """Objective; None: the method's."""
     interaction: Interaction | None = None
-    """None: that of the method."""
+    """Interaction of the features; None: the method's."""
     first_order: bool = False
     """Whether each logit has a first-order term."""
 
@@ -393,24 +393,25 @@ class ModelOptions:
 
     @property
     def parts(self) -> Parts:
-        """The method's parts with those of these options in their place."""
+        """Parts of the method, replaced by those of these options that are not None."""
         return resolve_parts(self.method, vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the parts resolved; `from_dict` is its inverse."""
+        """Returns the options, with resolved parts, as plain values for JSON; `from_dict` is the
+        inverse."""
         parts = self.parts.to_dict()
         values = vars(self) | {"tower": list(self.tower)}
         return values | {name: parts[name] for name in _SHAPING}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelOptions:
-        """The options that `to_dict` wrote.
+        """Restores options from the values of `to_dict`.
 
         Raises:
             OptionError: a part is not installed, or does not have these options.
         """
         METHODS[values["method"]]
-        values = {"init_scale": 1.0, "first_order": False, **values}  # not in runs of old
+        values = {"init_scale": 1.0, "first_order": False, **values}  # absent from older runs
         own: dict[str, Any] = {option.name: values[option.name] for option in fields(cls)}
         own |= {name: part_from_dict(PARTS[name], own[name]) for name in _SHAPING}
         own["tower"] = tuple(own["tower"])
@@ -425,17 +426,17 @@ def build_train_task(
     base_rates: BaseRates | None = None,
     embedding_device: torch.device | str = "meta",
 ) -> TrainTask:
-    """A method's model and its loss; the towers are drawn from the seed.
+    """Builds a method's model and its loss; the seed determines the weights of the towers.
 
     Args:
         schema: tables, features and tasks.
         options: parts and shape of the model.
-        seed: of the towers' weights, and of the tables' if they are not on "meta".
-        base_rates: of the impressions that the method trains on, where last biases start.
-        embedding_device: "meta" leaves the tables to `sharding.shard`.
+        seed: seed of the towers' weights, and of the tables' weights unless on "meta".
+        base_rates: base rates of the training impressions, which initialise the last biases.
+        embedding_device: "meta" leaves drawing the tables to `sharding.shard`.
 
     Raises:
-        OptionError: an option is out of its range, or the objective does not fit the chain of
+        OptionError: an option is outside its range, or the objective does not support the chain of
             tasks.
     """
     parts = options.parts

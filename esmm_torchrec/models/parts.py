@@ -1,12 +1,12 @@
-"""The three parts that make a method, and what they are given.
+"""Base classes of the three parts of a method, and their inputs.
 
-    rows           which impressions are trained on, and with which weight
-    architecture   features → logits, after an interaction of the features if there is one
+    rows           which impressions a method trains on, and with which weights
+    architecture   features → logits, after an optional interaction of the features
     objective      logits, batch → loss
 
-Each part is a frozen dataclass whose fields are its options. An objective says which logits it
-needs (`Head`); any architecture builds them. To add a part, subclass one of the three and register
-it, see `models.registry`.
+Each part is a frozen dataclass whose fields are its options. An objective declares the logits it
+needs (`Head`), and any architecture builds them. To add a part, subclass one of the three and
+register it, see `models.registry`.
 
 Shapes: N logged impressions, B impressions of a batch.
 """
@@ -39,20 +39,20 @@ _SAMPLING_STREAM = 0x5EED
 
 
 class LoggedImpressions(NamedTuple):
-    """What the rows part of a method may look at when it selects impressions."""
+    """Columns from which the rows part of a method selects impressions."""
 
     labels: Mapping[str, NDArray[np.integer]]
     """Label column → (N,), 0 or 1."""
     tasks: TaskChain
     pctr: NDArray[np.floating] | None = None
-    """(N,), probability of a click from a network that was not trained on the row; only for parts
+    """(N,), click probabilities from networks that were not trained on the row; only for parts
     with `needs_pctr`."""
     seed: int = 0
-    """Of what a part samples; sampled once per training, not anew for each epoch."""
+    """Seed of the samples, which are drawn once per training, not for each epoch."""
     times: NDArray[np.int64] | None = None
-    """(N,), time of each impression, if the data set has it."""
+    """(N,), time of each impression; None if the data set has no times."""
     conversion_times: NDArray[np.int64] | None = None
-    """(N,), when the last task happened, in the same unit, and `schema.NEVER` where it did not."""
+    """(N,), time of the last task, in the same unit; `schema.NEVER` if it did not happen."""
 
     @property
     def clicked(self) -> NDArray[np.bool_]:
@@ -66,8 +66,8 @@ class LoggedImpressions(NamedTuple):
         return happened[self.tasks[-1].name]
 
     def uniform(self, size: int) -> NDArray[np.float64]:
-        """Numbers in [0, 1) to sample by, (size,), from a stream of their own: a sample must not
-        be correlated with the order of rows, which has the same seed."""
+        """Draws numbers in [0, 1) for sampling, (size,), from a separate random stream: a sample
+        must not be correlated with the order of rows, which has the same seed."""
         return np.random.default_rng([self.seed, _SAMPLING_STREAM]).random(size)
 
 
@@ -78,26 +78,26 @@ class TrainingRows:
     rows: NDArray[np.integer]
     """int (M,), ascending; a row may occur more than once."""
     weights: NDArray[np.float32] | None = None
-    """float32 (M,), None: all 1."""
+    """float32 (M,); None: all 1."""
     notes: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the selection that a report should show."""
+    """Figures of the selection to show in a report."""
     labels: Mapping[str, NDArray[np.number]] = field(default_factory=dict)
-    """Label → (M,): what takes the place of a label of the data, or is added to the labels."""
+    """Label → (M,), values that replace a label of the data or are added to the labels."""
     periods: NDArray[np.integer] | None = None
-    """int (M,), not negative: an epoch goes through the rows in the order of their periods, and
-    shuffles within each. None: all are of one period."""
+    """int (M,), not negative. An epoch visits the rows in the order of their periods and shuffles
+    within each period. None: a single period."""
 
 
 @dataclass(frozen=True)
 class Part(ABC):
-    """What the parts of a method have in common.
+    """Base class of the parts of a method.
 
     Raises:
-        OptionError: an option is not one of its choices, or not in its range.
+        OptionError: an option is not one of its choices, or outside its range.
     """
 
     part_name: ClassVar[str]
-    """Stands before its options: "objective.click_loss_weight"."""
+    """Prefix of the part's options, as in "objective.click_loss_weight"."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -106,52 +106,51 @@ class Part(ABC):
 
 @dataclass(frozen=True)
 class Rows(Part):
-    """Which impressions a method trains on, and with which weight."""
+    """Selection of the impressions that a method trains on, and of their weights."""
 
     part_name = "rows"
     needs_pctr: ClassVar[bool] = False
-    """Whether `select` looks at a pCTR from networks that were not trained on the row."""
+    """Whether `select` uses the pCTR of networks that were not trained on the row."""
     gives_labels: ClassVar[frozenset[str]] = frozenset()
-    """Labels that `select` gives beside those of the tasks."""
+    """Labels that `select` returns in addition to those of the tasks."""
 
     @abstractmethod
     def select(self, impressions: LoggedImpressions) -> TrainingRows | None:
-        """What to train on, None being every impression once."""
+        """Selects the rows to train on; None means every impression once."""
 
 
 class Head(NamedTuple):
-    """A logit that an objective needs, and what its base rate is."""
+    """A logit that an objective needs, and the labels that determine its base rate."""
 
     name: str
-    """Of the logit. The name of a task if it is the logit of that task given the one before."""
+    """Name of the logit; the name of a task if it is the logit of P(task | given)."""
     label: str | None = None
-    """The label that it predicts, from which its last bias starts; None: the bias starts as torch
-    initialises it."""
+    """Label that it predicts; its base rate initialises the last bias. None: torch's default."""
     given: str | None = None
-    """The label of the impressions over which it predicts; None: all that are trained on."""
+    """Label of the impressions over which it predicts; None: all training impressions."""
     starts_as: str | None = None
     """Name of the head whose initial weights it shares; None: its own."""
 
 
 @dataclass(frozen=True)
 class Objective(Part):
-    """What a method is trained for."""
+    """Training objective of a method: the logits that it needs, and their loss."""
 
     part_name = "objective"
     needs_labels: ClassVar[frozenset[str]] = frozenset()
-    """Labels that `loss` looks at beside those of the tasks; the rows part must give them."""
+    """Labels that `loss` uses in addition to those of the tasks; the rows part must return them."""
 
     @abstractmethod
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """The logits that `loss` needs."""
+        """Returns the logits that `loss` needs."""
 
     @abstractmethod
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """Loss of a batch, float32 (), from float32 logits.
+        """Computes the loss of a batch, float32 (), from float32 logits.
 
-        Over several ranks it is each rank's share of the global mean, see `losses.weighted_mean`.
-        TorchRec's pipelines trace through it with torch.fx, so that its control flow must not
-        depend on the values of tensors.
+        With several ranks, it is each rank's share of the global mean, see `losses.weighted_mean`.
+        TorchRec's pipelines trace it with torch.fx, so its control flow must not depend on the
+        values of tensors.
         """
 
     def figures(
@@ -160,19 +159,19 @@ class Objective(Part):
         labels: NamedTensors,  # noqa: ARG002
         tasks: TaskChain,  # noqa: ARG002
     ) -> Mapping[str, torch.Tensor]:
-        """What a history should show of a step beside its loss, each float32 () and the same on
-        all ranks; to be called on every rank, outside of the pipeline.
+        """Computes figures of a step that the history shows in addition to its loss, each
+        float32 () and equal on all ranks. Call it on every rank, outside the pipeline.
 
         Args:
-            logits: of this rank's impressions, without gradient.
-            labels: of the same, as `TrainOutput` has them.
+            logits: logits of this rank's impressions, without gradient.
+            labels: labels of the same impressions, as in `TrainOutput`.
             tasks: the chain.
         """
         return {}
 
     def complete(self, model: nn.Module, tasks: TaskChain) -> nn.Module:  # noqa: ARG002
-        """The model that is trained, scored and exported: what the architecture built, or that
-        with further logits, such as the logit of a task that follows from those of several heads.
+        """Returns the model that is trained, scored and exported: the architecture's model, or
+        that model with further logits, such as that of a task derived from several heads.
 
         Args:
             model: maps `BatchFeatures` to `Logits` with a logit for each head.
@@ -181,19 +180,19 @@ class Objective(Part):
         return model
 
     def bind(self, tasks: TaskChain) -> Callable[[Logits, ImpressionBatch], torch.Tensor]:
-        """The loss of one chain, as a train task takes it."""
+        """Returns the loss function of a chain, for a train task."""
         return partial(self.loss, tasks=tasks)
 
 
 @dataclass(frozen=True)
 class Architecture(Part):
-    """How features become logits."""
+    """Architecture that maps features to logits."""
 
     part_name = "architecture"
 
     @abstractmethod
     def build(self, heads: Sequence[Head], builder: Builder) -> nn.Module:
-        """A module that maps `BatchFeatures` to `Logits` with a logit for each head."""
+        """Builds a module that maps `BatchFeatures` to `Logits` with a logit for each head."""
 
 
 class InteractionModule(nn.Module):
@@ -204,7 +203,7 @@ class InteractionModule(nn.Module):
 
 @dataclass(frozen=True)
 class Interaction(Part):
-    """What features become before the towers of any architecture see them."""
+    """Interaction of the features, applied before the towers of any architecture."""
 
     part_name = "interaction"
 
@@ -212,18 +211,18 @@ class Interaction(Part):
     def build(
         self, in_features: int, num_embeddings: int, embedding_dim: int
     ) -> InteractionModule | None:
-        """The module, None: the features stay as they are.
+        """Builds the module; None leaves the features unchanged.
 
         Args:
             in_features: F, of which the first num_embeddings·embedding_dim are pooled embeddings
                 and the others dense features.
-            num_embeddings: one for each id feature.
-            embedding_dim: of each.
+            num_embeddings: number of embeddings, one per id feature.
+            embedding_dim: dim of each embedding.
         """
 
 
 class AfterInteraction(nn.Module):
-    """Towers over the interactions of features: (B, F) → what the towers give."""
+    """Towers over the interactions of features, (B, F) → output of the towers."""
 
     def __init__(self, interaction: nn.Module, towers: nn.Module) -> None:
         super().__init__()
@@ -231,22 +230,22 @@ class AfterInteraction(nn.Module):
         self.towers = towers
 
     def forward(self, features: torch.Tensor) -> Any:
-        """What the towers make of the interactions."""
+        """Applies the interaction and then the towers."""
         return self.towers(self.interaction(features))
 
 
 @dataclass(frozen=True)
 class BaseRates:
-    """How often each label occurs among the impressions a method trains on, weighted as they are;
-    counts, not shares, so that a share of 0 or 1 of few rows is not taken for certainty."""
+    """Weighted counts of each label among the impressions that a method trains on. They are counts
+    rather than shares, so that a share of 0 or 1 among few rows is not taken as certain."""
 
     impressions: float
     positives: Mapping[str, float]
     """Label → Σ weight over the impressions that have it."""
 
     def prior(self, label: str, given: str | None) -> float:
-        """Share of `label` among the impressions with `given`, kept half an impression away from
-        0 and 1."""
+        """Returns the share of `label` among the impressions with `given`, clamped to half an
+        impression from 0 and 1."""
         total = self.impressions if given is None else self.positives[given]
         if total <= 0:
             return 0.5
@@ -256,34 +255,34 @@ class BaseRates:
 
 @dataclass(frozen=True)
 class Builder:
-    """What an architecture is built from. Equal heads of two methods start from equal weights:
-    what a comparison finds is then not the luck of the draw."""
+    """Builds the components of an architecture. Equal heads of two methods start from equal
+    weights, so that a comparison does not depend on random initialisation."""
 
     schema: Schema
     embedding_dim: int
     layer_sizes: tuple[int, ...]
     """Widths of the hidden layers of each tower."""
     dtype: torch.dtype
-    """What the hidden layers of the towers compute in."""
+    """Dtype in which the hidden layers of the towers compute."""
     seed: int
     base_rates: BaseRates | None
-    """None: last biases start as torch initialises them."""
+    """Base rates that initialise the last biases; None: torch's initialisation."""
     embedding_device: torch.device | str
-    """"meta" leaves drawing the tables to `sharding.shard`."""
+    """Device of the tables; "meta" leaves drawing them to `sharding.shard`."""
     interaction: Interaction
-    """Between the embeddings and the towers."""
+    """Interaction between the embeddings and the towers."""
     init_scale: float = 1.0
-    """As in `embedding_bag_collections`."""
+    """Factor of the initial range of embeddings, see `embedding_bag_collections`."""
     first_order: bool = False
     """Whether each logit has a first-order term."""
 
     def features(self, name: str, *, num_logits: int = 0, prefix: str = "") -> PooledFeatures:
-        """Embeddings of every id feature, and the dense features.
+        """Builds the embeddings of every id feature, concatenated with the dense features.
 
         Args:
-            name: of the head whose embeddings they are; it and the seed decide the weights.
-            num_logits: that have a first-order term of them; see `over`.
-            prefix: of the tables' names, for a model with more than one set of tables.
+            name: name of the embeddings' head, which determines the weights together with the seed.
+            num_logits: number of logits with a first-order term of these features, see `over`.
+            prefix: prefix of the tables' names, for a model with more than one set of tables.
 
         Raises:
             OptionError: the embeddings have fewer columns than there are first-order terms.
@@ -308,12 +307,12 @@ class Builder:
     def tower(
         self, head: Head, in_features: int, *, layer_sizes: Sequence[int] | None = None
     ) -> Tower:
-        """The tower of a head; the head's name and the seed decide its weights.
+        """Builds the tower of a head; the head's name and the seed determine its weights.
 
         Args:
-            head: whose logit it gives.
+            head: head whose logit the tower computes.
             in_features: F.
-            layer_sizes: widths of the hidden layers; None: those of the options.
+            layer_sizes: widths of the hidden layers; None: `self.layer_sizes`.
         """
         prior = None
         if self.base_rates is not None and head.label is not None:
@@ -325,7 +324,7 @@ class Builder:
     def towers(
         self, heads: Sequence[Head], in_features: int, *, layer_sizes: Sequence[int] | None = None
     ) -> Towers:
-        """A tower for each head; the arguments are those of `tower`."""
+        """Builds a tower for each head; the arguments are those of `tower`."""
         return Towers(
             {head.name: self.tower(head, in_features, layer_sizes=layer_sizes) for head in heads}
         )
@@ -338,18 +337,18 @@ class Builder:
         *,
         num_logits: int,
     ) -> nn.Module:
-        """Towers over pooled features, with the interaction of the options between the two and
-        first-order terms beside them.
+        """Builds towers over pooled features, with the interaction before the towers and
+        first-order terms added to their logits.
 
         Args:
-            features: what the towers see.
-            name: of the head whose embeddings they are; it and the seed decide the weights of the
-                interaction.
-            towers: builds a module for that many inputs.
-            num_logits: of that module.
+            features: the pooled features.
+            name: name of the embeddings' head, which determines the interaction's weights together
+                with the seed.
+            towers: builds the towers' module for a number of inputs.
+            num_logits: number of logits of that module.
 
         Returns:
-            a module that takes what `features` gives.
+            a module that maps the output of `features` to logits.
         """
         num_embeddings = (features.out_features - features.dense_in_features) // self.embedding_dim
         with drawn_from(self.seed, f"{name} interaction"):
@@ -374,7 +373,7 @@ class Builder:
 
 @contextmanager
 def drawn_from(seed: int, name: str) -> Iterator[None]:
-    """Draws torch's random numbers from a stream of their own, and leaves the global one alone."""
+    """Draws torch's random numbers from a separate stream and leaves the global one unchanged."""
     digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(digest) >> 1)

@@ -1,4 +1,4 @@
-"""Each task over the impressions on which it can happen: the multi-task loss before ESMM."""
+"""Multi-task loss before ESMM: each task over the impressions on which it can happen."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from esmm_torchrec.tasks import TaskChain
 class ClickSpaceObjective(Objective):
     """mean over D of BCE(y, pCTR) + mean over O of BCE(z, pCVR).
 
-    The second is a mean over the clicks of all ranks; a batch without a click gives 0. At weight 1
-    it pulls about 1 / CTR times as hard as ESMM's second term, which is a mean over D.
+    The second term is a mean over the clicks of all ranks, and 0 for a batch without clicks. At
+    weight 1, its gradient is about 1 / CTR times that of ESMM's second term, a mean over D.
     """
 
     conversion_loss_weight: NotNegative = 1.0
-    """Factor of the second term, and of those of further tasks."""
+    """Factor of the second term, and of the terms of further tasks."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for each task."""
+        """Returns a logit for each task."""
         return task_heads(tasks)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The sum of the terms, each a mean over the impressions with the task before."""
+        """Returns the sum of the terms, each a mean over the impressions with the task before."""
         first = tasks[0]
         click = losses.binary_cross_entropy(logits[first.name], batch.labels[first.label])
         total = losses.weighted_mean(click, batch.weight, batch.mean_weight)

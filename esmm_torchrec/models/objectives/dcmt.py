@@ -1,4 +1,4 @@
-"""A counterfactual conversion tower for the unclicked impressions."""
+"""DCMT: a counterfactual conversion tower for the unclicked impressions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.tasks import TaskChain
 
 COUNTERFACTUAL = "counterfactual"
-"""Name of the logit of r*, the probability of no conversion, learnt from what was not clicked."""
+"""Name of the logit of r*, the probability of no conversion, learned on unclicked impressions."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DcmtObjective(PropensityObjective):
     DCMT (Zhu et al., "DCMT: A Direct Entire-Space Causal Multi-Task Framework for Post-Click
     Conversion Estimation", ICDE 2023), whose authors published no code.
     q̄ = max(1 − sg o, ε̄), ε̄ the same quantile over the unclicked. Every unclicked impression counts
-    as one that would not have converted, which pushes r down: look at PCOC.
+    as one that would not have converted, which biases r downwards: check PCOC.
     """
 
     conversion_loss_weight: NotNegative = 1.0
@@ -44,11 +44,11 @@ class DcmtObjective(PropensityObjective):
     """λ."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for r*, and for each of the two tasks."""
+        """Returns a logit for r*, and one for each of the two tasks."""
         return (Head(COUNTERFACTUAL), *heads_of_two(tasks, "dcmt"))
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The weighted sum of the terms, normalised over the global batch."""
+        """Returns the weighted sum of the terms, normalised over the global batch."""
         click, conversion = tasks
         clicked = batch.labels[click.label]
         unclicked = 1 - clicked

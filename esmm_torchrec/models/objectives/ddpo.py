@@ -1,4 +1,4 @@
-"""Soft labels from a tower that is trained on clicks."""
+"""DDPO: soft labels from a tower that is trained on clicks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.tasks import TaskChain
 
 CLICKED_CONVERSION = "clicked_conversion"
-"""Name of the logit c, of a conversion as the clicks alone teach it."""
+"""Name of the logit of c, the conversion probability learned on clicks only."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DdpoObjective(PropensityObjective):
 
     DDPO ("Direct Dual Propensity Optimization for Post-click Conversion Rate Estimation", SIGIR
     2024); q̄ = max(1 − sg o, ε̄), ε̄ the same quantile over the unclicked. The labels of the last two
-    terms are soft: where a conversion is rare they are above its rate on the clicks, by c itself.
+    terms are soft: if conversions are rare, they exceed the conversion rate of clicks by c itself.
     """
 
     conversion_loss_weight: NotNegative = 1.0
@@ -41,12 +41,12 @@ class DdpoObjective(PropensityObjective):
     """w₂."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for c, and for each of the two tasks."""
+        """Returns a logit for c, and one for each of the two tasks."""
         click, conversion = heads_of_two(tasks, "ddpo")
         return (conversion._replace(name=CLICKED_CONVERSION), click, conversion)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The weighted sum of the terms, normalised over the global batch."""
+        """Returns the weighted sum of the terms, normalised over the global batch."""
         click, conversion = tasks
         clicked, converted = batch.labels[click.label], joint_label(batch, tasks.labels)
         own, taught = logits[conversion.name], logits[CLICKED_CONVERSION]

@@ -1,7 +1,7 @@
-"""Conversions that come late: a click without one is not a negative yet.
+"""Delayed conversions: a click without a conversion is not a negative yet.
 
-Each objective learns P(conversion | click) = σ(x) on the rows of a part of `rows.delayed`, and
-writes p for it. Weights are constants: no gradient goes through them.
+Each objective learns p = P(conversion | click) = σ(x) on the rows of a part of `rows.delayed`.
+Weights are constants: no gradient flows through them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LATE, _REAL = "delayed_positive", "real_negative"
 
 @torch.fx.wrap
 def _of_rows(batch: ImpressionBatch, name: str) -> torch.Tensor:
-    """A label that the rows part gives, float32 (B,); 0 in a batch that is scored, whose loss
-    nobody reads."""
+    """Returns a label of the rows part, float32 (B,); 0 in a batch that is only scored, whose
+    loss is not used."""
     found = batch.labels.get(name)
     return torch.zeros_like(next(iter(batch.labels.values()))) if found is None else found
 
 
 @dataclass(frozen=True)
 class DelayedFeedbackObjective(ConversionObjective):
-    """DFM (Chapelle, KDD 2014): the delay is exponential with a rate λ(x) of its own.
+    """DFM (Chapelle, KDD 2014): the delay is exponentially distributed with its own rate λ(x).
 
     Converted after d days: −log p − log λ + λd. Not converted e days after the click:
     −log(1 − p + p·e^{−λe}). For the rows part "observed".
@@ -43,11 +43,11 @@ class DelayedFeedbackObjective(ConversionObjective):
     needs_labels: ClassVar[frozenset[str]] = frozenset({"elapsed", "delay"})
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """The logit of the last task, and h with λ = softplus(h) per day."""
+        """Returns the logit of the last task, and h with λ = softplus(h) per day."""
         return (*super().heads(tasks), Head(_RATE))
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The mean over the rows of the global batch."""
+        """Returns the mean over the rows of the global batch."""
         loss = dfm_loss(
             logits[tasks[-1].name],
             logits[_RATE],
@@ -67,14 +67,14 @@ def dfm_loss(
     elapsed: torch.Tensor,
     delay: torch.Tensor,
 ) -> torch.Tensor:
-    """DFM's loss by impression, float32 (B,).
+    """Computes DFM's loss per impression, float32 (B,).
 
     Args:
         logit: (B,), x.
         rate_logit: (B,), h.
         converted: (B,), 1 if a conversion was observed.
         elapsed: (B,), e in days.
-        delay: (B,), d in days; read where converted is 1.
+        delay: (B,), d in days; used only where converted is 1.
     """
     rate = F.softplus(rate_logit)
     # softplus(h) is exp(h) to the last bit there, and would underflow further down.
@@ -91,7 +91,7 @@ class FakeNegativeObjective(ConversionObjective):
     (1 − z)(1 − p)(1 + p)·−log(1 − p). For the rows part "fake-negative"."""
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The mean over the rows of the global batch."""
+        """Returns the mean over the rows of the global batch."""
         logit, label = logits[tasks[-1].name], joint_label(batch, tasks.labels)
         p = torch.sigmoid(logit).detach()
         loss = label * (1 + p) * F.softplus(-logit)
@@ -103,9 +103,9 @@ class FakeNegativeObjective(ConversionObjective):
 class ElapsedTimeObjective(ConversionObjective):
     """ES-DFM (Yang et al., AAAI 2021): z(1 + p_dp)·−log p + (1 − z)(1 + p_dp)·p_rn·−log(1 − p).
 
-    p_dp is the probability that a click converts after it has entered, p_rn that a click that has
-    entered as a negative is one. The paper trains their networks before, on a log whose outcomes
-    are final; here they learn in the same training, from the clicks whose outcome has become final.
+    p_dp is the probability that a click converts after it was observed, p_rn the probability that
+    a click observed as a negative is one. The paper pretrains their networks on a log with final
+    outcomes; here they are trained jointly, on the clicks whose outcome has become final.
     For the rows part "elapsed-time".
     """
 
@@ -114,7 +114,7 @@ class ElapsedTimeObjective(ConversionObjective):
     )
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """The logits of the last task, of p_dp and of p_rn."""
+        """Returns the logits of p_dp, of p_rn and of the last task."""
         (last,) = super().heads(tasks)
         return (
             Head(_LATE, _LATE, "matured"),
@@ -123,7 +123,7 @@ class ElapsedTimeObjective(ConversionObjective):
         )
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The mean over the rows of the global batch."""
+        """Returns the mean over the rows of the global batch."""
         logit = logits[tasks[-1].name]
         label = joint_label(batch, tasks.labels)
         late, real = (torch.sigmoid(logits[name]).detach() for name in (_LATE, _REAL))

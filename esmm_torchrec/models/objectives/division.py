@@ -1,4 +1,4 @@
-"""Each prefix of the chain by a logit of its own; a conditional probability is a quotient."""
+"""A separate logit for each prefix of the chain; conditional probabilities are quotients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esmm_torchrec.tasks import Task, TaskChain
 
 
 def joint_name(task: Task) -> str:
-    """Name of the logit of P(task and all tasks before it): "ctcvr" for a conversion."""
+    """Returns the logit name of P(task and all tasks before it): "ctcvr" for a conversion."""
     if task.given is None:
         return task.name
     return task.joint_short or f"{task.name}_joint"
@@ -25,16 +25,16 @@ def joint_name(task: Task) -> str:
 class DivisionObjective(Objective):
     """mean BCE(y, pCTR) + mean BCE(y·z, pCTCVR), both over all impressions; pCVR = pCTCVR / pCTR.
 
-    With separate networks, which have no parameter in common, and optimisers that look at each
-    parameter alone (Adam, Adagrad), one training of the sum is two trainings side by side.
+    With separate networks, which share no parameters, and element-wise optimisers (Adam, Adagrad),
+    training on the sum is equivalent to training each network separately.
     """
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for the probability of each prefix."""
+        """Returns a logit for the probability of each prefix."""
         return tuple(Head(joint_name(task), task.label, starts_as=task.name) for task in tasks)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The sum of the terms, each a mean over all impressions."""
+        """Returns the sum of the terms, each a mean over all impressions."""
         terms = []
         for task in tasks:
             labels = tuple(other.label for other in tasks.prefix(task))

@@ -35,8 +35,8 @@ class DoublyRobustObjective(PropensityObjective):
     v = y·(1 − q)/q² and λ₉ = 0: MRDR (Guo et al., "Enhanced Doubly Robust Learning for Debiasing
     Post-Click Conversion Rate Estimation", SIGIR 2021).
 
-    The imputation tower sees the features and not pCVR. Hence the gradient of the conversion tower
-    is that of the IPS objective, and the imputation reaches it through shared embeddings alone.
+    The input of the imputation tower is the features, not pCVR. Hence the conversion tower has the
+    gradient of the IPS objective, and the imputation affects it through shared embeddings only.
     """
 
     conversion_loss_weight: NotNegative = 0.1
@@ -44,14 +44,14 @@ class DoublyRobustObjective(PropensityObjective):
     ctcvr_loss_weight: NotNegative = 1.0
     """λ₉."""
     imputation: Literal["dr", "mrdr"] = "dr"
-    """How the errors of the imputation are weighted: dr by 1/q, mrdr by (1 − q)/q²."""
+    """Weights of the imputation's errors: dr weights by 1/q, mrdr by (1 − q)/q²."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for the imputed error, and for each of the two tasks."""
+        """Returns a logit for the imputed error, and one for each of the two tasks."""
         return (Head(IMPUTATION), *heads_of_two(tasks, "doubly-robust"))
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The weighted sum of the terms, each a mean over all impressions."""
+        """Returns the weighted sum of the terms, each a mean over all impressions."""
         click = tasks[0]
         weights = self.inverse(logits[click.name], batch.labels[click.label], batch.weight)
         imputed = F.softplus(logits[IMPUTATION])

@@ -1,4 +1,4 @@
-"""ESM²: an action between the click and the last task that may or may not come before it.
+"""ESM²: an optional action between the click and the last task.
 
 Wen et al., "Entire Space Multi-Task Modeling via Post-Click Behavior Decomposition for Conversion
 Rate Prediction", SIGIR 2020. Impression → click → {cart or wish | nothing} → order:
@@ -27,15 +27,15 @@ from esmm_torchrec.tasks import Task, TaskChain
 def mixture_logit(
     chosen: torch.Tensor, if_chosen: torch.Tensor, if_not: torch.Tensor
 ) -> torch.Tensor:
-    """Logit of σ(chosen)·σ(if_chosen) + (1 − σ(chosen))·σ(if_not), exactly.
+    """Returns the exact logit of σ(chosen)·σ(if_chosen) + (1 − σ(chosen))·σ(if_not).
 
     The probability and its complement are both sums of two products, so that their logarithms
     need no subtraction.
 
     Args:
-        chosen: (B,), logit of the branch; any float dtype, as the others.
-        if_chosen: (B,), logit on it.
-        if_not: (B,), logit beside it.
+        chosen: (B,), logit of taking the branch; any float dtype, as for the others.
+        if_chosen: (B,), logit on the branch.
+        if_not: (B,), logit off the branch.
 
     Returns:
         float32 (B,).
@@ -48,10 +48,10 @@ def mixture_logit(
 
 
 class BranchedModel(nn.Module):
-    """A model with the logit of the last task of a chain that its branches give.
+    """Adds the logit of the last task, computed from its branches, to the logits of a model.
 
     Args:
-        model: gives a logit for each of the heads of `Esm2Objective`.
+        model: returns a logit for each of the heads of `Esm2Objective`.
         tasks: the chain.
     """
 
@@ -63,7 +63,7 @@ class BranchedModel(nn.Module):
         self._branches = _branches(action, last)
 
     def forward(self, features: BatchFeatures) -> Logits:
-        """Logits of B impressions, float32 (B,): those of the model and of each task."""
+        """Returns the logits of the model and that of the last task, float32 (B,) each."""
         logits = self.model(features)
         last = mixture_logit(logits[self._action], *(logits[name] for name in self._branches))
         return _with(logits, self._last, last)
@@ -82,16 +82,16 @@ def _branches(action: Task, last: Task) -> tuple[str, str]:
 class Esm2Objective(EsmmObjective):
     """mean BCE(click, y₁) + mean BCE(cart, y₁·y₂) + mean BCE(order, y₁·(y₂·y₃ + (1 − y₂)·y₄)).
 
-    All over all impressions; `detach_click` also keeps the third term from training y₁. The chain
-    is a click and two tasks that are given it, such as `TaskChain.of("click", "cart",
-    "order:click")`.
+    All means are over all impressions; `detach_click` also keeps the third term from training y₁.
+    The chain consists of a click and two tasks conditional on it, such as
+    `TaskChain.of("click", "cart", "order:click")`.
     """
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """Logits of the click, of the action, and of the last task with and without the action.
+        """Returns the logits of the click, the action, and the last task with and without it.
 
         Raises:
-            OptionError: the chain is another one.
+            OptionError: the chain does not have this form.
         """
         if [task.given for task in tasks] != [None, tasks[0].name, tasks[0].name]:
             raise OptionError(
@@ -99,7 +99,7 @@ class Esm2Objective(EsmmObjective):
                 "the first; prepare the data with `actions` such as click cart order:click"
             )
         first, action, last = tasks
-        # The base rates of the branches are not known; that of the last task is between them.
+        # The base rates of the branches are unknown; that of the last task is between them.
         of_branches = (Head(name, last.label, first.label) for name in _branches(action, last))
         return (*task_heads(tasks)[:2], *of_branches)
 

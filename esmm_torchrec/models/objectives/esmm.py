@@ -1,4 +1,4 @@
-"""ESMM's loss: every prefix of the chain over the entire space."""
+"""ESMM's loss over the entire space, with a term for every prefix of the chain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esmm_torchrec.tasks import TaskChain
 
 
 def task_heads(tasks: TaskChain) -> tuple[Head, ...]:
-    """A logit for each task, given the task before."""
+    """Returns a logit for each task, conditional on its `given`."""
     heads = []
     for task in tasks:
         before = tasks.given(task)
@@ -25,7 +25,7 @@ def task_heads(tasks: TaskChain) -> tuple[Head, ...]:
 
 
 def heads_of_two(tasks: TaskChain, objective: str) -> tuple[Head, Head]:
-    """The click and the conversion logit.
+    """Returns the click and the conversion logit.
 
     Raises:
         OptionError: the chain does not have two tasks.
@@ -40,7 +40,7 @@ def heads_of_two(tasks: TaskChain, objective: str) -> tuple[Head, Head]:
 
 
 def joint_label(batch: ImpressionBatch, labels: tuple[str, ...]) -> torch.Tensor:
-    """float32 (B,), 1 where every one of `labels` is: a later task does not count without the
+    """Returns float32 (B,), 1 where all of `labels` are 1: a later task does not count without the
     earlier ones."""
     joint = batch.labels[labels[0]]
     for label in labels[1:]:
@@ -59,17 +59,17 @@ class EsmmObjective(Objective):
     click_loss_weight: NotNegative = 1.0
     """Factor of the first term."""
     ctcvr_loss_weight: NotNegative = 1.0
-    """Factor of the second term, and of those of further tasks."""
+    """Factor of the second term, and of the terms of further tasks."""
     detach_click: bool = False
     """Keep the second term from training the click tower (and the terms of further tasks from
     training the towers of the tasks before)."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for each task."""
+        """Returns a logit for each task."""
         return task_heads(tasks)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The weighted sum of the terms, each a mean over all impressions."""
+        """Returns the weighted sum of the terms, each a mean over all impressions."""
         first = tasks[0]
         total = self.click_loss_weight * losses.binary_cross_entropy(
             logits[first.name], batch.labels[first.label]

@@ -1,4 +1,4 @@
-"""Inverse propensity scores on the clicks."""
+"""Inverse propensity scoring of clicks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class IpsObjective(PropensityObjective):
 
     ESCM²-IPS (Wang et al., "ESCM²: Entire Space Counterfactual Multi-Task Model", SIGIR 2022);
     with λ₉ = 0 Multi-IPW (Zhang et al., "Large-scale Causal Approaches to Debiasing Post-click
-    Conversion Rate Estimation", WWW 2020). The authors of ESCM² clip q at .1; at a CTR of .04
-    nearly every weight would then be 10, so that here a quantile of pCTR decides.
+    Conversion Rate Estimation", WWW 2020). The authors of ESCM² clip q at .1; at a CTR of .04,
+    nearly every weight would then be 10, so q is clipped at a quantile of pCTR here.
     """
 
     conversion_loss_weight: NotNegative = 0.1
@@ -37,11 +37,11 @@ class IpsObjective(PropensityObjective):
     """λ₉."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for each of the two tasks."""
+        """Returns a logit for each of the two tasks."""
         return heads_of_two(tasks, "ips")
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The weighted sum of the terms, each a mean over all impressions."""
+        """Returns the weighted sum of the terms, each a mean over all impressions."""
         click = tasks[0]
         weights = self.inverse(logits[click.name], batch.labels[click.label], batch.weight)
         total = click_loss(logits, batch, tasks)

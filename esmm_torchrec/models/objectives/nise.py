@@ -1,4 +1,4 @@
-"""Entropy of pCVR where there is no label."""
+"""NISE: the entropy of pCVR as the loss of impressions without a label."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class NiseObjective(Objective):
     """mean BCE(y, pCTR) + w·mean{y·BCE(z, r) + (1 − y)·BCE(r, r)}, both over D, r = pCVR.
 
     NISE ("Utilizing Non-click Samples via Semi-supervised Learning for Conversion Rate Prediction",
-    RecSys 2024). BCE(r, r) is the entropy of r, through which the gradient flows: with
-    the target detached it would be 0. w is the quotient of the two means of the global batch, as a
-    number without gradient.
+    RecSys 2024). BCE(r, r) is the entropy of r; the gradient flows through the target too, because
+    with a detached target it would be 0. w is the quotient of the two means of the global batch,
+    without gradient.
     """
 
     max_conversion_weight: NotNegative = 50.0
-    """The largest w."""
+    """Maximum of w."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """A logit for each of the two tasks."""
+        """Returns a logit for each of the two tasks."""
         return heads_of_two(tasks, "nise")
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The click term and the weighted conversion term, each a mean over all impressions."""
+        """Returns the click term plus the weighted conversion term, each a mean over D."""
         clicked = batch.labels[tasks[0].label]
         click = losses.weighted_mean(
             propensity.click_loss(logits, batch, tasks), batch.weight, batch.mean_weight

@@ -1,9 +1,9 @@
-"""What the objectives that weight clicks by 1 / pCTR have in common.
+"""Common functions of the objectives that weight clicks by 1 / pCTR.
 
-What a model predicts decides these weights, so that, unlike the sums of a batch's own weights, they
-are not known before the step and are exchanged within it. The default process group is used; every
-rank must call these functions in the same order and, as everywhere, with equally many impressions.
-Results carry no gradient. The functions are leaves for torch.fx.
+These weights depend on the model's predictions. Unlike the sums of a batch's own weights, they are
+not known before the step and are exchanged within it, over the default process group. Every rank
+must call these functions in the same order and with the same number of impressions. Weights have
+no gradient. The functions are leaves for torch.fx.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from esmm_torchrec.models.towers import Logits
 from esmm_torchrec.tasks import TaskChain
 
 MIN_LOGIT = -20.0
-"""Propensities are clipped at its sigmoid (2e-9) in any case, so that an inverse stays finite."""
+"""Minimum logit of a propensity (σ is 2e-9), so that its inverse is finite."""
 
 
 @dataclass(frozen=True)
 class PropensityObjective(Objective):
-    """Clicks weighted by 1 / q, q = max(sg o, ε): o is pCTR of the model's own click tower and sg
-    stops its gradient.
+    """Base class of objectives that weight clicks by 1 / q, q = max(sg o, ε), where o is the pCTR
+    of the model's own click tower and sg stops its gradient.
 
-    Some of the papers take q from a click network trained before. Here it is the tower that is
-    trained beside, so that each method is one training of one model with one budget, and the same
-    on data that arrives in order; a network trained before would need a second pass over every
-    impression, out of fold. The clip is what protects the first steps.
+    Some of the papers take q from a pretrained click network. Here it comes from the click tower
+    that is trained jointly, so that each method is one training of one model with one budget, also
+    on data that arrives in order. A pretrained network would need a second, out-of-fold pass over
+    every impression. The clip protects the first steps.
     """
 
     clip_quantile: Annotated[
@@ -46,19 +46,20 @@ class PropensityObjective(Objective):
     def inverse(
         self, logit: torch.Tensor, happened: torch.Tensor, weight: torch.Tensor | None
     ) -> torch.Tensor:
-        """1 / q where it happened and else 0, float32 (B,) without gradient.
+        """Returns 1 / q where `happened` is 1 and 0 elsewhere, float32 (B,) without gradient.
 
         Args:
-            logit: of the propensity, (B,).
+            logit: logit of the propensity, (B,).
             happened: (B,), 1 or 0.
-            weight: of the batch.
+            weight: weight of the batch, (B,) or None.
         """
         return happened * inverse_propensity(logit, happened, weight, self.clip_quantile)
 
     def figures(
         self, logits: Logits, labels: NamedTensors, tasks: TaskChain
     ) -> Mapping[str, torch.Tensor]:
-        """How many clicks the weighted clicks of a step are worth, and as a share of the clicks."""
+        """Returns the effective sample size of a step's weighted clicks, also as a share of the
+        clicks."""
         click = tasks[0]
         happened, weight = labels[click.label], labels.get("weight")
         weights = self.inverse(logits[click.name], happened, weight)
@@ -74,30 +75,30 @@ class PropensityObjective(Objective):
 
 
 def click_loss(logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-    """BCE(y, pCTR), float32 (B,)."""
+    """Computes BCE(y, pCTR), float32 (B,)."""
     click = tasks[0]
     return losses.binary_cross_entropy(logits[click.name], batch.labels[click.label])
 
 
 def ctcvr_loss(logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-    """BCE(y·z, pCTR · pCVR), float32 (B,)."""
+    """Computes BCE(y·z, pCTR · pCVR), float32 (B,)."""
     chained = [logits[task.name] for task in tasks]
     return losses.product_loss(chained, joint_label(batch, tasks.labels))
 
 
 def conversion_loss(logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-    """BCE(y·z, pCVR), float32 (B,); of use on clicked impressions."""
+    """Computes BCE(y·z, pCVR), float32 (B,); only meaningful on clicked impressions."""
     return losses.binary_cross_entropy(logits[tasks[-1].name], joint_label(batch, tasks.labels))
 
 
 def share_of(loss: torch.Tensor, weights: torch.Tensor, batch: ImpressionBatch) -> torch.Tensor:
-    """This rank's share of Σ weights·loss / Σ weights over all ranks, float32 (): 0 if all weights
-    are 0.
+    """Returns this rank's share of Σ weights·loss / Σ weights over all ranks, float32 (); 0 if all
+    weights are 0.
 
     Args:
         loss: float32 (B,).
-        weights: float32 (B,), without gradient; multiplied by those of the batch.
-        batch: whose weights they multiply.
+        weights: float32 (B,), without gradient; multiplied by the weights of the batch.
+        batch: batch whose weights apply in addition.
     """
     if batch.weight is not None:
         weights = weights * batch.weight
@@ -106,10 +107,11 @@ def share_of(loss: torch.Tensor, weights: torch.Tensor, batch: ImpressionBatch) 
 
 @torch.fx.wrap
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks divided by their number, without gradient.
+    """Returns the mean of a tensor over all ranks, without gradient.
 
-    As `mean_weight` of `losses.weighted_mean` it makes a sum over this rank's impressions the
-    normaliser of the global batch; of a result of `losses.weighted_mean` it makes the global mean.
+    Applied to a sum over this rank's impressions, it yields the `mean_weight` with which
+    `losses.weighted_mean` normalises over the global batch; applied to a result of
+    `losses.weighted_mean`, it yields the global mean.
     """
     total = value.detach().clone()
     if not dist.is_initialized():
@@ -125,14 +127,14 @@ def inverse_propensity(
     weight: torch.Tensor | None,
     clip_quantile: float,
 ) -> torch.Tensor:
-    """1 / max(σ(logit), ε), where ε is a quantile of σ(logit) over the impressions of all ranks
-    that happened.
+    """Returns 1 / max(σ(logit), ε), where ε is a quantile of σ(logit) over the impressions of all
+    ranks for which `happened` is 1.
 
     Args:
-        logit: (B,) of the propensity.
-        happened: (B,), 1 for the impressions that are to be weighted.
-        weight: (B,) of the batch, or None; impressions of weight 0 do not count.
-        clip_quantile: in [0, 1]; 0 clips at the lowest propensity of what happened.
+        logit: logit of the propensity, (B,).
+        happened: (B,), 1 for the impressions to weight.
+        weight: weight of the batch, (B,) or None; impressions of weight 0 do not count.
+        clip_quantile: in [0, 1]; 0 clips at the lowest propensity of these impressions.
 
     Returns:
         float32 (B,) without gradient, finite for every impression.
@@ -143,14 +145,14 @@ def inverse_propensity(
         counted = counted & (weight > 0)
     everywhere = _gathered(torch.where(counted, logit, torch.nan))
     lowest = torch.nanquantile(everywhere, clip_quantile, interpolation="lower")
-    # In a batch without a click all weights are 0.
+    # In a batch without clicks, all weights are 0.
     lowest = torch.where(lowest.isnan(), 0.0, lowest).clamp(min=MIN_LOGIT)
     return 1 + torch.exp(-torch.maximum(logit, lowest))
 
 
 def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
-    """(Σw)² / Σw² over all ranks, float32 (): how many equally weighted impressions carry as much
-    information (Kish, "Survey Sampling", 1965). 0 without weights.
+    """Returns (Σw)² / Σw² over all ranks, float32 (): the number of equally weighted impressions
+    with as much information (Kish, "Survey Sampling", 1965); 0 if all weights are 0.
 
     Args:
         weights: float32 (B,), not negative.
@@ -162,7 +164,7 @@ def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(values: torch.Tensor) -> torch.Tensor:
-    """The values of all ranks, those of the first rank first."""
+    """Gathers the values of all ranks, in the order of the ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]

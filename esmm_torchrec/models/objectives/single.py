@@ -1,4 +1,4 @@
-"""One probability, learned on the rows that the method selected."""
+"""Objectives with one probability, learned on the rows that the method selects."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from esmm_torchrec.tasks import TaskChain
 
 @dataclass(frozen=True)
 class ClickObjective(Objective):
-    """mean BCE(y, pCTR) over the selected rows: the first task of the chain alone."""
+    """mean BCE(y, pCTR) over the selected rows: only the first task of the chain."""
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """The logit of the first task."""
+        """Returns the logit of the first task."""
         return (Head(tasks[0].name, tasks[0].label),)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The mean over the rows of the global batch."""
+        """Returns the mean over the rows of the global batch."""
         first = tasks[0]
         loss = losses.binary_cross_entropy(logits[first.name], batch.labels[first.label])
         return losses.weighted_mean(loss, batch.weight, batch.mean_weight)
@@ -31,14 +31,14 @@ class ClickObjective(Objective):
 
 @dataclass(frozen=True)
 class ConversionObjective(Objective):
-    """mean BCE(y·z, pCVR) over the selected rows: the last task of the chain alone.
+    """mean BCE(y·z, pCVR) over the selected rows: only the last task of the chain.
 
-    What pCVR is conditioned on follows from the rows: on clicks, if the rows are the clicks. Hence
-    it is the probability of the last task given the one before only in a chain of two.
+    The rows determine the condition of pCVR: a click, if the rows are the clicks. Hence it is the
+    probability of the last task given the task before only in a chain of two.
     """
 
     def heads(self, tasks: TaskChain) -> tuple[Head, ...]:
-        """The logit of the last task, over all rows.
+        """Returns the logit of the last task, over all rows.
 
         Raises:
             OptionError: the chain does not have two tasks.
@@ -47,6 +47,6 @@ class ConversionObjective(Objective):
         return (conversion._replace(given=None),)
 
     def loss(self, logits: Logits, batch: ImpressionBatch, tasks: TaskChain) -> torch.Tensor:
-        """The mean over the rows of the global batch."""
+        """Returns the mean over the rows of the global batch."""
         loss = losses.binary_cross_entropy(logits[tasks[-1].name], joint_label(batch, tasks.labels))
         return losses.weighted_mean(loss, batch.weight, batch.mean_weight)

@@ -1,1 +1,1 @@
-"""Which impressions a method trains on: one part per file."""
+"""Selections of the impressions that a method trains on, one family per file."""

@@ -1,5 +1,5 @@
-"""Clicked impressions: alone, as BASE has them, with copies of the conversions, or with a sample of
-the unclicked ones."""
+"""Clicked impressions: alone (as in BASE), with copies of the conversions, or with a sample of the
+unclicked impressions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from esmm_torchrec.models.parts import LoggedImpressions, Rows, TrainingRows
 
 @dataclass(frozen=True)
 class ClickedRows(Rows):
-    """Train on clicked impressions alone."""
+    """Train on clicked impressions only."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """The clicked impressions, once each."""
+        """Selects each clicked impression once."""
         return TrainingRows(np.flatnonzero(impressions.clicked))
 
 
@@ -25,16 +25,16 @@ class ClickedRows(Rows):
 class OversampledRows(Rows):
     """Train on clicked impressions with each conversion repeated.
 
-    pCVR is biased as this must bias it: the odds of a conversion are `rate` times too high.
+    This biases pCVR: the odds of a conversion are `rate` times too high.
     """
 
     rate: Annotated[
         int, Range("a whole number above 0", lambda rate: rate >= 1 and rate % 1 == 0)
     ] = 2
-    """Times that each conversion occurs in all."""
+    """Number of times that each conversion occurs, including the original."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """The clicked impressions, those that converted `rate` times."""
+        """Selects the clicked impressions, `rate` times if they converted and else once."""
         clicked = np.flatnonzero(impressions.clicked)
         return TrainingRows(
             np.repeat(clicked, np.where(impressions.converted[clicked], self.rate, 1))
@@ -52,7 +52,7 @@ class MissingAsNegativeRows(Rows):
     """Share of the unclicked impressions that are sampled."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """All clicked impressions and `rate` of the others, in their order."""
+        """Selects all clicked impressions and a share `rate` of the others, in order."""
         clicked = impressions.clicked
         return TrainingRows(
             np.flatnonzero(clicked | (impressions.uniform(len(clicked)) < self.rate))

@@ -1,11 +1,11 @@
 """Clicked impressions in time order, when conversions come days after the click.
 
-A model that is trained every day sees the conversions that have happened by then. Here an epoch is
-such a history: its periods are days, and a row enters the training of the day on which what it says
-becomes known, more than once if need be. Nothing enters that is known after `until` only.
+A model that is trained every day sees the conversions that have happened by then. An epoch here
+simulates such a history: its periods are days, and a row is used on the day on which its label
+becomes known, possibly more than once. Labels that become known after `until` are not used.
 
-Notation: t time of the click, c time of the conversion, all in days here. The label of a row that
-enters is in place of the conversion label of the data.
+Notation: t time of the click, c time of the conversion, both in days. The label of a row in the
+training replaces the conversion label of the data.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class _Clicks(NamedTuple):
     """M clicks of the log."""
 
     rows: NDArray[np.integer]
-    """int (M,), their impressions."""
+    """int (M,), rows of their impressions."""
     time: NDArray[np.float64]
     """(M,), t: days since the first impression."""
     converted: NDArray[np.float64]
-    """(M,), c, infinite without a conversion."""
+    """(M,), c; infinite without a conversion."""
     until: float
-    """The end of what is known."""
+    """Day up to which impressions and conversions are known."""
     names: tuple[str, str]
     """Labels of the click and of the conversion."""
 
@@ -42,13 +42,13 @@ class _Clicks(NamedTuple):
         label: NDArray[np.bool_],
         **labels: NDArray[np.number],
     ) -> TrainingRows:
-        """Clicks that enter training, in the order of the days.
+        """Builds training rows from clicks, with the days as periods.
 
         Args:
-            clicks: int (K,), places among the M; a click may enter more than once.
-            at: (K,), when. What enters after the end is left out.
-            label: bool (K,), whether it counts as converted.
-            labels: further ones, (K,).
+            clicks: int (K,), indices among the M clicks; a click may occur more than once.
+            at: (K,), day on which each is used; days after `until` are dropped.
+            label: bool (K,), whether each counts as converted.
+            labels: further labels, (K,).
         """
         known = np.flatnonzero(at <= self.until)
         known = known[np.argsort(self.rows[clicks[known]], kind="stable")]
@@ -62,12 +62,12 @@ class _Clicks(NamedTuple):
 
 @dataclass(frozen=True)
 class DelayedRows(Rows):
-    """What the parts below have in common."""
+    """Base class of the parts below."""
 
     day: Positive = 86_400
     """Length of a day in the unit of the data set's times."""
     until: int | None = None
-    """Time up to which impressions and conversions are known; None: that of the last impression."""
+    """Time up to which impressions and conversions are known; None: time of the last impression."""
 
     def _clicks(self, impressions: LoggedImpressions) -> _Clicks:
         times, converted = impressions.times, impressions.conversion_times
@@ -95,20 +95,20 @@ class DelayedRows(Rows):
 class ObservedRows(DelayedRows):
     """Every click on its own day, with the label that is known at the end of that day.
 
-    Gives "elapsed", days from the click to the observation, and "delay", days to the conversion
-    that was observed, else 0.
+    Further labels: "elapsed", days from the click to the observation, and "delay", days from the
+    click to the observed conversion, or 0 without one.
     """
 
     gives_labels: ClassVar[frozenset[str]] = frozenset({"elapsed", "delay"})
 
     at_end: bool = False
-    """Observe all days at the end, as a model that is trained once sees them."""
+    """Observe all days at the end, as for a model that is trained once."""
     hindsight: bool = False
-    """Label by the whole log, with what happens after the end: what no training can know, to
-    compare with."""
+    """Label by the whole log, including conversions after the end, which no training can know;
+    an upper bound for comparisons."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """Each click once."""
+        """Selects each click once."""
         clicks = self._clicks(impressions)
         observed = np.minimum(np.floor(clicks.time) + 1, clicks.until)
         if self.at_end:
@@ -127,13 +127,13 @@ class ObservedRows(DelayedRows):
 
 @dataclass(frozen=True)
 class WaitedRows(DelayedRows):
-    """Every click once it is `wait` days old, with the label that it has then."""
+    """Every click once it is `wait` days old, with its label at that time."""
 
     wait: NotNegative = 1.0
-    """Days."""
+    """Days from a click until it is used."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """Each click once, except those of the last days."""
+        """Selects each click once, except those of the last days."""
         clicks = self._clicks(impressions)
         at = clicks.time + self.wait
         return clicks.entries(np.arange(len(at)), at, clicks.converted <= at)
@@ -141,11 +141,11 @@ class WaitedRows(DelayedRows):
 
 @dataclass(frozen=True)
 class FakeNegativeRows(DelayedRows):
-    """Every click as a negative at once, and again as a positive when it converts: what the
-    objective fnw corrects for (Ktena et al., RecSys 2019)."""
+    """Every click immediately as a negative, and again as a positive when it converts; the
+    objective fnw corrects for this (Ktena et al., RecSys 2019)."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """Each click once or twice."""
+        """Selects each click once or twice."""
         clicks = self._clicks(impressions)
         each = np.arange(len(clicks.rows))
         return clicks.entries(
@@ -157,13 +157,13 @@ class FakeNegativeRows(DelayedRows):
 
 @dataclass(frozen=True)
 class ElapsedTimeRows(DelayedRows):
-    """Every click once it is `wait` days old, with the label that it has then, and again as a
-    positive if it converts later: what the objective es-dfm corrects for (Yang et al., AAAI 2021).
+    """Every click once it is `wait` days old, with its label at that time, and again as a positive
+    if it converts later; the objective es-dfm corrects for this (Yang et al., AAAI 2021).
 
-    A click enters a third time when it is `window` days old and its outcome counts as final. It
-    then teaches the two networks that give the weights, and nothing else: its click label is 0.
-    Gives "matured", 1 for these entries; of them "observed_negative", had no conversion when the
-    click was `wait` days old; "delayed_positive", had one later; "real_negative", had none.
+    A click is used again when it is `window` days old and its outcome counts as final. It then
+    trains only the two networks that predict the weights: its click label is 0.
+    Further labels: "matured", 1 for these rows; among them "observed_negative", no conversion when
+    the click was `wait` days old; "delayed_positive", a later one; "real_negative", none.
     """
 
     gives_labels: ClassVar[frozenset[str]] = frozenset(
@@ -171,7 +171,7 @@ class ElapsedTimeRows(DelayedRows):
     )
 
     wait: float = 0.25
-    """Days."""
+    """Days from a click until it is used."""
     window: float = 7.0
     """Days after which no conversion is expected."""
 
@@ -183,7 +183,7 @@ class ElapsedTimeRows(DelayedRows):
             )
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """Each click up to three times."""
+        """Selects each click up to three times."""
         clicks = self._clicks(impressions)
         size = len(clicks.rows)
         at, mature = clicks.time + self.wait, clicks.time + self.window

@@ -12,5 +12,5 @@ class AllRows(Rows):
     """Train on every impression once: the entire space."""
 
     def select(self, impressions: LoggedImpressions) -> None:  # noqa: ARG002
-        """Nothing is selected."""
+        """Returns None: every impression once."""
         return

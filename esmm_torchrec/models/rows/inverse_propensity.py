@@ -1,10 +1,10 @@
-"""Clicked impressions made to follow the distribution of all impressions.
+"""Clicked impressions, sampled or weighted to follow the distribution of all impressions.
 
-The ESMM paper says of UNBIAS only "rejection sampling … pCTR is taken as the rejection
-probability". It is read here as: a click is accepted with a probability proportional to 1 / pCTR
-(p(x | click) ∝ p(click | x)·p(x), so this undoes the selection by clicks). 1 / pCTR is clipped at a
-quantile over the clicks, so that a few near-certain rejections do not decide everything. pCTR must
-come from networks that were not trained on the row.
+The ESMM paper describes UNBIAS only as "rejection sampling … pCTR is taken as the rejection
+probability". The interpretation here: a click is accepted with a probability proportional to
+1 / pCTR (p(x | click) ∝ p(click | x)·p(x), so this undoes the selection by clicks). 1 / pCTR is
+clipped at a quantile over the clicks, so that a few extreme values do not dominate. pCTR must come
+from networks that were not trained on the row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RejectionSampledRows(Rows):
     needs_pctr: ClassVar[bool] = True
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """The accepted clicks."""
+        """Selects the accepted clicks."""
         clicked, acceptance = self._acceptance(impressions)
         accepted = impressions.uniform(len(clicked)) < acceptance
         return TrainingRows(
@@ -43,7 +43,7 @@ class RejectionSampledRows(Rows):
     def _acceptance(
         self, impressions: LoggedImpressions
     ) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
-        """The clicked rows and the probability to accept each."""
+        """Returns the clicked rows and the probability of accepting each."""
         assert impressions.pctr is not None
         clicked = np.flatnonzero(impressions.clicked)
         inverse = 1.0 / impressions.pctr[clicked].astype(np.float64)
@@ -53,10 +53,10 @@ class RejectionSampledRows(Rows):
 
 @dataclass(frozen=True)
 class InversePropensityRows(RejectionSampledRows):
-    """Train on every click, weighted ∝ 1 / pCTR instead of rejected."""
+    """Train on every click, with weights ∝ 1 / pCTR instead of rejection."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
-        """All clicks, with weights of mean 1."""
+        """Selects all clicks, with weights of mean 1."""
         clicked, acceptance = self._acceptance(impressions)
         weights = (acceptance / acceptance.mean()).astype(np.float32)
         return TrainingRows(
