@@ -1,1 +1,1 @@
-"""What is reported of scores, and over which space: `report` lists every figure by name."""
+"""Metrics of scores, and the spaces over which they are computed; `report` lists every figure."""

@@ -1,8 +1,8 @@
 """Calibration of a model's scores after training, one curve for each task of the chain.
 
 A curve maps the score of a conditional probability (of a click, of a conversion given a click) to a
-probability; joint probabilities are products of what the curves give. Curves do not decrease:
-Platt's keeps every ranking within a task, the isotonic one may make scores equal.
+probability; joint probabilities are products of calibrated ones. Curves do not decrease: Platt's
+keeps every ranking within a task, the isotonic one may map different scores to the same value.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CalibrationKind = Literal["isotonic", "platt"]
 
 @dataclass(frozen=True)
 class PlattCurve:
-    """σ(slope · score + intercept)."""
+    """Platt's curve, σ(slope · score + intercept)."""
 
     slope: float
     intercept: float
 
     def logits(self, scores: Any, xp: Any = np) -> Any:  # noqa: ARG002
-        """Calibrated logits, float64.
+        """Returns calibrated logits, float64.
 
         Args:
-            scores: float64 in their form (logits, or log-probabilities), an array of `xp`.
+            scores: logits or log-probabilities, a float64 array of `xp`.
             xp: numpy or torch.
         """
         return self.slope * scores + self.intercept
@@ -44,15 +44,15 @@ class PlattCurve:
 
 @dataclass(frozen=True)
 class IsotonicCurve:
-    """Linear between points, constant beyond them."""
+    """Isotonic curve: linear between points, constant beyond them."""
 
     scores: tuple[float, ...]
-    """Ascending."""
+    """Scores of the points, ascending."""
     probabilities: tuple[float, ...]
-    """At those scores, in (0, 1): half an impression away from 0 and 1."""
+    """Probabilities at these scores, in (0, 1): at least half an impression from 0 and 1."""
 
     def logits(self, scores: Any, xp: Any = np) -> Any:
-        """As `PlattCurve.logits`."""
+        """Returns calibrated logits, see `PlattCurve.logits`."""
         if len(self.scores) == 1:
             p = xp.full_like(scores, self.probabilities[0])
         else:
@@ -73,20 +73,20 @@ CURVES: Mapping[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """The curves of a model."""
+    """Calibration curves of a model."""
 
     kind: CalibrationKind
     curves: Mapping[str, PlattCurve | IsotonicCurve]
-    """By `Task.rate`: "ctr" and "cvr"."""
+    """`Task.rate` ("ctr", "cvr") → its curve."""
 
     def __post_init__(self) -> None:
         check_choices(self)
 
     def apply(self, scores: Mapping[str, Prediction], tasks: TaskChain) -> dict[str, Prediction]:
-        """Calibrated scores, by the names of the chain; float32 logits.
+        """Returns calibrated scores by `TaskProbability.name`, as float32 logits.
 
         Args:
-            scores: as a model gives them. A task without a curve is left as it is.
+            scores: scores of a model. Those of a task without a curve stay unchanged.
             tasks: the chain.
         """
         calibrated: dict[str, Prediction] = {}
@@ -110,16 +110,16 @@ class Calibration:
         return calibrated
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with a checksum; `from_dict` is its inverse."""
+        """Returns plain values for JSON, with a checksum; `from_dict` is the inverse."""
         curves = {name: asdict(curve) for name, curve in self.curves.items()}
         return {"kind": self.kind, "curves": curves, "crc32": _checksum(self.kind, curves)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """The calibration that `to_dict` wrote.
+        """Restores a calibration from the values of `to_dict`.
 
         Raises:
-            ValueError: the values are others.
+            ValueError: the checksum does not match the values.
         """
         if _checksum(values["kind"], values["curves"]) != values["crc32"]:
             raise ValueError("the checksum differs")
@@ -141,10 +141,10 @@ def fit_calibration(scored: ScoredImpressions, kind: CalibrationKind) -> Calibra
     Args:
         scored: impressions that the model was not trained on.
         kind: isotonic (Zadrozny and Elkan, KDD 2002), which needs many labels, or platt, a logistic
-            regression on the score (Platt, 1999), which needs few. Both are scikit-learn's.
+            regression on the score (Platt, 1999), which needs few. Both use scikit-learn.
 
     Raises:
-        DataError: a task has one class only.
+        DataError: a task has only one class.
         OptionError: scikit-learn is not installed.
     """
     try:

@@ -1,9 +1,9 @@
-"""Figures of impressions that lie on many ranks, where no rank could hold them all.
+"""Distributed metrics of impressions that do not fit in the memory of one rank.
 
-Sums of fit add up. For an AUC, the ranks divide the range of the scores among themselves: each
-sorts what it has, sends every other rank the scores in its range, and counts the ordered pairs in
-its own range and across those below. So a rank holds about its share of the scores twice, and the
-result is the exact, tie-aware AUC of `ranking.auc` over all impressions.
+The sums of `ProbabilityFit` are added. For an AUC, the ranks partition the range of the scores:
+each sorts its scores, sends every other rank the scores in that rank's range, and counts the
+ordered pairs in its own range and across the ranges below. A rank thus stores about twice its share
+of the scores, and the result is the exact, tie-aware AUC of `ranking.auc` over all impressions.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from esmm_torchrec.metrics.report import Part, put_fit, row_counts
 from esmm_torchrec.metrics.scored import ScoredImpressions, Scores, one_class_reason
 
 SAMPLES = 1024
-"""Scores of each rank that say how the range is divided. A rank gets at most about 1 / SAMPLES of
-all impressions more than its share, and those of one score, which stay together."""
+"""Number of scores that each rank samples to partition the range. A rank exceeds its share by at
+most about 1 / SAMPLES of all impressions, and those of one score, which stay together."""
 
 
 def measure_in_parts(own: ScoredImpressions) -> dict[str, dict[str, Any]]:
-    """Those figures of part "test" of `report.measure` that are sums and AUCs; every rank calls it
-    and gets those of all.
+    """Computes the sums and AUCs of part "test" of `report.measure` over all ranks. It is a
+    collective: every rank calls it, and all ranks get the result.
 
     Args:
-        own: the impressions of this rank, which may be none.
+        own: impressions of this rank, possibly none.
     """
     part = Part()
     part.values |= _summed(row_counts(own))
@@ -61,10 +61,10 @@ def measure_in_parts(own: ScoredImpressions) -> dict[str, dict[str, Any]]:
 def auc_in_parts(
     scores: Scores, labels: NDArray[np.bool_], weights: NDArray[np.floating] | None = None
 ) -> float | None:
-    """AUC over the rows of all ranks, as `ranking.auc` gives it; every rank calls it.
+    """Computes `ranking.auc` over the rows of all ranks; every rank must call it.
 
     Args:
-        scores: float32 (n,), of this rank, not NaN.
+        scores: float32 (n,), scores of this rank, not NaN.
         labels: bool (n,).
         weights: (n,), not negative; None on all ranks: all 1.
     """
@@ -77,15 +77,15 @@ def auc_in_parts(
         return None
     below = sum(of_rank[1] for of_rank in totals[: dist.get_rank()])
     ranked = np.cumsum(ties.negative) - ties.negative + below
-    # In integers, if there are no weights: 2^63 is enough for 10^10 impressions of which 4 % click.
+    # Integers, if there are no weights: 2^63 suffices for 10^10 impressions of which 4 % click.
     twice = sum(_gathered((ties.positive * (2 * ranked + ties.negative)).sum().item()))
     return twice / (2 * positive * negative)
 
 
 def _splitters(ties: Ties) -> NDArray[np.uint32]:
-    """(W − 1,): where the range of one rank ends and that of the next begins, the same on all.
+    """Returns the bounds between the ranges of the W ranks, (W − 1,), equal on all ranks.
 
-    Each sample means as many impressions as its rank has for one.
+    Each sample counts as 1 / SAMPLES of the impressions of its rank.
     """
     reached = np.cumsum(ties.positive + ties.negative)
     total = reached[-1].item() if len(reached) else 0
@@ -104,7 +104,7 @@ def _splitters(ties: Ties) -> NDArray[np.uint32]:
 
 
 def _exchanged(ties: Ties, splitters: NDArray[np.uint32]) -> Ties:
-    """What all ranks have in the range of this one."""
+    """Exchanges ties, so that each rank gets those of all ranks in its range."""
     ends = np.append(np.searchsorted(ties.scores, splitters, side="left"), len(ties.scores))
     sent = np.diff(ends, prepend=0).tolist()
     counts = torch.tensor(sent)
@@ -112,7 +112,7 @@ def _exchanged(ties: Ties, splitters: NDArray[np.uint32]) -> Ties:
     dist.all_to_all_single(received, counts)
     sizes: list[int] = received.tolist()
     columns = []
-    # torch cannot send uint32.
+    # torch cannot send uint32 tensors.
     for column in (ties.scores.astype(np.int64), ties.positive, ties.negative):
         own = torch.from_numpy(np.ascontiguousarray(column))
         got = own.new_empty(sum(sizes))
@@ -124,7 +124,7 @@ def _exchanged(ties: Ties, splitters: NDArray[np.uint32]) -> Ties:
 def _fit(
     prediction: Prediction, label: NDArray[np.bool_], weights: NDArray[np.floating] | None
 ) -> ProbabilityFit | None:
-    """The sums over all ranks; None if a score is not finite."""
+    """Returns the sums over all ranks, or None if a score is not finite."""
     finite = bool(np.isfinite(prediction.values).all())
     of_ranks = _gathered(fit(prediction, label, weights) if finite else None)
     found = [of_rank for of_rank in of_ranks if of_rank is not None]

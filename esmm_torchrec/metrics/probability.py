@@ -1,9 +1,8 @@
-"""How well probabilities fit: log loss, normalised entropy, calibration.
+"""Fit of probabilities: log loss, normalised entropy, calibration.
 
-Models are read by name as logits or log-probabilities, never as probabilities: a float32
-probability near 1 has lost its complement and a product of two small ones underflows. Everything
-is computed in float64, block by block, so that memory stays at one block however many rows there
-are.
+Predictions are logits or log-probabilities, never probabilities: a float32 probability near 1 has
+lost its complement, and a product of two small ones underflows. Everything is computed in float64,
+block by block, so that the memory needed is one block for any number of rows.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from esmm_torchrec.choices import check_choices
 from esmm_torchrec.metrics.ranking import equal_mass_edges
 
 LARGEST_PROBABILITY = 1.0 - float(np.finfo(np.float32).eps)
-"""Where log loss clips a ratio of probabilities that exceeds it. scikit-learn clips float32
-probabilities at the same value."""
+"""Value at which log loss clips a ratio of probabilities. scikit-learn clips float32 probabilities
+at the same value."""
 
 _BLOCK = 1 << 18
 
@@ -29,15 +28,15 @@ Floats = NDArray[np.float64]
 
 
 def log_sigmoid(logit: NDArray[np.floating]) -> Floats:
-    """log σ(logit), float64, without overflow or cancellation."""
+    """Returns log σ(logit), float64, without overflow or cancellation."""
     logit = logit.astype(np.float64, copy=False)
     return np.minimum(logit, 0.0) - np.log1p(np.exp(-np.abs(logit)))
 
 
 def log1mexp(log_probability: NDArray[np.floating]) -> Floats:
-    """log(1 − exp(log_probability)) for log-probabilities ≤ 0, float64; −inf at 0.
+    """Returns log(1 − exp(log_probability)) for log-probabilities ≤ 0, float64; −inf at 0.
 
-    The two branches of Mächler, "Accurately computing log(1 − exp(−|a|))", 2012.
+    Uses the two branches of Mächler, "Accurately computing log(1 − exp(−|a|))", 2012.
     """
     log_probability = log_probability.astype(np.float64, copy=False)
     near_one = log_probability > -math.log(2.0)
@@ -49,12 +48,12 @@ def log1mexp(log_probability: NDArray[np.floating]) -> Floats:
 
 
 class ProbabilityBlock(NamedTuple):
-    """Some rows of a `Prediction`; float64 (rows,) each."""
+    """Probabilities of some rows of a `Prediction`, float64 (rows,) each."""
 
     probability: Floats
-    """As predicted; a ratio may exceed 1."""
+    """Predicted probability; a ratio may exceed 1."""
     log_probability: Floats
-    """Clipped at LARGEST_PROBABILITY, which a ratio may exceed."""
+    """Logarithm of the probability, clipped at LARGEST_PROBABILITY, which a ratio may exceed."""
     log_complement: Floats
     """log(1 − probability) of the clipped probability."""
 
@@ -64,27 +63,27 @@ class Prediction:
     """Predicted probabilities of n rows, in a form that keeps their precision."""
 
     values: NDArray[np.floating]
-    """(n,), float32 or float64. What rows are ranked by, in either form."""
+    """(n,), float32 or float64. Rows are ranked by these values in either form."""
     form: Literal["logit", "log_probability"]
-    """A log-probability may be above 0 if it is the ratio of two networks (DIVISION of the ESMM
-    paper). It is ranked and averaged as it is and clipped for log loss only."""
+    """Form of the values. A log-probability may exceed 0 if it is the ratio of two networks
+    (DIVISION of the ESMM paper). It is clipped for log loss only, not for ranks and means."""
 
     def __post_init__(self) -> None:
         check_choices(self)
 
     def __getitem__(self, rows: NDArray[np.bool_] | slice) -> Prediction:
-        """The prediction of some rows."""
+        """Returns the prediction of some rows."""
         return Prediction(self.values[rows], self.form)
 
     @property
     def probability(self) -> NDArray[np.float32]:
-        """float32 (n,); a ratio is not clipped at 1."""
+        """Probabilities, float32 (n,); a ratio is not clipped at 1."""
         values = self.values.astype(np.float64)
         log_probability = log_sigmoid(values) if self.form == "logit" else values
         return np.exp(log_probability).astype(np.float32)
 
     def block(self, rows: slice) -> ProbabilityBlock:
-        """Probabilities of some rows, float64."""
+        """Returns the probabilities of some rows, float64."""
         values = self.values[rows].astype(np.float64)
         if self.form == "logit":
             log_probability = log_sigmoid(values)
@@ -94,15 +93,15 @@ class Prediction:
 
 
 def product(first: Prediction, second: Prediction) -> Prediction:
-    """The product of two probabilities of n rows, in their dtype.
+    """Multiplies two probabilities of n rows, in their dtype.
 
-    Of two logits a and b it is the exact logit −log(e^−a + e^−b + e^(−a−b)), whose log-sigmoids
-    are the product's log-probability and the log of the complement; log1mexp of the product's
-    log-probability is −inf if that rounds to 0. Otherwise it is a log-probability.
+    For two logits a and b, the result is the exact logit −log(e^−a + e^−b + e^(−a−b)), whose
+    log-sigmoids are the product's log-probability and the log of its complement; log1mexp of the
+    product's log-probability is −inf if that rounds to 0. Otherwise it is a log-probability.
     """
     exact = first.form == second.form == "logit"
     values = np.empty(first.values.size, np.result_type(first.values, second.values))
-    # Scores that are not finite stay so, and are reported as such.
+    # Scores that are not finite stay non-finite, and are reported as such.
     with np.errstate(over="ignore", invalid="ignore"):
         for rows in _blocks(values.size):
             a, b = (each.values[rows].astype(np.float64) for each in (first, second))
@@ -119,8 +118,8 @@ def product(first: Prediction, second: Prediction) -> Prediction:
 
 @dataclass(frozen=True)
 class ProbabilityFit:
-    """Weighted sums over rows, from which every figure of fit follows. Those of two sets of rows
-    add up."""
+    """Weighted sums over rows that determine every figure of fit. The sums of disjoint sets of
+    rows can be added."""
 
     rows: float
     """Σ weight: the number of rows if there are no weights."""
@@ -146,9 +145,9 @@ class ProbabilityFit:
 
     @property
     def normalised_entropy(self) -> float | None:
-        """Log loss over the entropy of the base rate: 1 is what predicting the base rate for
-        every row gives, lower is better. TorchRec's NE; He et al., "Practical Lessons from
-        Predicting Clicks on Ads at Facebook", ADKDD 2014. None if one class has no row."""
+        """Log loss over the entropy of the base rate: 1 for predicting the base rate for every
+        row; lower is better. TorchRec's NE; He et al., "Practical Lessons from Predicting Clicks
+        on Ads at Facebook", ADKDD 2014. None if one class has no rows."""
         if not 0 < self.observed < self.rows:
             return None
         base = self.observed / self.rows
@@ -157,8 +156,9 @@ class ProbabilityFit:
 
     @property
     def calibration(self) -> float | None:
-        """Σ predicted / Σ target, TorchRec's name; PCOC ("predicted click over click") is the
-        same quantity. 1 is right, above 1 predicts too much. None if no target is positive."""
+        """Σ predicted / Σ target, as TorchRec defines calibration; PCOC ("predicted click over
+        click") is the same quantity. 1 is ideal; above 1, predictions are too high. None if no
+        target is positive."""
         return self.predicted / self.observed if self.observed > 0 else None
 
 
@@ -167,7 +167,7 @@ def fit(
     target: NDArray[np.generic],
     weights: NDArray[np.floating] | None = None,
 ) -> ProbabilityFit:
-    """The sums behind log loss, normalised entropy and calibration.
+    """Computes the sums that determine log loss, normalised entropy and calibration.
 
     Args:
         prediction: n rows, finite values.
@@ -188,7 +188,7 @@ def fit(
 
 
 class ReliabilityCurve(NamedTuple):
-    """Predicted against observed probability in bins of equally many rows; each (bins,), by
+    """Predicted against observed probability in bins with equal numbers of rows; each (bins,), by
     ascending prediction, without empty bins."""
 
     rows: Floats
@@ -198,9 +198,9 @@ class ReliabilityCurve(NamedTuple):
 
     @property
     def expected_calibration_error(self) -> float | None:
-        """Σ rows·|mean prediction − mean target| / Σ rows (ECE; Naeini et al., AAAI 2015). Equal
-        masses, because nearly all predictions of a rare event would share the first of equally
-        wide bins. Label noise alone puts it above 0. None without rows."""
+        """Σ rows·|mean prediction − mean target| / Σ rows (ECE; Naeini et al., AAAI 2015). Bins
+        have equal mass, because nearly all predictions of a rare event would be in the first of
+        equally wide bins. Label noise alone makes it positive. None without rows."""
         if self.rows.size == 0:
             return None
         gap = np.abs(self.mean_prediction - self.mean_target)
@@ -214,7 +214,7 @@ def reliability_curve(
     *,
     num_bins: int = 15,
 ) -> ReliabilityCurve:
-    """The curve that a calibration plot shows.
+    """Computes the curve of a calibration plot.
 
     Args:
         prediction: n rows, finite values.
@@ -245,8 +245,8 @@ def reliability_curve(
 def mean_entropy(
     probability: NDArray[np.floating], weights: NDArray[np.floating] | None = None
 ) -> float | None:
-    """Log loss of the true probability itself, in nats: the least that any prediction reaches.
-    None without rows of positive weight."""
+    """Computes the log loss of the true probability itself, in nats: the minimum over all
+    predictions. None without rows of positive weight."""
     sums = fit(Prediction(np.zeros_like(probability), "logit"), probability, weights)
     return sums.oracle_loss / sums.rows if sums.rows else None
 

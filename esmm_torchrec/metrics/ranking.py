@@ -1,13 +1,12 @@
-"""How well scores rank: the area under the ROC curve, exact and aware of ties.
+"""Ranking quality of scores: the exact, tie-aware area under the ROC curve.
 
 AUC is the probability that a positive row scores higher than a negative one, a tie counting one
-half. It is taken over all rows at once, never averaged over batches. TorchRec's AUC orders tied
-rows by chance; the figure of record is this one.
+half. It is computed over all rows at once, never averaged over batches. TorchRec's AUC orders tied
+rows arbitrarily; this one is the figure of record.
 
-Everything is NumPy on the CPU. Scores are float32 or float64, (n,), compared as they are given:
-no function here rounds or transforms a score; infinities are ranked. Weights are (n,), not
-negative; None means that all are 1, and a pair counts the product of its weights. A set of rows in
-which one class has no weight has no AUC: None.
+Everything is NumPy on the CPU. Scores are float32 or float64, (n,), and never rounded or
+transformed; infinities are ranked. Weights are (n,), not negative; None means that all are 1, and
+a pair counts the product of its weights. If one class has no weight, the AUC is None.
 
 Each function raises OptionError if lengths differ, a score is NaN, a label is neither 0 nor 1, a
 probability is outside [0, 1], or a weight is negative or not finite.
@@ -30,15 +29,15 @@ Labels = NDArray[np.integer] | NDArray[np.bool_] | NDArray[np.floating]
 def auc(
     scores: Scores, labels: Labels, weights: NDArray[np.floating] | None = None
 ) -> float | None:
-    """AUC of hard labels.
+    """Computes the AUC of hard labels.
 
-    Without weights the count of ordered pairs is an integer and the result its correctly rounded
-    share: constant scores give exactly 0.5 and the order of the rows does not matter at all. With
-    weights it is exact to float64 sums.
+    Without weights, the number of ordered pairs is an integer and the result its correctly rounded
+    share: constant scores have an AUC of exactly 0.5, and the order of the rows has no effect. With
+    weights, it is exact up to the rounding of float64 sums.
 
     Args:
         scores: (n,).
-        labels: (n,), each 0 or 1; int8 is the lean choice.
+        labels: (n,), each 0 or 1; int8 needs the least memory.
         weights: (n,), not negative; None: all 1. A pair counts the product of its weights.
 
     Returns:
@@ -61,17 +60,17 @@ def soft_auc(
     probability: NDArray[np.floating],
     weights: NDArray[np.floating] | None = None,
 ) -> float | None:
-    """AUC against known probabilities, free of the noise of drawn labels.
+    """Computes the AUC against known probabilities, without the noise of sampled labels.
 
     Row i counts as a positive of weight pᵢ and, at once, as a negative of weight 1 − pᵢ:
 
         Σᵢⱼ pᵢ (1 − pⱼ) [sᵢ > sⱼ] + ½ [sᵢ = sⱼ]  /  Σᵢⱼ pᵢ (1 − pⱼ)        over all i, j
 
-    The sums include i = j: a row ties with itself and adds ½ pᵢ (1 − pᵢ). So this is what
-    scikit-learn gives for every row written twice, once per label, with those weights, and for
-    probabilities that are all 0 or 1 it is `auc`. In a draw of labels no row meets itself;
-    leaving these pairs out would give the expected ordered pairs over the expected pairs. The
-    two differ by at most 1 / (2n), because Σ pᵢ (1 − pᵢ) ≤ n p̄ (1 − p̄).
+    The sums include i = j: a row ties with itself and adds ½ pᵢ (1 − pᵢ). The result thus equals
+    scikit-learn's if every row occurs twice, once per label, with those weights, and `auc` if all
+    probabilities are 0 or 1. With sampled labels, no row is paired with itself; without these
+    pairs, the result would be the expected ordered pairs over the expected pairs. The two differ
+    by at most 1 / (2n), because Σ pᵢ (1 − pᵢ) ≤ n p̄ (1 − p̄).
 
     Args:
         scores: (n,).
@@ -89,14 +88,14 @@ def soft_auc(
 
 
 class GroupedAuc(NamedTuple):
-    """What `grouped_auc` gives."""
+    """Result of `grouped_auc`."""
 
     auc: float | None
-    """Mean over the groups that have both classes, weighted by their rows; None: no such group."""
+    """Mean over the groups with both classes, weighted by their rows; None: no such group."""
     coverage: float
-    """Share of rows that lie in such groups; 0 if there is no row. Rows count their weights."""
+    """Share of rows in such groups; 0 if there are no rows. Rows count their weights."""
     num_groups: int
-    """Groups that have both classes."""
+    """Number of groups with both classes."""
 
 
 def grouped_auc(
@@ -105,16 +104,16 @@ def grouped_auc(
     groups: NDArray[np.integer] | NDArray[np.str_],
     weights: NDArray[np.floating] | None = None,
 ) -> GroupedAuc:
-    """AUC within each group (a user, a session), averaged over groups by their number of rows.
+    """Computes the AUC within each group (a user, a session), averaged by the groups' rows.
 
-    A group with one class ranks nothing and is left out (GAUC of Zhu et al., "Optimized Cost per
+    A group with only one class has no AUC and is left out (GAUC of Zhu et al., "Optimized Cost per
     Click in Taobao Display Advertising", KDD 2017).
 
     Args:
         scores: (n,).
         labels: (n,), each 0 or 1.
-        groups: (n,), integers or strings. Integers in [0, n) are used as they are, which spares
-            a sort.
+        groups: (n,), integers or strings. Integers in [0, n) are used directly, which avoids a
+            sort.
         weights: (n,), or None. A group counts the sum of the weights of its rows.
     """
     _check(scores, labels=labels, groups=groups)
@@ -131,11 +130,11 @@ def grouped_auc(
     if not mixed.any():
         return GroupedAuc(None, 0.0, 0)
     kept = mixed[codes]
-    # Renumbered, so that groups in the sorted keys stand at the cumulated counts.
+    # Renumbered, so that groups in the sorted keys start at the cumulative counts.
     renumbered = np.cumsum(mixed, dtype=np.int64) - 1
     rows, positives = rows[mixed], positives[mixed]
 
-    # One integer holds group, score and label, so a plain sort orders all three at once.
+    # One integer encodes group, score and label, so a single sort orders by all three.
     key = renumbered[codes[kept]].astype(np.uint64) << np.uint64(33)
     key |= ordered_bits(scores[kept]).astype(np.uint64) << np.uint64(1)
     key |= positive[kept].astype(np.uint64)
@@ -165,10 +164,10 @@ def auc_within_strata(
     *,
     num_strata: int = 20,
 ) -> float | None:
-    """AUC within equal-mass strata of another score, averaged by their number of rows.
+    """Computes the AUC within equal-mass strata of another score, averaged by the strata's rows.
 
-    If clicks and conversions go together, a conversion score is rewarded for knowing pCTR alone.
-    Within a stratum of pCTR that knowledge is worth little.
+    If clicks and conversions are correlated, pCTR alone is a good conversion score. Within a
+    stratum of pCTR, it has little value.
 
     Strata are divided at the quantiles of `strata_score`; equal values stay in one stratum, so
     strata can be uneven, or fewer, if it has many ties. A stratum with one class is left out.
@@ -203,11 +202,11 @@ def auc_within_strata(
 
 
 def equal_mass_edges(values: Scores, num_bins: int) -> Scores:
-    """Lower edges of all quantile bins but the first, (num_bins − 1,); values (n,), n > 0.
+    """Returns the lower edges of all quantile bins but the first, (num_bins − 1,); n > 0 values.
 
-    `np.searchsorted(edges, values, side="right")` numbers each value's bin. That is a function of
-    the value alone: equal values share the bin in which the middle one of them falls, which
-    leaves bins uneven or empty if there are many.
+    `np.searchsorted(edges, values, side="right")` returns each value's bin, which depends on the
+    value only: equal values share the bin of their median element, so bins are uneven or empty if
+    there are many ties.
     """
     ordered = np.sort(values)
     at = np.arange(1, num_bins) * ordered.size // num_bins
@@ -244,14 +243,14 @@ def _positive(labels: Labels) -> NDArray[np.bool_]:
 
 
 def _auc_of_classes(positive: Scores, negative: Scores) -> float | None:
-    """AUC from the scores of each class; takes both over, to sort them in place."""
+    """Computes the AUC from the scores of each class, and sorts both in place."""
     pairs = positive.size * negative.size
     if pairs == 0:
         return None
     positive.sort()
     negative.sort()
-    # Sorted needles make the binary searches walk forward through memory; the smaller class
-    # needs fewer of them.
+    # With sorted needles, the binary searches move forward through memory; the smaller class
+    # needs fewer searches.
     needles, others = sorted((positive, negative), key=len)
     twice_below = int(np.searchsorted(others, needles, side="left").sum(dtype=np.int64))
     twice_below += int(np.searchsorted(others, needles, side="right").sum(dtype=np.int64))
@@ -260,7 +259,7 @@ def _auc_of_classes(positive: Scores, negative: Scores) -> float | None:
 
 
 class Ties(NamedTuple):
-    """Scores, or bits that compare as they do, with the mass of what has each; (n,)."""
+    """Scores, or bits with the same order, and the mass of each class per score; each (n,)."""
 
     scores: NDArray[Any]
     positive: NDArray[Any]
@@ -269,7 +268,7 @@ class Ties(NamedTuple):
 
 
 def merged(ties: Ties) -> Ties:
-    """In ascending order, and each score once."""
+    """Sorts ties by score, and merges equal scores."""
     if not len(ties.scores):
         return ties
     order = np.argsort(ties.scores)
@@ -282,7 +281,7 @@ def merged(ties: Ties) -> Ties:
 def _auc_of_masses(
     scores: Scores, positive: NDArray[np.float64], negative: NDArray[np.float64]
 ) -> float | None:
-    """AUC where each row has a positive and a negative mass."""
+    """Computes the AUC of rows that each have a positive and a negative mass."""
     _, positive, negative = merged(Ties(scores, positive, negative))
     pairs = float(positive.sum()) * float(negative.sum())
     if pairs == 0:
@@ -297,7 +296,7 @@ def _grouped_auc_of_masses(
     codes: NDArray[np.integer],
     weights: NDArray[np.float64],
 ) -> GroupedAuc:
-    """`grouped_auc` of rows with weights."""
+    """Computes `grouped_auc` of rows with weights."""
     order = np.lexsort((scores, codes))
     ordered, code = scores[order], codes[order]
     is_first = np.append(True, (ordered[1:] != ordered[:-1]) | (code[1:] != code[:-1]))
@@ -308,7 +307,7 @@ def _grouped_auc_of_masses(
     group = code[starts]
     num_groups = int(codes.max()) + 1
     of_group = [np.bincount(group, each, num_groups) for each in (positives, negatives)]
-    # Negatives of lower score in the same group.
+    # Mass of negatives with lower scores in the same group.
     before_group = np.cumsum(of_group[1]) - of_group[1]
     below = np.cumsum(negatives) - negatives - before_group[group]
     ordered_pairs = np.bincount(group, positives * (below + 0.5 * negatives), num_groups)
@@ -330,7 +329,7 @@ def _dense_codes(groups: NDArray[np.integer] | NDArray[np.str_]) -> NDArray[np.i
 
 
 def ordered_bits(scores: Scores) -> NDArray[np.uint32]:
-    """uint32 (n,) that compare as the scores do; those of float64 only among themselves."""
+    """Returns uint32 (n,) with the order of the scores; float64: comparable within a call only."""
     if scores.dtype == np.float64:
         return np.unique(scores, return_inverse=True)[1].astype(np.uint32)
     # IEEE 754 magnitudes compare as integers; −0.0 + 0.0 is 0.0, so that the two zeros tie.

@@ -1,11 +1,11 @@
-"""What is reported of a model's scores: the parts "test" and "truth" of metrics.json.
+"""Report on a model's scores: the parts "test" and "truth" of metrics.json.
 
 Spaces: ctr_* and ctcvr_* are over all impressions, cvr_* over the clicked ones, as in the ESMM
 paper. In a longer chain, the rate of each task is over the impressions with the task before it, and
 each joint probability over all impressions. "truth" measures conversion scores over the entire
 space as well, clicked or not, which requires data with known probabilities.
 
-If impressions have weights, every figure but the counts is a weighted one.
+If impressions have weights, all figures except the counts are weighted.
 
 "test": against the labels. `<task>` is a name of `TaskChain.probabilities`, by default ctr, cvr or
 ctcvr; log losses are in nats:
@@ -14,9 +14,9 @@ ctcvr; log losses are in nats:
                                        impressions only
     sum_of_weights                     of all impressions, if they have weights
     <task>_auc                         exact, tie-aware AUC
-    <task>_auc_torchrec                TorchRec's own, for comparison: it orders ties by chance and
-                                       sums in one piece, so it is given only for as many
-                                       impressions as a window of `metrics.windowed` holds
+    <task>_auc_torchrec                TorchRec's AUC, for comparison: it orders ties arbitrarily
+                                       and computes all rows at once, so it is reported only if the
+                                       impressions fit in a window of `metrics.windowed`
     ctcvr_auc_common_ctr               AUC of pCTR · pCVR, pCTR from one CTR network common to all
                                        methods: the paper's protocol. With `common_ctr_logit`
     cvr_auc_by_pctr                    reference: pCTR used as the conversion score, on clicks
@@ -31,8 +31,8 @@ ctcvr; log losses are in nats:
     <task>_ece                         expected calibration error, 15 bins of equal mass
     <task>_base_rate                   share of the task's impressions with the label
     <task>_mean_entire_space           mean predicted probability over all impressions, of a task
-                                       that is given another: for ESMM's pCVR, known to be too high
-                                       there, beside cvr_base_rate, the conversion rate of clicks
+                                       that is given another. ESMM's pCVR is known to be too high
+                                       there; compare cvr_base_rate, the conversion rate of clicks
     ips_effective_sample_size          (Σw)² / Σw² of the clicks for w = 1 / pCTR, clipped at its
     ips_effective_sample_share         .9 quantile over them, and as a share of the clicks: what
                                        weighting by inverse propensities leaves of them
@@ -60,12 +60,12 @@ above the log loss of the true probability, which no model can beat:
                                        expected calibration error against the true pCVR, 15 bins
     ctr_auc_soft, ctr_log_loss_soft, ctr_excess_log_loss
     ctcvr_auc_soft, ctcvr_log_loss_soft, ctcvr_excess_log_loss
-    oracle                             what the true probabilities reach: ctr_auc, cvr_auc,
+    oracle                             figures of the true probabilities: ctr_auc, cvr_auc,
                                        ctcvr_auc (labels), cvr_auc_entire_space,
                                        cvr_auc_entire_space_within_ctr_strata,
                                        cvr_log_loss_entire_space, ctr_auc_soft, ctcvr_auc_soft
-    pctr as conversion score           what the true pCTR reaches as a conversion score: cvr_auc,
-    pctcvr as conversion score         and the true pCTCVR: cvr_auc_entire_space,
+    pctr as conversion score           figures of the true pCTR and of the true pCTCVR, each used
+    pctcvr as conversion score         as a conversion score: cvr_auc, cvr_auc_entire_space,
                                        cvr_auc_entire_space_within_ctr_strata
     reasons                            as above
 """
@@ -93,15 +93,15 @@ from esmm_torchrec.metrics.windowed import WINDOW_SIZE
 from esmm_torchrec.tasks import DEFAULT_TASKS
 
 PROPENSITY_QUANTILE = 0.1
-"""Of pCTR over the clicks, at which the propensities of `ips_effective_sample_size` are clipped."""
+"""Quantile of pCTR over the clicks at which `ips_effective_sample_size` clips propensities."""
 
 
 def measure(scored: ScoredImpressions) -> dict[str, dict[str, Any]]:
-    """Everything in the table of this module's docstring.
+    """Computes all figures in the table of this module's docstring.
 
     Returns:
-        {"test": {…}} and, if the true probabilities are known, {"truth": {…}} beside it; values
-        are int, float or None (and the dicts named above), ready for JSON.
+        {"test": {…}} and, if the true probabilities are known, {"truth": {…}}; values are int,
+        float or None (and the dicts named above), ready for JSON.
 
     Raises:
         OptionError: a true probability is outside [0, 1], or a weight is negative or not finite.
@@ -113,14 +113,14 @@ def measure(scored: ScoredImpressions) -> dict[str, dict[str, Any]]:
 
 
 class Part:
-    """Values under construction; each None comes with its reason."""
+    """Values of a part of the report; each None has a reason."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
 
     def put(self, key: str, value: float | None, reason: str) -> None:
-        """Adds a value, and the reason if it is None. One that is not finite becomes None."""
+        """Adds a value, and the reason if it is None. A value that is not finite becomes None."""
         if value is not None and not math.isfinite(value):
             value, reason = None, "the figure is not finite"
         self.values[key] = value
@@ -128,7 +128,7 @@ class Part:
             self.reasons[key] = reason
 
     def finished(self) -> dict[str, Any]:
-        """The values by key, and "reasons"."""
+        """Returns the values by key, and "reasons"."""
         return {**self.values, "reasons": self.reasons}
 
 
@@ -136,7 +136,7 @@ _NOTHING_WEIGHS = "there are no impressions of a weight above 0"
 
 
 def row_counts(scored: ScoredImpressions) -> dict[str, Any]:
-    """Numbers of impressions, and their weight."""
+    """Counts the impressions and those with each task, and sums the weights."""
     values: dict[str, Any] = {"impressions": scored.size}
     values |= {f"{task.name}s": int(scored.happened(task.name).sum()) for task in scored.tasks}
     if scored.weight is not None:
@@ -171,13 +171,13 @@ def _measure_against_labels(scored: ScoredImpressions) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray, scored: ScoredImpressions) -> float | None:
-    """None if no impression has a weight above 0."""
+    """Returns the weighted mean, or None if no impression has a weight above 0."""
     weighs = scored.size and (scored.weight is None or scored.weight.any())
     return float(np.average(values, weights=scored.weight)) if weighs else None
 
 
 def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:
-    """How many clicks remain if they are weighted by 1 / pCTR."""
+    """Adds the effective sample size of the clicks weighted by 1 / pCTR."""
     first = scored.tasks[0]
     prediction, flaw = _usable(first.rate, scored.scores.get(first.rate))
     size = share = None
@@ -197,13 +197,13 @@ def _put_effective_sample_size(part: Part, scored: ScoredImpressions) -> None:
 def relative_improvements(
     test: Mapping[str, Any], other: Mapping[str, Any]
 ) -> dict[str, float | None]:
-    """RelaImpr of each AUC over that of another model: (AUC − .5) / (other AUC − .5) − 1 (Yan et
-    al., "Coupled Group Lasso for Web-Scale CTR Prediction", ICML 2014); None if the other ranks no
-    better than chance.
+    """Computes the RelaImpr of each AUC over another model's: (AUC − .5) / (other AUC − .5) − 1
+    (Yan et al., "Coupled Group Lasso for Web-Scale CTR Prediction", ICML 2014); None if the other
+    model ranks no better than chance.
 
     Args:
         test: part "test" of `measure`.
-        other: the same of the other model, on the same impressions.
+        other: part "test" of the other model, on the same impressions.
     """
     found: dict[str, float | None] = {}
     for key, value in test.items():
@@ -240,7 +240,7 @@ def _put_task(part: Part, name: str, scored: ScoredImpressions, space: Space) ->
 
 
 def put_fit(part: Part, name: str, sums: ProbabilityFit | None, reason: str) -> None:
-    """Adds the figures of a probability that follow from its sums."""
+    """Adds the figures of a probability that its sums determine."""
     part.put(f"{name}_log_loss", sums and sums.log_loss, reason)
     part.put(f"{name}_ne", sums and sums.normalised_entropy, reason)
     part.put(f"{name}_calibration", sums and sums.calibration, reason)
@@ -259,7 +259,7 @@ def _torchrec_auc(prediction: Prediction, label: np.ndarray, weights: np.ndarray
 
 
 def _usable(name: str, prediction: Prediction | None) -> tuple[Prediction | None, str]:
-    """The prediction if it can be measured, else None and why not."""
+    """Returns the prediction if it can be measured, else None and the reason."""
     if prediction is None:
         return None, f"the model gives no {name} score"
     broken = prediction.values.size - int(np.isfinite(prediction.values).sum())

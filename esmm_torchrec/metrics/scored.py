@@ -1,4 +1,4 @@
-"""Impressions with the scores of a model and their labels: what metrics and plots are made from."""
+"""Impressions with their labels and a model's scores, the input of metrics and plots."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _OPTIONAL = ("weight", "group_id", "common_ctr_logit", "true_ctr", "true_cvr")
 
 @dataclass(frozen=True)
 class ScoredImpressions:
-    """n impressions with a model's scores and what is known of them; every column (n,), without
-    padding, in any order.
+    """n impressions with labels, a model's scores and further columns; every column is (n,),
+    without padding, in any order.
 
-    Scores that the model does not give (a conversion network alone has no click score) are left
-    out; what needs them is reported as None, with the reason.
+    Scores that the model does not compute are absent (a conversion network alone has no click
+    score); figures that need them are reported as None, with the reason.
 
     Raises:
         OptionError: a label is missing, columns differ in length, a label is neither 0 nor 1,
-            scores are not floating, or only one of the true probabilities is given.
+            scores are not floating-point, or only one of the true probabilities is given.
     """
 
     labels: Mapping[str, NDArray[np.integer]]
-    """By label of the tasks: int8, 0 or 1; read only if the label before it is 1."""
+    """Label → int8, 0 or 1; used only if the label of the task before is 1."""
     scores: Mapping[str, Prediction]
-    """By `TaskProbability.name`: "ctr", "cvr" and "ctcvr"."""
+    """`TaskProbability.name` ("ctr", "cvr", "ctcvr") → its prediction."""
     tasks: TaskChain = DEFAULT_TASKS
     weight: Scores | None = None
-    """float32, not negative, how much each impression counts; None: all 1."""
+    """float32, weight of each impression, not negative; None: all 1."""
     group_id: NDArray[np.integer] | None = None
-    """int64, what gauc_* groups by."""
+    """int64, groups of gauc_*."""
     common_ctr_logit: Scores | None = None
     """float32, logit of the pCTR of a network common to the methods compared."""
     true_ctr: Scores | None = None
@@ -75,11 +75,11 @@ class ScoredImpressions:
 
     @property
     def size(self) -> int:
-        """n."""
+        """Number of impressions, n."""
         return len(self.labels[self.tasks.labels[0]])
 
     def of(self, rows: NDArray[np.bool_]) -> ScoredImpressions:
-        """Some of the impressions.
+        """Returns some of the impressions.
 
         Args:
             rows: bool (n,).
@@ -93,13 +93,13 @@ class ScoredImpressions:
         )
 
     def space(self, task: Task, given: Task | None) -> Space:
-        """The impressions with the task `given`, or all, and which of them have `task`."""
+        """Returns the impressions with the task `given`, or all, and whether each has `task`."""
         rows = slice(None) if given is None else self.happened(given.name)
         weights = None if self.weight is None else self.weight[rows]
         return Space(task, given, rows, self.happened(task.name)[rows], weights)
 
     def happened(self, task: str) -> NDArray[np.bool_]:
-        """bool (n,), the impressions with the task called `task` and all tasks before it."""
+        """Returns bool (n,), the impressions with the task called `task` and all before it."""
         return self._happened[task]
 
     @cached_property
@@ -108,7 +108,7 @@ class ScoredImpressions:
 
     @cached_property
     def groups(self) -> NDArray[np.integer] | None:
-        """int (n,), `group_id` numbered from 0."""
+        """Groups of `group_id`, numbered from 0, int (n,)."""
         if self.group_id is None:
             return None
         return np.unique(self.group_id, return_inverse=True)[1]
@@ -124,24 +124,24 @@ class ScoredImpressions:
 
 @dataclass(frozen=True)
 class Space:
-    """The m of n impressions over which the figures of a probability are."""
+    """The m of n impressions over which the figures of a probability are computed."""
 
     task: Task
     given: Task | None
     rows: NDArray[np.bool_] | slice
-    """Which of the n."""
+    """Rows of the m impressions among the n."""
     label: NDArray[np.bool_]
-    """(m,), which of them have the task."""
+    """(m,), whether each impression has the task."""
     weights: Scores | None
-    """(m,), None: all 1."""
+    """(m,); None: all 1."""
 
     def of(self, column: Values) -> Values:
-        """Of a `Prediction` or an array (n,) what belongs to these impressions; None stays None."""
+        """Selects these impressions from a `Prediction` or an array (n,); None stays None."""
         return cast(Any, column if column is None else column[self.rows])
 
     @cached_property
     def one_class(self) -> str:
-        """As `one_class_reason`."""
+        """Result of `one_class_reason` for this space."""
         weighs = self.weights is None or bool(
             self.weights[self.label].any() and self.weights[~self.label].any()
         )
@@ -152,14 +152,14 @@ class Space:
 def one_class_reason(
     task: Task, given: Task | None, *, size: int, happened: int, weighs: bool
 ) -> str:
-    """Why labels allow no comparison; empty if they do.
+    """Returns why labels allow no comparison of classes; empty if they do.
 
     Args:
-        task: whose labels they are.
-        given: the task that the impressions have; None: they are all impressions.
-        size: impressions.
-        happened: those with the label.
-        weighs: whether both classes have a weight.
+        task: task of the labels.
+        given: task that all of the impressions have; None: the space is all impressions.
+        size: number of impressions.
+        happened: number of impressions with the label.
+        weighs: whether both classes have a weight above 0.
     """
     within = "" if given is None else f" with {given.name} = 1"
     if size == 0:
@@ -170,7 +170,7 @@ def one_class_reason(
 
 
 def concatenated(parts: Sequence[ScoredImpressions]) -> ScoredImpressions:
-    """The impressions of several, which have the same columns, one after the other."""
+    """Concatenates several sets of impressions, which have the same columns."""
     first = parts[0]
     together: dict[str, NDArray[np.generic] | None] = {}
     for name in _OPTIONAL:

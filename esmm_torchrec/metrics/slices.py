@@ -1,4 +1,4 @@
-"""What scores are worth within parts of the impressions: the values of a field."""
+"""Metrics within slices of the impressions, by the values of a field."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from esmm_torchrec.metrics.ranking import auc
 from esmm_torchrec.metrics.scored import ScoredImpressions, Space
 
 BINS = 10
-"""Of the expected calibration error of a slice."""
+"""Number of bins of the expected calibration error of a slice."""
 
 
 def measure_slices(
     scored: ScoredImpressions, codes: np.ndarray, names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Calibration of each probability for each value of a field.
+    """Computes the calibration of each probability for each value of a field.
 
     Args:
         scored: n impressions.
-        codes: int (n,), the value of each, as a place in `names`.
-        names: of the values.
+        codes: int (n,), value of each impression, as an index into `names`.
+        names: names of the values.
 
     Returns:
-        for each `TaskProbability.name` that the model gives, a list over the values that occur in
-        its space, the one with the largest |z| first:
+        for each `TaskProbability.name` that the model has, a list over the values that occur in
+        its space, sorted by descending |z|:
 
-            value        the name
-            impressions  in the space of the task
+            value        name of the value
+            impressions  number of impressions in the space of the task
             observed     share of them with the label
             predicted    mean of the predicted probability
             pcoc         Σ predicted / Σ observed, None without a positive label
             ece          expected calibration error in 10 bins of equal mass within the value;
-                         label noise alone puts it above 0, the more the fewer impressions there are
+                         label noise alone makes it positive, more so with few impressions
             z            (Σ observed − Σ predicted) / standard deviation of Σ observed if the
-                         predictions were right: beyond ±3 is not chance, unless many are looked at
+                         predictions were right: beyond ±3 is not chance, unless among many values
     """
     report = {}
     for name, _, task, given in scored.tasks.probabilities:
@@ -57,18 +57,18 @@ def figures_by_value(
     most: int,
     in_order: bool = False,
 ) -> list[dict[str, Any]]:
-    """AUC, NE and PCOC of each probability for the values with the most impressions.
+    """Computes AUC, NE and PCOC of each probability for the values with the most impressions.
 
     Args:
         scored: n impressions.
-        codes: int (n,), the value of each, as a place in `names`.
-        names: of the values.
-        most: how many values at most.
-        in_order: give them in the order of `names`, and not those with the most impressions first.
+        codes: int (n,), value of each impression, as an index into `names`.
+        names: names of the values.
+        most: maximum number of values.
+        in_order: whether the values are in the order of `names`, not by descending impressions.
 
     Returns:
         for each value "value", "impressions" and, by `TaskProbability.name`, "ctr auc", "ctr ne",
-        "ctr pcoc" and so on, None if the labels do not allow one.
+        "ctr pcoc" and so on, None if the labels do not determine the figure.
     """
     counts = np.bincount(codes, minlength=len(names))
     largest = np.argsort(-counts, kind="stable")[:most]
@@ -107,7 +107,7 @@ def _slices(
 
     counts = np.bincount(codes, minlength=len(names))
     rows, predicted, observed = total(w), total(w * p), total(w * y)
-    # A quotient of two networks may exceed 1, and then has no variance to speak of.
+    # A quotient of two networks may exceed 1; it then has no variance.
     variance = total(w**2 * np.clip(p * (1 - p), 0, None))
     errors = _calibration_errors(p, y, codes, counts, w).tolist()
     found = []
@@ -131,7 +131,7 @@ def _slices(
 def _calibration_errors(
     p: np.ndarray, y: np.ndarray, codes: np.ndarray, counts: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    """Σ over the bins of a value of |Σ predicted − Σ observed|, (values,)."""
+    """Returns Σ |Σ predicted − Σ observed| over the bins of each value, (values,)."""
     order = np.lexsort((p, codes))
     starts = np.cumsum(counts) - counts
     own = codes[order]

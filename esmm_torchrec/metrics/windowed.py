@@ -1,10 +1,10 @@
-"""TorchRec's own metrics over a sliding window, to follow a model while it trains.
+"""TorchRec's metrics over a sliding window, for monitoring a model during training.
 
 `metric_module` builds a `torchrec.metrics.metric_module.RecMetricModule` with normalised entropy,
 AUC and calibration of every probability of a chain of tasks: by default "ctr" over impressions,
-"cvr" over clicked impressions, "ctcvr" over impressions. It takes what `model_output` makes of
-probabilities and labels, and is a RecMetricModule like any other, in this library's trainer or in
-somebody's pipeline:
+"cvr" over clicked impressions, "ctcvr" over impressions. Its input is the result of `model_output`
+for probabilities and labels. It is an ordinary RecMetricModule, usable in this library's trainer
+and in any other pipeline:
 
     metrics = metric_module(batch_size=4096, world_size=2, rank=rank, device=device)
     for batch in batches:
@@ -13,11 +13,11 @@ somebody's pipeline:
         if metrics.should_compute():                    # every compute_interval_steps, all ranks
             figures = windowed_figures(metrics.compute())                   # on rank 0
 
-where `esmm_torchrec.models.scores.probabilities` reads the probabilities of a model's logits.
+where `esmm_torchrec.models.scores.probabilities` computes the probabilities from a model's logits.
 
-These are running figures. TorchRec's AUC ranks float32 probabilities and orders ties by chance
-(constant scores give 0 or 1 by the order of rows), and is 0.5 if a class is missing;
-`metrics.ranking` gives the figure of record.
+These figures are for monitoring. TorchRec's AUC ranks float32 probabilities and orders ties
+arbitrarily (for constant scores, it is 0 or 1 depending on the order of rows), and is 0.5 if a
+class is missing; `metrics.ranking` computes the figure of record.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.tasks import DEFAULT_TASKS, Task, TaskChain
 
 WINDOW_SIZE = 500_000
-"""Impressions, over all ranks. TorchRec's AUC gathers and sorts the window at each `compute`:
-about 0.1 s on one core for this many."""
+"""Number of impressions in the window, over all ranks. TorchRec's AUC gathers and sorts the window
+at each `compute`, which takes about 0.1 s on one core for this size."""
 
 
 def _label(task: Task) -> str:
-    """Whether the task and all tasks before it happened."""
+    """Returns the name of the label for the task and all tasks before it."""
     return f"{task.name}_label"
 
 
 def _weight(given: Task | None) -> str:
-    """0 for impressions without the task."""
+    """Returns the name of the weight, which is 0 for impressions without the task `given`."""
     return "weight" if given is None else f"{given.name}_weight"
 
 
@@ -66,18 +66,18 @@ def metrics_config(
         RecMetricEnum.CALIBRATION,
     ),
 ) -> MetricsConfig:
-    """TorchRec's configuration, to be used whole or changed by `dataclasses.replace`.
+    """Builds TorchRec's configuration; `dataclasses.replace` can change it.
 
     The probabilities are measured together (FUSED_TASKS_COMPUTATION), which halves the cost of an
-    update: each always has all rows of the batch, some with weight 0.
+    update: each uses all rows of the batch, some with weight 0.
 
     Args:
         tasks: the chain.
-        window_size: impressions over all ranks; of NE and calibration TorchRec keeps the last
-            1000 batches of each rank at most.
+        window_size: impressions over all ranks; for NE and calibration, TorchRec keeps at most the
+            last 1000 batches of each rank.
         compute_interval_steps: updates between two `compute` calls, see
             `RecMetricModule.should_compute`.
-        metrics: which of TorchRec's metrics. Grouped AUC is not among those that work here.
+        metrics: TorchRec's metrics to compute. Grouped AUC is not supported.
     """
     rec_tasks = [
         RecTaskInfo(
@@ -106,14 +106,14 @@ def metric_module(
     compute_interval_steps: int = 100,
     process_group: dist.ProcessGroup | None = None,
 ) -> RecMetricModule:
-    """The module that keeps the window. `compute` is a collective: all ranks call it at the same
-    step, rank 0 gets the figures.
+    """Builds the module that keeps the window. `compute` is a collective: all ranks call it at the
+    same step, and rank 0 gets the figures.
 
     Args:
         batch_size: impressions per rank in one update.
         world_size: number of ranks.
         rank: this rank.
-        device: where probabilities and labels are.
+        device: device of probabilities and labels.
         tasks: the chain.
         window_size: impressions over all ranks.
         compute_interval_steps: updates between two `compute` calls.
@@ -149,20 +149,20 @@ def model_output(
     *,
     tasks: TaskChain = DEFAULT_TASKS,
 ) -> dict[str, torch.Tensor]:
-    """What `RecMetricModule.update` needs to know of a batch. All (B,), on one device.
+    """Returns the input of `RecMetricModule.update` for a batch. All are (B,), on one device.
 
     TorchRec keeps these tensors for the length of the window. Labels and weights are copied, so
     that they keep no batch alive.
 
     Args:
-        probabilities: by `TaskProbability.name`, as `models.scores.probabilities` gives them. A
-            missing one is 0: leave its figures out, see `windowed_figures`.
-        labels: by label of the tasks, 0 or 1.
+        probabilities: `TaskProbability.name` → probability, see `models.scores.probabilities`. A
+            missing one is replaced by 0: leave its figures out, see `windowed_figures`.
+        labels: label → 0 or 1.
         weight: weight of each impression, 0 for padding; None: all 1.
         tasks: the chain.
 
     Returns:
-        float32 (B,) by the names in `metrics_config`, for the default chain: pctr, pcvr, pctcvr,
+        float32 (B,) by the names in `metrics_config`; for the default chain: pctr, pcvr, pctcvr,
         click_label, conversion_label (click · conversion), weight and click_weight (click ·
         weight).
     """
@@ -188,15 +188,15 @@ def model_output(
 def windowed_figures(
     computed: DeferrableMetrics | MetricsResult, known: Iterable[str] | None = None
 ) -> dict[str, float]:
-    """Figures of the window by the names of metrics.json: ctr_ne, cvr_auc, ctcvr_calibration, …
+    """Returns figures of the window by metrics.json's names: ctr_ne, cvr_auc, ctcvr_calibration, …
 
-    Empty on ranks other than 0. A probability without a positive in the window is left out; its
-    calibration shows that. TorchRec then gives an AUC of 0.5, a calibration of 0 and an arbitrary
+    Empty on ranks other than 0. A probability without positives in the window is left out, which
+    its calibration shows: TorchRec then returns an AUC of 0.5, a calibration of 0 and an arbitrary
     NE.
 
     Args:
-        computed: what `RecMetricModule.compute` gave.
-        known: names of the probabilities that the model gives; None: all.
+        computed: result of `RecMetricModule.compute`.
+        known: names of the probabilities that the model has; None: all.
     """
     result = computed.resolve() if isinstance(computed, DeferrableMetrics) else computed
     figures: dict[str, dict[str, float]] = {}

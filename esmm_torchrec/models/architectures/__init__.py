@@ -1,1 +1,1 @@
-"""How features become logits: one part per file."""
+"""Architectures that map features to logits, one per file."""

@@ -1,4 +1,4 @@
-"""Adaptive information transfer from the tower of a task to the tower of the next."""
+"""AITM: adaptive information transfer from the tower of a task to the tower of the next."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from esmm_torchrec.models.towers import Logits, Towers, module_key
 
 
 class Transfer(nn.Module):
-    """Attention of a tower over its own last hidden layer and what the task before passes on.
+    """Attention of a tower over its own last hidden layer and the transfer from the previous task.
 
     Args:
-        before: width of the last hidden layer of the task before.
-        width: of the tower's own, which the result has as well.
-        dtype: what the products are computed in; the softmax is float32.
+        before: width of the last hidden layer of the previous task.
+        width: width of the tower's own last hidden layer, and of the result.
+        dtype: dtype of the products; the softmax is computed in float32.
     """
 
     def __init__(self, before: int, width: int, *, dtype: torch.dtype) -> None:
@@ -35,7 +35,7 @@ class Transfer(nn.Module):
         self.dtype = dtype
 
     def forward(self, before: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """(B, before), (B, width) → (B, width)."""
+        """Maps the last hidden layers, (B, before) and (B, width), to (B, width)."""
         inputs = torch.stack([self._linear(self.passed_on, before).relu_(), own], dim=1)
         value, key, query = (
             self._linear(layer, inputs) for layer in (self.value, self.key, self.query)
@@ -49,11 +49,11 @@ class Transfer(nn.Module):
 
 
 class TransferTowers(nn.Module):
-    """Towers, some of which attend to the tower of the task before.
+    """Towers, some of which attend to the tower of the previous task.
 
     Args:
-        towers: one for each logit.
-        before: name of a logit → name of the logit before it.
+        towers: a tower for each logit.
+        before: name of a logit → name of the previous logit.
         transfers: name of a logit → its attention, for each of `before`.
     """
 
@@ -66,7 +66,7 @@ class TransferTowers(nn.Module):
         self._before = dict(before)
 
     def forward(self, features: torch.Tensor) -> Logits:
-        """(B, F) → logits, float32 (B,) by name."""
+        """Maps features (B, F) to logits, float32 (B,) by name."""
         features = features.to(self.towers.dtype)
         hidden: dict[str, torch.Tensor] = {}
         logits: dict[str, torch.Tensor] = {}
@@ -84,17 +84,17 @@ class Aitm(Architecture):
     """AITM over shared embeddings (Xi et al., "Modeling the Sequential Dependence among Audience
     Multi-step Conversions with Multi-task Learning", KDD 2021).
 
-    In the paper the outputs are P(click) and P(click and conversion), with a penalty if the
+    In the paper, the outputs are P(click) and P(click and conversion), with a penalty if the
     second exceeds the first. Here the tower of a head that is `given` a label attends to the tower
-    of the head with that label, and each logit stays what the objective takes it for: with ESMM's,
-    that of a conversion given a click, so that the product needs no penalty.
+    of the head with that label, and the objective defines each logit: with ESMM's, that of a
+    conversion given a click, so that the product needs no penalty.
     """
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
-        """Towers start as those of the other architectures.
+        """Builds the model; towers start with the weights of the other architectures' towers.
 
         Raises:
-            OptionError: no head is given another.
+            OptionError: no head is conditional on another.
         """
         by_label: dict[str, Head] = {}
         before: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Layers of many experts at once, as one batched product.
+"""Layers of many experts, computed as one batched product.
 
 Shapes: B impressions, E experts, F inputs and H outputs of a layer.
 """
@@ -12,15 +12,15 @@ from torch import nn
 
 
 class BatchedLinear(nn.Module):
-    """E linear layers of the same shape; each starts as `nn.Linear` starts.
+    """E linear layers of the same shape, each initialised like `nn.Linear`.
 
-    Weights are float32 and cast to `dtype` for the product, as those of `Tower` are.
+    Weights are float32 and cast to `dtype` for the product, as in `Tower`.
 
     Args:
         layers: E.
         in_features: F.
         out_features: H.
-        dtype: what the product is computed in.
+        dtype: dtype of the product.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class BatchedLinear(nn.Module):
         self.dtype = dtype
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(E, B, F), or (B, F) for the same inputs to all → (E, B, H)."""
+        """Maps (E, B, F), or (B, F) for the same inputs to all layers, to (E, B, H)."""
         inputs = features.to(self.dtype).expand(self.weight.shape[0], -1, -1)
         return torch.baddbmm(self.bias.to(self.dtype), inputs, self.weight.to(self.dtype))
 
 
 def mixed(gate_logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """What gates make of experts.
+    """Mixes the outputs of experts by gates.
 
     Args:
-        gate_logits: (G, B, E); each gate's softmax over the experts is taken in float32.
+        gate_logits: (G, B, E); the softmax over the experts is computed in float32.
         experts: (E, B, H).
 
     Returns:

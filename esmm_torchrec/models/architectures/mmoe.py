@@ -1,4 +1,4 @@
-"""Multi-gate mixture of experts."""
+"""MMoE: multi-gate mixture of experts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from esmm_torchrec.models.towers import Logits, Towers
 
 
 class MixtureTowers(nn.Module):
-    """Experts that all logits share, a gate over them for each logit, and a tower over its mix.
+    """Experts shared by all logits, a gate over them for each logit, and a tower over each mix.
 
     Args:
-        experts: their layers in turn, each of all experts.
-        gates: a linear layer per logit, over the experts.
-        towers: in the order of the gates.
+        experts: layers in order, each for all experts.
+        gates: a linear layer per logit, with one output per expert.
+        towers: towers in the order of the gates.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MixtureTowers(nn.Module):
         self.towers = towers
 
     def forward(self, features: torch.Tensor) -> Logits:
-        """(B, F) → logits, float32 (B,) by name."""
+        """Maps features (B, F) to logits, float32 (B,) by name."""
         hidden = features
         for layer in self.experts:
             hidden = layer(hidden).relu_()
@@ -48,20 +48,20 @@ class Mmoe(Architecture):
     """MMoE over shared embeddings (Ma et al., "Modeling Task Relationships in Multi-task Learning
     with Multi-gate Mixture-of-Experts", KDD 2018).
 
-    The experts take the first widths of the towers, so that as many layers lie between embeddings
-    and logits as in the other architectures.
+    The experts use the first widths of the towers, so that the number of layers between embeddings
+    and logits is the same as in the other architectures.
     """
 
     num_experts: Positive = 4
-    """Experts, which all logits share."""
+    """Number of experts, shared by all logits."""
     expert_layers: Positive = 1
-    """How many of the hidden layers are the experts'; the others are the towers'."""
+    """Number of hidden layers that belong to the experts; the others belong to the towers."""
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
-        """Towers start as those of the other architectures as far as their shapes are the same.
+        """Builds the model; layers of equal shape start as in the other architectures' towers.
 
         Raises:
-            OptionError: there are fewer hidden layers than the experts are to have.
+            OptionError: there are fewer hidden layers than `expert_layers`.
         """
         expert_widths, widths = split_widths(
             builder.layer_sizes, self.expert_layers, "architecture.expert_layers"
@@ -85,10 +85,10 @@ class Mmoe(Architecture):
 def split_widths(
     layer_sizes: Sequence[int], expert_layers: int, option: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths of the experts' layers and of those left to the towers.
+    """Splits widths into those of the experts' layers and those of the towers.
 
     Raises:
-        OptionError: there are not as many.
+        OptionError: there are fewer widths than `expert_layers`.
     """
     if expert_layers > len(layer_sizes):
         raise OptionError(

@@ -1,4 +1,4 @@
-"""Progressive layered extraction: experts of each task, and experts of all."""
+"""PLE, progressive layered extraction: experts of each task, and shared experts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from esmm_torchrec.models.towers import Logits, Towers
 class ExtractionLevel(nn.Module):
     """One level of customised gate control (CGC).
 
-    There are G groups of n experts each: one of each of the T tasks and, last, the shared one. A
-    task's gate chooses among its own experts and the shared ones, the gate of the shared group
-    among all experts.
+    There are G groups of n experts each: a group per task (T of them) and, last, the shared group.
+    The gate of a task mixes its own experts and the shared ones; the gate of the shared group mixes
+    all experts.
 
     Args:
-        groups: G: T, and 1 for the shared group.
+        groups: G = T + 1.
         experts: n.
         in_features: F.
         out_features: H.
         last: whether it is the last level, which has no gate for the shared group.
-        dtype: what the products are computed in.
+        dtype: dtype of the products.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ExtractionLevel(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(G, B, F) → (G, B, H), without the shared group (T, B, H) if it is the last level."""
+        """Maps (G, B, F) to (G, B, H), or to (T, B, H), without the shared group, if `last`."""
         tasks = self._num_tasks
         # (n, G, B, H), as `mixed` takes the experts of a row.
         hidden = self.experts(features).relu_().unflatten(2, (self._num_experts, -1))
@@ -70,11 +70,11 @@ class ExtractionLevel(nn.Module):
 
 
 class ExtractionTowers(nn.Module):
-    """Levels of extraction, and a tower for each logit over what the last one gives it.
+    """Levels of extraction, and a tower for each logit over its output of the last level.
 
     Args:
-        levels: in turn; the last one gives an output per tower.
-        towers: one for each logit.
+        levels: levels in order; the last has one output per tower.
+        towers: a tower for each logit.
     """
 
     def __init__(self, levels: Sequence[ExtractionLevel], towers: Towers) -> None:
@@ -83,7 +83,7 @@ class ExtractionTowers(nn.Module):
         self.towers = towers
 
     def forward(self, features: torch.Tensor) -> Logits:
-        """(B, F) → logits, float32 (B,) by name."""
+        """Maps features (B, F) to logits, float32 (B,) by name."""
         hidden = features.expand(len(self.towers) + 1, -1, -1)
         for level in self.levels:
             hidden = level(hidden)
@@ -95,17 +95,17 @@ class Ple(Architecture):
     """PLE over shared embeddings (Tang et al., "Progressive Layered Extraction", RecSys 2020);
     with one level it is CGC. An expert is one layer.
 
-    The levels take the first widths of the towers, so that as many layers lie between embeddings
-    and logits as in the other architectures.
+    The levels use the first widths of the towers, so that the number of layers between embeddings
+    and logits is the same as in the other architectures.
     """
 
     num_experts: Positive = 2
-    """Experts of each logit, and as many shared ones."""
+    """Number of experts of each logit, and of shared experts."""
     levels: Positive = 2
-    """How many of the hidden layers are levels of extraction; the others are the towers'."""
+    """Number of hidden layers that are levels of extraction; the others belong to the towers."""
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
-        """Towers start as those of the other architectures as far as their shapes are the same.
+        """Builds the model; layers of equal shape start as in the other architectures' towers.
 
         Raises:
             OptionError: there are fewer hidden layers than levels.

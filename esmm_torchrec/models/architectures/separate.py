@@ -1,4 +1,4 @@
-"""A network per logit, with no parameter in common."""
+"""A separate network per logit, without shared parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esmm_torchrec.models.towers import ByLogit
 
 
 class Network(nn.Module):
-    """Embeddings and a tower of its own: one logit, float32 (B,)."""
+    """Embeddings and a tower for one logit, float32 (B,)."""
 
     def __init__(self, features: PooledFeatures, tower: nn.Module) -> None:
         super().__init__()
@@ -25,20 +25,21 @@ class Network(nn.Module):
         self.tower = tower
 
     def forward(self, features: BatchFeatures | KeyedJaggedTensor) -> torch.Tensor:
-        """Logit of B impressions."""
+        """Computes the logit of B impressions, float32 (B,)."""
         return self.tower(self.features(features))
 
 
 class SeparateNetworks(ByLogit):
-    """One network for each logit, with no parameter in common."""
+    """One network for each logit, without shared parameters."""
 
 
 @dataclass(frozen=True)
 class Separate(Architecture):
-    """A network for each logit, with embeddings of its own."""
+    """A separate network for each logit, with its own embeddings."""
 
     def build(self, heads: Sequence[Head], builder: Builder) -> SeparateNetworks:
-        """The last head's tables keep their names, those of the others are prefixed by theirs."""
+        """Builds the networks; the last head's tables keep their names, others have the prefix of
+        their head."""
         networks: dict[str, Network] = {}
         for head in heads:
             prefix = "" if head is heads[-1] else head.name

@@ -1,4 +1,4 @@
-"""A tower per logit over one set of embeddings: ESMM's architecture."""
+"""ESMM's architecture: a tower per logit over shared embeddings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from esmm_torchrec.models.parts import Architecture, Builder, Head
 def over_shared_embeddings(
     heads: Sequence[Head], builder: Builder, towers: Callable[[int], nn.Module]
 ) -> ESMM:
-    """Towers over one set of embeddings, which start as those of the last head.
+    """Builds towers over shared embeddings, which start with the weights of the last head's.
 
     Args:
         heads: the logits.
-        builder: of the embeddings.
-        towers: builds a module that maps that many features to `Logits`.
+        builder: builder of the embeddings.
+        towers: builds a module that maps a number of features to `Logits`.
     """
     name = heads[-1].starts_as or heads[-1].name
     features = builder.features(name, num_logits=len(heads))
@@ -38,7 +38,7 @@ class SharedBottom(Architecture):
     """A tower for each logit over shared embeddings (Ma et al., SIGIR 2018, figure 2)."""
 
     def build(self, heads: Sequence[Head], builder: Builder) -> ESMM:
-        """Towers start as those of separate networks."""
+        """Builds the model; towers start with the weights of separate networks' towers."""
         return over_shared_embeddings(
             heads, builder, lambda in_features: builder.towers(heads, in_features)
         )

@@ -1,1 +1,1 @@
-"""What features become before the towers of any architecture see them: one part per file."""
+"""Interactions of features, applied before the towers of any architecture, one per file."""

@@ -1,4 +1,4 @@
-"""A cross network."""
+"""DCN V2: a cross network of the features."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class CrossedFeatures(InteractionModule):
         self.cross = LowRankCrossNet(in_features, num_layers=num_layers, low_rank=low_rank)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The crossed features."""
+        """Returns the crossed features, (B, F)."""
         return self.cross(features)
 
 
 @dataclass(frozen=True)
 class Dcn(Interaction):
-    """DCN V2's cross layers of low rank, in float32 (Wang et al., "DCN V2", WWW 2021, equation 2);
+    """DCN V2's low-rank cross layers, in float32 (Wang et al., "DCN V2", WWW 2021, equation 2);
     the towers are the deep part, stacked on them.
     """
 
     num_layers: Positive = 2
-    """Cross layers."""
+    """Number of cross layers."""
     low_rank: Positive = 32
     """Rank of each layer's matrix, at most the number of features."""
 
@@ -41,6 +41,6 @@ class Dcn(Interaction):
         num_embeddings: int,  # noqa: ARG002
         embedding_dim: int,  # noqa: ARG002
     ) -> CrossedFeatures:
-        """The cross network of all features."""
+        """Builds the cross network of all features."""
         rank = min(self.low_rank, in_features)
         return CrossedFeatures(in_features, num_layers=self.num_layers, low_rank=rank)

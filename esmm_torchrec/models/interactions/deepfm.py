@@ -1,4 +1,4 @@
-"""A factorisation machine beside the features."""
+"""DeepFM: a factorisation machine, concatenated with the features."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from esmm_torchrec.models.parts import Interaction, InteractionModule
 
 
 class FactorizedFeatures(InteractionModule):
-    """Features, a deep layer over them and their second-order interactions, side by side.
+    """Concatenation of features, a deep layer over them and their second-order interactions.
 
     Args:
         in_features: F.
-        num_embeddings: N, the first features are N embeddings of the same dim.
-        embedding_dim: of each.
-        width: of the deep layer.
+        num_embeddings: N; the first features are N embeddings of the same dim.
+        embedding_dim: dim of each embedding.
+        width: width of the deep layer.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class FactorizedFeatures(InteractionModule):
         self.machine = FactorizationMachine()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) → (B, F + width + 1)."""
+        """Maps features (B, F) to (B, F + width + 1)."""
         count, dim = self._shape
         embeddings = features[:, : count * dim].unflatten(1, (count, dim))
-        # TorchRec's module multiplies every value of a row with every other. One row for each place
-        # of the embeddings gives the machine of the paper, a sum of inner products.
+        # TorchRec's module multiplies every value of a row by every other. With one row per
+        # position of the embeddings, it is the machine of the paper, a sum of inner products.
         places = embeddings.transpose(1, 2).flatten(0, 1)
         pairs = self.machine([places]).unflatten(0, (-1, dim)).sum(dim=1)
         return torch.cat([features, self.deep([features]), pairs], dim=1)
@@ -45,17 +45,17 @@ class FactorizedFeatures(InteractionModule):
 @dataclass(frozen=True)
 class DeepFm(Interaction):
     """DeepFM's factorisation machine over the embeddings (Guo et al., "DeepFM", IJCAI 2017,
-    equation 2, without the terms of first order), with a deep layer, in float32, as TorchRec's
-    `FMInteractionArch` lays them beside the features; the towers read all of it.
+    equation 2, without the first-order terms) and a deep layer, in float32, concatenated with the
+    features as in TorchRec's `FMInteractionArch`; all of it is the input of the towers.
     """
 
     width: Positive = 32
-    """Of the deep layer."""
+    """Width of the deep layer."""
 
     def build(
         self, in_features: int, num_embeddings: int, embedding_dim: int
     ) -> FactorizedFeatures:
-        """The machine of the embeddings, beside all features."""
+        """Builds the factorisation machine and the deep layer."""
         return FactorizedFeatures(
             in_features,
             num_embeddings=num_embeddings,

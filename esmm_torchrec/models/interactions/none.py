@@ -1,4 +1,4 @@
-"""Features as they are."""
+"""No interaction: features are unchanged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from esmm_torchrec.models.parts import Interaction
 
 @dataclass(frozen=True)
 class NoInteraction(Interaction):
-    """The towers see the pooled features."""
+    """No interaction: the pooled features are the input of the towers."""
 
     def build(self, in_features: int, num_embeddings: int, embedding_dim: int) -> None:  # noqa: ARG002
-        """Nothing."""
+        """Returns None: the features stay unchanged."""
         return
