@@ -34,8 +34,8 @@ ctcvr; log losses are in nats:
                                        that is given another. ESMM's pCVR is known to be too high
                                        there; compare cvr_base_rate, the conversion rate of clicks
     ips_effective_sample_size          (Σw)² / Σw² of the clicks for w = 1 / pCTR, clipped at its
-    ips_effective_sample_share         .9 quantile over them, and as a share of the clicks: what
-                                       weighting by inverse propensities leaves of them
+    ips_effective_sample_share         .9 quantile over them, and as a share of the clicks: the
+                                       part that remains after weighting by inverse propensities
     <task>_share_above_one             share of impressions whose probability exceeds 1, if it is a
                                        quotient
     reasons                            {key: one sentence} for each value that is None
