@@ -1,9 +1,9 @@
-"""Plan in, DistributedModelParallel out, with the weights that went in.
+"""Shards a module by a plan without losing its weights.
 
 DistributedModelParallel discards the weights of an EmbeddingBagCollection on a CPU and draws new
-ones, different on each rank count. Here a collection's weights are carried over; a collection on
-the meta device, which never held any, is drawn block by block from a seed, so that its start
-depends neither on the plan nor on the number of ranks and no rank ever holds a whole table.
+ones, which differ with the number of ranks. `shard` copies the weights instead. A collection on the
+meta device has none: its weights are drawn block by block from a seed, so they depend neither on
+the plan nor on the number of ranks, and no rank ever holds a whole table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from esmm_torchrec.sharding.search import embedding_bag_collections_of
 from esmm_torchrec.sharding.sharders import sharders
 
 DRAWN_ROWS = 1 << 18
-"""Rows of a table drawn at once."""
+"""Number of rows of a table that are drawn at a time."""
 
 
 def shard(
@@ -40,26 +40,28 @@ def shard(
     """Shards every EmbeddingBagCollection of a module by a plan.
 
     Args:
-        module: dense parts on the CPU, equal on all ranks; collections with weights or on "meta".
-        plan: as `make_plan` or a plan file gives it.
+        module: its dense parts are on the CPU and equal on all ranks; its collections have weights
+            or are on "meta".
+        plan: the result of `make_plan` or of `PlanFile.to_sharding_plan`.
         ranks: this process and its device.
-        seed: of the weights of collections on the meta device.
-        zero_row: row that starts at zero in every table, wherever the weights come from; None:
-            no row does. This library's trainer passes `schema.UNKNOWN_ROW`: an unknown id that
-            training never showed then adds nothing, like a missing one.
+        seed: seed of the weights of collections on the meta device.
+        zero_row: row that is set to zero in every table, wherever its weights come from; None: no
+            row is. This library's trainer passes `schema.UNKNOWN_ROW`: unknown ids, if training
+            saw none, then contribute nothing, like missing ones.
 
     Returns:
-        the module on the device of `ranks`, its collections sharded, its weights those that went
-        in. It must be gone before `process_group` ends.
+        the module on the device of `ranks`, with sharded collections and unchanged weights. No
+        reference to it may remain when `process_group` ends.
 
     Raises:
-        KeyError, ValueError: as TorchRec raises them, for a plan of other tables.
+        KeyError, ValueError: raised by TorchRec if the plan is for other tables.
 
-    The ids of each batch are checked against the rows of their tables, see `models.id_range`.
+    The ids of each batch are checked against the number of rows of their tables; see
+    `models.id_range`.
     """
     sources: dict[str, torch.Tensor | EmbeddingBagConfig] = {}
     tables = {}
-    # These check ids themselves.
+    # PooledFeatures checks its ids itself.
     own = {path for path, child in module.named_modules() if isinstance(child, PooledFeatures)}
     for path, collection in embedding_bag_collections_of(module).items():
         configs = collection.embedding_bag_configs()
@@ -90,7 +92,7 @@ def shard(
 
 
 def local_shards(value: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
-    """This rank's parts of a weight or of an optimiser's state, each with its first index in every
+    """Yields this rank's parts of a weight or of an optimiser state, each with its offset in every
     dimension."""
     if isinstance(value, ShardedTensor):
         for part in value.local_shards():
@@ -103,7 +105,7 @@ def local_shards(value: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int,
 def _draw(
     local: torch.Tensor, row: int, column: int, *, config: EmbeddingBagConfig, seed: int
 ) -> None:
-    """Fills rows [row, row + len(local)) of a table, block by block of the whole table."""
+    """Draws the shard that starts at (row, column) of a table, by blocks of the whole table."""
     assert config.init_fn is not None
     rows, columns = local.shape
     for block in range(row // DRAWN_ROWS, (row + rows - 1) // DRAWN_ROWS + 1 if rows else 0):

@@ -1,4 +1,4 @@
-"""Files that people edit, checked against what they must hold."""
+"""Validation of files that users edit."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 class Form(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
 ):
-    """Base of what a file holds. A field that is not one of the form's is an error."""
+    """Base class of the content of a file. An unknown field is an error."""
 
 
 def checked(values: Any, form: type[T], where: str) -> T:
-    """Plain values as a form.
+    """Converts plain values to a form.
 
     Args:
-        values: as JSON or YAML has them.
-        form: a `Form`, or a dataclass.
-        where: what messages begin with: the file, and the entry in it.
+        values: the parsed JSON or YAML.
+        form: a `Form` or a dataclass.
+        where: start of error messages: the file and the entry in it.
 
     Raises:
-        PlanError: the values are not those of the form; one sentence that names the field.
+        PlanError: the values do not match the form; the sentence names the field.
     """
     try:
         return msgspec.convert(values, form)
@@ -48,6 +48,6 @@ def checked(values: Any, form: type[T], where: str) -> T:
 
 
 def either(values: Iterable[Any]) -> str:
-    """Values as a sentence offers them: "a, b or c"."""
+    """Joins values to a list of alternatives: "a, b or c"."""
     names = [str(value) for value in values]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,5 +1,5 @@
-"""What this process may use of its host: memory, cores and threads, the limits of a container
-included. The operating system's own counters tell those of the host only."""
+"""Memory, cores and threads that this process may use, within the limits of its container. The
+operating system's own counters cover the whole host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_memory() -> int:
-    """Bytes of memory: the host's, or the smallest limit of the process's cgroups."""
+    """Returns usable bytes of RAM: the host's, or the smallest limit of this process's cgroups."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder in _cgroups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -21,11 +21,11 @@ def usable_memory() -> int:
 
 
 def usable_cores() -> int:
-    """Cores: those the process is bound to, or the smallest CPU quota of its cgroups; at least
-    1."""
+    """Returns the number of cores that this process is bound to, or the smallest CPU quota of its
+    cgroups if that is lower; at least 1."""
     limits: list[float] = [len(os.sched_getaffinity(0))]
     for folder in _cgroups("cpu"):
-        # Version 2 has quota and period in one file; an unlimited quota is "max", or -1.
+        # Version 2 has quota and period in one file. An unlimited quota is "max" (version 1: -1).
         quota = _numbers(folder / "cpu.max") or [
             *_numbers(folder / "cpu.cfs_quota_us"),
             *_numbers(folder / "cpu.cfs_period_us"),
@@ -36,10 +36,10 @@ def usable_cores() -> int:
 
 
 def threads_per_rank(local_world_size: int) -> int:
-    """Threads of one of `local_world_size` ranks on this host: an equal share of its cores.
+    """Returns the number of threads per rank: an equal share of the cores of this host.
 
-    OMP_NUM_THREADS goes before it if it is above 1. A 1 is not taken as the user's choice:
-    torchrun exports it to every rank unless the user has set the variable.
+    OMP_NUM_THREADS takes precedence if it is above 1. A value of 1 does not count as the user's
+    choice: torchrun exports it to every rank unless the user has set the variable.
     """
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if chosen.isdecimal() and int(chosen) > 1:
@@ -48,8 +48,8 @@ def threads_per_rank(local_world_size: int) -> int:
 
 
 def _cgroups(controller: str) -> Iterator[Path]:
-    """Folders of the cgroups that bound this process, of both versions, from its own up to the
-    root. Inside a container the path is often that of the host and only the root is there."""
+    """Yields the folders of the cgroups (version 1 or 2) that limit this process, from its own to
+    the root. In a container the path is often the host's, and only the root exists."""
     try:
         lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -64,7 +64,7 @@ def _cgroups(controller: str) -> Iterator[Path]:
 
 
 def _numbers(path: Path) -> list[int]:
-    """The positive numbers in a file of a cgroup; none if it does not exist or sets no limit."""
+    """Reads the positive numbers in a cgroup file; none if it does not exist or sets no limit."""
     try:
         words = path.read_text(encoding="utf-8").split()
     except OSError:

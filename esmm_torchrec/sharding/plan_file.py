@@ -1,5 +1,5 @@
-"""A sharding plan as data: which rank holds which part of each table. TorchRec's ShardingPlan is an
-object of one process; this one is checked, saved (`plan_json`), compared and trained with."""
+"""A sharding plan as data: which rank holds which part of each table. TorchRec's ShardingPlan lives
+only in memory; a `PlanFile` can also be checked, saved (`plan_json`) and compared."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class PlanFile:
     world_size: int
     local_world_size: int
     device: str
-    """'cpu' or 'cuda', for which the plan was made."""
+    """Device that the plan was made for: 'cpu' or 'cuda'."""
     tables: Mapping[str, TablePlacement]
     source: str = field(default="the sharding plan", compare=False)
-    """What messages call the plan: its file."""
+    """Name of the plan in messages: its file."""
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -71,11 +71,11 @@ class PlanFile:
         local_world_size: int,
         device: str,
     ) -> PlanFile:
-        """The plan of TorchRec's planner as data.
+        """Converts a plan made by TorchRec's planner.
 
         Args:
-            plan: what `EmbeddingShardingPlanner.plan` returned.
-            tables: the configurations of the tables in the plan (`embedding_tables(module)`).
+            plan: the result of `EmbeddingShardingPlanner.plan`.
+            tables: configurations of the tables in the plan (`embedding_tables(module)`).
         """
         configs = {config.name: config for config in tables}
         placements: dict[str, TablePlacement] = {}
@@ -98,18 +98,18 @@ class PlanFile:
         local_world_size: int,
         device: str | None = None,
     ) -> ShardingPlan:
-        """TorchRec's plan for the EmbeddingBagCollections inside `module`, for
-        DistributedModelParallel.
+        """Returns TorchRec's plan for the EmbeddingBagCollections inside `module`, which
+        DistributedModelParallel takes.
 
         Args:
-            module: one or more EmbeddingBagCollections anywhere in it.
-            world_size, local_world_size: of the run that will use the plan.
-            device: 'cpu' or 'cuda' where it runs; None: the plan's own.
+            module: a module with one or more EmbeddingBagCollections at any depth.
+            world_size, local_world_size: numbers of ranks of the run that will use the plan.
+            device: device of that run, 'cpu' or 'cuda'; None: the plan's own.
 
         Raises:
             PlanError: the plan is for other tables, rows, dimensions, types or ranks, uses
                 grid_shard for a table with mean pooling, which TorchRec pools wrongly, or leaves a
-                CPU rank without a row of a table that is divided.
+                CPU rank without a row of a divided table.
         """
         self._check_run(world_size, local_world_size)
         self._check_tables(embedding_tables(module).values())
@@ -196,7 +196,7 @@ class PlanFile:
 
 
 def embedding_tables(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
-    """Name → configuration of the tables of all EmbeddingBagCollections inside `module`.
+    """Returns name → configuration of the tables of all EmbeddingBagCollections inside `module`.
 
     Raises:
         PlanError: two collections have a table of the same name, or there is no collection.
@@ -222,7 +222,7 @@ def _data_type_name(data_type: DataType) -> str:
 
 def _placement_of(parameter: ParameterSharding, config: EmbeddingBagConfig) -> TablePlacement:
     shards: tuple[Shard, ...] = ()
-    if parameter.sharding_spec is not None:  # it is None under data_parallel
+    if parameter.sharding_spec is not None:  # None under data_parallel
         assert isinstance(parameter.sharding_spec, EnumerableShardingSpec)
         assert parameter.ranks is not None
         shards = tuple(

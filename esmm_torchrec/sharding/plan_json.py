@@ -1,4 +1,4 @@
-"""A plan as JSON, made to be edited::
+"""Sharding plans as JSON, in a form that users can edit::
 
     {
       "format_version": 1,
@@ -17,8 +17,8 @@
     }
 
 `shards` (a list of `{"rank", "offset": [row, column], "size": [rows, columns]}`) may be given
-beside `ranks`; it is written only if it does not follow from the sharding type and the ranks, so
-that a table is moved by changing one number. `ranks` itself may be left out for row_wise and
+in addition to `ranks`. It is written only if it does not follow from the sharding type and the
+ranks, so that changing one number moves a table. `ranks` may be omitted for row_wise and
 data_parallel, which use every rank. `data_type` (float32 by default) and `cache_load_factor` are
 optional.
 """
@@ -50,19 +50,19 @@ class _PlanForm(Form, frozen=True):
     local_world_size: PositiveInt
     device: str
     tables: dict[str, Any]
-    """Each a `TablePlacement`, checked one by one so that messages name the table."""
+    """Values of `TablePlacement`s, checked one by one so that messages name the table."""
 
 
 def write_plan(plan: PlanFile, path: Path | str) -> None:
-    """Writes a plan as JSON. Another plan at `path` is replaced at once: a reader sees the one or
-    the other."""
+    """Writes a plan as JSON. A file at `path` is replaced atomically: a reader sees either the old
+    plan or the new one."""
     text = json.dumps(plan_to_dict(plan), indent=2)
     text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     replace_file(Path(path), f"{text}\n".encode())
 
 
 def plan_to_dict(plan: PlanFile) -> dict[str, Any]:
-    """Plain values in the form of the file."""
+    """Returns the content of the plan's file as plain values."""
     form = _PlanForm(
         format_version=FORMAT_VERSION,
         world_size=plan.world_size,
@@ -77,7 +77,7 @@ def plan_to_dict(plan: PlanFile) -> dict[str, Any]:
 
 
 def _follow(table: TablePlacement, plan: PlanFile) -> bool:
-    """Whether the shards are those that the sharding type and the ranks give."""
+    """Whether the shards follow from the sharding type and the ranks."""
     try:
         return table.shards == derive_shards(table, plan.world_size, plan.local_world_size)
     except PlanError:
@@ -88,8 +88,8 @@ def read_plan(path: Path | str) -> PlanFile:
     """Reads and checks a plan.
 
     Raises:
-        PlanError: the file is not JSON, lacks a field or has one too many, or describes a plan
-            that is impossible; the sentence names the file and the table.
+        PlanError: the file is not JSON, has a missing or an unknown field, or describes an
+            impossible plan; the sentence names the file and the table.
     """
     source = str(path)
     try:

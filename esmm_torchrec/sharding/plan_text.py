@@ -1,4 +1,4 @@
-"""Plans for a person: as a table, compared, and with what should be minded."""
+"""Human-readable plans: tables, comparisons and warnings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from esmm_torchrec.sharding.table_placement import DATA_TYPES, TablePlacement
 
 
 def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
-    """What trains, but otherwise than on one rank; one sentence each.
+    """Returns a sentence for each table that trains differently from training on one rank.
 
     Args:
-        optimizer: of the embeddings, in the spelling of `--sparse-optimizer`.
+        optimizer: optimiser of the tables, a value of `--sparse-optimizer`.
     """
     if optimizer != "rowwise_adagrad":
         return []
@@ -26,7 +26,7 @@ def plan_warnings(plan: PlanFile, *, optimizer: str) -> list[str]:
 
 
 def format_plan(plan: PlanFile) -> str:
-    """The plan as a table for a person: one line per table, and one of totals per rank."""
+    """Formats a plan as text: a line per table, then a line with the weights per rank."""
     lines = [("table", "rows", "dim", "MB", "sharding", "kernel", "ranks")]
     held = [0] * plan.world_size
     for name, table in plan.tables.items():
@@ -53,11 +53,11 @@ def format_plan(plan: PlanFile) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
-    """Lines of cells as columns of equal width.
+    """Formats rows of cells as text with aligned columns.
 
     Args:
-        lines: with a cell for each column.
-        right: columns whose cells are aligned at their right edge.
+        lines: rows with one cell per column.
+        right: indices of the right-aligned columns.
     """
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
@@ -70,14 +70,14 @@ def aligned(lines: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> s
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """Ranks with runs written short: 0-7, 3 or 0,4,2."""
+    """Formats ranks, consecutive ones as a range: 0-7, 3 or 0,4,2."""
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks))
 
 
 def compare_plans(first: PlanFile, second: PlanFile) -> str:
-    """The differences of two plans, a line each; says so if there are none."""
+    """Returns the differences of two plans, one per line, or a line that says there are none."""
     lines = [
         f"{what}: {getattr(first, what)} -> {getattr(second, what)}"
         for what in ("world_size", "local_world_size", "device")

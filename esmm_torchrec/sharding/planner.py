@@ -1,4 +1,5 @@
-"""A sharding plan for training on the ranks at hand: what each table may be, and the machines."""
+"""Makes the sharding plan of a training run, from the options of its tables and the memory of its
+ranks."""
 
 from __future__ import annotations
 
@@ -34,23 +35,23 @@ from esmm_torchrec.sharding.table_placement import every_part_has_a_row
 ShardingOption = Literal[
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"
 ]
-"""What `--sharding` takes. grid_shard is not among them: it ignores the pooling type on one host
-and fails on two."""
+"""Values of `--sharding`. grid_shard is left out: it ignores the pooling type on one host and fails
+on two."""
 
 KernelOption = Literal["fused", "dense"]
-"""fused: the optimiser runs inside the backward pass. dense: gradients reach an optimiser of
-torch's, whatever rows were touched."""
+"""fused: the optimiser runs inside the backward pass. dense: one of torch's optimisers updates all
+rows, whether the batch looked them up or not."""
 
 SparseOptimizerOption = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 """Optimisers of the embedding tables."""
 
 STORAGE_MARGIN = 0.15
-"""Share of memory left to everything the planner does not count."""
+"""Share of memory reserved for everything that the planner does not count."""
 
 
 def kernel_has(kernel: str, optimizer: SparseOptimizerOption, device: str) -> bool:
-    """Whether a kernel exists with an optimiser of the tables on "cuda" or "cpu". Row-wise Adagrad
-    is fused only, and fbgemm has no fused Adam for a CPU."""
+    """Whether a kernel supports an optimiser of the tables on a device, "cuda" or "cpu". Row-wise
+    Adagrad exists only in fused form, and fbgemm has no fused Adam for a CPU."""
     if kernel == EmbeddingComputeKernel.DENSE.value:
         return optimizer != "rowwise_adagrad"
     return optimizer != "adam" or device != "cpu"
@@ -59,10 +60,10 @@ def kernel_has(kernel: str, optimizer: SparseOptimizerOption, device: str) -> bo
 def choose_kernel(
     optimizer: SparseOptimizerOption, *, sharding: ShardingOption, device: torch.device
 ) -> KernelOption:
-    """The kernel that serves an optimiser: fused wherever TorchRec has it.
+    """Returns the kernel for an optimiser: fused if TorchRec has it, else dense.
 
     Raises:
-        PlanError: no kernel does.
+        PlanError: no kernel supports it.
     """
     if sharding != "data_parallel":
         return "fused" if kernel_has("fused", optimizer, device.type) else "dense"
@@ -77,11 +78,11 @@ def choose_kernel(
 def sharding_types(
     sharding: str, *, rows: int, world_size: int, local_world_size: int, device: str
 ) -> tuple[str, ...]:
-    """What a table of `rows` rows may be under a sharding; the one meaning of "auto".
+    """Returns the sharding types that a table of `rows` rows may have under `sharding`.
 
-    auto is table_wise, row_wise and on several hosts table_row_wise. data_parallel has no fused
-    optimiser, and column_wise and grid_shard keep a row's Adagrad momentum once per column shard:
-    none of them is chosen unasked. Nothing is divided on one rank.
+    "auto" allows table_wise, row_wise and, on several hosts, table_row_wise. It leaves out
+    data_parallel, which has no fused optimiser, and column_wise and grid_shard, which keep a row's
+    Adagrad momentum once per column shard. On one rank every table stays whole.
     """
     table_wise = ShardingType.TABLE_WISE.value
     if world_size == 1 and sharding != ShardingType.DATA_PARALLEL.value:
@@ -97,7 +98,7 @@ def sharding_types(
         ShardingType.ROW_WISE.value: world_size,
         ShardingType.TABLE_ROW_WISE.value: local_world_size,
     }
-    # fbgemm's kernels for a CPU need a row of every table on every rank.
+    # fbgemm's CPU kernels need at least one row of every table on every rank.
     return tuple(t for t in types if every_part_has_a_row(rows, parts.get(t, 1))) or (table_wise,)
 
 
@@ -110,21 +111,20 @@ def make_plan(
     kernel: KernelOption,
     workload: Workload,
 ) -> ShardingPlan:
-    """Plans every EmbeddingBagCollection of a module; the same plan on every rank.
+    """Plans the sharding of every EmbeddingBagCollection of a module, equally on all ranks.
 
-    On a CPU, a table of too few rows for each rank to get one is placed whole, whatever the
-    sharding.
+    On a CPU, a table with too few rows to give each rank one stays whole, whatever the sharding.
 
     Args:
-        module: with collections that are not sharded yet, on any device, "meta" included.
-        ranks: this process among the others, in a process group.
-        sharding: one for all tables; "auto" leaves it to TorchRec, between table_wise, row_wise and
-            on several hosts table_row_wise.
-        kernel: "fused", or "dense" if the optimiser of the tables is none of the fused ones.
-        workload: rows, bags and ids to expect of a batch.
+        module: a module whose collections are not sharded yet, on any device, "meta" included.
+        ranks: this process among the others of a process group.
+        sharding: sharding type of all tables; with "auto", TorchRec chooses for each table between
+            table_wise, row_wise and, on several hosts, table_row_wise.
+        kernel: "fused", or "dense" if the optimiser of the tables has no fused form.
+        workload: expected rows, bags and ids of a batch.
 
     Returns:
-        the plan that `shard` takes.
+        the plan, an argument of `shard`.
 
     Raises:
         PlanError: the tables do not fit.
@@ -172,7 +172,7 @@ def _table_options(
 
 
 def _topology(ranks: Ranks) -> Topology:
-    """Memory as it is on this machine, less a margin; bandwidths as TorchRec assumes them."""
+    """This machine: its memory less a margin, and the bandwidths that TorchRec assumes."""
     share = 1 - STORAGE_MARGIN
     hbm = None
     if ranks.device.type == "cuda":

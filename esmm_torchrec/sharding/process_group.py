@@ -1,8 +1,8 @@
-"""Start and end of the process group, and the one place where the device is chosen.
+"""The process group of a run, and the choice of its device.
 
-`with process_group("auto") as ranks:` serves a process that torchrun started and one that runs
-alone. Everything sharded must be local to a function called inside the block: destroying the group
-while a DistributedModelParallel is alive aborts the process now and then.
+`with process_group("auto") as ranks:` works both under torchrun and in a single process. Keep
+everything sharded local to a function called inside the block: destroying the group while a
+DistributedModelParallel is alive sometimes aborts the process.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ T = TypeVar("T")
 DeviceOption = Literal["auto", "cpu", "cuda"]
 
 _GROUP_VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torch.distributed reads from the environment."""
+"""Environment variables that torch.distributed reads."""
 
 PARENT_CHECK_SECONDS = 1.0
-"""How often a rank checks that torchrun is still there."""
+"""Interval, in seconds, at which a rank checks that torchrun is still alive."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Rank 0 alone may prepare data for a while before the others hear of it."""
+"""Timeout of a collective. It is long because the others wait while rank 0 prepares data."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of the job."""
+    """Position of this process among all processes of the job."""
 
     rank: int
     world_size: int
@@ -52,7 +52,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints, writes and decides for all."""
+        """Whether this process prints, writes and decides for all ranks."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -60,14 +60,15 @@ class Ranks:
         dist.barrier()
 
     def from_first(self, work: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
-        """Does `work` on rank 0 alone and gives its (picklable) result to every rank.
+        """Runs `work` on rank 0 only and returns its (picklable) result on every rank.
 
         Args:
-            work: what to do.
-            group: all ranks, by another group than the default one.
+            work: function to run.
+            group: a group of all ranks to use instead of the default one.
 
         Raises:
-            EsmmTorchrecError: as `work` raised it, on every rank, so that none is left waiting.
+            EsmmTorchrecError, OSError: `work` raised it; it is raised on every rank, so that none
+                is left waiting.
         """
         outcome: list[object] = [None, None]
         if self.is_first:
@@ -82,15 +83,15 @@ class Ranks:
 
 
 def on_every_rank(work: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Does `work` on every rank and gives the (picklable) results of all, by rank.
+    """Runs `work` on every rank and returns the (picklable) results of all, in order of rank.
 
     Args:
-        work: what to do; it must not communicate.
-        group: all ranks, by another group than the default one.
+        work: function to run; it must not communicate.
+        group: a group of all ranks to use instead of the default one.
 
     Raises:
-        EsmmTorchrecError, OSError: as `work` raised it on the first rank where it failed, on every
-            rank, so that none is left waiting.
+        EsmmTorchrecError, OSError: `work` raised it. The error of the lowest failing rank is raised
+            on every rank, so that none is left waiting.
     """
     outcome: tuple[T | None, Exception | None]
     try:
@@ -106,20 +107,20 @@ def on_every_rank(work: Callable[[], T], *, group: dist.ProcessGroup | None = No
 
 
 class RankExchange:
-    """Combines arrays of all ranks, which make it together and call its methods in the same order
-    with the same shapes."""
+    """Reduces arrays over all ranks. All ranks must create it together and call its methods in the
+    same order, with the same shapes."""
 
     def __init__(self) -> None:
-        # TorchRec's evaluation pipeline asks for batches in a thread of its own, where collectives
-        # of the default group would mix with those of the model.
+        # TorchRec's evaluation pipeline fetches batches in a separate thread, in which collectives
+        # of the default group would mix with the model's.
         self._group = dist.new_group(backend="gloo")
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """float64, the sums over all ranks."""
+        """Returns the elementwise sums over all ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def max(self, values: np.ndarray) -> np.ndarray:
-        """float64, the maxima over all ranks."""
+        """Returns the elementwise maxima over all ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def _reduced(self, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
@@ -129,10 +130,10 @@ class RankExchange:
 
 
 def choose_device(option: DeviceOption, local_rank: int, local_world_size: int = 1) -> torch.device:
-    """The device of a rank; "auto" is CUDA where each rank of the machine has a GPU, else the CPU.
+    """Returns a rank's device. "auto" is CUDA if each rank of the machine has a GPU, else the CPU.
 
     Raises:
-        OptionError: "cuda" if there is no GPU for this rank.
+        OptionError: the option is "cuda" and there is no GPU for this rank.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if option == "cpu" or (option == "auto" and gpus < local_world_size):
@@ -155,12 +156,12 @@ def choose_device(option: DeviceOption, local_rank: int, local_world_size: int =
 @checks_choices
 @contextmanager
 def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
-    """Joins the group that torchrun describes, or makes one of a single rank; leaves it at the end.
+    """Joins torchrun's process group, or creates one of a single rank, and destroys it at the end.
 
-    On the CPU the cores are divided among the ranks of the machine; gloo carries the collectives.
-    On CUDA, NCCL does. After an error a group of several ranks is left as it is: waiting for the
-    others would hang if only this rank failed. A group of one is left, so that the next block
-    of a notebook finds none.
+    Collectives use gloo on the CPU, where the ranks of a machine share its cores, and NCCL on CUDA.
+    After an error a group of several ranks is not destroyed: waiting for the other ranks would hang
+    if only this rank failed. A group of one is destroyed even then, so that the next block of a
+    notebook can create its own.
 
     Example::
 
@@ -174,8 +175,8 @@ def process_group(device: DeviceOption = "auto") -> Iterator[Ranks]:
         this process among all of them, with its device.
 
     Raises:
-        OptionError: "cuda" if there is no GPU for this rank, or the environment describes only a
-            part of a group.
+        OptionError: `device` is "cuda" and there is no GPU for this rank, or the environment
+            describes a group incompletely.
     """
     has_others = _is_started_as_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -213,7 +214,7 @@ def _is_started_as_rank() -> bool:
     """Whether the environment describes a group of ranks.
 
     Raises:
-        OptionError: it does so only in part.
+        OptionError: it describes one incompletely.
     """
     missing = [name for name in _GROUP_VARIABLES if not os.environ.get(name)]
     if len(missing) == len(_GROUP_VARIABLES):
@@ -237,8 +238,8 @@ def _is_started_as_rank() -> bool:
 
 @contextmanager
 def _ending_with_torchrun(ranks: Ranks) -> Iterator[None]:
-    """Ends this process if torchrun does, which otherwise leaves its ranks running when it is
-    killed. A thread looks, because the rank itself may be waiting for another one."""
+    """Ends this process if torchrun ends: a killed torchrun leaves its ranks running. A thread
+    checks, because the rank itself may be waiting for another rank."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return

@@ -1,7 +1,7 @@
-"""The search for a sharding plan, for training and for estimates: TorchRec's planner, given the
-options of each table, the content of a batch and the machines.
+"""The search for a sharding plan, for training and for estimates. TorchRec's planner chooses from
+the options of each table, given the content of a batch and the machines.
 
-Tables may be on the meta device; nothing is allocated and no process group is needed.
+Tables may be on the meta device. Nothing is allocated, and no process group is needed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from esmm_torchrec.sharding.sharders import sharders
 GIB = 2**30
 
 MAX_IMBALANCE = 1.25
-"""Of the ranks' times with whole tables on a CPU, above which tables may be divided."""
+"""Imbalance of the ranks' times with whole tables on a CPU above which tables may be divided."""
 
 MAX_GREEDY_SHARDS = 4096
-"""Tables times ranks up to which TorchRec's greedy search runs, too."""
+"""Product of tables and ranks up to which TorchRec's greedy search runs in addition."""
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 _DENSE = EmbeddingComputeKernel.DENSE.value
@@ -61,61 +61,63 @@ _IN_HOST_MEMORY = (
 
 @dataclass(frozen=True)
 class Workload:
-    """What the planner should expect of the data."""
+    """Content of a batch that the planner should expect."""
 
     rows_per_rank: int
-    """Impressions of a rank's batch."""
+    """Number of impressions in a rank's batch."""
     mean_ids_per_bag: Mapping[str, float] = field(default_factory=dict)
-    """Feature → mean number of ids per bag; 1 if not given."""
+    """Feature → mean number of ids per bag; 1 for features not listed."""
     bags_per_rank: Mapping[str, int] = field(default_factory=dict)
-    """Feature → bags of it in a rank's batch; `rows_per_rank` if not given. A feature that
-    impressions share is pooled once per distinct shared row."""
+    """Feature → number of its bags in a rank's batch; `rows_per_rank` for features not listed. A
+    shared feature is pooled once per distinct shared row."""
 
 
 def distinct_shared_rows(
     rows_per_rank: int, *, impressions: int, shared_rows: int, shuffle_chunk: int
 ) -> int:
-    """Expected number of distinct shared rows in a rank's batch.
+    """Returns the expected number of distinct shared rows in a rank's batch.
 
     Args:
-        rows_per_rank: impressions of the batch.
-        impressions: of the whole split.
-        shared_rows: of the whole split.
-        shuffle_chunk: up to this many impressions of one shared row stay together in the order.
+        rows_per_rank: number of impressions in the batch.
+        impressions: number of impressions in the whole split.
+        shared_rows: number of shared rows in the whole split.
+        shuffle_chunk: maximum number of impressions of one shared row that stay together when rows
+            are shuffled.
     """
-    # A chunk ends with the impressions of its shared row, however long it may be.
+    # A chunk never extends beyond the impressions of its shared row.
     chunk = min(shuffle_chunk, max(1.0, impressions / shared_rows))
     distinct = expected_distinct(max(1.0, rows_per_rank / chunk), shared_rows)
     return max(1, min(rows_per_rank, round(distinct)))
 
 
 def expected_distinct(draws: float, rows: int) -> float:
-    """Expected number of different rows among `draws` of `rows` that are equally likely."""
+    """Returns the expected number of distinct rows in `draws` draws from `rows` equally likely
+    rows."""
     return -rows * math.expm1(draws * math.log1p(-1 / rows)) if rows > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What the planner may choose from for one table."""
+    """Choices of the planner for one table."""
 
     sharding_types: tuple[str, ...]
     compute_kernels: tuple[str, ...]
-    """dense beside others is for data_parallel, which has no other kernel."""
+    """If dense is one of several, it is for data_parallel, which has no other kernel."""
     min_shard_width: int
-    """Columns of the narrowest shard that column_wise and grid_shard may cut."""
+    """Minimum number of columns of a shard under column_wise and grid_shard."""
     cache: CacheParams | None = None
-    """Of fused_uvm_caching."""
+    """Cache of fused_uvm_caching."""
 
 
 class NoPlanError(Exception):
-    """The tables do not fit; the message is a clause that names what does not fit where."""
+    """Raised if tables do not fit. The message is a clause that names what does not fit where."""
 
     def __init__(self, message: str, tables: Sequence[str] = (), *, alone: bool = False) -> None:
         super().__init__(message)
         self.tables = tuple(tables)
-        """Tables of which one shard alone exceeds a rank's memory, else all of them."""
+        """Tables with a shard that exceeds a rank's memory; all tables if there are none."""
         self.alone = alone
-        """Whether `tables` are too large alone."""
+        """Whether each of `tables` is too large by itself."""
 
 
 def search(
@@ -128,14 +130,14 @@ def search(
     """Lets TorchRec choose and place an option for every table.
 
     Args:
-        module: with EmbeddingBagCollections. If `apply_optimizer_in_backward` gave its parameters
-            their optimisers, the memory of the optimisers' state is counted.
-        options: table name → what it may be.
-        topology: of the ranks, with the memory that tables may fill.
-        workload: what a batch holds.
+        module: a module with EmbeddingBagCollections. The optimiser state is counted if
+            `apply_optimizer_in_backward` has assigned optimisers to its parameters.
+        options: table name → the choices for it.
+        topology: the ranks, with the memory available to tables.
+        workload: the content of a batch.
 
     Returns:
-        one option per table, its shards with ranks, times and memory; the order is TorchRec's.
+        one option per table, in TorchRec's order. Its shards have ranks, times and memory.
 
     Raises:
         NoPlanError: the tables do not fit.
@@ -147,8 +149,8 @@ def search(
         for name, option in options.items()
     }
     if topology.compute_device == "cpu" and whole_only != options:
-        # Ranks on a CPU with equal work train a tenth faster with whole tables
-        # (benchmarks/two_ranks.py); the planner does not see it.
+        # With equal work, ranks on a CPU train a tenth faster with whole tables
+        # (benchmarks/two_ranks.py), which the planner does not know.
         try:
             selected = _plan(module, whole_only, topology, workload)
         except NoPlanError:
@@ -160,7 +162,7 @@ def search(
 
 
 def rank_times(selected: Sequence[ShardingOption], world_size: int) -> list[float]:
-    """Estimated milliseconds per step of each rank."""
+    """Returns the estimated milliseconds per step of each rank."""
     times = [0.0] * world_size
     for option in selected:
         for shard in option.shards:
@@ -171,7 +173,7 @@ def rank_times(selected: Sequence[ShardingOption], world_size: int) -> list[floa
 
 
 def imbalance(values: Sequence[float]) -> float:
-    """The largest value over the mean; 1 is even."""
+    """Returns the largest value divided by the mean; 1 is perfectly even."""
     total = sum(values)
     return max(values) * len(values) / total if total else 1.0
 
@@ -229,7 +231,7 @@ def _plan(
 
 
 def embedding_bag_collections_of(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
-    """Path → every unsharded EmbeddingBagCollection below a module."""
+    """Returns path → unsharded EmbeddingBagCollection, for all of them inside a module."""
     return {
         path: child
         for path, child in module.named_modules()
@@ -239,7 +241,7 @@ def embedding_bag_collections_of(module: nn.Module) -> dict[str, EmbeddingBagCol
 
 @contextmanager
 def _planner_log_off() -> Iterator[None]:
-    """TorchRec's planner logs at length what `NoPlanError` says in a sentence."""
+    """Silences the long log of TorchRec's planner; `NoPlanError` says the same in a sentence."""
     logger = logging.getLogger("torchrec")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -258,7 +260,7 @@ def _constraints(
             option, features = options[config.name], config.feature_names
             kernels = option.compute_kernels
             if kernels == (_DENSE,) and option.sharding_types != (_DATA_PARALLEL,):
-                # TorchRec's planner refuses dense with other types, which train right with it.
+                # TorchRec's planner refuses dense for other types, although they train correctly.
                 kernels = (_FUSED,)
             constraints[config.name] = ParameterConstraints(
                 sharding_types=list(option.sharding_types),
@@ -270,7 +272,7 @@ def _constraints(
                     workload.bags_per_rank.get(f, workload.rows_per_rank) for f in features
                 ],
                 is_weighted=collection.is_weighted(),
-                # fbgemm pools into float32 whatever the type of the rows.
+                # fbgemm pools into float32, whatever the data type of the rows.
                 output_dtype=DataType.FP32,
                 cache_params=option.cache,
             )
@@ -278,8 +280,8 @@ def _constraints(
 
 
 class _PerShape(ShardEstimator):
-    """Asks another estimator once per distinct shape of a table's shards. TorchRec asks for every
-    shard: for 200 row_wise tables on 128 ranks that is 25,600 times, most of the planning time."""
+    """Calls another estimator once per distinct shape of a table's shards. TorchRec estimates every
+    shard: 25,600 for 200 row_wise tables on 128 ranks, which is most of the planning time."""
 
     def __init__(self, estimator: ShardEstimator) -> None:
         self._estimator = estimator
@@ -299,9 +301,9 @@ class _PerShape(ShardEstimator):
 
 
 class _TrainingStorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's, with memory that it leaves out and fbgemm or torch allocates: a momentum per row
-    *and column shard* of row-wise Adagrad, the gradient of a dense kernel, as large as the table,
-    and the float32 state of fused optimisers beside rows of 16 bits."""
+    """TorchRec's estimator, plus memory that fbgemm or torch allocates and TorchRec does not count:
+    row-wise Adagrad's momentum per row *and column shard*, the gradient of a dense kernel (as large
+    as the table), and the float32 state of fused optimisers for 16-bit rows."""
 
     def __init__(
         self,
@@ -333,7 +335,7 @@ class _TrainingStorageEstimator(EmbeddingStorageEstimator):
 
 
 def _uncounted_bytes(table: torch.Tensor, size: Sequence[int], *, dense: bool) -> float:
-    """Bytes of training one shard that TorchRec does not count."""
+    """Returns the bytes needed to train one shard that TorchRec does not count."""
     rows, columns = size
     values, value_bytes = rows * columns, table.element_size()
     if dense:
@@ -346,12 +348,12 @@ def _uncounted_bytes(table: torch.Tensor, size: Sequence[int], *, dense: bool) -
 
 
 class _UniformWithExceptions(Proposer):
-    """For each sharding type a plan in which every table has it that can, and every other table
-    has the option whose largest shard is smallest; at last a plan in which all tables have that.
+    """Proposes one plan per sharding type: every table that can have the type gets it, every other
+    table the option whose largest shard is smallest. In the last plan all tables get the latter.
 
-    TorchRec's UniformProposer gives a type up as soon as one table cannot have it, and its
-    GreedyProposer changes one table per proposal: for 200 tables on 128 ranks 400 proposals, four
-    minutes and a plan a fifth slower than what this finds in three proposals.
+    TorchRec's UniformProposer drops a type as soon as one table cannot have it, and its
+    GreedyProposer changes one table per proposal: for 200 tables on 128 ranks it takes 400
+    proposals and four minutes, and its plan is a fifth slower than what three proposals find here.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -363,7 +365,7 @@ class _UniformWithExceptions(Proposer):
         search_space: list[ShardingOption],
         enumerator: Enumerator | None = None,  # noqa: ARG002
     ) -> None:
-        # TorchRec intersects sets of names, whose order changes from process to process.
+        # TorchRec intersects sets of names, whose order differs between processes.
         search_space.sort(key=lambda o: (o.name, o.sharding_type, o.compute_kernel))
         by_table: dict[str, list[ShardingOption]] = {}
         for option in search_space:
@@ -408,7 +410,7 @@ class _UniformWithExceptions(Proposer):
 
 
 def largest_shard(option: ShardingOption) -> Storage:
-    """The most memory of each kind that one shard of an option takes."""
+    """Returns the maximum memory of each kind that one shard of an option takes."""
     storages = [shard.storage for shard in option.shards if shard.storage is not None]
     return Storage(max(s.hbm for s in storages), max(s.ddr for s in storages))
 
@@ -416,7 +418,7 @@ def largest_shard(option: ShardingOption) -> Storage:
 def _misfit(
     by_table: Mapping[str, Sequence[ShardingOption]], topology: Topology
 ) -> NoPlanError | None:
-    """Why even the options with the smallest shards do not fit, if they do not."""
+    """Returns the error if even the options with the smallest shards do not fit, else None."""
     on_gpu = topology.compute_device == "cuda"
     capacity = topology.devices[0].storage
     fitting = {
@@ -459,7 +461,7 @@ def _misfit(
 
 
 def gib(nbytes: float) -> str:
-    """A number of bytes for a person."""
+    """Formats a number of bytes in GiB."""
     amount = nbytes / GIB
     digits = 0 if amount >= 100 else 1 if amount >= 1 else 3
     return f"{amount:,.{digits}f} GiB"

@@ -1,4 +1,4 @@
-"""The sharders that TorchRec's planner and DistributedModelParallel are given."""
+"""Sharders for TorchRec's planner and DistributedModelParallel."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OutputDist = Callable[[torch.Tensor, EmbeddingShardingContext | None], Awaitable
 
 
 class AnyDeviceSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's own sharder, which on a CPU also offers what works there but is not listed:
-    row_wise and table_row_wise sharding, with unequal batches, too."""
+    """TorchRec's sharder, extended on a CPU by row_wise and table_row_wise, which work there
+    although TorchRec does not list them. Batches may be unequal."""
 
     def shard(
         self,
@@ -40,14 +40,14 @@ class AnyDeviceSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
-        """The sharded collection."""
+        """Returns the sharded collection."""
         sharded = super().shard(module, params, env, device, module_fqn)
         if env.process_group is not None:
             _allow_unequal_batches(sharded, env.process_group)
         return sharded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Sharding types that the planner may choose from."""
+        """Returns the sharding types that the planner may choose from."""
         types = super().sharding_types(compute_device_type)
         if compute_device_type == "cpu":
             types += [ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]
@@ -55,23 +55,23 @@ class AnyDeviceSharder(EmbeddingBagCollectionSharder):
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
-    """What a planner and DistributedModelParallel take as `sharders`."""
+    """Returns the `sharders` argument of a planner and of DistributedModelParallel."""
     return [cast(ModuleSharder[nn.Module], AnyDeviceSharder())]
 
 
 def _allow_unequal_batches(
     sharded: ShardedEmbeddingBagCollection, group: dist.ProcessGroup
 ) -> None:
-    """Lets the row-wise tables of a sharded collection take another number of bags on each rank.
+    """Lets the number of bags differ between ranks in the row-wise tables of a sharded collection.
 
-    They sum parts of pooled embeddings over ranks and scatter them, each rank getting the bags that
-    it asked for. With unequal numbers of bags TorchRec can do that on NCCL alone; on gloo it fails
-    with "allgather: invalid tensor size". Every rank knows the numbers of all from the exchange of
-    ids, so shorter batches are filled up with zeros here, and the result is cut to size.
+    Partial sums of pooled embeddings are reduce-scattered, so that each rank receives its own bags.
+    TorchRec supports unequal numbers of bags only on NCCL; on gloo it fails with "allgather:
+    invalid tensor size". Every rank knows all these numbers from the exchange of ids, so shorter
+    batches are padded with zeros here, and the result is trimmed.
     """
     if dist.get_backend(group) != dist.Backend.GLOO:
         return
-    # A list, which sharded.modules() does not enter.
+    # `_output_dists` is a plain list, so sharded.modules() does not include its modules.
     for module in sharded._output_dists:
         if isinstance(module, RwPooledEmbeddingDist | TwRwPooledEmbeddingDist):
             padded = _padded(module.forward, dist.get_rank(group))

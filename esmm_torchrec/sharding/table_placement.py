@@ -1,4 +1,4 @@
-"""How one table is cut and placed: its shards, and what makes a placement impossible."""
+"""Placement of one table: its shards, and the checks that a placement must pass."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMPUTE_KERNELS = tuple(
         EmbeddingComputeKernel.FUSED_UVM_CACHING,
     )
 )
-"""Kernels that train and that this library configures."""
+"""Kernels for training that this library configures."""
 
 DATA_TYPES: dict[str, tuple[DataType, int]] = {
     "float32": (DataType.FP32, 4),
     "float16": (DataType.FP16, 2),
     "bfloat16": (DataType.BF16, 2),
 }
-"""Name → TorchRec's data type, bytes of one value."""
+"""Name → TorchRec's data type and the bytes per value."""
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 _ON_EVERY_RANK = (ShardingType.ROW_WISE.value, _DATA_PARALLEL)
@@ -41,18 +41,18 @@ _ON_WHOLE_HOSTS = (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.va
 
 
 class Shard(Form, frozen=True, kw_only=False):
-    """One part of a table on one rank."""
+    """A part of a table on one rank."""
 
     rank: NonNegativeInt
     offset: tuple[NonNegativeInt, NonNegativeInt]
-    """First row, first column."""
+    """First row and first column."""
     size: tuple[NonNegativeInt, NonNegativeInt]
-    """Rows, columns."""
+    """Number of rows and of columns."""
 
 
 class TablePlacement(Form, frozen=True):
-    """How one table is cut and where its parts are. `completed` checks it, and fills in `ranks` and
-    `shards` if a file leaves them out."""
+    """Shards of one table and their ranks. `completed` checks a placement and fills in `ranks` and
+    `shards` if a file omits them."""
 
     num_embeddings: PositiveInt
     embedding_dim: PositiveInt
@@ -62,21 +62,22 @@ class TablePlacement(Form, frozen=True):
     """Rank of each shard, in the order of `shards`."""
     data_type: str = "float32"
     cache_load_factor: float | None = None
-    """Share of the rows that the cache of fused_uvm_caching holds; None: the kernel's default."""
+    """Share of the rows in the cache of fused_uvm_caching; None: the kernel's default."""
     shards: Annotated[tuple[Shard, ...], Meta(min_length=1)] = ()
-    """Under data_parallel one whole copy a rank."""
+    """Parts of the table; under data_parallel, a whole copy per rank."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one copy of the weights, optimiser state not counted."""
+        """Bytes of one copy of the weights, without optimiser state."""
         return self.num_embeddings * self.embedding_dim * DATA_TYPES[self.data_type][1]
 
 
 def completed(table: TablePlacement, *, world_size: int, local_world_size: int) -> TablePlacement:
-    """A placement with its ranks and shards.
+    """Checks a placement and returns it with its ranks and shards.
 
     Raises:
-        PlanError: TorchRec does not have it, or not rightly; the sentence names no table.
+        PlanError: TorchRec does not support it, or computes it wrongly. The sentence does not name
+            the table.
     """
     if table.sharding_type not in SHARDING_TYPES:
         raise PlanError(
@@ -117,13 +118,13 @@ def completed(table: TablePlacement, *, world_size: int, local_world_size: int) 
 def derive_shards(
     table: TablePlacement, world_size: int, local_world_size: int
 ) -> tuple[Shard, ...]:
-    """The shards that TorchRec's own `sharding_plan` helpers make of a type and its ranks.
+    """Returns the shards that TorchRec's `sharding_plan` helpers make for a type and its ranks.
 
-    Rows are cut into blocks of ceil(rows / parts), the last ones smaller or empty: the input
-    distribution of TorchRec sends an id to `id // block`, whatever the plan says.
+    Rows are divided into blocks of ceil(rows / parts), the last ones smaller or empty: TorchRec's
+    input distribution sends an id to part `id // block`, whatever the plan specifies.
 
     Raises:
-        PlanError: the ranks do not suit the sharding type.
+        PlanError: the ranks do not match the sharding type.
     """
     kind, ranks = table.sharding_type, table.ranks
     rows, columns = table.num_embeddings, table.embedding_dim
@@ -145,9 +146,9 @@ def derive_shards(
 
 
 def every_part_has_a_row(rows: int, parts: int) -> bool:
-    """Whether blocks of ceil(rows / parts) rows leave no part empty. fbgemm's kernels for a CPU
-    read beyond their arrays where the last of the tables that they hold has no row on a rank, and
-    then fail now and then."""
+    """Whether no part is empty if rows are divided into blocks of ceil(rows / parts). fbgemm's CPU
+    kernels read beyond their arrays, and sometimes fail, if the last of their tables has no row on
+    a rank."""
     return rows > math.ceil(rows / parts) * (parts - 1)
 
 
@@ -212,7 +213,7 @@ def _check_shards(table: TablePlacement, world_size: int, local_world_size: int)
 
 
 def _check_cover(table: TablePlacement) -> None:
-    """Refuses shards that leave a part of the table out or hold a part twice."""
+    """Raises PlanError if the shards do not cover the table or overlap."""
     blocks: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for shard in table.shards:
         columns = (shard.offset[1], shard.offset[1] + shard.size[1])
