@@ -1,1 +1,1 @@
-"""Sharding plans estimated for hardware you do not have: a laboratory that training never loads."""
+"""Estimates sharding plans for hardware you do not have; training never imports this package."""

@@ -1,8 +1,8 @@
-"""What TorchRec's planner expects of a strategy on a number of ranks, without any of them.
+"""Estimates of memory and time for a strategy on a number of ranks, made without the hardware.
 
-Memory and time of every shard come from TorchRec's own estimators; beside them are the towers,
-which the planner does not count. Every time is an estimate: bytes over bandwidths and operations
-over a share of the peak, without latencies and without overlap.
+The estimates of every shard come from TorchRec's planner; those of the towers, which the planner
+does not count, are added. A time is bytes divided by a bandwidth, or operations divided by a share
+of the peak; latencies and overlap are not modelled.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ MAX_RANKS_TRIED = 1024
 
 @dataclass(frozen=True)
 class StepParts:
-    """Milliseconds of one step on the slowest rank; `sum` is the step, nothing overlapping."""
+    """Milliseconds of one step on the slowest rank. Parts do not overlap: their sum is the step."""
 
     forward: float
-    """Look-ups and pooling."""
+    """Time of look-ups and pooling."""
     forward_comms: float
-    """Pooled embeddings to the ranks whose impressions they are."""
+    """Time to send pooled embeddings to the ranks of their impressions."""
     backward: float
-    """Gradients and the fused optimiser."""
+    """Time of gradients and the fused optimiser."""
     backward_comms: float
     prefetch: float
-    """Rows that fused_uvm_caching fetches from the host."""
+    """Time in which fused_uvm_caching fetches rows from the host."""
     towers: float
     towers_all_reduce: float
     input_comms: float
-    """Ids to the ranks that hold their rows. TorchRec's pipeline hides it behind the step before,
-    so it is not part of the sum."""
+    """Time to send ids to the ranks that hold their rows. It is not part of the sum, because
+    TorchRec's pipeline overlaps it with the previous step."""
 
     @property
     def counted(self) -> dict[str, float]:
-        """The parts that count towards the step, by name."""
+        """Parts that count towards the step, by name."""
         return {name: value for name, value in vars(self).items() if name != "input_comms"}
 
     @property
     def step(self) -> float:
-        """All that counts towards the step."""
+        """Milliseconds of the step: the sum of `counted`."""
         return sum(self.counted.values())
 
 
@@ -73,20 +73,20 @@ _PERF_FIELDS = {
     "prefetch": "prefetch_compute",
     "input_comms": "input_dist_comms",
 }
-"""Part of a step → its name in TorchRec."""
+"""Part of a step → its name in TorchRec's `Perf`."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """What the planner found. Arrays are (tables, ranks), in the order of `names`."""
+    """A plan and its estimates. Arrays are (tables, ranks), in the order of `names`."""
 
     plan: PlanFile
     parts: StepParts
     names: tuple[str, ...]
     table_bytes: np.ndarray
-    """Memory of the ranks taken by each table: weights, optimiser state, a batch in and out."""
+    """Bytes of each rank's memory per table: weights, optimiser state, and a batch in and out."""
     table_host_bytes: np.ndarray
-    """The same in the host's memory (fused_uvm*)."""
+    """Bytes of each rank's host memory per table (fused_uvm*)."""
     table_ms: np.ndarray
     placements: Mapping[str, int]
     """'sharding type, kernel' → number of tables."""
@@ -96,18 +96,18 @@ class Placed:
 
     @property
     def memory_imbalance(self) -> float:
-        """The fullest rank's table memory over the mean; 1 is even."""
+        """Table memory of the fullest rank divided by the mean; 1 is perfectly even."""
         return imbalance(self.table_bytes.sum(axis=0).tolist())
 
     @property
     def time_imbalance(self) -> float:
-        """The slowest rank's embedding time over the mean; 1 is even."""
+        """Embedding time of the slowest rank divided by the mean; 1 is perfectly even."""
         return imbalance(self.table_ms.sum(axis=0).tolist())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One strategy on one number of ranks: `placed`, or the reason why it cannot be."""
+    """One strategy on one number of ranks: its plan, or the reason why there is none."""
 
     strategy: Strategy
     world_size: int
@@ -117,33 +117,34 @@ class Estimate:
     towers: TowerEstimate
     placed: Placed | None = None
     reason: str | None = None
-    """One sentence: which table does not fit where and by how much, or what forbids it."""
+    """Sentence that says which table does not fit where and by how much, or what rules the
+    strategy out."""
     remedies: tuple[str, ...] = ()
-    """Changes that were tried and make it fit."""
+    """Changes with which the planner found a plan."""
 
     @property
     def step_ms(self) -> float:
-        """Estimated milliseconds per step; infinite if it does not fit."""
+        """Estimated milliseconds per step; infinite if there is no plan."""
         return self.placed.parts.step if self.placed else math.inf
 
     @property
     def impressions_per_second(self) -> float:
-        """Over all ranks."""
+        """Estimated throughput of all ranks together."""
         return self.batch_size * self.world_size / self.step_ms * 1e3
 
     @property
     def fullest_rank_bytes(self) -> int:
-        """Bytes in use on the fullest rank, the reserve not counted."""
+        """Bytes in use on the fullest rank, without the reserve."""
         assert self.placed is not None
         return int(self.placed.table_bytes.sum(axis=0).max()) + self.capacity.towers
 
     @property
     def plan_file(self) -> str:
-        """Name of the file with the plan."""
+        """Name of the plan's file."""
         return f"plan-{self.strategy}-{self.world_size}.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of plans.json."""
+        """Returns the entry for plans.json."""
         capacity = self.capacity
         entry: dict[str, Any] = {
             "strategy": self.strategy,
@@ -190,7 +191,7 @@ def estimate(scenario: Scenario, strategy: Strategy, world_size: int) -> Estimat
     """Plans a scenario with one strategy on a number of ranks.
 
     Raises:
-        OptionError: the ranks do not fill their hosts.
+        OptionError: the ranks do not fill their last host.
     """
     towers = estimate_towers(scenario, world_size)
     result = Estimate(
@@ -222,7 +223,7 @@ def _fits(scenario: Scenario, strategy: Strategy, world_size: int) -> bool:
 def _remedies(
     scenario: Scenario, strategy: Strategy, world_size: int, misfit: NoPlanError
 ) -> Iterator[str]:
-    """Changes after which the planner finds a place for everything, each of them tried."""
+    """Yields changes with each of which, as tried here, the planner can place all tables."""
     names = misfit.tables
     which = "all tables"
     if misfit.alone:
@@ -279,8 +280,8 @@ def _remedies(
 
 
 def _smaller_batches(scenario: Scenario) -> Iterator[Scenario]:
-    """The same with a half, a quarter and an eighth of the batch. Fewer impressions share fewer
-    rows: at worst each stored row is pooled as before."""
+    """Yields the scenario with a half, a quarter and an eighth of the batch size. Fewer impressions
+    share a row then; at worst as many stored rows are pooled as before."""
     for parts in (2, 4, 8):
         if scenario.batch_size % parts == 0:
             tables = tuple(
@@ -295,7 +296,7 @@ def _smaller_batches(scenario: Scenario) -> Iterator[Scenario]:
 
 
 def _memory_sizes(scenario: Scenario) -> Sequence[float]:
-    """Sizes of memory that can be had."""
+    """Returns memory sizes, in GiB per rank, of available hardware."""
     if scenario.hardware.device == "cpu":
         return [scenario.hardware.memory_gib * factor for factor in (2, 4)]
     return sorted({machine.memory_gib for machine in PRESETS.values() if machine.device == "cuda"})

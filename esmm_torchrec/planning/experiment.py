@@ -1,4 +1,4 @@
-"""A scenario, what the planner found for it, and both as plain text."""
+"""A scenario with its estimates, and their presentation as plain text."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from esmm_torchrec.sharding.search import gib
 
 @dataclass(frozen=True)
 class Experiment:
-    """A scenario and what was found for it."""
+    """A scenario and its estimates."""
 
     scenario: Scenario
     estimates: tuple[Estimate, ...]
 
     @property
     def counts(self) -> list[int]:
-        """Numbers of ranks, ascending."""
+        """Numbers of ranks, in ascending order."""
         return sorted({estimate.world_size for estimate in self.estimates})
 
     @property
     def strategies(self) -> list[Strategy]:
-        """Strategies, in their usual order."""
+        """Strategies, in the order of `STRATEGIES`."""
         tried = {estimate.strategy for estimate in self.estimates}
         return [strategy for strategy in STRATEGIES if strategy in tried]
 
     @property
     def noun(self) -> str:
-        """What a rank is called."""
+        """Word for a rank: "GPU" or "rank"."""
         return "GPU" if self.scenario.hardware.device == "cuda" else "rank"
 
     def ranks(self, count: int) -> str:
-        """A number of ranks with their name."""
+        """Formats a number of ranks, as in "1 GPU" or "8 GPUs"."""
         return f"{count} {self.noun}" if count == 1 else f"{count} {self.noun}s"
 
     def of(self, strategy: str, count: int) -> Estimate:
-        """The estimate of a strategy on a number of ranks."""
+        """Returns the estimate of a strategy on a number of ranks."""
         return next(e for e in self.estimates if e.strategy == strategy and e.world_size == count)
 
     def fastest(self, count: int) -> Estimate | None:
-        """The feasible estimate with the shortest step on a number of ranks."""
+        """Returns the estimate with the shortest step on a number of ranks, if any fits."""
         feasible = [e for e in self.estimates if e.placed and e.world_size == count]
         return min(feasible, key=lambda e: e.step_ms, default=None)
 
     @property
     def misfits(self) -> dict[tuple[Strategy, str, tuple[str, ...]], list[int]]:
-        """(strategy, reason, remedies) → numbers of ranks."""
+        """(strategy, reason, remedies) → numbers of ranks without a plan."""
         counts: dict[tuple[Strategy, str, tuple[str, ...]], list[int]] = {}
         for e in self.estimates:
             if e.reason is not None:
@@ -58,19 +58,19 @@ class Experiment:
 
 
 def milliseconds(value: float) -> str:
-    """A time for a person."""
+    """Formats a time in milliseconds; an infinite one as "no plan"."""
     if math.isinf(value):
         return "no plan"
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def rate(value: float) -> str:
-    """Impressions per second for a person."""
+    """Formats impressions per second in thousands (k/s) or millions (M/s)."""
     return f"{value / 1e6:,.1f} M/s" if value >= 1e6 else f"{value / 1e3:,.0f} k/s"
 
 
 def comparison(experiment: Experiment) -> str:
-    """The estimates as plain text, a line each."""
+    """Formats the estimates as a plain-text table, one per line."""
     noun = experiment.noun
     header = (f"{noun}s", "strategy", "step", "impressions", f"memory per {noun}")
     lines: list[tuple[str, ...]] = [(*header, "imbalance", "tables")]
@@ -98,5 +98,5 @@ def comparison(experiment: Experiment) -> str:
 
 
 def placements(placed: Placed) -> str:
-    """How many tables have which sharding type and kernel."""
+    """Formats the number of tables with each sharding type and kernel."""
     return "; ".join(f"{number} {kind}" for kind, number in placed.placements.items())

@@ -1,7 +1,7 @@
-"""What the planner must know of a machine: presets with their sources, or one's own by file.
+"""Descriptions of machines for the planner: presets with their sources, or a user's YAML file.
 
-Bandwidths are peaks from data sheets, for one rank and one direction, so an estimate made with a
-preset is a best case; `benchmarks/sharding.py` writes a file with what was measured instead.
+Bandwidths of presets are peaks from data sheets, for one rank and one direction, so estimates made
+with them are best cases. `benchmarks/sharding.py` writes a file with measured bandwidths instead.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ from esmm_torchrec.planning.strict_yaml import load_yaml
 from esmm_torchrec.sharding.forms import checked
 
 BYTES_PER_MS = 1e6
-"""Bytes per millisecond, TorchRec's unit, in one GB/s."""
+"""Bytes per millisecond (TorchRec's unit) in 1 GB/s."""
 
 MAX_NUMBER = 1e9
-"""Above every number of a machine, in any of their units."""
+"""Exclusive upper bound of the numbers of a machine, in any unit."""
 
 TowerDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of machine. A rank is a GPU, or on a CPU one process."""
+    """A kind of machine. A rank is a GPU or, on a CPU, a process."""
 
     name: str
     device: Literal["cuda", "cpu"]
     ranks_per_host: int
     memory_gib: float
-    """Memory of a rank: of the GPU, or the process's share of its host."""
+    """Memory of a rank: the GPU's memory, or the process's share of host memory."""
     host_memory_gib: float
-    """A rank's share of the host's memory, where the kernels fused_uvm* keep tables."""
+    """A rank's share of host memory, in which the kernels fused_uvm* keep tables."""
     memory_gb_s: float
-    """Bandwidth of that memory (HBM; of the host on a CPU) for one rank."""
+    """Bandwidth of a rank's memory (HBM, or host memory on a CPU) for one rank."""
     host_to_device_gb_s: float
-    """Between a GPU and its host's memory."""
+    """Bandwidth between a GPU and host memory."""
     intra_host_gb_s: float
-    """From a rank to the others of its host (NVLink)."""
+    """Bandwidth from a rank to the other ranks of its host (NVLink)."""
     inter_host_gb_s: float
-    """From a rank to other hosts (its network card)."""
+    """Bandwidth from a rank to other hosts (its network card)."""
     float32_tflops: float
-    """Peak of matrix products as training runs them in float32 (TF32 on a GPU)."""
+    """Peak of matrix products in float32 as training runs them (TF32 on a GPU)."""
     bfloat16_tflops: float
     tower_efficiency: float = 0.3
-    """Share of that peak the towers reach: an assumption, their matrices are small."""
+    """Share of the peak that the towers reach: an assumption, as their matrices are small."""
     backward_multiplier: float = 2.0
-    """Time of looking up backward, with the update, over forward; 2 is TorchRec's."""
+    """Backward time of a look-up, update included, relative to forward; 2 is TorchRec's value."""
     all_to_all_efficiency: float = 1.0
-    """Share of the links' bandwidth that this collective reaches; the next ones likewise."""
+    """Share of the links' bandwidth that an all-to-all reaches; the next three are analogous."""
     reduce_scatter_efficiency: float = 1.0
     all_gather_efficiency: float = 1.0
     all_reduce_efficiency: float = 1.0
@@ -82,10 +82,10 @@ class Hardware:
                 raise PlanError(f"hardware {self.name!r}: {name} must be at most 1")
 
     def local_world_size(self, world_size: int) -> int:
-        """Ranks on each host when `world_size` ranks fill hosts one after another.
+        """Returns the number of ranks per host if `world_size` ranks fill hosts one after another.
 
         Raises:
-            OptionError: the last host would not be full.
+            OptionError: the last of several hosts would not be full, or `world_size` is below 1.
         """
         if world_size < 1:
             raise OptionError(f"`gpus` {world_size} is not at least 1")
@@ -101,7 +101,7 @@ class Hardware:
 
     @property
     def bandwidths(self) -> RankBandwidths:
-        """Of collectives over its ranks."""
+        """Bandwidths of collectives over the ranks of such machines."""
         return RankBandwidths(
             intra_host=self.intra_host_gb_s * BYTES_PER_MS,
             inter_host=self.inter_host_gb_s * BYTES_PER_MS,
@@ -109,19 +109,19 @@ class Hardware:
         )
 
     def all_reduce_ms(self, nbytes: int, world_size: int) -> float:
-        """Time of a ring that adds up `nbytes` of every rank: reduce-scatter, then all-gather."""
+        """Returns the time of a ring all-reduce of `nbytes`: reduce-scatter, then all-gather."""
         once = self.bandwidths.of_links(
             self.local_world_size(world_size), world_size, CollectiveType.REDUCE_SCATTER
         )
         return 2 * nbytes / (once * self.all_reduce_efficiency)
 
     def topology(self, world_size: int, *, memory_bytes: int, host_memory_bytes: int) -> Topology:
-        """The machine as TorchRec's planner takes it.
+        """Returns the machines in the form that TorchRec's planner takes.
 
         Args:
             world_size: number of ranks.
-            memory_bytes: of each rank, what the planner may give to tables.
-            host_memory_bytes: of each rank's share of its host, likewise.
+            memory_bytes: memory of each rank available to tables.
+            host_memory_bytes: host memory per rank available to tables.
         """
         local_world_size = self.local_world_size(world_size)
         on_gpu = self.device == "cuda"
@@ -144,18 +144,18 @@ class Hardware:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; the same fields that a file may give."""
+        """Returns the fields as plain values, as in a file."""
         return asdict(self) | {"sources": list(self.sources)}
 
 
 @dataclass(frozen=True)
 class RankBandwidths(GeneralizedCommsBandwidth):
-    """Bytes per ms at which a rank's output goes through a collective.
+    """Bandwidths of collectives, in bytes of a rank's output per ms.
 
-    TorchRec divides the whole output of a rank by this. Of an all-to-all, the share for other
-    hosts leaves through the rank's own network card and the share for its host over NVLink, one
-    after the other. Reduce-scatter and all-gather run as rings through all network cards of a
-    host, so that 1/hosts of the output crosses each of them only once. (TorchRec's own
+    TorchRec divides the whole output of a rank by this bandwidth. In an all-to-all, the share for
+    other hosts leaves through the rank's own network card and the share for its host over NVLink,
+    one after the other. Reduce-scatter and all-gather run as rings through all network cards of a
+    host, so that 1/hosts of the output crosses each card only once. (TorchRec's own
     BasicCommsBandwidths sends everything through one card as soon as there are two hosts, and
     all-reduces over the network even on one host.)
     """
@@ -163,7 +163,7 @@ class RankBandwidths(GeneralizedCommsBandwidth):
     intra_host: float
     inter_host: float
     efficiency: Mapping[CollectiveType, float] = field(default_factory=dict)
-    """Share of the links' bandwidth that a collective reaches; 1 where not given."""
+    """Collective → share of the links' bandwidth that it reaches; 1 by default."""
 
     @property
     def intra_host_bw(self) -> float:
@@ -178,14 +178,14 @@ class RankBandwidths(GeneralizedCommsBandwidth):
     def get_bw(
         self, local_world_size: int, world_size: int, collective_type: CollectiveType
     ) -> float:
-        """Bytes of a rank's output per ms; infinite where nothing leaves the rank."""
+        """Returns bytes of a rank's output per ms; infinite if nothing leaves the rank."""
         share = self.efficiency.get(collective_type, 1.0)
         return share * self.of_links(local_world_size, world_size, collective_type)
 
     def of_links(
         self, local_world_size: int, world_size: int, collective_type: CollectiveType
     ) -> float:
-        """The same with every collective as fast as its links."""
+        """Returns the same for a collective that reaches the full bandwidth of its links."""
         if world_size == 1:
             return float("inf")
         hosts = max(1, world_size // local_world_size)
@@ -198,8 +198,8 @@ class RankBandwidths(GeneralizedCommsBandwidth):
             ring = min(self.intra_host, self.inter_host * local_world_size)
         once = ring * world_size / (world_size - 1)
         if collective_type == CollectiveType.ALL_REDUCE:
-            # A ring makes two passes, whatever the hosts; TorchRec's formula makes it one on one
-            # host, one and a half on two and three on more.
+            # A ring makes two passes, whatever the number of hosts. TorchRec's formula counts one
+            # on one host, one and a half on two and three on more.
             counted = {1: 1.0, 2: 1.5}.get(hosts, 3.0)
             return once * counted / 2
         return once
@@ -322,14 +322,14 @@ PRESETS: Mapping[str, Hardware] = {
         ),
     )
 }
-"""Machines by the name that `--gpu` takes."""
+"""Value of `--gpu` → machine."""
 
 
 def preset(name: str) -> Hardware:
-    """The preset called `name`, whatever its case.
+    """Returns the preset called `name`, in upper or lower case.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is no such preset.
     """
     try:
         return PRESETS[name.lower()]
@@ -340,11 +340,11 @@ def preset(name: str) -> Hardware:
 
 
 def read_hardware(path: Path | str) -> Hardware:
-    """One's own machine from a YAML file: the fields of `Hardware`, or `base: <preset>` and those
-    that differ.
+    """Reads a machine from a YAML file: the fields of `Hardware`, or `base: <preset>` and the
+    fields that differ.
 
     Raises:
-        PlanError: the file is not such YAML; the sentence names the file and the field.
+        PlanError: the file is not valid; the sentence names the file and the field.
     """
     values = load_yaml(Path(path))
     if not isinstance(values, dict):
@@ -363,6 +363,6 @@ def read_hardware(path: Path | str) -> Hardware:
 
 
 def write_hardware(hardware: Hardware, path: Path | str) -> None:
-    """Writes a machine so that `read_hardware` and `--hardware` read it."""
+    """Writes a machine to a file for `read_hardware` and `--hardware`."""
     text = yaml.safe_dump(hardware.to_dict(), sort_keys=False, allow_unicode=True, width=100)
     Path(path).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where the planner puts the tables of a scenario, or why it finds no place."""
+"""Placement of the tables of a scenario by TorchRec's planner."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def place(scenario: Scenario, strategy: Strategy, world_size: int) -> list[Shard
     """Lets TorchRec place the tables.
 
     Args:
-        scenario: what is to be trained.
-        strategy: for tables without a constraint.
+        scenario: the tables and the machines.
+        strategy: strategy for tables without a constraint.
         world_size: number of ranks.
 
     Returns:
-        every table's chosen option, its shards with ranks.
+        the chosen option of each table, with ranks for its shards.
 
     Raises:
-        OptionError: the ranks do not fill their hosts.
-        PlanError: something forbids the strategy, whatever the memory.
+        OptionError: the ranks do not fill their last host.
+        PlanError: the strategy is not supported, whatever the memory.
         NoPlanError: the memory is too small.
     """
     capacity = scenario.capacity(world_size)
@@ -73,11 +73,11 @@ def place(scenario: Scenario, strategy: Strategy, world_size: int) -> list[Shard
 
 @lru_cache(maxsize=2)
 def _module(tables: TableList, sparse_optimizer: SparseOptimizerOption) -> nn.Module:
-    """The tables with their optimiser. Many placements of one scenario are tried, and making 363
-    tables takes longer than placing them."""
+    """Returns the tables with their optimiser. The result is cached, because many placements of one
+    scenario are tried and creating 363 tables takes longer than placing them."""
     module = tables.to_module()
-    # The planner reads the optimiser's class from the parameter. A new dict for each, since this
-    # changes the one it is given.
+    # The planner reads the optimiser's class from the parameter. Each call gets a new dict, because
+    # it modifies its argument.
     for parameter in module.parameters():
         apply_optimizer_in_backward(_OPTIMIZERS[sparse_optimizer], [parameter], {"lr": 0.01})
     return module
@@ -86,7 +86,7 @@ def _module(tables: TableList, sparse_optimizer: SparseOptimizerOption) -> nn.Mo
 def _table_options(
     scenario: Scenario, strategy: Strategy, world_size: int, table: PlannedTable
 ) -> TableOptions:
-    """By the strategy and --kernels, and before these by the constraints."""
+    """Returns the choices for a table. Constraints take precedence over strategy and kernels."""
     hardware = scenario.hardware
     kinds: tuple[str, ...] = (strategy,)
     kernels: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def _table_options(
     )
     named, kernels = bool(kernels), _existing(scenario, kernels or scenario.kernels)
     if not named and ShardingType.DATA_PARALLEL.value in types:
-        # It has no other kernel, which nobody need say.
+        # data_parallel has no other kernel, so users need not name it.
         kernels = (_DENSE,) if len(types) == 1 else tuple(dict.fromkeys((*kernels, _DENSE)))
     return TableOptions(
         sharding_types=tuple(types),
@@ -120,8 +120,8 @@ def _table_options(
 
 
 def _existing(scenario: Scenario, kernels: tuple[str, ...]) -> tuple[str, ...]:
-    """Those in which the optimiser exists; all if it exists in none. dense is alone: the planner
-    takes it as fused, and only the memory of its gradient is its own."""
+    """Returns the kernels in which the optimiser exists; all if it exists in none. dense is never
+    mixed with others: the planner treats it as fused, with the memory of its gradient added."""
     optimizer, device = scenario.sparse_optimizer, scenario.hardware.device
     existing = tuple(kernel for kernel in kernels if kernel_has(kernel, optimizer, device))
     return tuple(kernel for kernel in existing if kernel != _DENSE) or existing or kernels
@@ -132,16 +132,16 @@ def _cache(
 ) -> CacheParams:
     return CacheParams(
         load_factor=share or UVM_CACHING_RATIO,
-        # Rows are brought into the cache before they are looked up. Without this TorchRec charges
-        # a look-up the way to the host, too, which it charges the prefetch.
+        # Rows are fetched into the cache before the look-up. Without this TorchRec counts the
+        # transfer from the host twice, in the look-up and in the prefetch.
         prefetch_pipeline=True,
         stats=EvenLookups(_distinct_rows(scenario, table, world_size)),
     )
 
 
 def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> float:
-    """Expected number of rows of a table that the batches of one step touch, if all rows are
-    equally likely."""
+    """Returns the expected number of distinct rows of a table in the batches of one step, if all
+    rows are equally likely."""
     bags = world_size * scenario.batch_size / table.shared_by
     lookups = bags * sum(feature.pooling_factor for feature in table.features)
     return expected_distinct(lookups, table.num_embeddings)
@@ -149,30 +149,30 @@ def _distinct_rows(scenario: Scenario, table: PlannedTable, world_size: int) -> 
 
 @dataclass(frozen=True)
 class EvenLookups(CacheStatistics):
-    """Look-ups spread evenly over the rows of a table: the worst case for a cache, assumed because
-    the popularity of ids is not known. Without statistics TorchRec's planner takes the prefetch as
-    free."""
+    """Cache statistics of look-ups spread evenly over the rows of a table: the worst case for a
+    cache, assumed because the popularity of ids is unknown. Without statistics TorchRec's planner
+    assumes that the prefetch takes no time."""
 
     distinct_rows: float
-    """Touched in a step, on all ranks together."""
+    """Number of distinct rows looked up in a step, on all ranks together."""
 
     @property
     def expected_lookups(self) -> float:
-        """Distinct rows of a step."""
+        """Distinct rows looked up in a step."""
         return self.distinct_rows
 
     def expected_miss_rate(self, clf: float) -> float:
-        """Share of the rows that are not in a cache of a share `clf` of them."""
+        """Returns the share of rows outside a cache that contains a share `clf` of them."""
         return 1 - clf
 
     @property
     def cacheability(self) -> float:
-        """Mean miss rate over all sizes of the cache."""
+        """Mean miss rate over all cache sizes."""
         return 0.5
 
 
 def _check_trainable(scenario: Scenario, table: PlannedTable, options: TableOptions) -> None:
-    """Raises PlanError if a table cannot be trained so, whatever the memory."""
+    """Raises PlanError if a table cannot be trained with these options, whatever the memory."""
     device, optimizer = scenario.hardware.device, scenario.sparse_optimizer
     device_name = "GPU" if device == "cuda" else "CPU"
     sharder = AnyDeviceSharder()

@@ -1,4 +1,4 @@
-"""Pictures of an experiment with sharding plans, as PNG."""
+"""Plots of an experiment with sharding plans, as PNG."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from esmm_torchrec.planning.experiment import Experiment, milliseconds, rate
 from esmm_torchrec.sharding.search import GIB, gib
 
 TABLES_NAMED = 8
-"""Tables, or families of tables alike, with a colour of their own in a panel of a plot; the others
-share one."""
+"""Maximum number of tables, or families of equal tables, with a separate colour in a panel of a
+plot; the others share one colour."""
 
 DOTS_PER_INCH = 110
 
@@ -58,7 +58,7 @@ PARTS = (
 
 
 def draw_plots(experiment: Experiment) -> dict[str, bytes]:
-    """Name → PNG: step by strategy, parts of a step, throughput, and one per feasible estimate."""
+    """Returns name → PNG: steps, parts of a step, throughput, and a plot per feasible estimate."""
     images = {
         "step-by-strategy": _png(_heat_map(experiment)),
         "parts-of-a-step": _png(_parts_plot(experiment)),
@@ -73,7 +73,7 @@ def draw_plots(experiment: Experiment) -> dict[str, bytes]:
 
 
 def ranks_plot_name(estimate: Estimate) -> str:
-    """Name of the picture with memory and time of every rank."""
+    """Returns the name of the plot with memory and time of every rank."""
     return f"ranks-{estimate.strategy}-{estimate.world_size}"
 
 
@@ -183,7 +183,7 @@ def _scaling_plot(experiment: Experiment) -> Figure:
     figure = Figure(figsize=(7.5, 4.6))
     axes = figure.subplots()
     counts = experiment.counts
-    # Strategies often coincide: the first is drawn broadest, the last on top and thinnest.
+    # Lines of strategies often coincide: the first is the widest, the last, on top, the thinnest.
     widths = np.linspace(5, 1.5, len(experiment.strategies))
     for strategy, width in zip(experiment.strategies, widths, strict=True):
         points = [
@@ -232,7 +232,7 @@ def _scaling_plot(experiment: Experiment) -> Figure:
 
 
 def _ranks_plot(estimate: Estimate, experiment: Experiment) -> Figure:
-    """Memory and time of every rank, stacked by table."""
+    """Plots memory and time of every rank, stacked by table."""
     placed, capacity = estimate.placed, estimate.capacity
     assert placed is not None
     in_host = placed.table_host_bytes.any()
@@ -266,7 +266,7 @@ def _ranks_plot(estimate: Estimate, experiment: Experiment) -> Figure:
     if estimate.world_size <= 16:
         rows[-1].set_xticks(range(estimate.world_size))
     for axes in rows:
-        # From the top of the stack down, as the bars are read.
+        # The legend lists families from the top of the stack down.
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(
             handles[::-1],
@@ -287,7 +287,7 @@ def _percent(experiment: Experiment) -> str:
 
 @dataclass(frozen=True)
 class _Family:
-    """Tables of one entry of the list, drawn as one."""
+    """Tables of one entry of the list, plotted together."""
 
     label: str
     rows: list[int]
@@ -295,7 +295,7 @@ class _Family:
 
 
 def _families(experiment: Experiment, placed: Placed) -> list[_Family]:
-    """The families of the placed tables, each with the same colour in all panels."""
+    """Returns the families of the placed tables. A family has the same colour in all panels."""
     named = {table.name: table.family or table.name for table in experiment.scenario.tables.tables}
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(placed.names):
@@ -305,7 +305,7 @@ def _families(experiment: Experiment, placed: Placed) -> list[_Family]:
     def share(family: str) -> float:
         return max(v[rows[family]].sum() / v.sum() if v.any() else 0.0 for v in measures)
 
-    # Beyond the colours that can be distinguished, the small ones take turns with them, paler.
+    # There are only so many distinguishable colours: small families reuse them, paler.
     ordered = sorted(rows, key=share, reverse=True)
     colours = (*TABLE_COLOURS, *(_paler(colour) for colour in TABLE_COLOURS))
     return [
@@ -319,7 +319,7 @@ def _families(experiment: Experiment, placed: Placed) -> list[_Family]:
 
 
 def _paler(colour: str) -> str:
-    """A colour half way to white."""
+    """Returns a colour half way to white."""
     channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return "#" + "".join(f"{(channel + 255) // 2:02x}" for channel in channels)
 
@@ -327,8 +327,8 @@ def _paler(colour: str) -> str:
 def _stack(
     axes: Axes, families: Sequence[_Family], values: np.ndarray, *, start: float = 0.0
 ) -> None:
-    """Values of every rank, stacked by family: those with the most of these values by name.
-    One patch per family: a bar per rank takes matplotlib seconds for 128 ranks."""
+    """Plots values of every rank, stacked by family; only the families with the largest totals are
+    named. There is one patch per family, as a bar per rank takes seconds for 128 ranks."""
     edges = np.arange(values.shape[1] + 1) - 0.5
     base = np.zeros(values.shape[1])
 

@@ -1,7 +1,7 @@
 """report.html of an experiment with sharding plans: one self-contained page.
 
-Written for a reader who decides what to rent and has not seen the code: what was asked, what fits,
-what a step would cost, why something does not fit, and what the numbers leave out.
+Its readers decide which hardware to rent and have not seen the code. It states the question, the
+plans that fit, the time of a step, why other plans do not fit, and what the numbers leave out.
 """
 
 from __future__ import annotations

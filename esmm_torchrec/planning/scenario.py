@@ -1,4 +1,4 @@
-"""What is to be trained, on which machines, and how much of their memory is left for tables."""
+"""Scenarios: tables to train, machines, and the memory that is left for the tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Strategy = Literal[
     "grid_shard",
     "data_parallel",
 ]
-"""One sharding type for all tables, or auto: the planner chooses for each table."""
+"""A sharding type for all tables, or auto: the planner chooses for each table."""
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -36,27 +36,27 @@ Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 CACHING: Kernel = "fused_uvm_caching"
 
 DEFAULT_COLUMN_WIDTH = 32
-"""Narrowest column shard; the kernels move 32 columns in the time of fewer."""
+"""Minimum number of columns of a shard; kernels take as long for fewer columns as for 32."""
 
 DEFAULT_BATCH_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the tables whose name matches a pattern must use, whatever the strategy says."""
+    """Options of the tables whose name matches a pattern, whatever the strategy."""
 
     pattern: str
-    """As in a shell: `user_*`."""
+    """Pattern with a shell's wildcards: `user_*`."""
     sharding_types: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     cache_load_factor: float | None = None
 
 
 def parse_constraint(text: str) -> Constraint:
-    """Reads `PATTERN=WORD,WORD…`, a word being a sharding type, a kernel or `cache=SHARE`.
+    """Parses `PATTERN=WORD,WORD…`. A word is a sharding type, a kernel or `cache=SHARE`.
 
     Raises:
-        OptionError: a word is none of these, or the words exclude each other.
+        OptionError: a word is unknown, or the words exclude each other.
     """
     pattern, equals, words = text.partition("=")
     if not pattern or not equals or not words:
@@ -91,24 +91,24 @@ def parse_constraint(text: str) -> Constraint:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is to be trained, and on which machines."""
+    """Tables to train, and machines to train them on."""
 
     tables: TableList
     hardware: Hardware
     batch_size: int
     """Impressions per rank and step."""
     kernels: tuple[Kernel, ...] = ("fused",)
-    """Kernels the planner may choose from, for tables without a constraint."""
+    """Kernels that the planner may choose from for tables without a constraint."""
     cache_load_factor: float | None = None
     """Share of a table's rows that fused_uvm_caching keeps on the GPU; None: TorchRec's 0.2."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
     constraints: tuple[Constraint, ...] = ()
-    """Later ones go before earlier ones."""
+    """Options of tables by name; later ones take precedence over earlier ones."""
     column_width: int = DEFAULT_COLUMN_WIDTH
-    """Narrowest column shard."""
+    """Minimum number of columns of a shard."""
     reserve: float = STORAGE_MARGIN
-    """Share of memory left to what nobody counts: CUDA itself, buffers of the collectives,
-    fragmentation, the next batch."""
+    """Share of memory reserved for everything that is not counted: CUDA itself, buffers of
+    collectives, fragmentation, the next batch."""
     towers: tuple[int, ...] = (360, 200, 80)
     """Widths of the hidden layers of each of the two towers."""
     tower_dtype: TowerDtype = "float32"
@@ -150,7 +150,7 @@ class Scenario:
             )
 
     def _may_cache(self, constraint: Constraint) -> bool:
-        """Whether a table that a constraint matches may have the kernel with a cache."""
+        """Whether a table that a constraint matches may have the caching kernel."""
         if constraint.kernels:
             return CACHING in constraint.kernels
         return CACHING in self.kernels or any(
@@ -162,7 +162,7 @@ class Scenario:
         )
 
     def topology(self, world_size: int) -> Topology:
-        """The machines as TorchRec's planner takes them, with the memory that it may fill."""
+        """Returns the machines and their memory for tables as TorchRec's planner takes them."""
         capacity = self.capacity(world_size)
         return self.hardware.topology(
             world_size,
@@ -171,7 +171,7 @@ class Scenario:
         )
 
     def capacity(self, world_size: int) -> Capacity:
-        """Memory of one of `world_size` ranks."""
+        """Returns the memory of one of `world_size` ranks."""
         hardware = self.hardware
         total = int(hardware.memory_gib * GIB)
         host_total = int(hardware.host_memory_gib * GIB) if hardware.device == "cuda" else 0
@@ -186,29 +186,30 @@ class Scenario:
 
 @dataclass(frozen=True)
 class TowerEstimate:
-    """The two towers, replicated on every rank: not counted by the planner, estimated here."""
+    """Estimates of the two towers on a rank. Each rank has a copy, which the planner ignores."""
 
     parameters: int
     compute_ms: float
-    """Forward and backward of one step, at the assumed share of the peak."""
+    """Time of forward and backward in one step, at the assumed share of the peak."""
     all_reduce_ms: float
-    """Their gradients over all ranks."""
+    """Time of the all-reduce of the gradients."""
     memory_bytes: int
-    """Weights, gradients, Adam's moments, the all-reduce's copy, and activations."""
+    """Bytes of weights, gradients, Adam's moments, the all-reduce's buffer, and activations."""
 
 
 def estimate_towers(scenario: Scenario, world_size: int) -> TowerEstimate:
-    """Time and memory of ESMM's two towers and their input on one rank."""
+    """Estimates time and memory of ESMM's two towers and their input on one rank."""
     widths = (scenario.tables.tower_width, *scenario.towers, 1)
     layers = list(pairwise(widths))
     weights = 2 * sum(a * b for a, b in layers)
     parameters = weights + 2 * sum(b for _, b in layers)
     hardware = scenario.hardware
     tflops = {"float32": hardware.float32_tflops, "bfloat16": hardware.bfloat16_tflops}
-    # 2 operations a weight and impression forward, twice that backward.
+    # 2 operations per weight and impression forward, twice as many backward.
     operations = 6 * scenario.batch_size * weights
     per_ms = tflops[scenario.tower_dtype] * 1e9 * hardware.tower_efficiency
-    # Pooled, concatenated and their gradient; each hidden layer before and after ReLU, and theirs.
+    # Pooled and concatenated input and its gradient; each hidden layer before and after ReLU, and
+    # the gradients of both.
     activations = 4 * scenario.batch_size * (3 * widths[0] + 2 * 4 * sum(scenario.towers))
     return TowerEstimate(
         parameters=parameters,
@@ -226,15 +227,15 @@ class Capacity:
     reserved: int
     towers: int
     host_total: int
-    """The rank's share of its host's memory, all of it; 0 on a CPU, where `total` is that."""
+    """The rank's whole share of host memory; 0 on a CPU, for which `total` is that share."""
     host_reserved: int
 
     @property
     def for_tables(self) -> int:
-        """What the planner may fill."""
+        """Memory available to tables."""
         return self.total - self.reserved - self.towers
 
     @property
     def host_for_tables(self) -> int:
-        """What the planner may fill of the host's memory."""
+        """Host memory available to tables."""
         return self.host_total - self.host_reserved

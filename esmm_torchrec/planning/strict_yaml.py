@@ -1,4 +1,4 @@
-"""YAML in which a repeated key is an error and mistakes are named by file and line."""
+"""YAML that rejects repeated keys and reports errors by file and line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from esmm_torchrec.errors import PlanError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's own loader silently keeps the last of two equal keys."""
+    """Rejects repeated keys, of which PyYAML's own loader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -28,10 +28,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_yaml(path: Path) -> Any:
-    """The value in a YAML file.
+    """Reads a YAML file.
 
     Raises:
-        PlanError: the file is not YAML or repeats a key; the sentence names the line.
+        PlanError: the file is not valid YAML or repeats a key; the sentence names the line.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)

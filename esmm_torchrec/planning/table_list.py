@@ -1,21 +1,21 @@
-"""The embedding tables of a model as a list, without the model: a YAML file or a schema.
+"""A list of embedding tables, read from a YAML file or derived from a model.
 
 The file::
 
-    batch_size: 4096              # impressions per rank and step; --batch-size goes before it
+    batch_size: 4096              # impressions per rank and step; --batch-size overrides it
     tables:
       - name: item
         num_embeddings: 23500000
         embedding_dim: 16
-        features: [item]          # names, or how many; one if left out
+        features: [item]          # names, or their number; 1 by default
         pooling: sum              # or mean
-        pooling_factor: 1         # mean ids per bag; a list where features differ
+        pooling_factor: 1         # mean ids per bag; a list if features differ
         weighted: false           # whether each id carries a weight
         data_type: float32        # or float16, bfloat16
         shared_by: 1              # impressions that share a stored row, within a batch
-        count: 1                  # that many tables alike, named item_0, item_1, ...
+        count: 1                  # number of equal tables, named item_0, item_1, ...
 
-All but the first three fields of a table may be left out.
+All fields of a table except the first three are optional.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from esmm_torchrec.sharding.table_placement import DATA_TYPES
 Pooling = Literal["sum", "mean"]
 
 MAX_TABLE_VALUES = 2**56
-"""Values, of which the optimiser's state is a multiple: what counts bytes in 64 bits holds them."""
+"""Maximum number of values of a table, so that bytes fit into 64 bits, optimiser state included."""
 
 MAX_COUNT = 10_000
-"""Tables, or features of a table, that one entry may describe."""
+"""Maximum number of tables, or of features of a table, in one entry."""
 
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 FeatureName = Annotated[str, Meta(min_length=1)]
@@ -55,16 +55,16 @@ FeatureName = Annotated[str, Meta(min_length=1)]
 
 @dataclass(frozen=True)
 class PlannedFeature:
-    """A feature and what a batch holds of it."""
+    """A feature of a table."""
 
     name: str
     pooling_factor: float = 1.0
-    """Mean ids per bag."""
+    """Mean number of ids per bag."""
 
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """One table to place."""
+    """A table to place."""
 
     name: str
     num_embeddings: int
@@ -74,9 +74,9 @@ class PlannedTable:
     weighted: bool = False
     data_type: str = "float32"
     shared_by: float = 1.0
-    """Impressions of a batch that share a stored row; its bags are pooled once for them."""
+    """Number of impressions of a batch that share a stored row, whose bags are pooled only once."""
     family: str = ""
-    """Name of the entry with a `count` that the table is of; none: the table's own."""
+    """Name of the entry, if its `count` describes several tables; else empty."""
 
     @property
     def nbytes(self) -> int:
@@ -86,19 +86,19 @@ class PlannedTable:
 
 @dataclass(frozen=True)
 class TableList:
-    """The tables of a model and the size of its batches."""
+    """The tables of a model and the batch size."""
 
     tables: tuple[PlannedTable, ...]
     batch_size: int | None = None
-    """Impressions per rank and step, if the source says."""
+    """Impressions per rank and step; None if the source does not specify it."""
     dense_features: int = 0
-    """Dense features that the towers take beside the embeddings."""
+    """Number of dense features in the input of the towers, in addition to the embeddings."""
     source: str = "the tables"
-    """What messages call the list: its file."""
+    """Name of the list in messages: its file."""
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of all tables."""
+        """Number of rows of all tables."""
         return sum(table.num_embeddings for table in self.tables)
 
     @property
@@ -108,14 +108,14 @@ class TableList:
 
     @property
     def tower_width(self) -> int:
-        """Columns of a tower's input: all features' embeddings and the dense features. A feature
-        that two networks look up in tables of their own counts once."""
+        """Width of a tower's input: all features' embeddings and the dense features. A feature that
+        two networks look up in separate tables counts once."""
         columns = {f.name: table.embedding_dim for table in self.tables for f in table.features}
         return self.dense_features + sum(columns.values())
 
     @property
     def not_trainable(self) -> str | None:
-        """Why `train` cannot have such tables, in a clause; None: it can."""
+        """Clause that says why `train` does not support these tables; None if it does."""
         for table in self.tables:
             if table.data_type != "float32":
                 return f"its tables are float32, and table {table.name!r} is {table.data_type}"
@@ -131,7 +131,7 @@ class TableList:
         return None
 
     def workload(self, rows_per_rank: int) -> Workload:
-        """What a batch of a rank holds of the features."""
+        """Returns the expected content of a rank's batch."""
         features = [(feature, table) for table in self.tables for feature in table.features]
         return Workload(
             rows_per_rank,
@@ -140,8 +140,8 @@ class TableList:
         )
 
     def to_module(self) -> nn.Module:
-        """The tables on the meta device, nothing allocated: an EmbeddingBagCollection for those
-        that agree in being weighted and in `shared_by`, by the names of `collections`."""
+        """Returns a module with the EmbeddingBagCollections of `collections`, by name, on the meta
+        device: nothing is allocated."""
         return nn.ModuleDict(
             {
                 name: EmbeddingBagCollection(
@@ -155,8 +155,8 @@ class TableList:
 
     @property
     def collections(self) -> dict[str, tuple[PlannedTable, ...]]:
-        """Name of an EmbeddingBagCollection → its tables. `is_weighted` and the number of bags of
-        a batch hold for a whole collection."""
+        """Name of an EmbeddingBagCollection → its tables. Tables are grouped by `weighted` and
+        `shared_by`: `is_weighted` and the bags per batch apply to a whole collection."""
         kinds = sorted({(table.weighted, table.shared_by) for table in self.tables})
         return {
             f"{'weighted' if weighted else 'unweighted'}_{number}": tuple(
@@ -187,14 +187,14 @@ def tables_of_model(
     shared_by: float,
     source: str,
 ) -> TableList:
-    """The tables that a model of a prepared data set has, by the names that the model gives them.
+    """Lists the tables of a model for a prepared data set.
 
     Args:
-        module: the model, its tables on the meta device.
-        schema: of the data set.
-        mean_ids_per_bag: feature → mean ids per stored row; 1 if a feature is not named.
+        module: the model; its tables may be on the meta device.
+        schema: schema of the data set.
+        mean_ids_per_bag: feature → mean ids per stored row; 1 for features not listed.
         shared_by: impressions of a rank's batch per distinct shared row.
-        source: what messages call the list.
+        source: name of the list in messages.
     """
     shared = {feature.name for feature in schema.id_features if feature.shared}
     return TableList(
@@ -233,7 +233,7 @@ class _TableForm(Form, frozen=True):
 
 class _ListForm(Form, frozen=True):
     tables: Annotated[list[Any], Meta(min_length=1)]
-    """Each a `_TableForm`, checked one by one so that messages name the table."""
+    """Values of `_TableForm`s, checked one by one so that messages name the table."""
     batch_size: PositiveInt | None = None
 
 
@@ -241,7 +241,7 @@ def read_tables(path: Path | str) -> TableList:
     """Reads a list of tables.
 
     Raises:
-        PlanError: the file is not such a list; the sentence names the file and the entry.
+        PlanError: the file is not a valid list; the sentence names the file and the entry.
     """
     where = str(path)
     form = checked(load_yaml(Path(path)), _ListForm, where)

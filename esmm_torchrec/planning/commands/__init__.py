@@ -1,1 +1,1 @@
-"""The commands of this laboratory, one module each."""
+"""Commands of the planning laboratory, one module each."""

@@ -1,4 +1,4 @@
-"""esmm-torchrec plan: tables and machines → estimated sharding plans, before any GPU is rented."""
+"""esmm-torchrec plan: tables and machines → estimated sharding plans, before renting any GPU."""
 
 from __future__ import annotations
 
@@ -59,40 +59,40 @@ class Options:
     batch_size: int | None = None
     """Impressions per GPU and step; by default, the number in the list of tables, else 4096."""
     kernels: tuple[Kernel, ...] = ("fused",)
-    """Kernels to choose from. fused_uvm keeps rows in host memory, fused_uvm_caching some of them
-    also on the GPU; dense leaves the update to torch's optimisers."""
+    """Kernels to choose from. fused_uvm keeps rows in host memory; fused_uvm_caching also caches
+    some on the GPU; dense leaves the update to torch's optimisers."""
     cache_load_factor: float | None = None
     """Share of a table's rows that fused_uvm_caching keeps on the GPU; by default, TorchRec's
     0.2."""
     constraint: tuple[str, ...] = ()
-    """PATTERN=WORDS, for tables selected by name; takes precedence over the strategy and --kernels.
+    """PATTERN=WORDS, for tables with matching names; overrides the strategy and --kernels.
     WORDS are sharding types, kernels and cache=SHARE, separated by commas. Example:
     'user*=row_wise,fused_uvm_caching,cache=0.1'."""
     sparse_optimizer: SparseOptimizerOption = "rowwise_adagrad"
-    """Optimiser of the tables, for the memory of its state."""
+    """Optimiser of the tables; determines the memory of its state."""
     column_width: int = DEFAULT_COLUMN_WIDTH
-    """Narrowest strip that column_wise and grid_shard may cut."""
+    """Minimum number of columns of a shard under column_wise and grid_shard."""
     reserve: float = STORAGE_MARGIN
-    """Share of memory to reserve for what is not counted."""
+    """Share of memory to reserve for everything that the estimate does not count."""
     tower: tuple[int, ...] = (360, 200, 80)
-    """Widths of the hidden layers of each of the two towers, estimated in addition to the
+    """Widths of the hidden layers of each of the two towers, which are estimated in addition to the
     tables."""
     tower_dtype: TowerDtype = "float32"
     """Data type in which the towers compute."""
     method: str = "esmm"
-    """With --data: the method to train, as in train; some have two sets of tables."""
+    """With --data: method to train, as in train; some methods have two sets of tables."""
     embedding_dim: int = 16
-    """Columns of every table, with --data."""
+    """With --data: number of columns of every table."""
     shuffle_chunk: int = 8
-    """As in train, with --data: up to this many impressions of one user stay together, which
-    decides how often a shared feature is pooled."""
+    """With --data: maximum number of impressions of one user that stay together, as in train. It
+    determines how often a shared feature is pooled."""
 
 
 def run(options: Options) -> None:
-    """Plans every strategy on every number of GPUs and writes what was found.
+    """Plans every strategy on every number of GPUs and writes the results.
 
     Raises:
-        EsmmTorchrecError: an option, the list of tables or the machine cannot be used, or nothing
+        EsmmTorchrecError: an option, the list of tables or the machine is invalid, or no plan
             fits.
     """
     scenario = _scenario(options)
