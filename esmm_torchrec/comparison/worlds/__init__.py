@@ -1,17 +1,17 @@
-"""Impressions whose p(click) and p(conversion | click) are known.
+"""Synthetic impressions with known p(click) and p(conversion | click).
 
-A log shows a conversion only behind a click, so no log can tell which model is right about the
-impressions that nobody clicked. A `World` can: it draws for every impression what a click would
-have led to, and keeps the probabilities. `generate` writes the impressions in the raw form of
-Ali-CCP, their truth beside them. The formulas of the world are in datasets/synthetic.md.
+Logged conversions follow clicks, so no log can show which model is right about impressions that
+were not clicked. A `World` can: it draws, for every impression, whether a click would have led to a
+conversion, and keeps the probabilities. `generate` writes the impressions in the raw format of
+Ali-CCP, and the truth in a separate file. datasets/synthetic.md has the formulas.
 
-    catalogue     items, segments, visits: all that grows with users and items
-    exposure      who is shown what: profiles, histories, items, crosses
-    world         settings, the two probabilities, what comes of each impression
-    fields        what the fields of Ali-CCP hold in a world
+    catalogue     items, segments, visits: everything that grows with users and items
+    exposure      the impressions shown: profiles, histories, items, crosses
+    world         settings, the two probabilities, clicks and conversions
+    fields        values of the fields of Ali-CCP in a world
     ali_ccp_text  impressions → bytes of the raw Ali-CCP files
     files         the folder of a world: raw files, truth.parquet, world.json
-    drawn         a world as mapped splits, without raw files on the way
+    drawn         a world as mapped splits, without raw files
 """
 
 from esmm_torchrec.comparison.worlds.drawn import DrawnWorld, draw_mapped

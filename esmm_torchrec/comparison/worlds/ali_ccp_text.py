@@ -1,8 +1,8 @@
-"""Impressions of a synthetic world as the bytes of the raw Ali-CCP files.
+"""Formats impressions of a synthetic world as the bytes of the raw Ali-CCP files.
 
-Arrow puts the rows together column by column, from texts that are made once: one for each item,
-one for each id of a history or a cross, one for each weight. Fields, their ranges of ids and the
-way values are written are those of the real files.
+Arrow concatenates the rows column by column from texts that are created once: one per item, per id
+of a history or a cross, and per weight. Fields, their id ranges and the format of values match the
+real files.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from esmm_torchrec.data.sources.ali_ccp.fields import FIELDS
 from esmm_torchrec.schema import IdFeature
 
 LABELS = pa.array([",0,0,", ",1,0,", ",1,1,"])
-"""Click and conversion by their sum: there is no conversion without a click."""
+"""Text of click and conversion, indexed by their sum: a conversion requires a click."""
 
 
 def weight_text(times: int) -> str:
-    """A weight as the real files have it: ln(1 + times), at most five decimals."""
+    """Formats a weight as in the real files: ln(1 + times), with at most five decimals."""
     return repr(round(math.log1p(times), 5))
 
 
 class AliCcpText:
-    """Writes blocks of one world; the seed decides which raw id a number of the world gets."""
+    """Formats blocks of one world. Its seed determines the raw id of each number of the world."""
 
     def __init__(self, simulation: Simulation) -> None:
         self._catalogue = catalogue = simulation.catalogue
@@ -50,9 +50,9 @@ class AliCcpText:
         self._item_lengths = _total_lengths(items)
 
     def skeleton(self, block: Block, index: pa.Array) -> pa.Array:
-        """(impressions,) rows of sample_skeleton_*.csv, newline included.
+        """Returns (impressions,) rows of sample_skeleton_*.csv, newline included.
 
-        `index` holds the (visits,) common_feature_index.
+        `index` is the common_feature_index of each visit, (visits,).
         """
         exposure = block.exposure
         first, item = exposure.first_impression + 1, exposure.item
@@ -71,7 +71,7 @@ class AliCcpText:
         )
 
     def common(self, block: Block, index: pa.Array) -> pa.Array:
-        """(visits,) rows of common_features_*.csv, newline included; `index` as above."""
+        """Returns (visits,) rows of common_features_*.csv; `index` as for `skeleton`."""
         values = visit_values(block.exposure)
         lengths = _total_lengths(values)
         return _joined(
@@ -84,7 +84,7 @@ class AliCcpText:
         )
 
     def _texts(self, values: Mapping[str, Values]) -> list[pa.Array]:
-        """(n,) features of each field, a separator before each."""
+        """Returns (n,) texts per field; each feature is preceded by a separator."""
         texts = []
         for field, of in values.items():
             features = self._features[field]
@@ -101,16 +101,16 @@ def _total_lengths(values: Mapping[str, Values]) -> Ints:
 
 
 def _feature_texts(feature: IdFeature, ids: Ints) -> pa.Array:
-    """(values + 1,) features, a separator first, up to their weight if they have one; the last one
-    is nothing."""
+    """Returns (values + 1,) texts with a leading separator, without the weight if the feature is
+    weighted. The last text is empty."""
     end = "\x03" if feature.weighted else "\x031.0"
     texts = _joined(f"\x01{feature.name}\x02", pa.array(ids).cast(pa.string()), end)
     return pa.concat_arrays([texts, pa.array([""])])
 
 
 def _in_turns(parts: Sequence[pa.Array]) -> pa.Array:
-    """The parts of each item end to end, without a separator first. The real rows follow no order
-    of fields, so no reader may count on one: each item begins with another part."""
+    """Concatenates the parts of each item, without a leading separator. Items start with different
+    parts, as readers must not rely on an order of fields: real rows have none."""
     turns = range(len(parts))
     items = [pa.array(np.arange(turn, len(parts[0]), len(parts))) for turn in turns]
     texts = [
@@ -122,27 +122,27 @@ def _in_turns(parts: Sequence[pa.Array]) -> pa.Array:
 
 
 def index_texts(index: npt.NDArray[np.uint64]) -> pa.Array:
-    """(visits,) 16 hexadecimal characters for each number."""
+    """Returns (visits,) texts of 16 hexadecimal digits, one per number."""
     characters = index.astype(">u8").tobytes().hex().encode()
     offsets = np.arange(0, len(characters) + 16, 16, dtype=np.int32)
     return pa.StringArray.from_buffers(len(index), pa.py_buffer(offsets), pa.py_buffer(characters))
 
 
 def text_bytes(texts: pa.Array) -> memoryview:
-    """The texts of a freshly made array end to end, without copying them."""
+    """Returns the concatenated texts of a newly created array, without copying them."""
     _, offsets, characters = texts.buffers()
     end = int(np.frombuffer(offsets, dtype=np.int32)[len(texts)])
     return memoryview(characters)[:end]
 
 
 def _joined(*parts: pa.Array | str) -> pa.Array:
-    """The parts end to end, element by element; a string is repeated in each element."""
+    """Concatenates the parts element by element; a string is repeated in each element."""
     ends = [pa.scalar(part) if isinstance(part, str) else part for part in (*parts, "")]
     return pc.call_function("binary_join_element_wise", ends)
 
 
 def _joined_lists(offsets: Ints, texts: pa.Array) -> pa.Array:
-    """The texts of each list end to end."""
+    """Concatenates the texts of each list."""
     lists = pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), texts)
     return pc.call_function("binary_join", [lists, pa.scalar("")])
 

@@ -1,6 +1,6 @@
-"""What a synthetic world is made of before anybody sees anything: items, segments, visits.
+"""The parts of a synthetic world that exist before any impression: items, segments, visits.
 
-All of it grows with users and items, none with impressions. `exposure` draws impressions from it.
+Their size depends on users and items, not on impressions. `exposure` draws impressions from them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 IMPRESSIONS_PER_USER = 210
 IMPRESSIONS_PER_ITEM = 20
-"""As in Ali-CCP: 0.4 M users and 4.3 M items for 84 M impressions."""
+"""Number of impressions per item. Both ratios are Ali-CCP's: 0.4 M users and 4.3 M items for 84 M
+impressions."""
 VISITS_PER_HALF = 2.0
-"""Mean visits of a user who comes at all in a half, geometric; with the share of users who do not
-it makes 58 impressions per visit, those of an Ali-CCP common row."""
+"""Mean of the geometric number of visits of a user in a split, for users who visit at all. With the
+share of absent users it leads to 58 impressions per visit, as per common row of Ali-CCP."""
 ABSENT_FROM_A_HALF = 0.1
 MAX_ITEMS = 1_600_000
-"""Width of the range of ids that Ali-CCP gives to items."""
+"""Width of the range of item ids in Ali-CCP."""
 
 EVENTS_AT_FULL_LENGTH = 380.0
-"""Past events of a visit whose histories are about as long as Ali-CCP's."""
+"""Number of past events of a visit at which histories are about as long as in Ali-CCP."""
 HISTORY_DRIFT = 0.3
 """Share of a history that is new at the user's next visit."""
 
@@ -37,7 +38,7 @@ NUM_AGES = 7
 NUM_GROUPS = 2 * NUM_AGES
 NUM_SEGMENTS = 7 * NUM_GROUPS
 HABITS = {"126": 3, "127": 3, "128": 2, "129": 4}
-"""Profile field that a segment prefers a value of, without fixing it → number of its values."""
+"""Profile field for which a segment prefers a value without fixing it → number of its values."""
 PROFILE_VALUES = {"121": NUM_SEGMENTS, "122": NUM_GROUPS, "124": 2, "125": NUM_AGES} | HABITS
 """Profile field → number of its values."""
 
@@ -45,66 +46,67 @@ BRAND_KNOWN = 0.711
 """Share of items that have a brand, as in Ali-CCP."""
 NODES_PER_CATEGORY = 8
 OTHER_NODES_PER_ITEM = 7.5
-"""Mean draws of an item's intention nodes besides the first; repeated ones count once."""
+"""Mean number of draws of an item's intention nodes after the first; repeated nodes count once."""
 
 LATENT_DIM = 4
-"""Components of a latent for each of the two tastes."""
+"""Number of components of a latent per taste; there are two tastes."""
 ITEM_PARTS = {"category": 0.35, "shop": 0.15, "brand": 0.15, "nodes": 0.15, "own": 0.20}
 USER_PARTS = {"group": 0.3, "segment": 0.3, "own": 0.4}
-"""Shares of the variance of the latents of an item and of a user."""
+"""Part → share of the variance of a user's latents; ITEM_PARTS are those of an item."""
 
 
 class Ragged(NamedTuple):
-    """Lists of different lengths, end to end."""
+    """Concatenated lists of different lengths."""
 
     offsets: Ints
-    """(lists + 1,) list i is values[offsets[i]:offsets[i + 1]]."""
+    """(lists + 1,): list i is values[offsets[i]:offsets[i + 1]]."""
     values: Ints
 
     @property
     def lengths(self) -> Ints:
-        """(lists,)"""
+        """(lists,) length of each list."""
         return np.diff(self.offsets)
 
     def take(self, lists: Ints) -> tuple[Ints, Ints]:
-        """Lengths and, end to end, values of the given lists."""
+        """Returns the lengths and the concatenated values of the given lists."""
         starts = self.offsets[lists]
         lengths = self.offsets[lists + 1] - starts
         return lengths, self.values[aranges(starts, lengths)]
 
 
 def aranges(starts: Ints, lengths: Ints) -> Ints:
-    """starts[0], starts[0] + 1, … lengths[0] of them, then those of starts[1], …"""
+    """Concatenates the ranges starts[i], starts[i] + 1, …, each with lengths[i] numbers."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
 def zipf_rank(uniform: Floats, sizes: Ints) -> Ints:
-    """Ranks 0 to sizes - 1, the r-th with a probability near 1 / (r + 1), from uniform numbers."""
+    """Maps uniform numbers to ranks 0 to sizes - 1, with probabilities near ∝ 1 / (rank + 1)."""
     ranks = np.exp(uniform * np.log(sizes + 1.0)).astype(np.int64) - 1
     return np.minimum(ranks, sizes - 1)
 
 
 class Streams:
-    """Random numbers by name and place: any stretch of a stream, the same however it is cut."""
+    """Named streams of random numbers. Any range of a stream can be drawn separately; the numbers
+    do not depend on how a stream is divided."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def generator(self, name: str, start: int = 0) -> np.random.Generator:
-        """The stream `name` from number `start` on."""
+        """Returns a generator of the stream `name`, starting at number `start`."""
         bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=tuple(name.encode())))
         return np.random.Generator(bits.advance(start))
 
     def uniform(self, name: str, start: int, count: int) -> Floats:
-        """(count,) numbers `start` to `start + count`, float64 in [0, 1)."""
+        """Returns (count,) numbers of a stream from `start` on, float64 in [0, 1)."""
         return self.generator(name, start).random(count)
 
     def normal(self, name: str, start: int, count: int, *, width: int) -> Floats:
-        """(count, width) rows `start` to `start + count`, float32; `width` is even.
+        """Returns (count, width) standard normals, rows from `start` on, float32; `width` is even.
 
-        Box and Muller's, because NumPy's own normals take an unforeseeable count of numbers.
+        Uses the Box-Muller transform, because NumPy's normals consume a variable number of draws.
         """
         pairs = self.generator(name, start * width).random((count, width // 2, 2))
         radius = np.sqrt(-2.0 * np.log1p(-pairs[..., 0]))
@@ -115,7 +117,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items of a world and the segments of its users. All are numbers from 0."""
+    """The items of a world and the segments of its users, all numbered from 0."""
 
     num_items: int
     num_categories: int
@@ -123,34 +125,34 @@ class Catalogue:
     num_brands: int
     num_nodes: int
     category: Ints
-    """(items,)"""
+    """(items,) category of each item."""
     shop: Ints
-    """(items,)"""
+    """(items,) shop of each item."""
     brand: Ints
-    """(items,) -1 where the item has none."""
+    """(items,) brand of each item; -1 if it has none."""
     nodes: Ragged
-    """Intention nodes of each item: distinct, at least one."""
+    """Distinct intention nodes of each item, at least one."""
     by_category: Ragged
-    """Items of each category, popular ones first, at least one."""
+    """Items of each category, popular ones first; at least one."""
     by_shop: Ragged
     """Items of each shop, popular ones first."""
     category_popularity: Floats
-    """(categories,) share of a category if no taste is at work."""
+    """(categories,) share of each category apart from any taste."""
     category_latents: Floats
-    """(categories, 2 * LATENT_DIM): the category's own part, unit variance."""
+    """(categories, 2 * LATENT_DIM) latents of each category, with unit variance."""
     latents: Floats
-    """(items, 2 * LATENT_DIM): clicking first, then what concerns conversions alone; unit
-    variance."""
+    """(items, 2 * LATENT_DIM) latents of each item, with unit variance: first those of clicks, then
+    those of conversions only."""
     appeal: Floats
-    """(items, 2) what every user finds in the item, in the same order; unit variance."""
+    """(items, 2) appeal of each item to all users, in the same order, with unit variance."""
     segment_latents: Floats
-    """(segments, 2 * LATENT_DIM + 2): a user's latents and inclination, apart from their own."""
+    """(segments, 2 * LATENT_DIM + 2) segment's part of a user's latents and inclination."""
     segment_habits: Mapping[str, Ints]
-    """Profile field → (segments,) the value that a segment prefers."""
+    """Profile field → (segments,) preferred value of each segment."""
 
     @classmethod
     def draw(cls, impressions: int, seed: int) -> Catalogue:
-        """A catalogue of the size that suits a number of impressions."""
+        """Draws a catalogue whose size matches a number of impressions."""
         rng = Streams(seed).generator("catalogue")
         num_items = min(max(impressions // IMPRESSIONS_PER_ITEM, 200), MAX_ITEMS)
         num_categories = int(num_items**0.6)
@@ -163,7 +165,7 @@ class Catalogue:
         category = rng.choice(num_categories, num_shops, p=popularity)[shop]
         strays = rng.random(num_items) < 0.15
         category[strays] = rng.choice(num_categories, strays.sum(), p=popularity)
-        # Every category has an item to show.
+        # Every category has at least one item.
         category[:num_categories] = np.arange(num_categories)
         brand = _draw_brands(rng, category, shop, num_categories, num_brands)
         nodes = _draw_nodes(rng, category, num_categories)
@@ -213,23 +215,23 @@ class Catalogue:
 def _draw_brands(
     rng: np.random.Generator, category: Ints, shop: Ints, num_categories: int, num_brands: int
 ) -> Ints:
-    """A brand of the item's category for each item, often the one its shop sells most."""
+    """Draws a brand of the item's category for each item, often the main brand of its shop."""
     share = np.bincount(category, minlength=num_categories) / len(category)
     first = (np.cumsum(share) - share) * num_brands
     of_shop = rng.random(int(shop.max()) + 1)[shop]
     of_item = rng.random(len(category))
     line = np.where(rng.random(len(category)) < 0.6, of_shop, of_item) ** 2
-    # A category has brands in proportion to its items, neighbours sharing those at the edge.
+    # Categories have brands in proportion to their items; neighbours share brands at the edge.
     brand = (first[category] + line * share[category] * num_brands).astype(np.int64)
     brand = np.minimum(brand, num_brands - 1)
     return np.where(rng.random(len(category)) < BRAND_KNOWN, brand, -1)
 
 
 def _draw_nodes(rng: np.random.Generator, category: Ints, num_categories: int) -> Ragged:
-    """Distinct intention nodes for each item, from a stretch of nodes around its category's."""
+    """Draws distinct intention nodes for each item from a range of nodes near its category's."""
     num_nodes = NODES_PER_CATEGORY * num_categories
     item = np.repeat(np.arange(len(category)), 1 + rng.poisson(OTHER_NODES_PER_ITEM, len(category)))
-    # Stretches of neighbouring categories overlap; the first nodes of one are the common ones.
+    # Ranges of neighbouring categories overlap; the first nodes of a range are the most frequent.
     near = (2 * NODES_PER_CATEGORY * rng.random(len(item)) ** 2).astype(np.int64)
     node = (category[item] * NODES_PER_CATEGORY + near) % num_nodes
     keys = np.unique(item * num_nodes + node)
@@ -244,20 +246,20 @@ def _members(group: Ints, num_groups: int) -> Ragged:
 
 @dataclass(frozen=True)
 class Visits:
-    """Who comes when, how many impressions a visit has and how long the histories are.
+    """Visits of users, with the number of their impressions and the length of their histories.
 
-    A visit is what one common row describes. Within a split visits are in the order of users.
+    A common row describes a visit. Within a split, visits are in the order of users.
     """
 
     num_users: int
     user: Mapping[Split, Ints]
-    """(visits,) ascending."""
+    """(visits,) user of each visit, ascending."""
     ordinal: Mapping[Split, Ints]
-    """(visits,) how many visits of the user came before, in both halves."""
+    """(visits,) number of earlier visits of the user, in both splits."""
     offsets: Mapping[Split, Ints]
     """(visits + 1,) first impression of each visit within the split."""
     events: Ints
-    """(users,) past events at any visit."""
+    """(users,) number of past events at each visit."""
     event_offsets: Ints
     """(users + 1,) first event of each user in the stream of all events."""
 
@@ -265,7 +267,7 @@ class Visits:
     def draw(
         cls, split_impressions: Mapping[Split, int], *, history_scale: float, seed: int
     ) -> Visits:
-        """Visits that have exactly the impressions asked for in each half."""
+        """Draws visits with exactly the given number of impressions in each split."""
         rng = Streams(seed).generator("visits")
         num_users = max(round(sum(split_impressions.values()) / IMPRESSIONS_PER_USER), 4)
         counts = {
@@ -274,7 +276,7 @@ class Visits:
             for split in SPLITS
         }
         counts["test"] += (counts["train"] + counts["test"]) == 0
-        # However few users there are, each half has a visit.
+        # Each split has a visit, however few users there are.
         for split in SPLITS:
             counts[split][0] = max(counts[split][0], 1)
         before = np.zeros(num_users, dtype=np.int64)
@@ -296,9 +298,9 @@ class Visits:
         return cls(num_users, user, ordinal, offsets, events, event_offsets)
 
     def place(self, split: Split, visit: int) -> int:
-        """Number over both halves of a visit of a split."""
+        """Returns the number of a split's visit among those of both splits."""
         return visit + (0 if split == "train" else len(self.user["train"]))
 
     def impression_place(self, split: Split, impression: int) -> int:
-        """Number over both halves of an impression of a split."""
+        """Returns the number of a split's impression among those of both splits."""
         return impression + (0 if split == "train" else int(self.offsets["train"][-1]))

@@ -1,4 +1,4 @@
-"""Delays of the conversions of a drawn world: exponential, with a known rate of each impression.
+"""Delays of conversions in a drawn world: exponential, with a known rate for each impression.
 
 The rate depends on the category of the item, so that it can be learned from the features.
 """
@@ -15,29 +15,30 @@ from esmm_torchrec.data.subsets import ids_of
 from esmm_torchrec.schema import CLICK, CONVERSION, CONVERSION_TIME, NEVER, TIMESTAMP
 
 CATEGORY = "206"
-"""Field of the item's category, in Ali-CCP's form."""
+"""Ali-CCP's field of the item's category."""
 
 DAY = 86_400
-"""Seconds."""
+"""Seconds per day."""
 
 
 @dataclass(frozen=True)
 class Delays:
-    """How late conversions come."""
+    """Distribution of the delays of conversions."""
 
     days: float = 14.0
-    """Length of a half; its impressions are spread evenly over it, in their order."""
+    """Length of a split in days; its impressions are spread evenly over it, in their order."""
     mean: float = 2.0
-    """Median category's mean delay, in days."""
+    """Mean delay in the median category, in days."""
     spread: float = 0.7
     """Standard deviation of the logarithm of a category's mean delay."""
 
     def add_to(self, split: MappedSplit, *, seed: int) -> MappedSplit:
-        """The split with the time of each impression, and of each conversion that will ever be.
+        """Returns the split with the times of impressions and of all conversions, however late.
 
         Args:
-            split: of a drawn world.
-            seed: of the delays; the two halves of a world have the same categories with one seed.
+            split: a split of a drawn world.
+            seed: seed of the delays; with equal seeds, a category has the same mean delay in both
+                splits of a world.
         """
         size = split.impressions
         times = np.linspace(0, self.days * DAY, size, endpoint=False).astype(np.int64)
@@ -47,7 +48,7 @@ class Delays:
         return replace(split, scalars=split.scalars | {TIMESTAMP: times, CONVERSION_TIME: later})
 
     def mean_of(self, split: MappedSplit, *, seed: int) -> npt.NDArray[np.float64]:
-        """(impressions,), mean delay of a conversion of each, in days: 1 / λ."""
+        """Returns (impressions,), the mean delay of a conversion in days: 1 / λ."""
         table = next(of.table for of in split.schema.id_features if of.name == CATEGORY)
         rng = np.random.default_rng([seed, 1])
         of_category = rng.normal(0, self.spread, split.schema.table(table).num_embeddings)

@@ -1,8 +1,8 @@
-"""A world drawn straight into mapped splits, without raw text or Parquet on the way.
+"""Draws a world directly into mapped splits, without raw text or Parquet.
 
-The result holds the same arrays as the raw files of the world prepared and mapped. The impressions
-of training wait in scratch files until they are counted and the vocabularies are known; shared rows
-are kept in memory until all impressions of their split are drawn.
+The arrays equal those obtained by preparing and mapping the raw files of the world. Training
+impressions wait in scratch files until their ids are counted and the vocabularies known; shared
+rows stay in memory until all impressions of their split are drawn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from esmm_torchrec.schema import (
 )
 
 _WEIGHTS = np.array([0.0, *(float(weight_text(n)) for n in range(1, MAX_TIMES + 1))], np.float32)
-"""Weight of a number of occurrences, as its text in the raw files is read."""
+"""Weights by number of occurrences, equal to those parsed from the raw files."""
 
 _COLUMNS = (GROUP_ID, TRUE_CTR, TRUE_CVR)
 
@@ -55,7 +55,7 @@ _SHARED_ROWS_PER_BLOCK = 8192
 
 @dataclass(frozen=True)
 class DrawnWorld:
-    """What was drawn; its splits are mapped with `open`."""
+    """A drawn world; `open` maps its splits."""
 
     folder: Path
     schema: Schema
@@ -66,12 +66,13 @@ class DrawnWorld:
 
 
 def draw_mapped(world: World, folder: Path, *, min_count: int) -> DrawnWorld:
-    """Draws a world into mapped splits below `folder`, which is made.
+    """Draws a world into mapped splits in a new folder.
 
     Args:
-        world: its settings.
-        folder: of the splits; it must not exist.
-        min_count: how often an id must occur in the stored training rows to have a row of its own.
+        world: settings of the world.
+        folder: folder of the splits; it must not exist yet.
+        min_count: minimum number of occurrences in the stored training rows for an id to have a
+            separate row.
     """
     scratch = folder / "scratch"
     scratch.mkdir(parents=True)
@@ -114,7 +115,7 @@ def draw_mapped(world: World, folder: Path, *, min_count: int) -> DrawnWorld:
 
 
 class _Rows:
-    """Draws the rows of a split, with raw ids."""
+    """Draws the rows of a split with raw ids."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class _Rows:
         self._visits: list[pa.Table] = []
 
     def impressions(self) -> Iterator[pa.Table]:
-        """The impressions, block by block."""
+        """Yields the impressions, block by block."""
         stretches = self._simulation.stretches(self._split, VISITS_PER_BLOCK)
         for impressions, visits in in_order(self._block, stretches):
             self._visits.append(visits)
@@ -144,17 +145,17 @@ class _Rows:
             yield impressions
 
     def shared(self) -> Iterator[pa.Table]:
-        """The shared rows, once all impressions are drawn."""
+        """Yields the shared rows; call it after all impressions are drawn."""
         rows = pa.concat_tables(self._visits).combine_chunks().take(pa.array(self._order))
         for first in range(0, len(rows), _SHARED_ROWS_PER_BLOCK):
             yield rows.slice(first, _SHARED_ROWS_PER_BLOCK)
 
     def _block(self, stretch: tuple[Split, int, int]) -> tuple[pa.Table, pa.Table]:
-        """Impressions and visits of a stretch."""
+        """Returns the impressions and visits of a stretch."""
         block = self._simulation.block(*stretch)
         exposure, catalogue = block.exposure, self._simulation.catalogue
         visits = slice(exposure.first_visit, exposure.first_visit + len(exposure.user))
-        # A row without a user is a group of its own, as `prepare_ali_ccp` numbers it.
+        # A row without a user forms a separate group, with the number that `prepare_ali_ccp` uses.
         alone = (self._index[visits] | np.uint64(1 << 63)).view(np.int64)
         group = np.where(exposure.user_logged, self._raw_ids[USER][exposure.user], alone)
         first, visit = exposure.first_impression + 1, exposure.visit
@@ -173,7 +174,7 @@ class _Rows:
         return pa.table(impressions | of_items | of_others), pa.table(shared)
 
     def _columns(self, values: Mapping[str, Values]) -> dict[str, pa.Array]:
-        """Raw ids and weights of each field."""
+        """Returns raw ids and weights by column."""
         columns: dict[str, pa.Array] = {}
         for field, of in values.items():
             arrays: dict[str, np.ndarray] = {field: self._raw_ids[field][of.numbers]}

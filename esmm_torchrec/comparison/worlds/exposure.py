@@ -1,7 +1,7 @@
-"""Who a synthetic world shows what: users' profiles and histories, and the items of each visit.
+"""Exposure in a synthetic world: users' profiles and histories, and the items shown in each visit.
 
-Nothing here knows of clicks. Items are shown for the user's past and taste, so that histories and
-crosses tell of the user; `world` adds what comes of it.
+Items are chosen by the user's past and taste, so that histories and crosses carry information about
+the user. `world` adds clicks and conversions, on which nothing here depends.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ KNOWN_WITHIN_PROFILE = {"126": 0.416 / PROFILE_KNOWN, "129": 0.637 / PROFILE_KNO
 USER_ID_KNOWN = 0.998
 NODES_KNOWN = 0.998
 OTHER_HISTORIES_KNOWN = 0.991
-"""Shares of common rows that have a field, as in Ali-CCP."""
+"""Share of common rows with the other histories; this and the shares above are Ali-CCP's."""
 HABIT_STRENGTH = 0.7
-"""Chance that a profile field has the value that the user's segment prefers, not just any."""
+"""Probability that a profile field has the segment's preferred value instead of a random one."""
 
 CATEGORY_PULL = 2.8
-"""What a unit of affinity adds to the log-odds of an event in a category."""
+"""Increase of the log-odds of an event in a category per unit of affinity."""
 INTENTION_SHARE = 0.09
-"""Share of events whose intention nodes enter the history; those of the latest always do."""
+"""Share of events whose intention nodes enter the history; the latest event's always do."""
 MAX_REPEATS = 100
 MAX_TIMES = 9_999
-"""Most occurrences of one event, and of one value in a history."""
+"""Maximum occurrences of a value in a history; MAX_REPEATS is that of an event."""
 EXPOSURE = {"shop": 0.12, "category": 0.38, "taste": 0.35}
-"""Why an item is shown: for the shop or the category of a past event, or for the user's taste;
-the others by popularity alone."""
+"""Reason for showing an item → share of impressions: the shop or the category of a past event, or
+the user's taste. The other items are shown by popularity only."""
 POSITION_SHARES = (0.25, 0.5, 0.25)
 
 
 class Counts(NamedTuple):
-    """Lists of distinct numbers and how often each occurred, end to end."""
+    """Concatenated lists of distinct numbers, with the occurrences of each."""
 
     offsets: Ints
-    """(lists + 1,) list i is the stretch offsets[i]:offsets[i + 1] of the other two."""
+    """(lists + 1,): list i is the range offsets[i]:offsets[i + 1] of the other two arrays."""
     values: Ints
     times: Ints
     """Occurrences, 1 to MAX_TIMES; the weight in the log is ln(1 + times)."""
@@ -67,9 +67,9 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Exposure:
-    """A stretch of visits of one half and its impressions, in the order of the log.
+    """A stretch of consecutive visits of a split and their impressions, in the order of the log.
 
-    Users, items and what they have are numbers from 0 (`Catalogue`); -1 is missing.
+    Users, items and their attributes are numbered from 0 (`Catalogue`); -1 means missing.
     """
 
     split: Split
@@ -79,38 +79,40 @@ class Exposure:
     """Number of the first impression within the split; its sample_id is one more."""
 
     user: Ints
-    """(visits,) the user, whether or not the log has the id."""
+    """(visits,) user of each visit, whether or not the log has the id."""
     user_logged: npt.NDArray[np.bool_]
-    """(visits,) whether the log has the id."""
+    """(visits,) whether the log has the user id."""
     profile: Mapping[str, Ints]
-    """Profile field → (visits,)."""
+    """Profile field → (visits,) values."""
     categories: Counts
     shops: Counts
     brands: Counts
     nodes: Counts
-    """Histories, a list per visit: what the user's past events were in."""
+    """Intention nodes of the user's past events. The four histories have a list per visit."""
 
     visit: Ints
-    """(impressions,) visit within the stretch."""
+    """(impressions,) number of the visit within the stretch."""
     item: Ints
-    """(impressions,)"""
+    """(impressions,) item shown."""
     position: Ints
-    """(impressions,) 0, 1 or 2."""
+    """(impressions,) position: 0, 1 or 2."""
     category_times: Ints
     shop_times: Ints
     brand_times: Ints
-    """(impressions,) how often the item's category, shop or brand is in the history, 0 if not."""
+    """(impressions,) occurrences of the item's brand in the history, 0 if there are none; likewise
+    for category and shop."""
     node_hits: Counts
-    """Intention nodes of the item that are in the history, a list per impression."""
+    """Intention nodes of the item that occur in the history, a list per impression."""
 
     latents: Floats
-    """(visits, 2 * LATENT_DIM) of the user, as in `Catalogue.latents`."""
+    """(visits, 2 * LATENT_DIM) latents of the user, in the order of `Catalogue.latents`."""
     inclination: Floats
-    """(visits, 2) of the user to click, and to convert, whatever the item; unit variance."""
+    """(visits, 2) inclination of the user to click and to convert, whatever the item; unit
+    variance."""
 
 
 class _Users(NamedTuple):
-    """A stretch of users; the first axis of every array."""
+    """A range of users, which are the first axis of every array."""
 
     first: int
     logged: npt.NDArray[np.bool_]
@@ -118,32 +120,32 @@ class _Users(NamedTuple):
     latents: Floats
     inclination: Floats
     shares: Floats
-    """(users, categories) cumulative share of the categories in the user's events."""
+    """(users, categories) cumulative shares of the categories in the user's events."""
 
 
 class _Events(NamedTuple):
-    """Past events of a stretch of users; the first axis of every array."""
+    """Past events of a range of users; events are the first axis of every array."""
 
     item: Ints
     intended: npt.NDArray[np.bool_]
-    """Whether the intention behind it is known: the item's nodes enter the history."""
+    """Whether the intention of the event is known, so that the item's nodes enter the history."""
     times: Ints
 
 
 class _Windows(NamedTuple):
-    """The stretch of events that each visit looks back on; (visits,)."""
+    """The range of past events of each visit, (visits,)."""
 
     start: Ints
     length: Ints
 
     def logged(self, known: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
-        """Visit and event of all that known windows see."""
+        """Returns visit and event for all events in known windows."""
         lengths = np.where(known, self.length, 0)
         return np.repeat(np.arange(len(lengths)), lengths), aranges(self.start, lengths)
 
 
 class Exposer:
-    """Draws any stretch of visits."""
+    """Draws the exposure of any stretch of visits."""
 
     def __init__(
         self, catalogue: Catalogue, visits: Visits, *, rare_share: float, seed: int
@@ -155,7 +157,7 @@ class Exposer:
         self._popularity = np.cumsum(catalogue.category_popularity)[None, :]
 
     def expose(self, split: Split, first_visit: int, num_visits: int) -> Exposure:
-        """Visits `first_visit` to `first_visit + num_visits` of a split."""
+        """Draws visits `first_visit` to `first_visit + num_visits` (exclusive) of a split."""
         catalogue, visits, streams = self._catalogue, self._visits, self._streams
         stretch = slice(first_visit, first_visit + num_visits)
         user = visits.user[split][stretch]
@@ -168,7 +170,7 @@ class Exposer:
         windows = _Windows(start, length)
 
         known = streams.uniform("history", visits.place(split, first_visit), num_visits)
-        # No common row is without any feature.
+        # Every common row has at least one feature.
         known = np.where(users.logged[of_visit], known, 0.0)
         past_visit, past = windows.logged(known < OTHER_HISTORIES_KNOWN)
         past_item, times = events.item[past], events.times[past]
@@ -246,7 +248,7 @@ class Exposer:
         latents = (
             catalogue.segment_latents[segment] + np.float32(math.sqrt(USER_PARTS["own"])) * own
         )
-        # Component by component: a matrix product rounds differently with the number of users.
+        # Component by component: the rounding of a matrix product depends on the number of users.
         affinity = np.zeros((count, catalogue.num_categories))
         for component in range(2 * LATENT_DIM):
             affinity += np.multiply.outer(
@@ -265,7 +267,7 @@ class Exposer:
         )
 
     def _events(self, users: _Users) -> _Events:
-        """All events of the users, by their taste."""
+        """Draws all events of the users by their taste."""
         catalogue, streams = self._catalogue, self._streams
         offsets = self._visits.event_offsets[users.first : users.first + len(users.logged) + 1]
         place, count = int(offsets[0]), int(offsets[-1] - offsets[0])
@@ -287,7 +289,7 @@ class Exposer:
         events: _Events,
         windows: _Windows,
     ) -> Ints:
-        """(impressions,) what is shown, `place` being that of the first impression."""
+        """Draws the (impressions,) items; `place` is the first impression's place in its stream."""
         catalogue, count = self._catalogue, len(visit)
 
         def uniform(name: str) -> Floats:
@@ -319,17 +321,17 @@ class Exposer:
 
 
 class _History(NamedTuple):
-    """A history with what finds a value in it."""
+    """A history with a sorted index of its values."""
 
     counts: Counts
     keys: Ints
-    """visit * size + value of each entry, ascending."""
+    """visit * size + value of each entry, in ascending order."""
     size: int
-    """Above every value."""
+    """Exclusive upper bound of the values."""
 
     @classmethod
     def of(cls, visit: Ints, value: Ints, times: Ints, num_visits: int) -> _History:
-        """Sums the times of each value of each visit; a value of -1 counts for nothing."""
+        """Sums the occurrences of each value by visit; values of -1 are ignored."""
         size = int(value.max(initial=0)) + 1
         there = value >= 0
         keys = visit[there] * size + value[there]
@@ -342,7 +344,7 @@ class _History(NamedTuple):
         return cls(Counts(np.concatenate([[0], ends]), keys % size, sums), keys, size)
 
     def times_of(self, visit: Ints, value: Ints) -> Ints:
-        """How often each value is in the history of the visit beside it; 0 for -1."""
+        """Returns the occurrences of each value in the history of its visit; 0 for -1."""
         if not len(self.keys):
             return np.zeros(len(visit), dtype=np.int64)
         keys = visit * self.size + value
@@ -351,7 +353,7 @@ class _History(NamedTuple):
         return np.where(found, self.counts.times[at], 0)
 
     def hits(self, visit: Ints, item: Ints, values_of_item: Ragged) -> Counts:
-        """The values of each item that are in the history of the visit beside it."""
+        """Returns the values of each item that occur in the history of its visit."""
         lengths, values = values_of_item.take(item)
         times = self.times_of(np.repeat(visit, lengths), values)
         hit = times > 0
@@ -361,7 +363,7 @@ class _History(NamedTuple):
 
 
 def _pick(cumulative: Floats, row: Ints, uniform: Floats) -> Ints:
-    """Columns drawn by the cumulative shares in the given rows."""
+    """Draws a column for each of the given rows by their cumulative shares."""
     columns = cumulative.shape[1]
     flat = (cumulative + np.arange(len(cumulative))[:, None]).ravel()
     picked = np.searchsorted(flat, row + uniform, side="right") - row * columns
@@ -369,6 +371,6 @@ def _pick(cumulative: Floats, row: Ints, uniform: Floats) -> Ints:
 
 
 def _member(groups: Ragged, group: Ints, uniform: Floats) -> Ints:
-    """A member of each group, early ones more often."""
+    """Draws a member of each group, early ones more often."""
     start = groups.offsets[group]
     return groups.values[start + zipf_rank(uniform, groups.offsets[group + 1] - start)]

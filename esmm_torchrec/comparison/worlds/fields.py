@@ -1,5 +1,5 @@
-"""What the fields of Ali-CCP hold in a world: numbers of the world, and the raw ids that these
-represent, in ranges like those of the real data."""
+"""Values of the fields of Ali-CCP in a world: numbers of the world, and their raw ids, in ranges
+like those of the real data."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from esmm_torchrec.comparison.worlds.world import Simulation
 
 
 class Values(NamedTuple):
-    """What a field holds in each of n rows."""
+    """Values of a field in n rows."""
 
     numbers: Ints
-    """(n,) numbers of the world, -1 if missing; or those of n lists, end to end."""
+    """(n,) numbers of the world, -1 if missing; or the concatenated numbers of n lists."""
     times: Ints | None = None
-    """Occurrences beside the numbers, if the field is weighted; 0 if missing."""
+    """Occurrences of each number, 0 if it is missing; None if the field is not weighted."""
     offsets: Ints | None = None
-    """(n + 1,) list i is the stretch offsets[i]:offsets[i + 1], if the field is multi-valued."""
+    """(n + 1,): list i is offsets[i]:offsets[i + 1]; None if the field is single-valued."""
 
     @property
     def lengths(self) -> Ints:
-        """(n,)"""
+        """(n,) number of values in each row."""
         if self.offsets is None:
             return (self.numbers >= 0).astype(np.int64)
         return np.diff(self.offsets)
 
 
 def item_values(catalogue: Catalogue, item: Ints) -> dict[str, Values]:
-    """By field: what is known of each item."""
+    """Returns the attributes of each item, by field."""
     lengths, nodes = catalogue.nodes.take(item)
     return {
         "205": Values(item),
@@ -44,7 +44,7 @@ def item_values(catalogue: Catalogue, item: Ints) -> dict[str, Values]:
 
 
 def impression_values(catalogue: Catalogue, exposure: Exposure) -> dict[str, Values]:
-    """By field: what each impression has besides its item."""
+    """Returns the values of each impression that do not belong to its item, by field."""
 
     def cross(of_item: Ints, times: Ints) -> Values:
         return Values(np.where(times > 0, of_item[exposure.item], -1), times)
@@ -59,7 +59,7 @@ def impression_values(catalogue: Catalogue, exposure: Exposure) -> dict[str, Val
 
 
 def visit_values(exposure: Exposure) -> dict[str, Values]:
-    """By field: what the impressions of each visit share."""
+    """Returns the values that the impressions of each visit share, by field."""
     return {
         "101": Values(np.where(exposure.user_logged, exposure.user, -1)),
         **{field: Values(numbers) for field, numbers in exposure.profile.items()},
@@ -99,11 +99,11 @@ ID_RANGES: Mapping[str, tuple[int, int]] = {
     "702": (9_710_000, 9_940_000),
     "853": (9_950_000, 10_050_000),
 }
-"""Field → first id, end of ids. Each field has a range of its own, near that of the real files."""
+"""Field → first id, exclusive end. Ranges are disjoint and near those of the real files."""
 
 
 def raw_ids(simulation: Simulation) -> dict[str, Ints]:
-    """By field: (values,) the raw id of each number; the seed decides which one it is."""
+    """Returns the raw id of each number, (values,), by field. It depends on the seed."""
     catalogue = simulation.catalogue
     num_values = {
         "101": simulation.visits.num_users,

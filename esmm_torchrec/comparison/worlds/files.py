@@ -1,8 +1,8 @@
 """The folder of a synthetic world: the four raw Ali-CCP files, the truth and the settings.
 
-Blocks of visits are drawn and put into text on several threads and written in order, so memory
-grows with users and items alone. The common rows of a split are set aside as they come and
-written in the order of their index, which has nothing to do with that of the impressions.
+Several threads draw and format blocks of visits, which are written in order, so memory grows only
+with users and items. The common rows of a split are first collected in a scratch file,
+because they are written in the order of their index, which is unrelated to that of impressions.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ TRUTH_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class GeneratedSplit:
-    """What one half holds, and how well its own truth ranks it."""
+    """Counts of a split, and the AUCs of its true probabilities."""
 
     impressions: int
     clicks: int
     conversions: int
-    """Logged ones, each behind a click."""
+    """Number of logged conversions; each follows a click."""
     conversions_if_all_clicked: int
-    """What the log would hold if every impression had been clicked."""
+    """Number of conversions if every impression had been clicked."""
     common_rows: int
     ctr_auc: float | None
-    """AUC of true_ctr for clicks; null if all labels are the same, as below."""
+    """AUC of true_ctr for clicks. Each AUC is None if all its labels are equal."""
     cvr_auc: float | None
     """AUC of true_cvr for conversions on the clicked impressions."""
     cvr_auc_entire_space: float | None
-    """AUC of true_cvr on all impressions, true_cvr itself being the (soft) label."""
+    """AUC of true_cvr on all impressions, with true_cvr itself as the (soft) label."""
 
 
 @dataclass(frozen=True)
 class GeneratedWorld:
-    """What `generate` wrote."""
+    """Summary of a world that `generate` wrote."""
 
     world: World
     users: int
@@ -68,28 +68,28 @@ class GeneratedWorld:
     train: GeneratedSplit
     test: GeneratedSplit
     file_bytes: dict[str, int]
-    """Raw and truth files."""
+    """Name → bytes of the raw and truth files."""
 
 
 def generate(
     world: World, out: str | os.PathLike[str], *, visits_per_block: int = VISITS_PER_BLOCK
 ) -> GeneratedWorld:
-    """Writes a world as raw Ali-CCP files, with its truth, into the new folder `out`.
+    """Writes a world and its truth as raw Ali-CCP files to the new folder `out`.
 
-    The folder holds sample_skeleton_{train,test}.csv, common_features_{train,test}.csv,
-    truth.parquet and world.json. It appears when it is complete; until then the files are in
+    The folder contains sample_skeleton_{train,test}.csv, common_features_{train,test}.csv,
+    truth.parquet and world.json. It appears only when it is complete; until then the files are in
     `out` + ".partial", which a later call replaces.
 
     Args:
-        world: its settings; the same ones give the same bytes.
-        out: the folder to make.
-        visits_per_block: visits that a thread draws at a time; changes nothing but memory.
+        world: settings of the world; equal settings produce equal bytes.
+        out: folder to create.
+        visits_per_block: number of visits that a thread draws at a time; affects only memory.
 
     Returns:
-        counts of each half, and how well the true probabilities rank it.
+        counts of each split, and the AUCs of its true probabilities.
 
     Raises:
-        DataError: `out` is there already.
+        DataError: `out` already exists.
     """
     out = Path(out)
     if out.exists():
@@ -163,7 +163,7 @@ def _truth(block: Block) -> pa.Table:
 
 
 class _CommonRows:
-    """Common rows, taken in any order and written in the order of their index."""
+    """Collects common rows in any order and writes them in the order of their index."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -195,7 +195,7 @@ class _CommonRows:
 
 
 class _Tally:
-    """Counts of a split and the AUCs of its truth."""
+    """Computes the counts of a split and the AUCs of its truth."""
 
     def __init__(self) -> None:
         self._impressions = self._clicks = self._conversions = self._if_clicked = self._visits = 0
@@ -226,29 +226,29 @@ class _Tally:
 
 
 class _Ranking:
-    """AUC of probabilities that arrive in pieces, in bounded memory.
+    """Computes the AUC of probabilities added in chunks, in bounded memory.
 
-    Scores with the same first ten bits of mantissa, so within 0.1 % of one another, count as
-    tied: the AUC is right to about 1e-6.
+    Scores that agree in exponent and the first ten bits of the mantissa, so within 0.1 %, count as
+    ties: the AUC is accurate to about 1e-6.
     """
 
     DROPPED_BITS = 13
 
     def __init__(self) -> None:
-        # The bits of positive floats, read as integers, have the order of the floats.
+        # Positive floats and their bits, read as integers, have the same order.
         highest = int(np.float32(1.0).view(np.int32)) >> self.DROPPED_BITS
         self._positive = np.zeros(highest + 1)
         self._negative = np.zeros(highest + 1)
 
     def add(self, score: npt.NDArray[np.float32], label: npt.NDArray[Any]) -> None:
-        """Labels may be soft: an impression counts as positive with a weight of its label."""
+        """Adds scores. Labels may be soft: an impression is positive with its label as weight."""
         place = score.view(np.int32) >> self.DROPPED_BITS
         positive = np.bincount(place, weights=label, minlength=len(self._positive))
         self._positive += positive
         self._negative += np.bincount(place, minlength=len(self._positive)) - positive
 
     def auc(self) -> float | None:
-        """None if all labels are the same."""
+        """Returns the AUC; None if all labels are equal."""
         pairs = self._positive.sum() * self._negative.sum()
         if not pairs:
             return None

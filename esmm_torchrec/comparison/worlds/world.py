@@ -1,7 +1,7 @@
-"""The world: its settings, and what comes of the impressions that it shows.
+"""A world: its settings, and the clicks and conversions of its impressions.
 
-Every random number has a place of its own in a stream of the seed, so that any stretch of visits
-can be drawn by itself, in any order and on any thread, and comes out the same.
+Every random number has a fixed place in a stream of the seed, so that any stretch of visits can be
+drawn separately, in any order and on any thread, with the same result.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from esmm_torchrec.comparison.worlds.exposure import Exposer, Exposure
 from esmm_torchrec.errors import OptionError
 
 TASTE_PARTS = {"item": 0.30, "user": 0.25, "affinity": 0.45}
-"""Shares of the variance of a taste: the item's appeal, the user's inclination, their match."""
+"""Shares of the variance of a taste: the item's appeal, the user's inclination, and their match."""
 CLICK_SCALE = 0.75
 CONVERSION_SCALE = 1.05
-"""Standard deviation that a taste gives to its logit: oracle AUCs of about .73 and .77."""
+"""Standard deviation of the taste in the conversion logit; CLICK_SCALE is that in the click logit.
+They lead to oracle AUCs of about 0.73 (click) and 0.77 (conversion)."""
 
 VISITS_PER_BLOCK = 512
 PILOT_STRETCHES = 16
 PILOT_VISITS = 256
-"""Visits that tastes are standardised and intercepts found on: 16 stretches of 256, if as many."""
+"""Number of visits per stretch used to standardise tastes and find intercepts: 16 stretches of 256
+visits, if there are as many."""
 
 
 @dataclass(frozen=True)
@@ -92,31 +94,31 @@ class World:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of visits of one half, its impressions and what came of them."""
+    """A stretch of visits of a split, with impressions, clicks and conversions."""
 
     exposure: Exposure
-    """Who was shown what."""
+    """Visits and impressions shown."""
     true_ctr: npt.NDArray[np.float32]
-    """(impressions,) p(click), given all that the world's formula knows."""
+    """(impressions,) p(click), given all variables of the world's formula."""
     true_cvr: npt.NDArray[np.float32]
-    """(impressions,) p(conversion | do(click)), given the same."""
+    """(impressions,) p(conversion | do(click)), given the same variables."""
     click: npt.NDArray[np.int8]
-    """(impressions,)"""
+    """(impressions,) whether the impression is clicked, 0 or 1."""
     conversion_if_clicked: npt.NDArray[np.int8]
-    """(impressions,) what the click led to, or would have led to."""
+    """(impressions,) whether a click leads, or would have led, to a conversion, 0 or 1."""
 
     @property
     def conversion(self) -> npt.NDArray[np.int8]:
-        """(impressions,) the logged conversion: none without a click."""
+        """(impressions,) logged conversions; there are none without a click."""
         return self.click * self.conversion_if_clicked
 
 
 class _Tastes(NamedTuple):
-    """What the two logits are made of before standardisation and intercepts, (impressions,)."""
+    """Terms of the two logits before standardisation and intercepts, (impressions,)."""
 
     click: Floats
     other: Floats
-    """Taste that concerns conversions alone."""
+    """Taste that affects only conversions."""
     click_shift: Floats
     """Position, hidden factor and noise in the click logit."""
     conversion_shift: Floats
@@ -124,7 +126,7 @@ class _Tastes(NamedTuple):
 
 
 class _Scales(NamedTuple):
-    """Makes the tastes standard, and uncorrelated with one another."""
+    """Standardises the two tastes and makes them uncorrelated."""
 
     click_mean: float
     click_std: float
@@ -142,14 +144,14 @@ class _Scales(NamedTuple):
         return cls(click_mean, click_std, other_mean, slope, std)
 
     def apply(self, tastes: _Tastes) -> tuple[Floats, Floats]:
-        """Taste for clicking, taste that concerns conversions alone."""
+        """Returns the taste for clicking and the taste that affects only conversions."""
         click = (tastes.click - self.click_mean) / self.click_std
         other = (tastes.other - self.other_mean - self.other_slope * click) / self.other_std
         return click, other
 
 
 class Simulation:
-    """A world ready to be drawn from: any stretch of visits, in any order, from any thread."""
+    """Draws any stretch of visits of a world, in any order and from any thread."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -164,18 +166,18 @@ class Simulation:
         self._calibrate()
 
     def num_visits(self, split: Split) -> int:
-        """Visits, that is common rows, of a split."""
+        """Returns the number of visits, that is, of common rows, of a split."""
         return len(self.visits.user[split])
 
     def visit_index(
         self, split: Split, first_visit: int, num_visits: int
     ) -> npt.NDArray[np.uint64]:
-        """(num_visits,) the common_feature_index of visits of a split."""
+        """Returns the common_feature_index of visits of a split, (num_visits,)."""
         index = self.streams.generator("index", self.visits.place(split, first_visit))
         return index.bit_generator.random_raw(num_visits)
 
     def stretches(self, split: Split, visits_per_block: int) -> list[tuple[Split, int, int]]:
-        """The arguments of `block` that cover a split once."""
+        """Returns arguments of `block` that together cover a split once."""
         total = self.num_visits(split)
         return [
             (split, first, min(visits_per_block, total - first))
@@ -183,7 +185,7 @@ class Simulation:
         ]
 
     def block(self, split: Split, first_visit: int, num_visits: int) -> Block:
-        """Visits `first_visit` to `first_visit + num_visits` of a split."""
+        """Draws visits `first_visit` to `first_visit + num_visits` (exclusive) of a split."""
         exposure = self._exposer.expose(split, first_visit, num_visits)
         click_logit, conversion_logit = self._logits(self._tastes(exposure))
         true_ctr = _sigmoid(click_logit + self._click_intercept).astype(np.float32)
@@ -200,7 +202,7 @@ class Simulation:
         )
 
     def _calibrate(self) -> None:
-        """Standardises the tastes and finds the intercepts that give the CTR and CVR asked for."""
+        """Standardises the tastes and finds the intercepts for the CTR and CVR of the settings."""
         pilots: list[_Tastes] = []
         for split in SPLITS:
             total, stretches = self.num_visits(split), PILOT_STRETCHES // len(SPLITS)
@@ -242,7 +244,7 @@ class Simulation:
         )
 
     def _logits(self, tastes: _Tastes) -> tuple[Floats, Floats]:
-        """Logits of click and of conversion, without the intercepts."""
+        """Returns the logits of click and of conversion, without the intercepts."""
         click, other = self._scales.apply(tastes)
         correlation = self.world.correlation
         conversion = correlation * click + math.sqrt(1 - correlation**2) * other
@@ -257,7 +259,7 @@ def _sigmoid(logit: Floats) -> Floats:
 
 
 def _intercept(logits: Floats, weights: Floats, rate: float) -> float:
-    """What to add to the logits so that the weighted mean of their sigmoids is `rate`."""
+    """Returns the intercept for which the weighted mean of the logits' sigmoids is `rate`."""
     low, high = -30.0, 30.0
     for _ in range(40):
         middle = (low + high) / 2
