@@ -1,11 +1,11 @@
 """Arrays in files of a folder, mapped into memory, with checksums.
 
-    layout.json    what the folder holds: dtype, shape and XXH3-64 of each array
-    checked.json   when each file was last changed at the time its checksum was compared
+    layout.json    dtype, shape and XXH3-64 of each array
+    checked.json   change time of each file when its checksum was last verified
     NAME           the bytes of an array
 
-A checksum is compared when a folder is first opened and again when a file has changed since, for
-example because the folder was copied. Other starts look at sizes and times alone.
+Checksums are verified when a folder is first opened, and again after a file has changed, for
+example because the folder was copied. Otherwise only sizes and change times are compared.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ _CHUNK_BYTES = 1 << 24
 
 
 class ArrayFile(msgspec.Struct, frozen=True):
-    """An array in a file."""
+    """Dtype, shape and checksum of an array stored in a file."""
 
     dtype: str
     shape: tuple[int, ...]
     xxh3: str
-    """XXH3-64 of its bytes, in hex."""
+    """XXH3-64 of the bytes, in hex."""
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """What a folder of arrays holds."""
+    """The arrays of a folder, and what they were made from."""
 
     version: int
     fingerprint: str
-    """Of what the arrays were made from."""
+    """Fingerprint of the data that the arrays were made from."""
     arrays: dict[str, ArrayFile]
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """The layout of a folder.
+        """Reads the layout of a folder.
 
         Raises:
-            OSError, ValueError: there is none, or it is not what was written.
+            OSError, ValueError: the file is missing, or its content is not what was written.
         """
         file = msgspec.json.decode((folder / LAYOUT).read_bytes(), type=_LayoutFile)
         if xxhash.xxh3_64_hexdigest(file.layout) != file.xxh3:
@@ -62,13 +62,13 @@ class Layout(msgspec.Struct, frozen=True):
         return msgspec.json.decode(file.layout, type=cls)
 
     def write(self, folder: Path) -> None:
-        """Writes it to a folder."""
+        """Writes the layout to a folder."""
         content = msgspec.json.encode(self)
         file = _LayoutFile(msgspec.Raw(content), xxhash.xxh3_64_hexdigest(content))
         (folder / LAYOUT).write_bytes(msgspec.json.encode(file))
 
     def map(self, folder: Path, name: str) -> np.ndarray:
-        """Maps an array."""
+        """Maps an array of the folder into memory, read-only."""
         file = self.arrays[name]
         if 0 in file.shape:
             return np.empty(file.shape, file.dtype)
@@ -85,7 +85,7 @@ class ArrayWriter:
     """Appends blocks to the arrays of a folder.
 
     Args:
-        folder: which exists.
+        folder: an existing folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,17 +94,17 @@ class ArrayWriter:
         self._checksums: dict[str, xxhash.xxh3_64] = {}
 
     def extend(self, name: str, values: np.ndarray) -> None:
-        """Appends rows to an array, which the first call makes.
+        """Appends rows to an array; the first call creates it.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the rows cannot be written.
         """
         if name not in self._forms:
             self._forms[name] = str(values.dtype), [0, *values.shape[1:]]
             self._checksums[name] = xxhash.xxh3_64()
         dtype, shape = self._forms[name]
         assert str(values.dtype) == dtype
-        # As bytes: neither a file nor a checksum takes an empty array of several dimensions.
+        # As bytes, because files and checksums reject empty multidimensional arrays.
         content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         with (self._folder / name).open("ab") as file:
             file.write(content.data)
@@ -113,7 +113,7 @@ class ArrayWriter:
 
     @property
     def arrays(self) -> dict[str, ArrayFile]:
-        """What was written, by name."""
+        """The arrays written so far, by name."""
         return {
             name: ArrayFile(dtype, tuple(shape), self._checksums[name].hexdigest())
             for name, (dtype, shape) in self._forms.items()
@@ -121,13 +121,13 @@ class ArrayWriter:
 
 
 def is_intact(folder: Path, layout: Layout, *, read: bool) -> bool:
-    """Whether the arrays of a folder are the ones that were written.
+    """Returns whether the arrays of a folder are unchanged since they were written.
 
     Args:
-        folder: of the arrays.
-        layout: of the folder.
-        read: whether files may be read. If not, the answer is no for arrays that were not checked
-            since their files last changed.
+        folder: folder of the arrays.
+        layout: layout of the folder.
+        read: whether files may be read to verify their checksums. If not, False is returned
+            unless every file was verified after its last change.
     """
     try:
         if any(
@@ -143,7 +143,7 @@ def is_intact(folder: Path, layout: Layout, *, read: bool) -> bool:
             return False
     except OSError:
         return False
-    with suppress(OSError):  # a folder that cannot be written is checked each time
+    with suppress(OSError):  # a read-only folder is checked on every start
         partial = folder / f"{_CHECKED}.partial"
         partial.write_text(json.dumps(changed))
         partial.rename(folder / _CHECKED)

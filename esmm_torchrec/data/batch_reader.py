@@ -1,5 +1,4 @@
-"""What readers have in common: a position, batches made ahead of time, and what ranks tell each
-other."""
+"""The base class of readers: position, batches made ahead of time, exchange between ranks."""
 
 from __future__ import annotations
 
@@ -17,42 +16,42 @@ from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import Schema
 
 READ_AHEAD = 3
-"""Batches made before they are asked for."""
+"""Number of batches prepared ahead of the one in use."""
 
 
 class Exchange(Protocol):
-    """How ranks combine small arrays; every rank calls the same method with the same shape."""
+    """Combines small arrays across ranks; all ranks call the same method with the same shape."""
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """float64, the sums over all ranks."""
+        """Returns the sums over all ranks, float64."""
         ...
 
     def max(self, values: np.ndarray) -> np.ndarray:
-        """float64, the maxima over all ranks."""
+        """Returns the maxima over all ranks, float64."""
         ...
 
 
 class Block(NamedTuple):
-    """Some consecutive steps of one rank."""
+    """Consecutive steps of one rank."""
 
     counts: np.ndarray
-    """float64 (steps, 2 + labels), `BatchMaker.counts` of each."""
+    """`BatchMaker.counts` of each step, float64 (steps, 2 + labels)."""
     batch: Callable[[int, np.ndarray], ImpressionBatch]
-    """From the number of a step in the block, and the counts over all ranks, to its batch."""
+    """Makes the batch of a step, from its index in the block and its counts over all ranks."""
 
 
 class BatchReader(ABC):
     """Reads impressions as batches, for one rank of several.
 
-    Iterating gives the rest of the current epoch. `advance` moves the position after a step was
-    taken, and not when a batch is handed out, because pipelines ask for batches ahead of time.
+    Iterating yields the rest of the current epoch. The position moves when `advance` is called
+    after a step, and not when a batch is yielded, because pipelines fetch batches ahead of time.
 
     Args:
-        num_rows: rows of an epoch, over all ranks; the others are those of `ImpressionReader`.
-        exchange: what the ranks combine their counts with; None: blocks have those of all ranks.
+        num_rows: rows of an epoch, over all ranks. For other arguments see `ImpressionReader`.
+        exchange: combines the counts of the ranks; None: `Block.counts` is over all ranks already.
 
     Raises:
-        OptionError: an argument is not positive, or there is no row to read.
+        OptionError: an argument is not positive, or there are no rows to read.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class BatchReader(ABC):
         self.rank = rank
         self.world_size = world_size
         self.global_batch_size = batch_size * world_size if rows_per_step is None else rows_per_step
-        """S: rows of one step over all ranks."""
+        """S, the rows of one step over all ranks."""
         if not 0 < self.global_batch_size <= batch_size * world_size:
             raise OptionError(
                 f"rows_per_step {rows_per_step} does not fit into {world_size} batches of "
@@ -87,38 +86,38 @@ class BatchReader(ABC):
 
     @abstractmethod
     def _next_row(self, row: int) -> int | None:
-        """The position after the step at `row`; None at the end of the epoch."""
+        """Returns the position after the step at `row`, or None at the end of the epoch."""
 
     @abstractmethod
     def _steps_from(self, row: int) -> int:
-        """Steps from a position to the end of the epoch."""
+        """Returns the number of steps from a position to the end of the epoch."""
 
     @abstractmethod
     def _blocks(self) -> Iterator[Block]:
-        """The blocks of the rest of the epoch; each is made in a thread of its own, one ahead."""
+        """Yields the blocks of the rest of the epoch; a separate thread makes them, one ahead."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of a whole epoch, the same on every rank."""
+        """Number of steps in a full epoch, the same on every rank."""
         return self._steps_from(0)
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next step, counted from 0."""
+        """Epoch of the next step, starting at 0."""
         return self._epoch
 
     @property
     def steps_left(self) -> int:
-        """Steps until the end of the current epoch."""
+        """Number of steps until the end of the current epoch."""
         return self._steps_from(self._row)
 
     @property
     def rows_done(self) -> int:
-        """Rows of all ranks up to the position, over all epochs, padding not counted."""
+        """Rows read so far by all ranks, over all epochs, without padding."""
         return self._epoch * self.num_rows + min(self._row, self.num_rows)
 
     def advance(self) -> None:
-        """Moves the position past one step."""
+        """Moves the position by one step."""
         following = self._next_row(self._row)
         if following is None:
             self._epoch, self._row = self._epoch + 1, 0
@@ -126,15 +125,15 @@ class BatchReader(ABC):
             self._row = following
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: an epoch and a number of rows over all ranks, so that any number of
-        ranks can resume from it."""
+        """Returns the position as an epoch and a row over all ranks, so that a run can be resumed
+        on any number of ranks."""
         return {"epoch": self._epoch, "row": self._row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position of `state_dict`.
+        """Moves to a position that `state_dict` returned.
 
         Raises:
-            DataError: there are not so many rows.
+            DataError: the position is beyond the last row.
         """
         if state["row"] and self._steps_from(state["row"]) <= 0:
             raise DataError(
@@ -152,8 +151,8 @@ class BatchReader(ABC):
             upcoming = preparing.submit(next, blocks, None)
             while (block := upcoming.result()) is not None:
                 upcoming = preparing.submit(next, blocks, None)
-                # Here, and not in a thread, so that ranks do it in the same order as everything
-                # else that they do together.
+                # On the calling thread, so that this collective keeps the same order relative to
+                # the other collectives on every rank.
                 totals = self._totals(block.counts)
                 for step in range(len(block.counts)):
                     pending.append(making.submit(block.batch, step, totals[step]))

@@ -1,4 +1,4 @@
-"""From rows of a mapped split to one ImpressionBatch.
+"""Makes ImpressionBatches from the rows of a mapped split.
 
 Shapes: B rows of a batch, n <= B of them not padding, U distinct shared rows.
 """
@@ -17,31 +17,31 @@ from esmm_torchrec.data.mapped import Bags, MappedSplit
 from esmm_torchrec.schema import COLLECTIONS, SHARED_ROW
 
 SharedFeatures = Literal["once", "expanded"]
-"""once: a batch carries each distinct shared row once, with an index. expanded: it is written out
-for every impression."""
+"""once: a batch contains each distinct shared row once, with an index. expanded: shared features
+are repeated for every impression."""
 
 
 class StepRows(NamedTuple):
-    """The n rows that a rank has in a step."""
+    """The n rows of one rank in one step."""
 
     numbers: np.ndarray
-    """int (n,), row numbers."""
+    """Row numbers, int (n,)."""
     weights: np.ndarray
-    """float32 (n,)."""
+    """Weights in the loss, float32 (n,)."""
     labels: Mapping[str, np.ndarray] = {}
-    """Label → (n,), in place of the split's or beside them."""
+    """Label → values (n,); these replace or extend the labels of the split."""
 
 
 class BatchMaker:
-    """Makes batches of one size from the rows of a split.
+    """Makes batches of a fixed size from the rows of a split.
 
-    What a rank must know of the others is three or four numbers per step: see `counts`.
+    Each rank needs only a few sums and one maximum per step from the other ranks: see `counts`.
 
     Args:
-        split: where the rows are.
+        split: split to take the rows from.
         batch_size: B.
-        shared_features: how a batch carries shared features.
-        pin_memory: whether batches lie in page-locked memory.
+        shared_features: how a batch stores shared features.
+        pin_memory: whether batches are in page-locked memory.
     """
 
     def __init__(
@@ -58,16 +58,19 @@ class BatchMaker:
         self._pin_memory = pin_memory
         self._tasks = split.schema.tasks
         self._given = list(dict.fromkeys(before.label for _, before in self._tasks.links))
-        """Labels that other tasks are given."""
+        """Labels that other tasks are conditional on."""
 
     def _labels(self, rows: StepRows) -> dict[str, np.ndarray]:
         labels = {label: self._split.scalars[label][rows.numbers] for label in self._tasks.labels}
         return labels | dict(rows.labels)
 
     def counts(self, rows: StepRows) -> np.ndarray:
-        """float64 (2 + labels,): the sum of the weights, that of the rows with each label that
-        other tasks are given, and last the bags that shared features need, which is U or one more
-        if there is padding. Over all ranks, the last is a maximum and the others are sums."""
+        """Returns the counts that ranks combine, float64 (2 + labels,).
+
+        They are the sum of the weights; for each label that other tasks are conditional on, the sum
+        over rows with that label; and the number of bags of shared features: U, or U + 1 if there
+        is padding. Across ranks, the last is combined by maximum and the others by sum.
+        """
         labels = self._labels(rows)
         sums = [rows.weights.sum(dtype=np.float64)]
         sums += [rows.weights @ labels[label].astype(np.float64) for label in self._given]
@@ -78,12 +81,12 @@ class BatchMaker:
         return np.array([*sums, bags], np.float64)
 
     def make(self, rows: StepRows, *, totals: np.ndarray, world_size: int) -> ImpressionBatch:
-        """The batch of some rows, padded to B.
+        """Makes the batch of some rows, padded to B.
 
         Args:
-            rows: of this rank.
-            totals: `counts` over all ranks.
-            world_size: how many ranks these are.
+            rows: rows of this rank.
+            totals: `counts` combined over all ranks.
+            world_size: number of ranks.
         """
         means = torch.from_numpy((totals[:-1] / world_size).astype(np.float32))
         labels = {
@@ -104,21 +107,21 @@ class BatchMaker:
         return batch.pin_memory() if self._pin_memory else batch
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
-        """`values` with zeros up to B rows."""
+        """Pads `values` with zeros to B rows."""
         missing = self._batch_size - len(values)
         if missing == 0:
             return values
         return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
 
     def _sparse(self, rows: np.ndarray, most_distinct: int) -> dict[str, Any]:
-        """The KeyedJaggedTensor of each collection, and shared_index."""
+        """Returns the KeyedJaggedTensor of each collection, and shared_index."""
         owners = self._split.scalars.get(SHARED_ROW)
         own_owners = rows if owners is None else owners[rows]
         distinct, num_distinct, index = own_owners, self._batch_size, None
         if self._once and owners is not None:
             distinct, inverse = np.unique(own_owners, return_inverse=True)
             num_distinct = most_distinct
-            # Padding points at a bag that is empty on this rank, one past its distinct rows.
+            # Padding points to an empty bag, one past the distinct rows of this rank.
             index = np.full(self._batch_size, len(distinct), np.int64)
             index[: len(rows)] = inverse
         features: dict[str, Any] = {}
@@ -141,7 +144,7 @@ class BatchMaker:
 def _keyed_jagged_tensor(
     keys: list[str], parts: Sequence[Bags], *, num_bags: int
 ) -> KeyedJaggedTensor:
-    """One KeyedJaggedTensor of features from several stores, padded with empty bags."""
+    """Joins features of several stores in one KeyedJaggedTensor, padded with empty bags."""
     lengths = [
         np.pad(part.lengths, ((0, 0), (0, num_bags - part.lengths.shape[1]))).ravel()
         for part in parts

@@ -1,4 +1,4 @@
-"""Counts of what the rows of one split hold, per impression, from rows that come in blocks."""
+"""Counts the ids of a split per impression, block by block."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def count_raw_ids(
     """Adds the raw ids of a block of n rows to the counter of each table that has one.
 
     Args:
-        counters: by table.
-        features: whose ids are counted.
-        ids: by feature, n scalars or lists.
-        impressions: int (n,), how many use each row; None: one each.
+        counters: table → counter.
+        features: features to count.
+        ids: feature → ids, n scalars or lists.
+        impressions: number of impressions that use each row, int (n,); None: one each.
     """
     for feature in features:
         if feature.table in counters:
@@ -37,14 +37,14 @@ def count_raw_ids(
 
 
 class SharedRowUse:
-    """How many impressions use each shared row, from impressions that come in blocks."""
+    """Counts the impressions that use each shared row, block by block."""
 
     def __init__(self) -> None:
         self._impressions = np.zeros(0, np.int64)
         self.highest = -1
 
     def add(self, rows: np.ndarray) -> None:
-        """Takes the shared row of each impression of a block, int (n,), none negative."""
+        """Adds the shared row of each impression of a block, int (n,), non-negative."""
         if len(rows) == 0:
             return
         lowest = int(rows.min())
@@ -57,29 +57,29 @@ class SharedRowUse:
         self._impressions[lowest:end] += counts
 
     def impressions(self, rows: int) -> np.ndarray:
-        """int64 (rows,), of the first `rows` shared rows."""
+        """Returns the number of impressions of the first `rows` shared rows, int64 (rows,)."""
         return np.pad(self._impressions, (0, max(0, rows - len(self._impressions))))[:rows]
 
 
 @dataclass
 class IdCounts:
-    """What one split holds of an id feature."""
+    """Counts of one id feature in a split."""
 
     stored_ids: int = 0
-    """Of a shared row once."""
+    """Ids as stored: those of a shared row count once."""
     ids: int = 0
-    """From here on, of a shared row once for each impression that uses it."""
+    """Ids over all impressions; like the fields below, counts a shared row once per impression."""
     unknown_ids: int = 0
     missing: int = 0
     """Impressions without an id."""
 
     def merge(self, other: IdCounts) -> None:
-        """Adds the counts of further rows."""
+        """Adds the counts of other rows."""
         for name in vars(other):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def add(self, rows: pa.Array, impressions: np.ndarray | None = None) -> None:
-        """Counts the ids of stored rows, each of which counts as 1 or as `impressions` of them."""
+        """Counts the ids of stored rows, each weighted by `impressions`; None: by 1."""
         if pa.types.is_list(rows.type):
             lengths, ids = np.diff(rows.offsets.to_numpy()), rows.flatten().to_numpy()
         else:

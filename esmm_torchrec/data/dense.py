@@ -1,21 +1,21 @@
-"""Raw dense values → inputs of a model, by a transform that is fitted to each training column.
+"""Raw dense values → model inputs, by a transform that is fitted to each training column.
 
 A `DenseFitter` reads the training rows once, block by block, and keeps a uniform sample of them.
-`DenseTransform.fit` turns the sample of a column into a few numbers, which dataset.json keeps, and
-`DenseTransform.apply` uses the same numbers on training rows, test rows and rows to score.
+`DenseTransform.fit` reduces the sample of a column to a few parameters, stored in dataset.json.
+`DenseTransform.apply` applies them to training rows, test rows and rows to score.
 
-By default ("auto") the training column decides:
+The default method ("auto") depends on the training column:
 
 1. Values far outside the bulk of the column are clipped: beyond its 1 % and 99 % quantiles by more
    than five times the distance between these.
 2. A column whose skewness is beyond ±1, or whose excess kurtosis is over 10, is replaced by its
-   signed logarithm, sign(x) log(1 + |x| / scale), if that at least halves the one or the other. The
-   outermost 0.1 % of the values do not count. A column of two values is never replaced, because no
-   monotone function changes its skewness.
-3. It is standardised and clipped at five standard deviations.
+   signed logarithm, sign(x) log(1 + |x| / scale), if that at least halves the offending statistic.
+   The outermost 0.1 % of the values are ignored. A column of two values is never replaced, because
+   no monotone function changes its skewness.
+3. The column is standardised and clipped at five standard deviations.
 
-Missing values (NaN) become the training mean. If the training rows have any, a further feature
-(`schema.missing_column`) is 1 if the value is missing, else 0.
+Missing values (NaN) become the training mean. If any training row lacks the value, an indicator
+feature (`schema.missing_column`) is added: 1 if the value is missing, else 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from esmm_torchrec.data.hashing import splitmix64
 from esmm_torchrec.errors import DataError
 
 DenseMethod = Literal["auto", "standard", "log", "quantile", "as-is"]
-"""auto: see the head of this module. standard: (x - mean) / std, never clipped. log: the signed
+"""auto: see the module docstring. standard: (x - mean) / std, never clipped. log: the signed
 logarithm, standardised and clipped. quantile: the rank of the value in training, standardised.
 as-is: unchanged."""
 
@@ -44,43 +44,43 @@ TOO_FAR = (
 )
 
 MIN_SAMPLE_ROWS = 1 << 17
-"""Rows of a sample. All rows are in it while they are no more than this; beyond, between once and
-twice as many."""
+"""Minimum size of a sample, in rows. Smaller columns are kept whole; otherwise the sample has
+between one and two times this many rows."""
 
 _MAX_DEVIATIONS = 5.0
 _FENCE_WIDTHS = 5.0
 _MAX_SKEWNESS = 1.0
 _MAX_EXCESS_KURTOSIS = 10.0
 _LOG_DECADES = 12
-"""Decades between the largest absolute value and the smallest that a logarithm tells apart."""
+"""Decades between the largest absolute value and the smallest that the logarithm resolves."""
 _QUANTILES = 129
 
 
 @dataclass(frozen=True)
 class DenseTransform:
-    """How the values of one dense column become inputs of a model.
+    """Transform of one dense column to a model input.
 
     With `knots`, the result is interpolated linearly between the points (knots, heights), and
-    constant outside of them. Without, it is (f(x) - mean) / std for x clipped to [low, high], where
-    f(x) is sign(x) log(1 + |x| / scale) if there is a scale, else x.
+    constant outside them. Without, it is (f(x) - mean) / std for x clipped to [low, high], with
+    f(x) = sign(x) log(1 + |x| / scale) if `scale` is set, else f(x) = x.
     """
 
     method: Literal["standard", "log", "quantile", "as-is"]
     mean: float = 0.0
-    """Of f(x), over the training sample."""
+    """Mean of f(x) over the training sample."""
     std: float = 1.0
     low: float | None = None
-    """Raw value; None: not clipped."""
+    """Lower clipping bound, a raw value; None: not clipped."""
     high: float | None = None
-    """Raw value; None: not clipped."""
+    """Upper clipping bound, a raw value; None: not clipped."""
     scale: float | None = None
     knots: tuple[float, ...] = ()
-    """Raw values, ascending."""
+    """Raw values to interpolate between, ascending."""
     heights: tuple[float, ...] = ()
     missing: float = 0.0
     """Result for a missing value."""
     has_indicator: bool = False
-    """Whether a further feature says whether a value is missing."""
+    """Whether the column has an indicator feature for missing values."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -93,7 +93,7 @@ class DenseTransform:
 
     @staticmethod
     def parse(text: str) -> tuple[str, DenseMethod]:
-        """Column and method of "price:log"; the method of "price" is auto."""
+        """Splits "price:log" into column and method; "price" alone has the method auto."""
         column, colon, method = text.rpartition(":")
         if colon and column and method in DENSE_METHODS:
             return column, method
@@ -101,11 +101,11 @@ class DenseTransform:
 
     @classmethod
     def fit(cls, values: np.ndarray, method: DenseMethod, *, has_missing: bool) -> DenseTransform:
-        """The transform of a column.
+        """Fits the transform of a column.
 
         Args:
-            values: float64 (n,), a sample of the training column, finite or NaN.
-            method: which transform.
+            values: sample of the training column, float64 (n,), finite or NaN.
+            method: method to fit.
             has_missing: whether any training row lacks the value.
         """
         transform = cls._of_present(values[~np.isnan(values)], method)
@@ -114,7 +114,7 @@ class DenseTransform:
     @classmethod
     def _of_present(cls, values: np.ndarray, method: DenseMethod) -> DenseTransform:
         if len(values) == 0:
-            # Nothing is known of the column, so whatever comes later says nothing either.
+            # The training values are all missing, so map every later value to the same input.
             return cls("standard", low=0.0, high=0.0)
         mean, std = _mean_and_std(values)
         if method == "as-is":
@@ -141,10 +141,10 @@ class DenseTransform:
         return cls("log", mean, std, low, high, scale)
 
     def apply(self, values: Any, xp: Any = np) -> Any:
-        """Inputs of a model, of the shape and type of `values`.
+        """Transforms raw values to model inputs of the same shape and type.
 
         Args:
-            values: float64 of any shape, NaN where missing; an array of `xp`.
+            values: array of `xp`, float64 of any shape, NaN for missing values.
             xp: numpy or torch.
         """
         if self.knots:
@@ -164,8 +164,8 @@ class DenseTransform:
         return xp.where(xp.isnan(values), self.missing, result)
 
     def inverse(self, inputs: np.ndarray) -> np.ndarray:
-        """Raw values, float64 (n,), of inputs that came from `apply`; those of clipped values are
-        the ends that they were clipped to."""
+        """Maps inputs from `apply` back to raw values, float64 (n,); a clipped value becomes the
+        bound it was clipped to."""
         if self.knots:
             return np.interp(inputs, self.heights, self.knots)
         raw = inputs * self.std + self.mean
@@ -176,14 +176,14 @@ class DenseTransform:
 
     @property
     def reach(self) -> float:
-        """Absolute values up to this one have a result that a float32 can hold."""
+        """Largest absolute raw value whose result fits in a float32."""
         if self.knots or None not in (self.low, self.high):
             return math.inf
         largest = float(np.finfo(np.float32).max)
         return max(0.0, 0.999 * largest * min(1.0, self.std) - abs(self.mean))
 
     def encode(self, values: np.ndarray, name: str) -> np.ndarray:
-        """float32 (n,) from float64 (n,), NaN where missing.
+        """Transforms raw values, float64 (n,) with NaN for missing values, to float32 (n,).
 
         Raises:
             DataError: a result is too large for a float32; names the column.
@@ -199,19 +199,19 @@ class DenseTransform:
 class DenseFitter:
     """Keeps a uniform sample of rows that come in blocks, in bounded memory.
 
-    Which rows are in the sample follows from a hash of their number, so that it depends on the
-    rows alone and not on the blocks they came in.
+    A hash of the row number decides whether a row is sampled, so the sample does not depend on how
+    the rows were divided into blocks.
 
     Args:
-        columns: how many columns the rows have.
-        of_rows: how many rows will be merged in all, about: this fitter then keeps no more than
-            its part of the sample. None: not known, or it gets all rows.
+        columns: number of columns.
+        of_rows: approximate number of rows of all fitters that will be merged; this one then keeps
+            only its part of the sample. None: unknown, or this fitter receives all rows.
     """
 
     def __init__(self, columns: int, of_rows: int | None = None) -> None:
         self._threshold = np.uint64(2**64 - 1)
-        # Generous, because many of the rows may be bad, or in the test split. Keeping too many does
-        # not change the sample of all.
+        # With a margin, because many rows may be bad or in the test split. Keeping too many does
+        # not change the merged sample.
         while of_rows is not None and of_rows > 64 * MIN_SAMPLE_ROWS:
             self._threshold >>= np.uint64(1)
             of_rows //= 2
@@ -223,7 +223,7 @@ class DenseFitter:
         self._high = np.full(columns, -np.inf)
 
     def add(self, values: np.ndarray, numbers: np.ndarray) -> None:
-        """Takes float64 (rows, columns), NaN where missing, and the number of each row."""
+        """Adds a block, float64 (rows, columns), NaN for missing values, with its row numbers."""
         hashes = splitmix64(numbers.astype(np.uint64))
         self._has_missing |= np.isnan(values).any(axis=0)
         self._low = np.fmin(self._low, np.fmin.reduce(values, axis=0, initial=np.inf))
@@ -237,7 +237,7 @@ class DenseFitter:
             self._shrink()
 
     def merge(self, other: DenseFitter) -> None:
-        """Takes the rows that another fitter was given."""
+        """Adds the rows of another fitter."""
         self._has_missing |= other._has_missing
         self._low = np.fmin(self._low, other._low)
         self._high = np.fmax(self._high, other._high)
@@ -260,7 +260,10 @@ class DenseFitter:
             self._hashes, self._sample = self._hashes[kept], self._sample[kept]
 
     def fit(self, methods: Mapping[str, DenseMethod]) -> dict[str, DenseTransform]:
-        """The transform of each column, from the method of each, in the order of the columns.
+        """Fits the transform of each column.
+
+        Args:
+            methods: column → method, in the order of the columns.
 
         Raises:
             DataError: the values of a column are too far apart for its method.
@@ -271,7 +274,7 @@ class DenseFitter:
             sample = self._sample[:, place]
             low, high = self._low[place], self._high[place]
             if low < high and np.nanmin(sample) == np.nanmax(sample):
-                # Too rare to be sampled, but not constant.
+                # The other values are too rare to be sampled, but the column is not constant.
                 sample = np.append(sample, [low, high])
             has_missing = bool(self._has_missing[place])
             try:
@@ -291,7 +294,7 @@ class _Shape(NamedTuple):
 
 
 def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
-    """In units of the largest value, so that no square overflows; a constant has std 1."""
+    """Computed in units of the largest value, so that no square overflows; a constant has std 1."""
     unit = float(np.abs(values).max()) or 1.0
     scaled = values / unit
     mean, std = float(scaled.mean()) * unit, float(scaled.std()) * unit
@@ -307,7 +310,7 @@ def _shape(values: np.ndarray) -> _Shape:
 
 
 def _fences(values: np.ndarray) -> tuple[float, float]:
-    """What lies outside is far from the bulk of the values."""
+    """Returns the bounds beyond which a value is far from the bulk of the column."""
     low, high = float(values.min()), float(values.max())
     bulk_low, bulk_high = np.quantile(values, (0.01, 0.99), method="nearest").tolist()
     reach = _FENCE_WIDTHS * (bulk_high - bulk_low)
@@ -317,7 +320,7 @@ def _fences(values: np.ndarray) -> tuple[float, float]:
 
 
 def _log_scale(values: np.ndarray) -> float:
-    """1, or less for a column of small values, so that its logarithm is not a straight line."""
+    """Returns 1, or less for a column of small values, whose log would else be nearly linear."""
     sizes = np.abs(values[values != 0])
     small = float(np.quantile(sizes, 0.05, method="nearest"))
     return max(min(1.0, small), float(sizes.max()) * 10.0**-_LOG_DECADES, 5e-324 * 2**52)
@@ -334,8 +337,8 @@ def _inverse_log(value: float, scale: float) -> float:
 
 def _log_helps(values: np.ndarray, logged: np.ndarray) -> bool:
     if np.ptp(logged) < 1e-6 * np.abs(logged).max():
-        return False  # Values far from zero and close together: the logarithm merges them.
-    # Without the outermost 0.1 %, or a single outlier would decide.
+        return False  # values far from zero and close together, which the logarithm would merge
+    # Ignore the outermost 0.1 %, so that a single outlier does not decide.
     low, high = np.quantile(values, (0.0005, 0.9995), method="nearest")
     inside = (values >= low) & (values <= high)
     raw, log = _shape(values[inside]), _shape(logged[inside])
@@ -347,8 +350,8 @@ def _log_helps(values: np.ndarray, logged: np.ndarray) -> bool:
 
 
 def _ranks(values: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Quantiles of the values, each once, and the standardised share of values below them; equal
-    values count half, as in a mid-rank."""
+    """Returns the distinct quantiles of the values and the standardised share of values below each;
+    equal values count half, as in a mid-rank."""
     ordered = np.sort(values)
     places = np.linspace(0, len(ordered) - 1, _QUANTILES).round().astype(np.int64)
     knots = np.unique(ordered[places])
