@@ -1,11 +1,11 @@
-"""Raw rows → prepared columns, the same for what a model is trained on and for what it scores.
+"""Raw rows → prepared columns, in the same way for training and for scoring.
 
 `FeatureColumns` reads the features of a block; a `RowEncoder` turns ids into rows of their tables
-and standardises dense values. `data.sources.tabular` uses both to prepare a data set. What a
-trained model needs of them later is dataset.json and the vocabularies alone: `copy_preprocessing`
-puts these into a folder, and `RowEncoder.load` takes new rows from there on.
+and transforms dense values. `data.sources.tabular` uses both to prepare a data set. To encode new
+rows, a trained model needs only dataset.json and the vocabularies: `copy_preprocessing` copies them
+to a folder, from which `RowEncoder.load` creates an encoder.
 
-In this file: n rows of a block.
+Shapes: n rows of a block.
 """
 
 from __future__ import annotations
@@ -46,34 +46,34 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 @dataclass(frozen=True)
 class RowsToEncode:
-    """A block of n raw rows that were read."""
+    """A block of n raw rows after reading."""
 
     features: Features
     sample_ids: np.ndarray
-    """int64 (n,): the raw column that held them when the data set was made, if the rows have it,
-    else their numbers from 0."""
+    """Sample ids, int64 (n,), from the same raw column as in the data set; if the rows lack that
+    column, row numbers from 0."""
     bad: np.ndarray
-    """bool (n,), rows that cannot be used; what `features` holds for them is arbitrary."""
+    """Rows that cannot be used, bool (n,); their values in `features` are arbitrary."""
     kept: pa.Table
-    """Columns to keep."""
+    """The columns passed as `keep`, unchanged."""
 
 
 class RowEncoder:
-    """Encodes raw rows as those of a prepared data set were encoded.
+    """Encodes raw rows in the same way as the rows of a prepared data set.
 
     Example::
 
-        encoder = RowEncoder.load(prepared)  # a prepared data set, or a copy_preprocessing of one
+        encoder = RowEncoder.load(prepared)  # or a folder from copy_preprocessing
         for read in encoder.read_blocks("new_rows.parquet"):
             impressions = encoder.encode_rows(read)
 
     Args:
-        features: the raw columns.
-        vocabularies: by table.
-        dense: by dense column, what its values are encoded with.
-        sample_id: the raw column of sample ids, if it had one.
-        text_format: how text files are written.
-        tasks: the chain, whose labels new rows do not have.
+        features: raw columns of the features.
+        vocabularies: table → vocabulary or hashed ids.
+        dense: dense column → transform.
+        sample_id: raw column of sample ids, if the data set was made from one.
+        text_format: format of text files.
+        tasks: the chain. New rows need no labels.
     """
 
     def __init__(
@@ -90,20 +90,21 @@ class RowEncoder:
         self.vocabularies = vocabularies
         self.dense = dense
         self.sample_id = sample_id
-        """The raw column of sample ids, if there was one."""
+        """Raw column of sample ids; None: rows are numbered."""
         self.text_format = text_format
         self._tasks = tasks
 
     @classmethod
     def load(cls, folder: Path | str) -> RowEncoder:
-        """The encoder of a prepared data set, or of a folder `copy_preprocessing` made.
+        """Loads the encoder of a prepared data set, or of a folder from `copy_preprocessing`.
 
-        New rows have the raw columns that the data set was made of. Where it was made of the
-        Ali-CCP files, a column is called as its field ("101", "109_14"), holds int64, in lists
-        where the feature is multi-valued, and has its weights beside it (`schema.weight_column`).
+        New rows must have the raw columns that the data set was made from. For a data set made
+        from the Ali-CCP files, a column has the name of its field ("101", "109_14") and contains
+        int64, or lists of int64 if the feature is multi-valued; weights are in a separate column
+        (`schema.weight_column`).
 
         Raises:
-            DataError: there is no dataset.json, or a vocabulary is missing or another one.
+            DataError: dataset.json or a vocabulary is missing, or a vocabulary was changed.
         """
         data_set = PreparedDataSet.open(folder, data_files=False)
         schema, source = data_set.schema, data_set.source
@@ -129,13 +130,13 @@ class RowEncoder:
 
     @property
     def hashed(self) -> dict[str, HashedIds]:
-        """By table whose ids are hashed."""
+        """Table → hashed ids, for the tables whose ids are hashed."""
         ids = self.vocabularies.items()
         return {table: rows for table, rows in ids if isinstance(rows, HashedIds)}
 
     @property
     def schema(self) -> Schema:
-        """The schema of what `encode` gives: no feature is shared, each is written out per row."""
+        """Schema of the rows from `encode_rows`: shared features are repeated in every row."""
         features = self.features
         rows = {name: of.num_embeddings for name, of in self.vocabularies.items()}
         return schema_of(
@@ -149,17 +150,17 @@ class RowEncoder:
         keep: Sequence[str] = (),
         bad_rows: BadRows | None = None,
     ) -> Iterator[RowsToEncode]:
-        """Raw rows to score, block by block in bounded memory.
+        """Reads raw rows block by block, in bounded memory.
 
         Args:
-            rows: files or rows in memory, one or several, as `prepare_table` takes them.
-            keep: further columns to give with them.
+            rows: one or several files or tables in memory, in the forms `prepare_table` accepts.
+            keep: further columns to return unchanged in `RowsToEncode.kept`.
             bad_rows: counts the rows that cannot be scored; None allows none.
 
         Raises:
             DataError: a column is missing or of another kind than when the data was prepared, or
-                a row cannot be used and may not be skipped; names the file, the column and the
-                line or row.
+                a row cannot be used and may not be skipped. The message names the file, the column
+                and the line or row.
         """
         tables = open_raw_tables(rows, what="input", text_format=self.text_format)
         for table in tables:
@@ -191,7 +192,7 @@ class RowEncoder:
                 sample_ids, fault = read_integers(block.table.column(sample_id), sample_id)
                 faults.append(fault)
         for name, values in features.dense.items():
-            # Infinite ones have a fault already, and would have a result.
+            # Infinite values are reported already, and clipping could make them finite.
             too_far = np.abs(values) > self.dense[name].reach
             faults.append(
                 Fault(self.features.column_of(name), too_far, lambda _: f"the value is {TOO_FAR}")
@@ -203,10 +204,10 @@ class RowEncoder:
         return RowsToEncode(features, sample_ids, ~is_good, block.table.select(list(keep)))
 
     def encode_rows(self, read: RowsToEncode) -> pa.Table:
-        """A block as the impressions of a prepared data set, without optional columns.
+        """Encodes a block as impressions of a prepared data set, without optional columns.
 
-        Ids never seen in training have row 0. Labels are 0: new rows need none and none are read.
-        Rows that cannot be scored hold arbitrary values.
+        Ids never seen in training get row 0. All labels are 0, because labels of new rows are not
+        read. Rows that cannot be scored have arbitrary values.
         """
         no_labels = [np.zeros(len(read.bad), np.int8)] * len(self._tasks)
         encoded = self.encode_features(read.features)
@@ -214,8 +215,8 @@ class RowEncoder:
         return pa.table(columns, schema=impression_columns(self.schema))
 
     def encode_features(self, features: Features) -> dict[str, pa.Array]:
-        """The feature columns of the impressions, by name, in their order: ids as int32 rows of
-        the tables, weights as they are, dense values float32 by the transform of their column."""
+        """Encodes the feature columns of the impressions, in stored order: ids as int32 rows of
+        their tables, weights unchanged, dense values as float32 after their transform."""
         columns: dict[str, pa.Array] = {}
         for feature in self.features.id_features:
             ids = features.ids[feature.name]
@@ -232,7 +233,7 @@ class RowEncoder:
 
 
 def encode_ids(raw_ids: pa.Array, vocabulary: Vocabulary | HashedIds) -> pa.Array:
-    """int32 rows of a table in place of raw ids, which are scalars or lists; nulls stay null."""
+    """Replaces raw ids, scalars or lists, with int32 rows of a table; nulls stay null."""
     if pa.types.is_list(raw_ids.type):
         offsets = raw_ids.offsets.to_numpy()
         rows = pa.array(vocabulary.encode(raw_ids.flatten()))
@@ -242,12 +243,12 @@ def encode_ids(raw_ids: pa.Array, vocabulary: Vocabulary | HashedIds) -> pa.Arra
 
 
 def copy_preprocessing(data_set: Location | Path | str, destination: Path | str) -> None:
-    """Copies what `RowEncoder.load` needs, dataset.json and the vocabularies, into a new folder.
-    Does nothing if `destination` holds that very copy already.
+    """Copies the files that `RowEncoder.load` needs, dataset.json and the vocabularies, to a new
+    folder. Does nothing if `destination` contains the same copy already.
 
     Raises:
-        DataError: `data_set` is not a prepared data set, `destination` holds something else, or a
-            vocabulary of either is not the one that was written.
+        DataError: `data_set` is not a prepared data set, `destination` has other content, or a
+            vocabulary of either was changed after it was written.
     """
     source, destination = Location.of(data_set), Path(destination)
     opened = PreparedDataSet.open(data_set, data_files=False)

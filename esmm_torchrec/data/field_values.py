@@ -1,4 +1,4 @@
-"""The value of one field in every impression of a split, for figures per value."""
+"""The value of one field in each impression of a split, for metrics by value."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import SHARED_ROW, UNKNOWN_ROW, missing_column
 
 DENSE_PARTS = 10
-"""Parts of equally many impressions that a dense field is divided into."""
+"""Number of ranges of about equally many impressions that a dense field is divided into."""
 
 
 def usual_fields(dataset: PreparedDataSet, most: int) -> list[str]:
-    """Fields to show figures by if nobody chose any, at most `most`: those with the fewest values
-    first, which say most at a glance."""
+    """Returns at most `most` default fields for metrics by value: first the id features with the
+    fewest values, because they are the easiest to read, then the dense features."""
     schema, tables = dataset.schema, set(dataset.vocabulary_tables)
     single = [
         feature
@@ -32,27 +32,27 @@ def usual_fields(dataset: PreparedDataSet, most: int) -> list[str]:
 
 
 class FieldValues(NamedTuple):
-    """Which value each of N impressions has."""
+    """The value of one field in each of N impressions."""
 
     codes: np.ndarray
-    """int (N,), places in `names`."""
+    """Index of each value in `names`, int (N,)."""
     names: list[str]
-    """Raw ids, "unknown" (rare, or not seen in training) and "missing"; or ranges of raw values of
-    a dense feature, and "missing" if training rows lacked values."""
+    """For an id feature, raw ids, "unknown" (rare or not seen in training) and "missing"; for a
+    dense feature, ranges of raw values, and "missing" if training rows lacked values."""
     are_ranges: bool = False
     """Whether the names are ranges, in ascending order, "missing" last."""
 
 
 def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldValues:
-    """The values of a single-valued id feature or of a dense one.
+    """Returns the values of a single-valued id feature or of a dense feature.
 
     Args:
-        dataset: has the vocabularies.
-        split: whose impressions.
+        dataset: data set with the vocabularies.
+        split: split with the impressions.
         field: name of the feature.
 
     Raises:
-        OptionError: there is no such feature, or it may have several values.
+        OptionError: the feature does not exist, is multi-valued, or has hashed ids.
     """
     schema = split.schema
     if field in schema.dense_features:
@@ -78,21 +78,21 @@ def field_values(dataset: PreparedDataSet, split: MappedSplit, field: str) -> Fi
 
 
 def _shown(raw_id: int | str) -> str:
-    """An id that is called as what is not one is quoted."""
+    """Quotes the ids "missing" and "unknown", which could be mistaken for the names of no id."""
     return repr(raw_id) if raw_id in ("missing", "unknown") else str(raw_id)
 
 
 def _dense(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldValues:
     names = split.schema.dense_features
     inputs = split.dense[:, names.index(field)].astype(np.float64)
-    transform = dataset.statistics.dense.get(field)  # None: of an indicator
+    transform = dataset.statistics.dense.get(field)  # None for an indicator
     missing = np.zeros(len(inputs), np.bool_)
     if transform is not None and transform.has_indicator:
         missing = split.dense[:, names.index(missing_column(field))] > 0
     raw = inputs
     if transform is not None:
         raw = transform.inverse(inputs)
-        # Where the mean was subtracted, 32 bits do not tell smaller values from 0.
+        # After subtracting the mean, a float32 cannot distinguish smaller values from 0.
         raw[np.abs(raw) < 1e-6 * abs(transform.mean) * (transform.scale or 1)] = 0
     codes, shown = _in_ranges(raw[~missing])
     if missing.any():
@@ -103,10 +103,10 @@ def _dense(dataset: PreparedDataSet, split: MappedSplit, field: str) -> FieldVal
 
 
 def _in_ranges(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The range of each value, and the ranges in ascending order: of about equally many values, but
-    a value that would fill a range is one by itself."""
+    """Divides values into ranges of about equally many; a value that would fill a range alone gets
+    its own. Returns the range of each value, and the names of the ranges in ascending order."""
     distinct, counts = np.unique(values, return_counts=True)
-    # The range of a distinct value is that of its middle row, in order of value.
+    # A distinct value belongs to the range of its middle row, in order of value.
     middle = np.cumsum(counts) - counts / 2
     of_distinct = np.floor(middle * DENSE_PARTS / max(1, len(values)))
     alone = counts * DENSE_PARTS >= len(values)
@@ -125,6 +125,6 @@ def _in_ranges(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _differ(lows: np.ndarray, highs: np.ndarray, digits: int) -> bool:
-    """Whether as many digits tell the ranges apart."""
+    """Returns whether the ranges have distinct names at this number of digits."""
     edges = np.unique(np.concatenate([lows, highs]))
     return len({f"{edge:.{digits}g}" for edge in edges.tolist()}) == len(edges)

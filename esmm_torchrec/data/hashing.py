@@ -1,4 +1,4 @@
-"""Hashes that are the same on every machine and in every run, and ids that are hashed to rows."""
+"""Hashes that are the same on all machines and in all runs, and ids that are hashed to rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _hash_array: Any = pandas.util.hash_array
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), uint64 → uint64."""
+    """Applies the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), uint64 → uint64."""
     z = values.astype(np.uint64)
     with np.errstate(over="ignore"):
         z = z + np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +27,7 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def text_hashes(texts: pa.Array) -> np.ndarray:
-    """uint64 (n,) of n texts without nulls: pandas.util.hash_array, SipHash under a fixed key."""
+    """Hashes n non-null strings to uint64 (n,): pandas.util.hash_array, SipHash, fixed key."""
     encoded = texts.dictionary_encode()
     distinct = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
     hashes = np.asarray(_hash_array(distinct, categorize=False))
@@ -38,30 +38,30 @@ def text_hashes(texts: pa.Array) -> np.ndarray:
 class HashedIds:
     """The rows of a table whose ids are open-ended: 1 + hash mod `rows`, without a vocabulary.
 
-    The hash is splitmix64 of an integer id, and of `text_hashes` of a text. Row 0 is not used: no
-    id is unknown, and ids that collide share a row.
+    The hash is `splitmix64` of an integer id, or of the `text_hashes` of a string. Row 0 stays
+    unused, because no id is unknown. Ids that collide share a row.
     """
 
     kind: IdKind
-    """What the raw ids are."""
+    """Kind of the raw ids."""
     rows: int
-    """That ids may have."""
+    """Number of rows that ids are hashed to."""
 
     def __post_init__(self) -> None:
         check_choices(self)
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the table, row 0 included."""
+        """Number of rows of the table, including row 0."""
         return self.rows + 1
 
     @property
     def distinct_ids(self) -> int:
-        """0: they are not counted."""
+        """Always 0, because hashed ids are not counted."""
         return 0
 
     def encode(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> np.ndarray:
-        """Rows of `raw_ids`, int32 of the same length; of a null, row 0, as in `Vocabulary`.
+        """Returns the row of each id, int32 of the same length; 0 for nulls, as in `Vocabulary`.
 
         Raises:
             DataError: the ids are not of the kind they were prepared with.
@@ -76,6 +76,6 @@ class HashedIds:
         return np.where(is_there, self.rows_of(integers), np.int32(UNKNOWN_ROW))
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of integer ids (or of the hashes of texts), int32 (n,) from 64-bit integers (n,)."""
+        """Maps integer ids, or hashes of strings, to rows, 64-bit integers (n,) → int32 (n,)."""
         hashes = splitmix64(ids.view(np.uint64)) % np.uint64(self.rows)
         return (hashes + np.uint64(1)).astype(np.int32)

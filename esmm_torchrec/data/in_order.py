@@ -1,4 +1,4 @@
-"""Work on several threads whose results come in the order of the inputs."""
+"""Parallel work in threads, with results in the order of the inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ R = TypeVar("R")
 
 
 def in_order(work: Callable[[T], R], inputs: Iterable[T]) -> Generator[R, None, None]:
-    """`work` of each input, few results ahead of what has been taken. Inputs are taken by the
-    caller's thread."""
+    """Yields `work` of each input, computed in threads and at most a few results ahead. The inputs
+    are iterated on the caller's thread."""
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,7 +1,7 @@
-"""Rows sorted by a 64-bit hash in bounded memory: first divided on disk, then each piece sorted.
+"""Sorts rows by a 64-bit hash in bounded memory: divides them on disk, then sorts each piece.
 
-Stored by a hash of the user, any stretch of a data set is a random sample of users with all their
-impressions, which is what a reader needs that shuffles within a window of consecutive rows.
+If a data set is stored by a hash of the user, every stretch of it is a random sample of users with
+all their impressions, as a reader that shuffles within a window of consecutive rows requires.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 PIECE_BITS = 6
-"""Rows are divided into 2^6 pieces by the first bits of their hash."""
+"""Number of leading bits of the hash by which rows are divided, here into 2^6 pieces."""
 
 _HASH = "key_hash"
 
 
 class KeyOrder:
-    """Takes rows in any order and gives them in the order of their hashes; rows of one hash stay in
-    the order in which they came.
+    """Sorts rows by their hashes; rows with the same hash keep their order.
 
     Args:
-        folder: for the pieces, to be made.
-        columns: of the rows.
+        folder: folder to create for the pieces.
+        columns: Arrow schema of the rows.
     """
 
     def __init__(self, folder: Path, columns: pa.Schema) -> None:
@@ -35,7 +34,7 @@ class KeyOrder:
         self._writers = [pa.ipc.new_file(str(file), kind) for file in self._files]
 
     def append(self, rows: pa.Table, hashes: np.ndarray) -> None:
-        """Takes rows, with a hash of each, uint64 (n,)."""
+        """Appends rows with their hashes, uint64 (n,)."""
         pieces = (hashes >> np.uint64(64 - PIECE_BITS)).astype(np.int64)
         order = np.argsort(pieces, kind="stable")
         divided = rows.append_column(_HASH, pa.array(hashes)).take(order)
@@ -47,7 +46,7 @@ class KeyOrder:
             start = end
 
     def sorted(self) -> Iterator[pa.Table]:
-        """All rows, piece by piece."""
+        """Yields all rows in order, piece by piece, and deletes the pieces."""
         self.close()
         for file in self._files:
             with pa.memory_map(str(file)) as source:
@@ -58,6 +57,6 @@ class KeyOrder:
             file.unlink()
 
     def close(self) -> None:
-        """Closes the files; what is in them stays for `sorted`."""
+        """Closes the files of the pieces; `sorted` can still read them."""
         for writer in self._writers:
             writer.close()

@@ -1,17 +1,18 @@
 """A split laid out for random access: uncompressed, memory-mapped, one copy for all ranks.
 
-Training reads rows in random order, which compressed Parquet cannot give. The first reader of a
-split writes this copy below the data set, under a lock, and the others of the machine map the
-same pages. It can be deleted at any time.
+Training reads rows in random order, which compressed Parquet does not support. The first reader of
+a split writes this copy inside the data set's folder, under a lock; other processes on the machine
+map the same pages. The copy can be deleted at any time.
 
-Ids lie row by row, not feature by feature, so that one impression is one short stretch of memory:
+Ids are stored row by row, not feature by feature, so that an impression is one short stretch of
+memory:
 
-    offsets  int64  (N + 1,)    where the ids of a row begin in `values`
-    lengths  uint16 (N, F)      ids of each feature in the row
-    values   int32  (total,)    ids, features one after the other
-    weights  float32 (total,)   beside them, for the weighted features
+    offsets  int64  (N + 1,)    start of each row's ids in `values`
+    lengths  uint16 (N, F)      number of ids of each feature in the row
+    values   int32  (total,)    ids, feature after feature
+    weights  float32 (total,)   weight of each id, for weighted features
 
-Shapes in this file: N rows stored, B rows asked for, F features.
+Shapes: N rows stored, B rows requested, F features, D dense features.
 """
 
 from __future__ import annotations
@@ -49,22 +50,23 @@ LAYOUT_VERSION = 4
 CACHE_FOLDER = ".mapped"
 
 HistoryWeights = Literal["normalised", "raw"]
-"""normalised: the weights of a multi-valued feature sum to 1 in each bag, so that a bag is a mean
-however long the history is. raw: as stored. Single-valued features keep their weight either way."""
+"""normalised: the weights of a multi-valued feature are divided by the sum of their absolute values
+in each bag, so that pooling is a mean whatever the length of the history. raw: as stored.
+Single-valued features keep their weight in both cases."""
 
 
 class Bags(NamedTuple):
-    """The ids of F features for B rows, feature by feature as a KeyedJaggedTensor has them."""
+    """The ids of F features for B rows, feature by feature as in a KeyedJaggedTensor."""
 
     lengths: np.ndarray
-    """int32 (F, B)."""
+    """Number of ids of each bag, int32 (F, B)."""
     values: np.ndarray
-    """int32 (sum of lengths,)."""
+    """Ids, int32 (sum of lengths,)."""
     weights: np.ndarray | None
-    """float32 (sum of lengths,), None if the features are unweighted."""
+    """Weights of the ids, float32 (sum of lengths,); None if the features are unweighted."""
 
     def slices(self) -> Iterator[slice]:
-        """Where the ids of each feature are among the values."""
+        """Yields the slice of `values` that contains the ids of each feature."""
         end = 0
         for size in self.lengths.sum(axis=1, dtype=np.int64).tolist():
             start, end = end, end + size
@@ -73,20 +75,20 @@ class Bags(NamedTuple):
 
 @dataclass(frozen=True)
 class MappedBags:
-    """The ids of some features for all rows of a split that store them."""
+    """The ids of some features in all stored rows of a split."""
 
     features: tuple[str, ...]
     shared: bool
-    """Whether a row is a shared row and not an impression."""
+    """Whether rows are shared rows rather than impressions."""
     offsets: np.ndarray
     lengths: np.ndarray
     values: np.ndarray
     weights: np.ndarray | None
     row_of: tuple[np.ndarray, ...] | None = None
-    """By feature: int32, the id that each id is read as; None: as itself."""
+    """Per feature: replacement of each id, int32 (rows of the table,); None: ids are unchanged."""
 
     def gather(self, rows: np.ndarray) -> Bags:
-        """The bags of the rows asked for, int (B,), in that order."""
+        """Returns the bags of the given rows, int (B,), in that order."""
         lengths = self.lengths[rows].astype(np.int64)
         starts = np.cumsum(lengths, axis=1)
         starts -= lengths
@@ -107,8 +109,7 @@ class MappedBags:
         return bags
 
     def ids_of(self, feature: str) -> np.ndarray:
-        """The id of a single-valued feature in each row, int (N,), as it is stored; −1 if it is
-        missing."""
+        """Returns the stored id of a single-valued feature in each row, int (N,); −1 if missing."""
         place = self.features.index(feature)
         before = self.lengths[:, :place].sum(axis=1, dtype=np.int64)
         starts = self.offsets[: len(self.lengths)] + before
@@ -124,22 +125,22 @@ class MappedSplit:
 
     schema: Schema
     scalars: dict[str, np.ndarray]
-    """Column → (N,): labels, sample_id and what optional columns there are."""
+    """Column → (N,): labels, sample_id, and the shared row and optional columns if present."""
     dense: np.ndarray
-    """float32 (N, D)."""
+    """Dense features, float32 (N, D)."""
     bags: dict[CollectionName, tuple[MappedBags, ...]]
-    """Collection → its features; two entries where some come from shared rows and some do not."""
+    """Collection → stores of its features; two if only some of the features are shared."""
     mean_values_per_bag: Mapping[str, float] = field(default_factory=dict)
-    """Id feature → mean number of ids per stored row of the training half; empty: not known."""
+    """Id feature → mean number of ids per stored row of the training split; empty if unknown."""
 
     @property
     def impressions(self) -> int:
-        """Number of rows."""
+        """Number of impressions."""
         return len(self.scalars[SAMPLE_ID])
 
     @property
     def stores(self) -> list[MappedBags]:
-        """Of all collections."""
+        """The stores of all collections."""
         return [store for stores in self.bags.values() for store in stores]
 
     @classmethod
@@ -151,19 +152,18 @@ class MappedSplit:
         *,
         history_weights: HistoryWeights = "normalised",
     ) -> MappedSplit:
-        """Maps a split; writes the mapped copy first if there is none, a stale one or a damaged
-        one, which reads and checks every file of the split. The checksums of a copy are compared
-        once, when it is first opened; a current copy can be mapped from where nothing can be
-        written.
+        """Maps a split. If its mapped copy is missing, stale or damaged, writes the copy first,
+        which reads and checks every file of the split. The checksums of a copy are verified once,
+        when it is first opened. A current copy can be mapped from a read-only location.
 
         Args:
-            dataset: whose split it is.
-            split: which one.
-            history_weights: what becomes of the weights of multi-valued features.
+            dataset: data set of the split.
+            split: name of the split.
+            history_weights: how to treat the weights of multi-valued features.
 
         Raises:
-            DataError: a file was changed, a value is not what the form allows, or the data set's
-                folder cannot be written.
+            DataError: a file was changed, a value is not valid, or the folder of the data set
+                cannot be written.
         """
         cache = dataset.path / CACHE_FOLDER
         folder = cache / f"{split}-{history_weights}"
@@ -202,20 +202,20 @@ class MappedSplit:
         history_weights: HistoryWeights = "normalised",
         fingerprint: str = "",
     ) -> MappedSplit:
-        """Lays out impressions that come block by block, in bounded memory, and maps them.
+        """Lays out blocks of impressions in bounded memory, and maps them.
 
         Args:
-            folder: to be made; one that is there is replaced.
-            schema: of the columns.
+            folder: folder to create; an existing one is replaced.
+            schema: schema of the columns.
             impressions: columns as in the impression files of a prepared data set.
             shared: columns as in its shared files.
-            written_out: impressions hold the shared features, too; there are no shared rows.
-            history_weights: what becomes of the weights of multi-valued features.
-            fingerprint: of what the impressions come from.
+            written_out: impressions contain the shared features, too; there are no shared rows.
+            history_weights: how to treat the weights of multi-valued features.
+            fingerprint: fingerprint of the data that the impressions come from.
 
         Raises:
-            DataError: an id is out of range, a bag is too long, or the folder cannot be written,
-                of which nothing is left then.
+            DataError: an id is out of range, a bag is too long, or the folder cannot be written.
+                Nothing is left of the folder in that case.
         """
         partial = folder.with_name(folder.name + ".partial")
         for stale in (partial, folder):
@@ -243,7 +243,7 @@ class MappedSplit:
     def map(
         cls, folder: Path, schema: Schema, mean_values_per_bag: Mapping[str, float] | None = None
     ) -> MappedSplit:
-        """Maps what `write` has laid out."""
+        """Maps a folder that `write` created."""
         layout = Layout.read(folder)
 
         def array(name: str) -> np.ndarray:
@@ -270,7 +270,7 @@ class MappedSplit:
 
 
 class _Store(NamedTuple):
-    """Features that lie together in one set of arrays."""
+    """Features stored together in one set of arrays."""
 
     collection: CollectionName
     shared: bool
@@ -286,14 +286,14 @@ class _Store(NamedTuple):
 
 
 def _scalars(schema: Schema) -> dict[str, type]:
-    """Column → NumPy type, of the columns that are not features."""
+    """Returns column → NumPy type for the columns that are not features."""
     columns = dict.fromkeys(schema.tasks.labels, np.int8)
     columns |= {SAMPLE_ID: np.int64, SHARED_ROW: np.int32}
     return columns | {name: kind.to_pandas_dtype() for name, kind in OPTIONAL_COLUMNS.items()}
 
 
 def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:
-    """The stores of a schema that have any feature."""
+    """Returns the non-empty stores of a schema."""
     return [
         _Store(collection, shared, of_kind)
         for collection, features in schema.collections.items()
@@ -307,7 +307,7 @@ def _stores(schema: Schema, *, written_out: bool) -> list[_Store]:
 
 
 def _is_current(folder: Path, fingerprint: str, *, read: bool) -> bool:
-    """Whether a mapped copy is there, of these data and intact. Anything else is laid out again."""
+    """Returns whether an intact mapped copy of these data exists; otherwise it is written again."""
     try:
         layout = Layout.read(folder)
     except (OSError, ValueError):
@@ -318,8 +318,8 @@ def _is_current(folder: Path, fingerprint: str, *, read: bool) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing or checking a mapped copy. One that is there may be in a
-    place where no lock can be made, nor anything else."""
+    """Keeps other processes from writing or checking a mapped copy. An existing copy may be on a
+    read-only file system, where no lock can be created; it is then used without one."""
     path = folder.with_name(f"{folder.name}.lock")
     try:
         with _writing(folder.parent):
@@ -337,7 +337,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Names the folder of a mapped copy where the system does not let it be written."""
+    """Raises DataError with the folder of a mapped copy if it cannot be written."""
     try:
         yield
     except OSError as error:
@@ -357,7 +357,7 @@ def _shown(blocks: Iterable[pa.RecordBatch], bar: tqdm) -> Iterator[pa.RecordBat
 
 
 class _Layout:
-    """Appends blocks to the arrays of one folder."""
+    """Appends blocks of rows to the arrays of one folder."""
 
     def __init__(
         self, folder: Path, schema: Schema, stores: Sequence[_Store], *, normalised: bool
@@ -373,7 +373,7 @@ class _Layout:
             self.writer.extend(name, values)
 
     def append(self, kind: RowKind, blocks: Iterable[pa.RecordBatch]) -> None:
-        """Writes all rows of one kind."""
+        """Appends all rows of one kind."""
         stores = [store for store in self.stores if store.shared == (kind == "shared")]
         written = dict.fromkeys((store.name for store in stores), 0)
         for name in written:
@@ -404,7 +404,7 @@ class _Layout:
     def _bags(
         self, columns: dict[str, pa.Array], features: Sequence[IdFeature], *, weighted: bool
     ) -> Bags:
-        """The features of one block, ids laid out row by row; lengths (F, rows)."""
+        """Returns the features of a block with ids row by row; `lengths` has shape (F, rows)."""
         parts = [self._feature(columns, feature) for feature in features]
         lengths = np.stack([part.lengths[0] for part in parts])
         by_row = lengths.T.ravel().astype(np.int64)
@@ -448,7 +448,7 @@ class _Layout:
 
 
 def _normalised(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Weights divided by the sum of their absolute values in the bag; a bag of zeros stays."""
+    """Divides weights by the sum of their absolute values in the bag; bags of zeros stay zero."""
     bag = np.repeat(np.arange(len(lengths)), lengths)
     sums = np.bincount(bag, weights=np.abs(weights), minlength=len(lengths))
     return (weights / np.where(sums > 0, sums, 1.0)[bag]).astype(np.float32)

@@ -1,9 +1,9 @@
-"""From row groups to ImpressionBatches, without a copy of the split: for sets beyond one machine.
+"""Reads ImpressionBatches from row groups without a mapped copy, for data sets of any size.
 
-The row groups of a split, permuted by (seed, epoch), are one sequence of rows. It is cut into L
-lanes of equal rows, and a lane into windows of M rows. The rows of a window are permuted by (seed,
-epoch, lane, window). A step takes the next S / L rows of every lane, and rank r of W has the lanes
-[rL/W, (r+1)L/W):
+The row groups of a split, permuted by (seed, epoch), form one sequence of rows. It is divided into
+L lanes of equal length, and each lane into windows of M rows. The rows of a window are permuted by
+(seed, epoch, lane, window). A step takes the next S / L rows of every lane, and rank r of W reads
+the lanes [rL/W, (r+1)L/W):
 
     lane 0   | window 0        | window 1        | …      rank 0
     lane 1   | window 0        | window 1        | …      rank 0
@@ -11,10 +11,10 @@ epoch, lane, window). A step takes the next S / L rows of every lane, and rank r
     lane 3   | window 0        | window 1        | …      rank 1
               ^ step 0: S / 4 rows of each
 
-So what a step reads follows from the set, the seed, L and M, and not from the number of ranks. A
-rank holds two windows of each of its lanes. Shuffling within a window is as good as shuffling
-everything if the set is stored by a hash of the user (`prepare table --key`), because a window is
-then a random sample of users.
+So the rows of a step depend on the data set, the seed, L and M, and not on the number of ranks. A
+rank keeps two windows of each of its lanes. Shuffling within a window is as good as a full shuffle
+if the data set is stored by a hash of the user (`prepare table --key`), because a window is then a
+random sample of users.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from esmm_torchrec.errors import OptionError
 from esmm_torchrec.schema import SHARED_ROW, WEIGHT, Schema
 
 ORDERED_WINDOW = 1 << 16
-"""Rows of a rank that are laid out at a time where nothing is shuffled."""
+"""Number of rows of a rank laid out at a time when nothing is shuffled."""
 
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """A split that is read window by window, from a disk or a store."""
+    """A split that is read window by window, from disk or from an object store."""
 
     dataset: PreparedDataSet
     name: SplitName
     lanes: int
-    """L, fixed for a run; the number of ranks divides it."""
+    """L, the number of lanes; fixed for a run and a multiple of the number of ranks."""
     window: int
-    """M, rows of a lane that are shuffled together."""
+    """M, the number of rows of a lane that are shuffled together."""
     history_weights: HistoryWeights = "normalised"
-    """What becomes of the weights of multi-valued features."""
+    """How the weights of multi-valued features are treated."""
     cache: Path | None = None
-    """Where windows are laid out; None: the system's folder for temporary files."""
+    """Folder in which windows are laid out; None: the system's folder for temporary files."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -65,27 +65,27 @@ class StreamedSplit:
 
     @property
     def schema(self) -> Schema:
-        """Of the impressions."""
+        """Schema of the impressions."""
         return self.dataset.schema
 
     @property
     def impressions(self) -> int:
-        """Number of rows."""
+        """Number of impressions."""
         return self.dataset.splits[self.name].impressions
 
     @property
     def mean_values_per_bag(self) -> Mapping[str, float]:
-        """Id feature → mean number of ids per stored row of the training half."""
+        """Id feature → mean number of ids per stored row of the training split."""
         return self.dataset.statistics.mean_values_per_bag
 
     def stretch(self, lane: int) -> tuple[int, int]:
-        """The rows [first, last) of a lane that is not shuffled."""
+        """Returns the rows [first, last) of a lane in stored order."""
         return _bounds(self.impressions, self.lanes, lane)
 
     def columns(
         self, names: Sequence[str], first: int = 0, last: int | None = None
     ) -> dict[str, np.ndarray]:
-        """The rows [first, last) of columns, in stored order; those of `names` that there are.
+        """Reads the rows [first, last) of columns in stored order; absent `names` are left out.
 
         Raises:
             DataError: a file is missing, broken or cannot be read.
@@ -95,7 +95,7 @@ class StreamedSplit:
 
 
 Split = MappedSplit | StreamedSplit
-"""A split in one of the two ways in which it can be read."""
+"""A split in either of its readable forms."""
 
 
 def open_in_order(
@@ -105,8 +105,8 @@ def open_in_order(
     ranks: int,
     history_weights: HistoryWeights,
 ) -> Split:
-    """A split that is read once, in stored order: the mapped copy of a data set on a disk; one in
-    a store is streamed.
+    """Opens a split to read it once in stored order: the mapped copy if the data set is on disk,
+    else a streamed split.
 
     Raises:
         DataError: a file is missing, broken or not what the description says.
@@ -119,7 +119,7 @@ def open_in_order(
 def stream_in_order(
     dataset: PreparedDataSet, name: SplitName, *, ranks: int, history_weights: HistoryWeights
 ) -> StreamedSplit:
-    """A split that is streamed once, in stored order; each rank has a stretch of it."""
+    """Returns a split to stream once in stored order; each rank reads one stretch of it."""
     return StreamedSplit(
         dataset, name, lanes=ranks, window=ORDERED_WINDOW, history_weights=history_weights
     )
@@ -129,20 +129,21 @@ class StreamReader(BatchReader):
     """Reads a split as batches, window by window; see `BatchReader`.
 
     Args:
-        split: where the rows are.
+        split: split to read.
         rows_per_step: S, a multiple of L.
         rank: r.
-        world_size: W, which divides L.
-        seed: of the order.
-        shuffle: False keeps the order of the data: lane by lane, row by row.
+        world_size: W, a divisor of L.
+        seed: seed of the order.
+        shuffle: False keeps the stored order within each lane.
         shuffle_chunk: as in `ImpressionReader`, within a window.
-        shared_features: how a batch carries shared features.
-        pin_memory: whether batches lie in page-locked memory.
-        exchange: how ranks tell each other what their rows weigh; needed if W > 1.
+        shared_features: how a batch stores shared features.
+        pin_memory: whether batches are in page-locked memory.
+        exchange: combines the counts of the ranks; required if W > 1.
 
     Raises:
         OptionError: W does not divide L, or L does not divide S.
-        DataError: while iterating, a file is missing, broken or cannot be read; the position stays.
+        DataError: while iterating, a file is missing, broken or cannot be read; the position is
+            kept.
     """
 
     @checks_choices
@@ -191,19 +192,19 @@ class StreamReader(BatchReader):
         self._own_lanes = range(lanes * rank // world_size, lanes * (rank + 1) // world_size)
         self._rows_per_lane = -(-self.num_rows // lanes)
         self._step = rows_per_step // lanes
-        """Rows of a lane in a step."""
+        """Number of rows of a lane in a step."""
 
     def _next_row(self, row: int) -> int | None:
         following = self._end_of_step(row // self.split.lanes)
         return following * self.split.lanes if following < self._rows_per_lane else None
 
     def _end_of_step(self, place: int) -> int:
-        """Where in its lane the step ends that begins at `place`; a step does not cross windows."""
+        """Returns the end, within a lane, of the step at `place`; steps do not cross windows."""
         window = self.split.window
         return min(place + self._step, (place // window + 1) * window)
 
     def _steps(self, place: int, last: int) -> Iterator[tuple[int, int]]:
-        """Where in its lane each step before `last` begins and ends."""
+        """Yields the start and end, within a lane, of each step before `last`."""
         while place < last:
             end = self._end_of_step(place)
             yield place, end
@@ -222,7 +223,7 @@ class StreamReader(BatchReader):
         )
 
     def own_rows(self) -> list[int]:
-        """Rows of this rank, without padding, in each step of an epoch."""
+        """Returns the number of rows of this rank, without padding, in each step of an epoch."""
         bounds = (_bounds(self.num_rows, self.split.lanes, lane) for lane in self._own_lanes)
         rows = [last - first for first, last in bounds]
         return [
@@ -245,7 +246,7 @@ class StreamReader(BatchReader):
     def _window(
         self, epoch: int, order: np.ndarray, ends: np.ndarray, number: int, place: int
     ) -> Block:
-        """The steps of a window of all lanes of this rank, from `place` in them on."""
+        """Returns the steps from `place` on in one window of all lanes of this rank."""
         first = number * self.split.window
         tables: list[pa.Table] = []
         orders: list[np.ndarray] = []
@@ -283,7 +284,7 @@ class StreamReader(BatchReader):
     def _rows_of(
         self, order: np.ndarray, ends: np.ndarray, lane: int, first: int
     ) -> list[pa.Table]:
-        """The rows of a lane in the window that begins at `first` in it."""
+        """Reads the rows of a lane in the window that starts at its row `first`."""
         begin, end = _bounds(self.num_rows, self.split.lanes, lane)
         low = min(begin + first, end)
         high = min(low + self.split.window, end)
@@ -299,7 +300,7 @@ class StreamReader(BatchReader):
         return shuffled_chunks(owner, self._shuffle_chunk, rng)
 
     def _laid_out(self, tables: list[pa.Table]) -> MappedSplit:
-        """The rows of a window as a small mapped split, whose files go with the last reference."""
+        """Lays out a window as a small mapped split; its files go with the last reference."""
         data_set = self.split.dataset
         shared: list[pa.RecordBatch] = []
         if self.schema.has_shared_features:
@@ -330,11 +331,11 @@ class StreamReader(BatchReader):
 
 
 def _bounds(rows: int, lanes: int, lane: int) -> tuple[int, int]:
-    """Where a lane begins and ends in the sequence of all rows."""
+    """Returns the start and end of a lane in the sequence of all rows."""
     return rows * lane // lanes, rows * (lane + 1) // lanes
 
 
 def _batches(tables: list[pa.Table], columns: pa.Schema) -> list[pa.RecordBatch]:
-    """The rows of some tables; one empty batch if there are none."""
+    """Returns the rows of some tables as record batches; one empty batch if there are none."""
     batches = [batch for table in tables for batch in table.combine_chunks().to_batches()]
     return batches or [pa.RecordBatch.from_pylist([], schema=columns)]
