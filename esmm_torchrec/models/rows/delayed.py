@@ -105,7 +105,7 @@ class ObservedRows(DelayedRows):
     """Observe all days at the end, as for a model that is trained once."""
     hindsight: bool = False
     """Label by the whole log, including conversions after the end, which no training can know;
-    an upper bound for comparisons."""
+    for comparisons only."""
 
     def select(self, impressions: LoggedImpressions) -> TrainingRows:
         """Selects each click once."""
