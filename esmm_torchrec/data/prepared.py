@@ -1,23 +1,23 @@
-"""The prepared data set: the one form between raw logs and batches. Write it, open it, check it.
+"""The prepared data set, the format between raw logs and batches: opening and checking it.
 
-A folder:
+It is a folder:
 
-    dataset.json                         what is in it, how it was made, a checksum of each file
+    dataset.json                         content, origin, and a checksum of each file
     vocabulary/<table>.parquet           raw_id, row, count
-    rare/<table>.parquet                 raw_id, count of the ids that have no row
-    train/ test/ impressions-*.parquet   labels, ids, weights; one row an impression
-    train/ test/ shared-*.parquet        features that many impressions share, one row for all
-    days/<day>/                          what `prepare append` added: a data set of its own, whose
-                                         files dataset.json names beside those above
+    rare/<table>.parquet                 raw_id, count; ids without a row
+    train/ test/ impressions-*.parquet   labels, ids, weights; one row per impression
+    train/ test/ shared-*.parquet        features that many impressions share, stored once
+    days/<day>/                          added by `prepare append`: a data set of its own, whose
+                                         files dataset.json lists along with those above
 
-An impression's `shared_row` is a row over all shared files of its split, in the order in which
-dataset.json lists them. Ids are table rows, 0 (unknown)
-to num_embeddings - 1. A missing value of a single-valued feature is null, of a multi-valued one the
-empty list. Weights are as in the raw data.
+The `shared_row` of an impression is a position across all shared files of its split, in the order of
+dataset.json. Ids are table rows, from 0 (unknown) to num_embeddings - 1. A missing
+value is null in a single-valued feature and an empty list in a multi-valued one. Weights are as in
+the raw data.
 
-On a disk, a data set is written beside its final name and renamed last. In an object store, its
-files have random names and dataset.json is written last. Either way, whatever opens is whole. So is
-a day, which belongs to the data set once dataset.json is replaced by one that names it.
+On a disk, a data set is written under a temporary name and renamed at the end. In an object store,
+its files have random names and dataset.json is written last. Either way, a data set that can be
+opened is complete. So is a day, which belongs to the data set once dataset.json lists it.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ from esmm_torchrec.schema import SHARED_ROW
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedDataSet(Description):
-    """A prepared data set that has been opened: its description is valid."""
+    """An open prepared data set, whose description is valid."""
 
     root: Location
-    """The folder."""
+    """Folder of the data set."""
     fingerprint: str
-    """sha256 of dataset.json; as that holds every checksum, it identifies the whole data set."""
+    """SHA-256 of dataset.json, which contains every checksum and so identifies the data set."""
 
     @classmethod
     def open(cls, path: Location | Path | str, *, data_files: bool = True) -> PreparedDataSet:
-        """Opens a data set by its description, which says what each file holds.
+        """Opens a data set by its description, which lists the content of each file.
 
-        On a disk, the presence and the size of each file are checked, too; in a store, a missing
-        file is found when it is read. `vocabulary`, `checked_rows` and `verify` look at the values.
+        On a disk, the presence and the size of each file are also checked; in a store, a missing
+        file is detected when it is read. `vocabulary`, `checked_rows` and `verify` check values.
 
         Args:
             path: the folder, or its URI.
-            data_files: False if the files of the splits need not be there, as in a copy of the
-                description and the vocabularies alone (`data.encoding.copy_preprocessing`).
+            data_files: False if the files of the splits may be absent, as in a copy of only the
+                description and the vocabularies (`data.encoding.copy_preprocessing`).
 
         Raises:
-            DataError: `path` is not a prepared data set, is of another format version, or a file
-                is missing or is not what the description says.
+            DataError: `path` is not a prepared data set or has another format version; or a file is
+                missing or differs from the description.
         """
         root = Location.of(path)
         try:
@@ -127,10 +127,10 @@ class PreparedDataSet(Description):
 
     @property
     def path(self) -> Path:
-        """The folder on this machine.
+        """Folder of the data set on this machine.
 
         Raises:
-            DataError: it is in a store.
+            DataError: the data set is in a store.
         """
         if self.root.local is None:
             raise DataError(
@@ -140,28 +140,28 @@ class PreparedDataSet(Description):
         return self.root.local
 
     def description(self) -> bytes:
-        """The content of dataset.json.
+        """Returns the content of dataset.json.
 
         Raises:
-            OSError: it cannot be read any more.
+            OSError: the file can no longer be read.
         """
         return (self.root / DESCRIPTION).read_bytes()
 
     @checks_choices
     def impression_files(self, split: SplitName) -> list[Path]:
-        """Files of the impressions of a split, in the order of their rows."""
+        """Returns the files of a split's impressions, in row order."""
         return [self.path / part.file for part in self.splits[split].impression_parts]
 
     @checks_choices
     def shared_files(self, split: SplitName) -> list[Path]:
-        """Files of the shared rows of a split; `shared_row` counts through them in this order."""
+        """Returns the files of a split's shared rows; `shared_row` is a position across them."""
         return [self.path / part.file for part in self.splits[split].shared_parts]
 
     def row_of_ids(self, table: str) -> Vocabulary | HashedIds:
-        """What gives the ids of a table their rows.
+        """Returns the mapping from a table's raw ids to its rows.
 
         Raises:
-            DataError: as `vocabulary`.
+            DataError: same as `vocabulary`.
         """
         of_table = self.statistics.tables[table]
         if of_table.hash_rows is not None:
@@ -169,20 +169,22 @@ class PreparedDataSet(Description):
         return self.vocabulary(table)
 
     def vocabulary(self, table: str) -> Vocabulary:
-        """The vocabulary of a table whose ids are not hashed; features that share a table share it.
+        """Returns the vocabulary of a table whose ids are not hashed; features that share a table
+        share it.
 
         Raises:
-            DataError: the file cannot be read or is not the one that was written.
+            DataError: the file cannot be read, or was changed after it was written.
         """
         file = self.vocabulary_file(table)
         self.check_checksum(file)
         return Vocabulary.read(self.root / file)
 
     def rare_ids(self, table: str) -> pa.Table:
-        """raw_id and count of the ids of a table that were counted and have no row.
+        """Returns raw_id and count of a table's ids that were counted but have no row.
 
         Raises:
-            DataError: as `vocabulary`, or an earlier version of this library made the data set.
+            DataError: same as `vocabulary`; or the data set is from an earlier version of this
+                library.
         """
         file = self.rare_file(table)
         self.check_checksum(file)
@@ -219,12 +221,12 @@ class PreparedDataSet(Description):
 
     @checks_choices
     def checked_rows(self, split: SplitName, kind: RowKind) -> Iterator[pa.RecordBatch]:
-        """All rows of one kind of a split, block by block, each checked before it is given: the
-        checksums of the files, every id in its table's range, labels 0 or 1, none without
-        the one before it, `shared_row` in range, every weight and dense value finite.
+        """Yields all rows of one kind of a split in blocks, after checking them: checksums of the
+        files, ids in the range of their table, labels 0 or 1 and none without the one before it,
+        `shared_row` in range, weights and dense values finite.
 
         Raises:
-            DataError: names the file, the column and the row of the first thing that is wrong.
+            DataError: a check failed; the message names the file, the column and the row.
         """
         expected = self.impression_columns if kind == "impressions" else self.shared_columns
         of_split = self.splits[split]
@@ -251,18 +253,17 @@ class PreparedDataSet(Description):
         only: Sequence[str] | None = None,
         use_threads: bool = False,
     ) -> pa.Table:
-        """A row group of a file of a split, from the disk or, in several attempts, from the store.
+        """Reads a row group of a file, with retries if it is in a store.
 
         Args:
             part: the file.
-            group: its place in the file.
-            columns: that the file has.
+            group: index of the row group.
+            columns: expected columns of the file.
             only: columns to read; None: all.
-            use_threads: whether columns are decoded in parallel.
+            use_threads: whether to decode columns in parallel.
 
         Raises:
-            DataError: the file is missing, broken, cannot be read, or is not what the description
-                says.
+            DataError: the file is missing, broken or unreadable, or differs from the description.
         """
         file = self.root / part.file
 
@@ -289,11 +290,11 @@ class PreparedDataSet(Description):
             return file.retried(read)
 
     def verify(self) -> None:
-        """Reads every file as `checked_rows` does, the vocabularies, too. Training does it once,
-        when it lays the splits out for random access; this is for a data set that was copied.
+        """Checks every file, as `checked_rows` does, and the vocabularies. Training does so when it
+        makes the mapped copy; use this method for a data set that was copied.
 
         Raises:
-            DataError: names the file, the column and the row of the first thing that is wrong.
+            DataError: a check failed; the message names the file, the column and the row.
         """
         for split in SPLITS:
             for kind in get_args(RowKind):
@@ -303,10 +304,10 @@ class PreparedDataSet(Description):
             self.vocabulary(table)
 
     def check_checksum(self, name: str) -> None:
-        """Compares a file with what was written.
+        """Compares the checksum of a file with the one recorded when it was written.
 
         Raises:
-            DataError: it is another file.
+            DataError: they differ, the file cannot be read, or no checksum was recorded.
         """
         if name not in self.checksums:
             raise DataError(f"{self.root / DESCRIPTION} has no checksum of {name}; {PREPARE_AGAIN}")
@@ -333,13 +334,13 @@ def _cut_short(file: Location, size: int, part: Part) -> DataError:
 
 
 def _part_of(root: Location, name: str) -> Part:
-    """What a file of a data set of version 2 holds, by its footer."""
+    """Returns the summary of a file of a version 2 data set, from its Parquet footer."""
     file = root / name
     return Part(file=name, row_groups=_footer(file), bytes=file.size() or 0)
 
 
 def _footer(file: Location) -> tuple[int, ...]:
-    """Rows of each row group of a Parquet file."""
+    """Returns the number of rows in each row group of a Parquet file."""
     with (
         reading(file, PREPARE_AGAIN),
         file.open_input() as source,

@@ -1,6 +1,6 @@
-"""The form of a prepared data set on disk: its files, their columns, and which values they hold.
+"""The format of a prepared data set on disk: its files, their columns, and the values allowed.
 
-`prepared` opens and checks a data set of this form, `prepared_writer` writes one.
+`prepared` opens and checks a data set in this format, `prepared_writer` writes one.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from esmm_torchrec.tasks import TaskChain
 pc: Any = pyarrow.compute
 
 FORMAT_VERSION = 3
-"""Since 2, ids are counted per impression, and dense columns are clipped and may be logged. Since
-3, a split counts each task of the chain, the description lists what each file holds, and parts may
-be stored by a hash of the user; version 2 is still read."""
+"""Version 2 counts ids per impression, and clips dense columns or takes their logarithm. Version 3
+counts each task of the chain per split, lists the content of each file, and may order impressions
+by a hash of the user. Version 2 is still read."""
 
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 
@@ -66,104 +66,104 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     TRUE_CVR: pa.float32(),
     WEIGHT: pa.float32(),
 }
-"""Columns that only some data sets have, in the order they are stored."""
+"""Optional columns, in the order in which they are stored."""
 
 DESCRIPTION = "dataset.json"
 DAYS = "days"
 MAX_FILE_NAME = 150
-"""Characters of a table's name in that of its file; longer ones end in a hash."""
+"""Maximum number of characters of a table's name in a file name; longer ones end in a hash."""
 MAX_BAG_LENGTH = (1 << 16) - 1
-"""Ids of a multi-valued feature of one impression."""
+"""Maximum number of ids of a multi-valued feature in one impression."""
 PREPARE_AGAIN = "prepare the data set again"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a split and what is in it."""
+    """One file of a split and a summary of its content."""
 
     file: str
-    """Relative to the data set."""
+    """Path relative to the data set."""
     row_groups: tuple[Count, ...]
-    """Rows of each Parquet row group."""
+    """Number of rows in each Parquet row group."""
     bytes: Count
     happened: Mapping[str, Count] = field(default_factory=dict)
-    """Of a file of impressions, by name of the task: impressions with it and all tasks before."""
+    """Task name → number of impressions with this task and all earlier ones."""
 
     @property
     def rows(self) -> int:
-        """Of all row groups."""
+        """Number of rows in the file."""
         return sum(self.row_groups)
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one split holds."""
+    """Files and counts of one split."""
 
     impressions: Count
     happened: Mapping[str, Count]
-    """By name of the task: impressions with it and all tasks before it."""
+    """Task name → number of impressions with this task and all earlier ones."""
     shared_rows: Count
-    """0 if no feature is shared."""
+    """Number of shared rows; 0 if no feature is shared."""
     impression_parts: tuple[Part, ...]
-    """In the order of their rows."""
+    """Files of impressions, in row order."""
     shared_parts: tuple[Part, ...]
-    """In the order of their rows; `shared_row` counts through them."""
+    """Files of shared rows, in row order; `shared_row` is a position across all of them."""
 
 
 @dataclass(frozen=True)
 class TableStatistics:
-    """What the training rows say of the raw ids of an embedding table."""
+    """Statistics of the raw ids of an embedding table in the training rows."""
 
     kind: IdKind
     distinct_ids: Count
-    """Raw ids that occur, rare ones included; 0 if ids are hashed."""
+    """Number of distinct raw ids, rare ones included; 0 if ids are hashed."""
     hash_rows: int | None = None
-    """Rows that ids are hashed to, as `hashing.HashedIds` says; None: there is a vocabulary."""
+    """Number of rows that ids are hashed to (`hashing.HashedIds`); None: there is a vocabulary."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the values are like. Everything that values are encoded with comes from the training
-    split alone; shares are of each split."""
+    """Statistics of the values. Encoders are fitted on the training split only; shares are given
+    for each split."""
 
     mean_values_per_bag: Mapping[str, float]
-    """By id feature: ids per stored training row (a shared row counts once), missing ones
-    included."""
+    """Id feature → mean number of ids per stored training row, counting a shared row once and rows
+    without ids."""
     impressions_per_shared_row: float | None
-    """Training impressions divided by the shared rows they use; None if no feature is shared."""
+    """Number of training impressions per shared row used; None if no feature is shared."""
     dense: Mapping[str, DenseTransform]
-    """By raw dense column."""
+    """Raw dense column → its transform."""
     tables: Mapping[str, TableStatistics]
     missing: Mapping[str, Mapping[SplitName, Share]]
-    """By id feature and dense column: share of the split's impressions without a value."""
+    """Id feature or dense column → share of the split's impressions without a value."""
     unknown: Mapping[str, Mapping[SplitName, Share]]
-    """By id feature: share of the ids in the split's impressions that have row 0."""
+    """Id feature → share of the ids in the split's impressions that map to row 0."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """The content of dataset.json, without the format version."""
+    """Content of dataset.json, without the format version."""
 
     source: Mapping[str, Any]
-    """How the data set was made: the kind, the options, the names of the input files."""
+    """Origin of the data set: the kind of source, its options, and the names of the input files."""
     min_count: Count
     schema: Schema
     splits: Mapping[SplitName, Split]
     columns: frozenset[str]
-    """Which of OPTIONAL_COLUMNS the impressions have."""
+    """Members of OPTIONAL_COLUMNS that the impressions have."""
     statistics: Statistics
     dropped: Mapping[SplitName, Mapping[str, Count]]
-    """Raw rows that did not become impressions, by reason."""
+    """Number of raw rows that did not become impressions, by reason."""
     dropped_rows: Mapping[SplitName, tuple[str, ...]]
-    """A sentence on each of the first few of them that were broken."""
+    """Messages about the first few bad rows among them."""
     checksums: Mapping[str, str]
-    """sha256 of each file, by its path in the data set."""
+    """SHA-256 of each file, by path in the data set."""
     days: tuple[str, ...] = ()
-    """What `prepare append` added, in order. Each is a folder below DAYS and a data set of its own.
-    The vocabularies are those of the last one."""
+    """Names of the days that `prepare append` added, in order. Each is a folder below DAYS with a
+    data set of its own; the vocabularies are those of the last day."""
     key: str | None = None
-    """The raw column whose 64-bit hash the impressions are stored by; None: in the source's order.
-    """
+    """Raw column by whose 64-bit hash the impressions are ordered; None: they keep the source's
+    order."""
 
     def __post_init__(self) -> None:
         for of_split in (self.splits, self.dropped, self.dropped_rows):
@@ -191,15 +191,15 @@ class Description:
 
     @classmethod
     def decode(cls, content: bytes, part_of: Callable[[str], Part | None]) -> Description:
-        """The description that `encode` gave, in this version or in an earlier one.
+        """Decodes the output of `encode`, of this format version or an earlier one.
 
         Args:
-            content: of dataset.json.
-            part_of: what a file holds, for a version that did not say it; None: not known.
+            content: content of dataset.json.
+            part_of: returns the summary of a file, for a version without it; None: not known.
 
         Raises:
-            DataError, ValueError, KeyError, TypeError, AttributeError: it is not one of a readable
-                format; the message says where.
+            DataError, ValueError, KeyError, TypeError, AttributeError: the content is not in a
+                readable format; the message names the place.
         """
         values = msgspec.json.decode(content, type=dict[str, Any])
         if "crc32" in values and values.pop("crc32") != _crc32(values):
@@ -210,23 +210,23 @@ class Description:
 
     @property
     def vocabulary_tables(self) -> list[str]:
-        """The tables whose ids are not hashed."""
+        """Tables whose ids are not hashed."""
         tables = self.statistics.tables
         return [of.name for of in self.schema.tables if tables[of.name].hash_rows is None]
 
     def vocabulary_file(self, table: str) -> str:
-        """Where the vocabulary of a table is, relative to the data set."""
+        """Returns the path of a table's vocabulary, relative to the data set."""
         return self._of_last_day(vocabulary_file(table))
 
     def rare_file(self, table: str) -> str:
-        """Where the ids of a table that have no row are, relative to the data set."""
+        """Returns the path of a table's ids without a row, relative to the data set."""
         return self._of_last_day(rare_file(table))
 
     def _of_last_day(self, file: str) -> str:
         return f"{DAYS}/{self.days[-1]}/{file}" if self.days else file
 
     def encode(self) -> bytes:
-        """As indented JSON; the same values give the same bytes."""
+        """Encodes the description as indented JSON; equal values give equal bytes."""
         values = {"format_version": FORMAT_VERSION, **msgspec.to_builtins(self)}
         values["columns"] = [name for name in OPTIONAL_COLUMNS if name in self.columns]
         values["checksums"] = dict(sorted(self.checksums.items()))
@@ -239,7 +239,7 @@ def _crc32(values: dict[str, Any]) -> int:
 
 
 def _upgrade(values: dict[str, Any], part_of: Callable[[str], Part | None]) -> None:
-    """Turns the content of a dataset.json of version 2 into that of version 3."""
+    """Converts the content of a dataset.json from version 2 to version 3, in place."""
     for split in values["splits"].values():
         for kind in ("impression", "shared"):
             parts = map(part_of, split.pop(f"{kind}_files"))
@@ -251,7 +251,7 @@ def _upgrade(values: dict[str, Any], part_of: Callable[[str], Part | None]) -> N
 
 
 def dense_features(dense: Mapping[str, DenseTransform]) -> tuple[str, ...]:
-    """Dense features that raw dense columns become."""
+    """Returns the names of the dense features made from raw dense columns."""
     return tuple(
         name
         for column, transform in dense.items()
@@ -265,12 +265,12 @@ def schema_of(
     dense: Mapping[str, DenseTransform],
     tasks: TaskChain,
 ) -> Schema:
-    """The schema of a data set.
+    """Returns the schema of a data set.
 
     Args:
-        id_features: in their order; tables are in that of their first feature.
-        num_embeddings: by table.
-        dense: by raw dense column, in their order.
+        id_features: id features in order; tables follow the order of their first feature.
+        num_embeddings: number of rows of each table.
+        dense: transform of each raw dense column, in order.
         tasks: the chain.
     """
     tables = dict.fromkeys(feature.table for feature in id_features)
@@ -295,7 +295,7 @@ def _feature_fields(features: Iterable[IdFeature]) -> Iterator[pa.Field]:
 
 
 def impression_columns(schema: Schema, columns: Iterable[str] = ()) -> pa.Schema:
-    """Arrow schema of the impression files; `columns` are the optional ones present."""
+    """Returns the Arrow schema of the impression files; `columns` are the optional ones present."""
     present = set(columns)
     fields = [
         *(pa.field(label, pa.int8(), False) for label in schema.tasks.labels),
@@ -313,13 +313,13 @@ def impression_columns(schema: Schema, columns: Iterable[str] = ()) -> pa.Schema
 
 
 def shared_columns(schema: Schema) -> pa.Schema:
-    """Arrow schema of the shared files."""
+    """Returns the Arrow schema of the shared files."""
     return pa.schema(_feature_fields(feature for feature in schema.id_features if feature.shared))
 
 
 def same_columns(found: pa.Schema, expected: pa.Schema) -> str | None:
-    """What is wrong with the names and types of `found`, or None. Parquet and its writers differ
-    in how they name list items and mark nulls, so neither is compared."""
+    """Returns how the names or types of `found` differ from `expected`, or None. Names of list
+    items and nullability depend on the Parquet writer, so they are not compared."""
     if found.names != expected.names:
         missing = [name for name in expected.names if name not in found.names]
         if missing:
@@ -340,14 +340,14 @@ def same_columns(found: pa.Schema, expected: pa.Schema) -> str | None:
 
 
 def array_of(table: pa.Table, name: str) -> Any:
-    """A column as one array; not copied if it is in one piece."""
+    """Returns a column as one array, without a copy if it has a single chunk."""
     column = table.column(name)
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def check_values(table: pa.Table, schema: Schema, expected: pa.Schema, *, where: str) -> None:
-    """Raises DataError for the first value that a prepared data set must not hold. Names and
-    types are right already; `where` begins the sentence. Rows are counted from 0."""
+    """Raises DataError for the first value that is not allowed in a prepared data set. Names and
+    types must have been checked. The message starts with `where`; rows are counted from 0."""
     for name in expected.names:
         column = table.column(name)
         if not expected.field(name).nullable and column.null_count:
@@ -372,15 +372,15 @@ def refuse(
     column: str,
     lists: pa.ListArray | None = None,
 ) -> None:
-    """Raises DataError for the first row that is bad, if one is.
+    """Raises DataError for the first bad row, if any.
 
     Args:
         bad: bool (n,).
-        what: is wrong; "{}" in it becomes the value.
+        what: description of the error; "{}" in it is replaced by the value.
         values: (n,).
-        where: begins the sentence.
-        column: to be named.
-        lists: rows, if `bad` is of the n values in them.
+        where: start of the message.
+        column: column named in the message.
+        lists: rows of the column, if `bad` is about the n values in its lists.
     """
     if not bad.any():
         return
@@ -442,17 +442,17 @@ def _check_ids(table: pa.Table, feature: IdFeature, of: Table, where: str) -> No
 
 
 def vocabulary_file(table: str) -> str:
-    """Where the vocabulary of a table is, relative to a data set without days."""
+    """Returns the path of a table's vocabulary, relative to a data set without days."""
     return f"vocabulary/{_file_name(table)}.parquet"
 
 
 def rare_file(table: str) -> str:
-    """Where the ids of a table that have no row are, relative to a data set without days."""
+    """Returns the path of a table's ids without a row, relative to a data set without days."""
     return f"rare/{_file_name(table)}.parquet"
 
 
 def _file_name(table: str) -> str:
-    # Tables may be called after the columns of a stranger's file, which may be long and in Chinese.
+    # Tables may be named after a user's columns, whose names may be long and in any script.
     name = quote(table, safe=" ")
     if len(name) > MAX_FILE_NAME:
         name = f"{name[:MAX_FILE_NAME]}-{hashlib.sha256(table.encode()).hexdigest()[:16]}"
@@ -460,5 +460,5 @@ def _file_name(table: str) -> str:
 
 
 def partial_folder(path: Path) -> Path:
-    """Where a data set is written until it is whole."""
+    """Returns the folder that a data set is written to until it is complete."""
     return path.with_name(f"{path.name}.partial")

@@ -1,4 +1,4 @@
-"""Writes a prepared data set: checked as it is written, whole or not there at all."""
+"""Writes a prepared data set, checked as it is written, completely or not at all."""
 
 from __future__ import annotations
 
@@ -37,19 +37,16 @@ from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.durable import publish
 from esmm_torchrec.errors import DataError
-from esmm_torchrec.schema import (
-    IdFeature,
-    Schema,
-)
+from esmm_torchrec.schema import IdFeature, Schema
 from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 
 class PreparedWriter:
-    """Writes a prepared data set; nothing opens at `path` before the `with` block ends well. On a
-    disk it is written beside its final name and renamed. In a store, dataset.json is written last,
-    and what was written before it is deleted if the block fails.
+    """Writes a prepared data set, which can be opened only after the `with` block has succeeded. On
+    a disk, it is written under a temporary name and then renamed. In a store, dataset.json is written
+    last, and the other files are deleted if the block fails.
 
-    Vocabularies come first: what is written next is checked against them.
+    Write the vocabularies first: rows are checked against them.
 
     Example::
 
@@ -65,20 +62,21 @@ class PreparedWriter:
             writer.write_impressions("test", test_impressions)
 
     Args:
-        path: the folder to make, or its URI; it must not exist.
-        id_features: in the order they are stored and carried in a batch.
-        dense_features: raw dense columns, in the order they are stored and carried in a batch. An
-            indicator of missing values, if there is one, follows its column.
-        columns: which of OPTIONAL_COLUMNS the impressions have.
-        source: how the data set is made, for dataset.json. No paths of this machine, no times.
-        min_count: the least count of an id in the vocabularies.
+        path: folder to create, or its URI; it must not exist.
+        id_features: id features, in the order of storage and of batches.
+        dense_features: raw dense columns, in the order of storage and of batches. An indicator of
+            missing values, if any, follows its column.
+        columns: members of OPTIONAL_COLUMNS that the impressions have.
+        source: origin of the data set, for dataset.json; it must not contain local paths or times.
+        min_count: minimum count of an id in the vocabularies.
         tasks: the chain, whose labels are the first columns.
-        key: the raw column by a hash of which the impressions are stored, so that they can be
-            streamed; None: in the order in which they are written. Not with shared features.
+        key: raw column by whose hash the impressions are ordered, so that they can be streamed;
+            None: they keep the order of writing. Not possible with shared features.
 
     Raises:
-        DataError: `path` already exists; a table written is not as declared; in the end a split
-            is empty, or training has no row of the first task. The sentence names the split.
+        DataError: `path` already exists; a table does not match its declaration; or, at the end, a
+            split is empty or the training split has no row of the first task. The message names
+            the split.
     """
 
     def __init__(
@@ -99,13 +97,13 @@ class PreparedWriter:
         self._key_orders: dict[SplitName, KeyOrder] = {}
         local = self._final.local
         self.root = self._final if local is None else Location.of(partial_folder(local))
-        """Where files are written until the block ends."""
+        """Folder that files are written to until the block ends."""
         self._scratch: Path | None = None
         self._id_features = tuple(id_features)
         self._dense_features = tuple(dense_features)
         self.columns = [name for name in OPTIONAL_COLUMNS if name in set(columns)]
         self.source = dict(source)
-        """May be added to until the block ends."""
+        """Origin of the data set; entries may be added until the block ends."""
         self._min_count = min_count
         self._num_embeddings: dict[str, int] = {}
         self._schema: Schema | None = None
@@ -137,7 +135,7 @@ class PreparedWriter:
                 on_error.pop_all()
 
     def _discard(self) -> None:
-        """Deletes what was written."""
+        """Deletes all files written so far."""
         for order in self._key_orders.values():
             order.close()
         for writer in self._splits.values():
@@ -154,7 +152,7 @@ class PreparedWriter:
 
     @property
     def scratch(self) -> Path:
-        """A folder for files of the preparation itself; it is gone when the block ends."""
+        """Folder for temporary files, which is deleted when the block ends."""
         if self._scratch is None:
             self._scratch = Path(mkdtemp(prefix="esmm_torchrec-", dir=self.root.local))
         return self._scratch
@@ -165,15 +163,14 @@ class PreparedWriter:
 
     @property
     def schema(self) -> Schema:
-        """The schema; complete once every vocabulary is written and every dense column recorded."""
+        """The schema, available once all vocabularies are written and dense columns recorded."""
         if self._schema is None:
             dense = {column: self._dense[column] for column in self._dense_features}
             self._schema = schema_of(self._id_features, self._num_embeddings, dense, self._tasks)
         return self._schema
 
     def write_vocabulary(self, table: str, vocabulary: Vocabulary | HashedIds) -> None:
-        """Writes the vocabulary of a table, which fixes its number of rows; there is nothing to
-        write if ids are hashed."""
+        """Records the number of rows of a table; writes its vocabulary unless ids are hashed."""
         self._num_embeddings[table] = vocabulary.num_embeddings
         hash_rows = vocabulary.rows if isinstance(vocabulary, HashedIds) else None
         self._tables[table] = TableStatistics(vocabulary.kind, vocabulary.distinct_ids, hash_rows)
@@ -190,16 +187,16 @@ class PreparedWriter:
     def write_impressions(
         self, split: SplitName, table: pa.Table, *, key: np.ndarray | None = None
     ) -> None:
-        """Appends impressions: the columns `impression_columns` of the schema gives, in order.
+        """Appends impressions with the columns of `impression_columns`, in order.
 
         Args:
-            split: which one.
+            split: the split.
             table: the impressions.
-            key: uint64 (n,), a hash of the user of each, if the data set is stored by it; None:
-                they are given in its order.
+            key: uint64 (n,), hash of each impression's user, if the data set is ordered by it;
+                None: the impressions are already in order.
 
         Raises:
-            DataError: a column or a value that does not belong there.
+            DataError: a column or a value is not allowed.
         """
         writer = self.split_writer(split)
         table = writer.count_impressions(table)
@@ -211,33 +208,33 @@ class PreparedWriter:
             self._key_orders[split].append(table, key)
 
     def write_shared(self, split: SplitName, table: pa.Table) -> None:
-        """Appends shared rows: the columns `shared_columns` of the schema gives, in order.
+        """Appends shared rows with the columns of `shared_columns`, in order.
 
         Raises:
-            DataError: a column or a value that does not belong there.
+            DataError: a column or a value is not allowed.
         """
         assert self.key is None, "shared rows are written in the order that impressions use them"
         self.split_writer(split).write_shared(table)
 
     def split_writer(self, split: SplitName) -> SplitWriter:
-        """What writes the files of a split, once every vocabulary is written and every dense column
+        """Returns the writer of a split's files; all vocabularies must be written and all dense columns
         recorded."""
         if split not in self._splits:
             self._splits[split] = SplitWriter(self.root, split, self.schema, self.columns)
         return self._splits[split]
 
     def record_dense(self, column: str, transform: DenseTransform) -> None:
-        """Notes what the values of a dense column are encoded with, before any are written."""
+        """Records the transform of a dense column, before any values are written."""
         self._dense[column] = transform
 
     def record_missing_dense(self, split: SplitName, column: str, count: int) -> None:
-        """Notes impressions, written or to be written, that lack the value of a dense column."""
+        """Records impressions, already written or not, that have no value of a dense column."""
         self.split_writer(split).counts.missing_dense[column] += count
 
     def record_dropped(
         self, split: SplitName, reason: str, count: int, examples: Sequence[str] = ()
     ) -> None:
-        """Notes raw rows that did not become impressions, with a sentence on some of them."""
+        """Records raw rows that did not become impressions, with messages about some of them."""
         dropped = self._dropped[split]
         dropped[reason] = dropped.get(reason, 0) + count
         self._dropped_rows[split].extend(examples)
@@ -321,7 +318,7 @@ class PreparedWriter:
         )
 
     def _count_shared_ids(self, name: SplitName, split: Split) -> None:
-        """Reads the shared rows back: only now is it known how many impressions use each."""
+        """Counts the ids of shared rows, reading them back: now the uses of each row are known."""
         counts, first = self.split_writer(name).counts, 0
         impressions = counts.shared_row_use.impressions(split.shared_rows)
         for part in split.shared_parts:
@@ -336,7 +333,7 @@ class PreparedWriter:
 
 
 def refuse_existing(root: Location) -> None:
-    """Raises DataError if something is where a data set is to be made."""
+    """Raises DataError if the place of a new data set is taken."""
     there = root.local.exists() if root.local else (root / DESCRIPTION).size() is not None
     if there:
         raise DataError(f"{root} already exists; remove it or choose another folder")
