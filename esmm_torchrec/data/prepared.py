@@ -10,9 +10,9 @@ It is a folder:
     days/<day>/                          added by `prepare append`: a data set of its own, whose
                                          files dataset.json lists along with those above
 
-The `shared_row` of an impression is a position across all shared files of its split, in the order of
-dataset.json. Ids are table rows, from 0 (unknown) to num_embeddings - 1. A missing
-value is null in a single-valued feature and an empty list in a multi-valued one. Weights are as in
+The `shared_row` of an impression is a position across all shared files of its split, in the
+order of dataset.json. Ids are table rows, from 0 (unknown) to num_embeddings - 1. A missing value
+is null in a single-valued feature and an empty list in a multi-valued one. Weights are as in
 the raw data.
 
 On a disk, a data set is written under a temporary name and renamed at the end. In an object store,

@@ -43,8 +43,8 @@ from esmm_torchrec.tasks import DEFAULT_TASKS, TaskChain
 
 class PreparedWriter:
     """Writes a prepared data set, which can be opened only after the `with` block has succeeded. On
-    a disk, it is written under a temporary name and then renamed. In a store, dataset.json is written
-    last, and the other files are deleted if the block fails.
+    a disk, it is written under a temporary name and then renamed. In a store, dataset.json is
+    written last, and the other files are deleted if the block fails.
 
     Write the vocabularies first: rows are checked against them.
 
@@ -217,8 +217,8 @@ class PreparedWriter:
         self.split_writer(split).write_shared(table)
 
     def split_writer(self, split: SplitName) -> SplitWriter:
-        """Returns the writer of a split's files; all vocabularies must be written and all dense columns
-        recorded."""
+        """Returns the writer of a split's files. All vocabularies must be written, and all dense
+        columns recorded."""
         if split not in self._splits:
             self._splits[split] = SplitWriter(self.root, split, self.schema, self.columns)
         return self._splits[split]
