@@ -43,6 +43,7 @@ AVOIDED = {
     r"\bgive the (same )?command again\b": "rerun the command",
     r"\bholds no\b": "has no, does not contain",
     r"\b(test|training)\s+half\b(?! of)": "test split, training split",
+    r'"""(Of|As|That|Those|These|What|Which|How often|How many) ': "a noun phrase or a verb",
 }
 
 
