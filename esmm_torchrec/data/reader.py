@@ -1,10 +1,10 @@
-"""From a mapped split to ImpressionBatches: per rank, shuffled, resumable, read ahead.
+"""Reads ImpressionBatches from a mapped split: per rank, shuffled, resumable, read ahead.
 
 (seed, epoch) defines one order of all rows. Step g takes its rows [g·S, (g+1)·S) and rank r the
 r-th slice of B of them, so the union over ranks is the same whatever their number. A rank that has
 fewer rows than B (in the last step, or if the ranks do not divide S) is padded with rows of weight
-0 and empty bags; nothing is dropped: every rank takes the same number of steps at the same size.
-A rank looks up its own rows alone and hears of the others how much they weigh.
+0 and empty bags. Nothing is dropped: every rank takes the same number of steps of the same size. A
+rank looks up only its own rows and receives the weights of the others.
 
 Shapes: B rows per rank and step, S rows per step over W ranks, U distinct
 shared rows, F features, D dense features.
@@ -25,42 +25,42 @@ from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.schema import SHARED_ROW
 
 STEPS_PER_BLOCK = 32
-"""Steps whose counts the ranks exchange at once."""
+"""Number of steps whose counts the ranks exchange at once."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of a split are read, and with which weight in the loss."""
+    """Rows of a split to read, and their weights in the loss."""
 
     rows: np.ndarray
     """int (M,), row numbers; a row may occur more than once."""
     weights: np.ndarray | None = None
     """float32 (M,), None for all 1."""
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Label → (M,), in place of the split's or beside them."""
+    """Label → (M,), which replaces or adds to those of the split."""
     periods: np.ndarray | None = None
-    """int (M,), not negative; each is read before the next, and shuffled by itself."""
+    """int (M,), not negative; periods are read one after the other, each shuffled separately."""
 
 
 class ImpressionReader(BatchReader):
     """Reads a mapped split as batches; see `BatchReader`.
 
     Args:
-        split: where the rows are.
+        split: split to read from.
         batch_size: B, rows per rank and step.
         rank: r.
         world_size: W.
         rows_per_step: S, at most B·W; None: B·W.
-        seed: of the order.
+        seed: seed of the order.
         shuffle: False keeps the order of the data.
         shuffle_chunk: up to this many consecutive impressions of one shared row stay together
             when the rows are shuffled; more pool less, 1 shuffles row by row.
         selection: rows to read; None reads all.
         shared_features: how a batch carries shared features.
-        pin_memory: whether batches lie in page-locked memory, which a GPU copies from without
-            anybody waiting.
-        exchange: how ranks tell each other what their rows weigh; None: each rank looks up the
-            rows of all, which costs more the more there are.
+        pin_memory: whether batches are in page-locked memory, which allows asynchronous copies to a
+            GPU.
+        exchange: how ranks exchange the weights of their rows; None: each rank looks up the rows
+            of all ranks, whose cost grows with the number of ranks.
 
     Raises:
         OptionError: an argument is not positive, or there is no row to read.
@@ -129,8 +129,8 @@ class ImpressionReader(BatchReader):
         return shuffled_chunks(owner, self.shuffle_chunk, rng)
 
     def rows_left(self) -> np.ndarray:
-        """int (M,): the row numbers of all ranks that the rest of the epoch goes through, in
-        order. Step g takes B·W of them, rank r the r-th slice of B of those."""
+        """Returns the row numbers of all ranks in the rest of the epoch, in order, int (M,). Step g
+        takes B·W of them, and rank r the r-th slice of B of those."""
         order = self._order(self._epoch)
         positions = np.arange(self._row, self.num_rows) if order is None else order[self._row :]
         return positions if self.selection is None else self.selection.rows[positions]
@@ -156,7 +156,7 @@ class ImpressionReader(BatchReader):
         return Block(totals, batch)
 
     def _rows(self, order: np.ndarray | None, start: int, rank: int) -> StepRows:
-        """Those of a rank in the step that starts at a position."""
+        """Returns the rows of a rank in the step that starts at a position."""
         end = min(start + self.global_batch_size, self.num_rows)
         first = min(start + rank * self.batch_size, end)
         last = min(first + self.batch_size, end)
@@ -172,7 +172,7 @@ class ImpressionReader(BatchReader):
 
 
 def shuffled_chunks(owner: np.ndarray, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """A random order of chunks: runs of equal owners, cut to at most `longest` rows."""
+    """Returns a random order of chunks: runs of equal owners, split after `longest` rows."""
     num_rows = len(owner)
     first_of_run = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
     run_lengths = np.diff(np.r_[first_of_run, num_rows])

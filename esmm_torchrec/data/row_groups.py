@@ -1,4 +1,4 @@
-"""Rows of a prepared split by their place in a sequence of row groups, read as they are needed."""
+"""Reads rows of a prepared split on demand, by position in a sequence of row groups."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RowGroups:
     """The row groups of one split.
 
     Args:
-        dataset: in a folder or a store.
-        split: which one.
+        dataset: data set, in a folder or a store.
+        split: the split.
     """
 
     def __init__(self, dataset: PreparedDataSet, split: SplitName) -> None:
@@ -38,24 +38,24 @@ class RowGroups:
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 (groups,), of each row group in stored order."""
+        """Number of rows of each row group in stored order, int64 (groups,)."""
         return np.array([group.rows for group in self._groups], np.int64)
 
     def impressions(
         self, order: np.ndarray, ends: np.ndarray, first: int, last: int, *, keeper: int
     ) -> list[pa.Table]:
-        """The rows [first, last) of a sequence of row groups.
+        """Reads the rows [first, last) of a sequence of row groups.
 
         Args:
             order: int (groups,), the sequence.
-            ends: int64 (groups,), its rows up to and with each group.
-            first: of the rows.
-            last: past them.
-            keeper: who asks. The last row group read for each is kept, because whoever asks goes on
-                where it stopped.
+            ends: int64 (groups,), number of rows up to and including each group.
+            first: first row.
+            last: end of the rows, exclusive.
+            keeper: number of the caller. Its last row group is kept, because its next rows usually
+                continue there.
 
         Raises:
-            DataError: a file is missing, broken or cannot be read; names it.
+            DataError: a file is missing, broken or cannot be read; the message names it.
         """
         tables: list[pa.Table] = []
         place = int(np.searchsorted(ends, first, side="right"))
@@ -73,7 +73,7 @@ class RowGroups:
         return tables
 
     def columns(self, names: Sequence[str], first: int, last: int) -> dict[str, np.ndarray]:
-        """The rows [first, last) of columns, in stored order; those of `names` that there are.
+        """Reads the rows [first, last), in stored order, of those columns in `names` that exist.
 
         Raises:
             DataError: a file is missing, broken or cannot be read.
@@ -92,7 +92,7 @@ class RowGroups:
         return {name: together.column(name).to_numpy() for name in found}
 
     def shared(self, rows: np.ndarray) -> pa.Table:
-        """Shared rows.
+        """Reads shared rows.
 
         Args:
             rows: int (n,), ascending, distinct, over all shared files of the split.

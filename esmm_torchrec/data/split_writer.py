@@ -1,4 +1,4 @@
-"""Writes the impressions and the shared rows of one split, checked and counted on the way."""
+"""Writes the impressions and the shared rows of one split, and checks and counts them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ from esmm_torchrec.schema import SHARED_ROW, Schema, weight_column
 from esmm_torchrec.tasks import Task
 
 ROWS_PER_GROUP = {"impressions": 1 << 17, "shared": 1 << 13}
-"""Rows of a Parquet row group. A shared row holds hundreds of ids, an impression a few dozen."""
+"""Number of rows in a Parquet row group. A shared row has hundreds of ids, an impression a few
+dozen."""
 
 ROW_GROUPS_PER_FILE = 16
 
 
 class _PartWriter:
-    """Writes one file: row groups as they come, counted and hashed on the way.
+    """Writes one file, row group by row group, and counts and hashes its rows.
 
-    Only the description of the data set, which is written last, makes the file a part of it. So a
-    task that is repeated writes another file, and the first one is of no consequence.
+    A file belongs to the data set only once the description, which is written last, lists it. A
+    repeated task writes another file, and the first one is ignored.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class _PartWriter:
         self.row_groups: list[int] = []
 
     def write_group(self, rows: pa.Table) -> None:
-        """Writes a row group: all of `rows`."""
+        """Writes `rows` as one row group."""
         self._writer.write_table(rows.combine_chunks(), row_group_size=len(rows))
         self.row_groups.append(len(rows))
         for task in self._tasks:
@@ -63,7 +64,7 @@ class _PartWriter:
             self._happened[task.name] += int(np.count_nonzero(labels))
 
     def close(self) -> tuple[Part, str]:
-        """Ends the file; gives what is in it, and its sha256 in hex."""
+        """Closes the file; returns its summary, and its SHA-256 in hex."""
         self._writer.close()
         self._file.close()
         part = Part(self._name, tuple(self.row_groups), self._file.bytes, self._happened)
@@ -71,8 +72,8 @@ class _PartWriter:
 
 
 class _Files:
-    """The files of one split and kind: row groups and files of a fixed number of rows, so that
-    the bytes do not depend on how the rows were handed in. `checksums` gets the sha256 of each."""
+    """The files of one split and kind. Row groups and files have a fixed number of rows, so their
+    bytes do not depend on the blocks appended. The SHA-256 of each is added to `checksums`."""
 
     def __init__(
         self,
@@ -120,14 +121,14 @@ class _Files:
             self.close()
 
     def finish(self) -> None:
-        """Writes what waits and closes."""
+        """Writes the rows still waiting, and closes the file."""
         if self._waiting_rows:
             self._write_group(pa.concat_tables(self._waiting))
             self._waiting, self._waiting_rows = [], 0
         self.close()
 
     def close(self) -> None:
-        """Closes the file that is open."""
+        """Closes the current file, if any."""
         if self._writer is not None:
             part, checksum = self._writer.close()
             self.parts.append(part)
@@ -137,27 +138,27 @@ class _Files:
 
 @dataclass
 class SplitCounts:
-    """What the rows of a split hold."""
+    """Counts over the rows of a split."""
 
     ids: dict[str, IdCounts]
-    """By feature."""
+    """Feature → counts of its ids."""
     shared_row_use: SharedRowUse = field(default_factory=SharedRowUse)
     missing_dense: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: SplitCounts) -> None:
-        """Adds what further rows hold, which point to no shared rows."""
+        """Adds the counts of further rows, which use no shared rows."""
         self.missing_dense.update(other.missing_dense)
         for feature, counts in other.ids.items():
             self.ids[feature].merge(counts)
 
 
 class WrittenSplit(NamedTuple):
-    """What a `SplitWriter` wrote."""
+    """Files and counts of a finished `SplitWriter`."""
 
     parts: tuple[Part, ...]
-    """Of impressions."""
+    """Files of impressions."""
     checksums: dict[str, str]
-    """sha256 of each, in hex."""
+    """SHA-256 of each file, in hex."""
     counts: SplitCounts
 
 
@@ -165,12 +166,12 @@ class SplitWriter:
     """Writes the files of a split.
 
     Args:
-        root: of the data set.
-        split: which one.
-        schema: of the data set.
-        columns: which of OPTIONAL_COLUMNS the impressions have.
+        root: folder of the data set.
+        split: the split.
+        schema: schema of the data set.
+        columns: members of OPTIONAL_COLUMNS that the impressions have.
         random_names: whether others may write files of this split at the same time. In a store,
-            files have random names in any case.
+            files always have random names.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class SplitWriter:
             "shared": shared_columns(schema),
         }
         self.checksums: dict[str, str] = {}
-        """sha256 of the files written so far, in hex."""
+        """SHA-256 of the files written so far, in hex."""
         # In a store, a file must not replace one of an earlier or a parallel preparation.
         self._files: dict[RowKind, _Files] = {
             kind: _Files(
@@ -206,18 +207,18 @@ class SplitWriter:
         self.counts = SplitCounts({feature.name: IdCounts() for feature in schema.id_features})
 
     def write_impressions(self, table: pa.Table) -> None:
-        """Appends impressions: the columns `impression_columns` of the schema gives, in order.
+        """Appends impressions with the columns of `impression_columns`, in order.
 
         Raises:
-            DataError: a column or a value that does not belong there.
+            DataError: a column or a value is not allowed.
         """
         self.append("impressions", self.count_impressions(table))
 
     def count_impressions(self, table: pa.Table) -> pa.Table:
-        """Checks and counts impressions that are appended later; gives them in the exact types.
+        """Checks and counts impressions to be appended later; returns them in the exact types.
 
         Raises:
-            DataError: a column or a value that does not belong there.
+            DataError: a column or a value is not allowed.
         """
         table = self._checked("impressions", table)
         for feature in self._schema.id_features:
@@ -231,10 +232,10 @@ class SplitWriter:
         return table
 
     def write_shared(self, table: pa.Table) -> None:
-        """Appends shared rows: the columns `shared_columns` of the schema gives, in order.
+        """Appends shared rows with the columns of `shared_columns`, in order.
 
         Raises:
-            DataError: a column or a value that does not belong there.
+            DataError: a column or a value is not allowed.
         """
         self.append("shared", self._checked("shared", table))
 
@@ -251,25 +252,25 @@ class SplitWriter:
         return table.cast(expected)
 
     def add(self, written: WrittenSplit) -> None:
-        """Takes over what another writer of this split wrote."""
+        """Adds the files and counts of another writer of this split."""
         self._files["impressions"].parts += written.parts
         self.checksums.update(written.checksums)
         self.counts.add(written.counts)
 
     def finish(self) -> WrittenSplit:
-        """Writes what waits and closes the files."""
+        """Writes the rows still waiting, and closes the files."""
         for files in self._files.values():
             files.finish()
         return WrittenSplit(self.parts("impressions"), self.checksums, self.counts)
 
     def close(self) -> None:
-        """Closes the files after an error, whatever waits."""
+        """Closes the files after an error, without the rows still waiting."""
         with suppress(OSError):  # of a full disk or a store, which is being reported already
             for files in self._files.values():
                 files.close()
 
     def parts(self, kind: RowKind) -> tuple[Part, ...]:
-        """The files written so far."""
+        """Returns the files written so far."""
         return tuple(self._files[kind].parts)
 
 

@@ -1,8 +1,8 @@
-"""Files and folders by path or URI: on a disk, or in a store that pyarrow knows.
+"""Files and folders by path or URI, on a disk or in a store that pyarrow supports.
 
-A URI is what `pyarrow.fs.FileSystem.from_uri` takes: s3://, gs://, abfs://, hdfs:// or file://.
-Object stores have neither a rename nor a lock, so nothing here needs one. Their files appear when
-they are whole.
+URIs are those of `pyarrow.fs.FileSystem.from_uri`: s3://, gs://, abfs://, hdfs:// or file://.
+Object stores support neither renaming nor locking, so nothing here needs them. Their files appear
+once they are complete.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import pyarrow.fs as pafs
 from esmm_torchrec.errors import DataError
 
 MAX_ATTEMPTS = 6
-"""How often a request to a store is made before its error is passed on. The clients of most stores
-repeat each of them a few times on their own."""
+"""Number of attempts of a request to a store before its error is raised. The clients of most stores
+also retry each attempt a few times."""
 
 FIRST_WAIT = 0.25
 """Seconds between the first two attempts, on average; each further wait is twice as long."""
@@ -38,7 +38,7 @@ _PERMANENT = (
     "SIGNATURE_DOES_NOT_MATCH",
     "NO_SUCH_BUCKET",
 )
-"""What errors say that do not pass."""
+"""Parts of the messages of errors that are permanent."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -47,7 +47,7 @@ P = ParamSpec("P")
 def _in_attempts(
     method: Callable[Concatenate[Location, P], T],
 ) -> Callable[Concatenate[Location, P], T]:
-    """Makes a method one that is `retried`."""
+    """Decorates a method so that it is `retried`."""
 
     @wraps(method)
     def repeated(self: Location, *arguments: P.args, **named: P.kwargs) -> T:
@@ -62,16 +62,16 @@ class Location:
 
     filesystem: pafs.FileSystem
     path: str
-    """As `filesystem` takes it."""
+    """Path within `filesystem`."""
     name: str
-    """The path or the URI for messages, without credentials."""
+    """Path or URI for messages, without credentials."""
 
     @classmethod
     def of(cls, place: Location | Path | str) -> Location:
-        """The location that a path or a URI names.
+        """Returns the location of a path or a URI.
 
         Raises:
-            DataError: the URI cannot be understood, or this pyarrow does not know its scheme.
+            DataError: the URI is malformed, or this pyarrow does not support its scheme.
         """
         if isinstance(place, Location):
             return place
@@ -99,28 +99,28 @@ class Location:
 
     @property
     def absolute(self) -> str:
-        """The name, absolute."""
+        """The name, with an absolute path if it is on this machine."""
         return self.name if self.local is None else str(self.local.resolve())
 
     @property
     def local(self) -> Path | None:
-        """The path on this machine, if it is there."""
+        """The path on this machine; None for a store."""
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
     @_in_attempts
     def size(self) -> int | None:
-        """Bytes of the file; None if there is none."""
+        """Returns the size of the file in bytes; None if it does not exist."""
         info = self.filesystem.get_file_info(self.path)
         return info.size if info.type == pafs.FileType.File else None
 
     @_in_attempts
     def open_input(self) -> pa.NativeFile:
-        """The file, for reading at any offset; FileNotFoundError if there is none."""
+        """Opens the file for random access; raises FileNotFoundError if it does not exist."""
         return self.filesystem.open_input_file(self.path)
 
     @_in_attempts
     def files_below(self) -> list[Location]:
-        """All files in the folder and its folders, by name; none if there is no folder."""
+        """Returns all files in the folder and its subfolders, sorted; none if it does not exist."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         found = self.filesystem.get_file_info(selector)
         paths = sorted(info.path for info in found if info.type == pafs.FileType.File)
@@ -129,37 +129,37 @@ class Location:
 
     @_in_attempts
     def open_output(self) -> pa.NativeFile:
-        """The file, to be written anew; folders are made where a file system needs them."""
+        """Opens the file for writing from the start, and creates its folders if needed."""
         if self.local is not None:
             self.local.parent.mkdir(parents=True, exist_ok=True)
         return self.filesystem.open_output_stream(self.path)
 
     @_in_attempts
     def read_bytes(self) -> bytes:
-        """All of the file; FileNotFoundError if there is none."""
+        """Returns the content of the file; raises FileNotFoundError if it does not exist."""
         with self.filesystem.open_input_file(self.path) as file:
             return file.read()
 
     @_in_attempts
     def write_bytes(self, content: bytes) -> None:
-        """Writes the file in one piece."""
+        """Writes the whole file."""
         with self.open_output() as file:
             file.write(content)
 
     @_in_attempts
     def copy_from(self, path: Path) -> None:
-        """Writes the file as a copy of one on this machine."""
+        """Writes the file as a copy of a local one."""
         with path.open("rb") as source, self.open_output() as file:
             shutil.copyfileobj(source, file, 1 << 22)
 
     @_in_attempts
     def delete(self) -> None:
-        """Deletes the file; FileNotFoundError if there is none."""
+        """Deletes the file; raises FileNotFoundError if it does not exist."""
         self.filesystem.delete_file(self.path)
 
     @_in_attempts
     def sha256(self) -> str:
-        """Checksum of the file, in hex."""
+        """Returns the SHA-256 of the file, in hex."""
         found = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path) as file:
             while content := file.read(1 << 20):
@@ -167,11 +167,11 @@ class Location:
         return found.hexdigest()
 
     def retried(self, action: Callable[[], T]) -> T:
-        """What `action` gives. If the location is in a store, an error that may pass, such as a
-        lost connection or "slow down", is answered with further attempts and growing waits.
+        """Returns the result of `action`. If the location is in a store, transient errors, such as
+        a lost connection or "slow down", are retried with increasing waits.
 
         Raises:
-            OSError: the last of them.
+            OSError: the last error.
         """
         wait = FIRST_WAIT
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -183,7 +183,7 @@ class Location:
                 )
                 if permanent or self.local is not None or attempt == MAX_ATTEMPTS:
                     raise
-            # Spread out, so that many ranks do not come back at the same moment.
+            # Jitter, so that many ranks do not retry at the same moment.
             time.sleep(wait * random.uniform(0.5, 1.5))
             wait *= 2
         raise AssertionError
@@ -191,7 +191,7 @@ class Location:
 
 @contextmanager
 def reading(file: Location, remedy: str) -> Iterator[None]:
-    """Raises DataError for whatever keeps a file from being read; `remedy` ends the sentence."""
+    """Turns errors in reading a file into DataError; `remedy` is the end of the message."""
     try:
         yield
     except FileNotFoundError:
@@ -200,35 +200,35 @@ def reading(file: Location, remedy: str) -> Iterator[None]:
         of_system = isinstance(error, OSError)
         what = "cannot be read" if of_system else "is broken or cut short"
         reason = (of_system and error.strerror) or str(error)
-        # Those of Parquet have several lines.
+        # Messages of Parquet have several lines.
         raise DataError(f"{file} {what} ({' '.join(reason.split())}); {remedy}") from None
 
 
 class HashedOutput:
-    """A file that is being written, with the sum of what has been: pyarrow's writers take it."""
+    """A file being written, with the checksum of its content; accepted by pyarrow's writers."""
 
     def __init__(self, location: Location) -> None:
         self._file = location.open_output()
         self._hash = hashlib.sha256()
         self.bytes = 0
-        """Written so far."""
+        """Number of bytes written so far."""
 
     def write(self, content: bytes) -> int:
-        """Appends."""
+        """Appends bytes; returns their number."""
         self._hash.update(content)
         self._file.write(content)
         self.bytes += len(memoryview(content).cast("B"))
         return len(content)
 
     def flush(self) -> None:
-        """Does nothing: the file is of interest once it is whole."""
+        """Does nothing: the file is used only once it is complete."""
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Returns the number of bytes written so far."""
         return self.bytes
 
     def writable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     @property
@@ -237,26 +237,26 @@ class HashedOutput:
         return self._file.closed
 
     def close(self) -> None:
-        """Ends the file, which appears in a store only now."""
+        """Closes the file; in a store, it appears only now."""
         self._file.close()
 
     @property
     def checksum(self) -> str:
-        """sha256 of what was written, in hex."""
+        """SHA-256 of the bytes written, in hex."""
         return self._hash.hexdigest()
 
 
 @contextmanager
 def staged(out: str, *, last: str | None = None) -> Iterator[Path]:
-    """A path of this machine at which to make `out`: `out` itself, or if that is a URI, one in a
-    folder for temporary files, from which it is copied when the block has ended.
+    """Yields a local path at which to create `out`: `out` itself, or for a URI, a path in a
+    temporary folder, copied to it when the block ends.
 
     Args:
         out: a file or a folder.
-        last: the file of the folder that says that all others are there.
+        last: file of the folder to copy last, whose presence marks the folder as complete.
 
     Raises:
-        DataError: `out` is a URI at which there is something.
+        DataError: `out` is a URI that already exists.
     """
     if not is_uri(out):
         yield Path(out)
@@ -275,7 +275,7 @@ def staged(out: str, *, last: str | None = None) -> Iterator[Path]:
 
 
 def is_uri(place: Path | str) -> bool:
-    """Whether it is a URI and not a path."""
+    """Returns whether `place` is a URI rather than a path."""
     return isinstance(place, str) and "://" in place
 
 

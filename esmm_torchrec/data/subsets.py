@@ -1,10 +1,10 @@
-"""Parts of a split: by user for validation and growing volumes, by id for what a model never saw.
+"""Subsets of a split: by user for validation and nested volumes, by id for unseen ids.
 
-Which part an impression belongs to follows from a hash of its user, so that a user's impressions,
-which are alike, stay on one side, and a smaller volume lies within every larger one. The user is
-the group_id, else the shared row, else the impression itself.
+A hash of the user decides which subset an impression belongs to. So the similar impressions of one
+user stay together, and a smaller volume is a subset of every larger one. The user is the group_id,
+else the shared row, else the impression itself.
 
-Shapes: N impressions of a split, M rows asked for.
+Shapes: N impressions of a split, M selected rows.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from esmm_torchrec.data.mapped import MappedBags, MappedSplit
 from esmm_torchrec.schema import GROUP_ID, SAMPLE_ID, SHARED_ROW, UNKNOWN_ROW
 
 Purpose = Literal["validation", "volume", "fold", "sample"]
-"""What a hash is for; each has one of its own, so that folds of a volume are not lopsided."""
+"""Purpose of a hash; each has its own, so that folds of a volume are balanced."""
 
 _SALTS: dict[Purpose, int] = {"validation": 1, "volume": 2, "fold": 3, "sample": 4}
 _ROWS_PER_BLOCK = 1 << 16
 
 
 def user_column(split: MappedSplit) -> str:
-    """The column that says whose an impression is."""
+    """Returns the name of the column that identifies the user of an impression."""
     return next(name for name in (GROUP_ID, SHARED_ROW, SAMPLE_ID) if name in split.scalars)
 
 
 def user_hash(split: MappedSplit, purpose: Purpose) -> np.ndarray:
-    """A number in [0, 1) for each impression, equal for those of one user, float64 (N,)."""
+    """Returns a number in [0, 1) for each impression, equal within a user, float64 (N,)."""
     user = split.scalars[user_column(split)].astype(np.int64).view(np.uint64)
     hashed = splitmix64(splitmix64(user) ^ np.uint64(_SALTS[purpose]))
     return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def rows_between(split: MappedSplit, low: float, high: float, *, purpose: Purpose) -> np.ndarray:
-    """Rows whose user's hash lies in [low, high), ascending, int64 (M,)."""
+    """Returns the rows whose user's hash is in [low, high), ascending, int64 (M,)."""
     hashed = user_hash(split, purpose)
     return np.flatnonzero((hashed >= low) & (hashed < high))
 
 
 def count_ids(split: MappedSplit, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """How often each id of each table occurs in some impressions, int64 (rows of the table,).
+    """Counts the ids of each table in some impressions, int64 (rows of the table,).
 
-    A shared row that several of them use counts once, as in a vocabulary.
+    A shared row counts once, however many of the impressions use it.
 
     Args:
-        split: where the impressions are.
-        rows: int (M,), row numbers, each counted once however often it is given; None: all.
+        split: split of the impressions.
+        rows: int (M,), row numbers; duplicates are ignored; None: all.
     """
     schema = split.schema
     counts = {table.name: np.zeros(table.num_embeddings, np.int64) for table in schema.tables}
@@ -71,18 +71,18 @@ def count_ids(split: MappedSplit, rows: np.ndarray | None = None) -> dict[str, n
 
 
 def ids_of(split: MappedSplit, feature: str) -> np.ndarray:
-    """The id of a single-valued feature in each impression, int32 (N,); UNKNOWN_ROW if it is
-    missing."""
+    """Returns the id of a single-valued feature in each impression, int32 (N,); UNKNOWN_ROW if it
+    is missing."""
     store = next(store for store in split.stores if feature in store.features)
     ids = np.maximum(store.ids_of(feature), UNKNOWN_ROW).astype(np.int32)
     return ids[split.scalars[SHARED_ROW]] if store.shared else ids
 
 
 def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSplit:
-    """The split with every id that is not known turned into the unknown one (row 0).
+    """Returns a view of the split in which every id that is not known is the unknown one (row 0).
 
     Args:
-        split: to be read so; it is not changed and nothing is copied.
+        split: original split, which is neither changed nor copied.
         known: table → bool (rows of the table,).
     """
     row_of = {
@@ -102,20 +102,20 @@ def without_ids(split: MappedSplit, known: Mapping[str, np.ndarray]) -> MappedSp
 
 
 def only_ids_of(split: MappedSplit, seen: MappedSplit, rows: np.ndarray | None) -> MappedSplit:
-    """The split with every id turned into the unknown one that some impressions do not have.
+    """Returns a view of the split in which every id that some impressions lack is the unknown one.
 
     Args:
-        split: to be read so.
-        seen: where the impressions are whose ids stay; of the same schema.
-        rows: int (M,), those impressions; None: all.
+        split: original split.
+        seen: split of the impressions whose ids are kept, with the same schema.
+        rows: int (M,), row numbers of these impressions; None: all.
     """
     return without_ids(split, {name: n > 0 for name, n in count_ids(seen, rows).items()})
 
 
 def sample_rows(split: MappedSplit, most: int) -> np.ndarray | None:
-    """At most about `most` rows: those of users drawn by hash. None if all are few enough.
+    """Returns about `most` rows, those of users sampled by hash; None if there are no more rows.
 
-    Users and not rows are drawn, so that figures within a user keep their meaning.
+    Users are sampled rather than rows, so that metrics within a user remain valid.
     """
     if split.impressions <= most:
         return None

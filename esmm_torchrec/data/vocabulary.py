@@ -1,8 +1,8 @@
 """Raw id → row of an embedding table, and the counting that decides which ids get a row.
 
-Row 0 is never listed: it is for ids that are rare or were never seen in training. The others are
-ordered by descending count, ties by ascending raw id, so that a vocabulary depends on how often
-ids occur and not on the order in which they were met.
+Row 0 is never listed: it is for ids that are rare or not seen in training. The other rows are
+ordered by descending count, ties by ascending raw id, so a vocabulary depends on the counts of ids
+and not on the order of the impressions.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _DENSE_SPAN = 1 << 23
 """Widest range of integer ids (highest - lowest) that is counted in one array (64 MiB)."""
 
 _MERGE_ROWS = 1 << 20
-"""Counted ids that wait, at the least, before they are merged."""
+"""Minimum number of waiting ids before they are merged."""
 
 _LOOKUP_SLOTS_PER_ID = 16
-"""Integer ids are looked up in an array over their range while it has no more than this many slots
-per id; otherwise by binary search."""
+"""Maximum number of slots per id of an array over the range of integer ids; beyond it, look-ups use
+binary search."""
 
 _MAX_HASHED = 1 << 15
-"""Texts of a vocabulary that are hashed again for each block of ids to look up. A larger vocabulary
-is sorted once and searched."""
+"""Maximum size of a vocabulary of texts that is hashed again for each block of ids to look up. A
+larger one is sorted once and searched."""
 
 MAX_IDS = 2**31 - 2
-"""Ids of one table. Rows are int32, and row 0 is the unknown id."""
+"""Maximum number of ids of one table. Rows are int32, and row 0 is the unknown id."""
 
 # 32-bit offsets hold 2 GiB of characters, which are 59 million ids of 36 characters.
 _TEXT = pa.large_string()
@@ -50,7 +50,7 @@ def _kind(ids: pa.DataType) -> IdKind:
 
 
 def check_kind(ids: pa.Array, kind: IdKind) -> None:
-    """Raises DataError if `ids`, as `id_array` gives them, are not of a kind."""
+    """Raises DataError if `ids`, the result of `id_array`, are not of a kind."""
     if _kind(ids.type) != kind:
         raise DataError(
             f"{_kind(ids.type)} ids cannot be looked up among {kind} ids; give the column the type "
@@ -59,7 +59,7 @@ def check_kind(ids: pa.Array, kind: IdKind) -> None:
 
 
 def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
-    """Raw ids as one Arrow array of int64 or large_string; nulls stay null.
+    """Returns raw ids as one Arrow array of int64 or large_string; nulls stay null.
 
     Raises:
         DataError: the ids are neither integers nor strings, or an integer is over 2^63 - 1.
@@ -88,7 +88,7 @@ def id_array(raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> pa.Array:
 
 
 class Vocabulary:
-    """Which raw id has which row of one table.
+    """Mapping from the raw ids of one table to its rows.
 
     `raw_ids` (int64 or large_string) and `counts` (int64) are in row order; the first has row 1.
     Create one with `from_counts` or `IdCounter.vocabulary`.
@@ -101,7 +101,7 @@ class Vocabulary:
         self.raw_ids = raw_ids
         self.counts = counts
         self.rare = _RARE.empty_table() if rare is None else rare
-        """raw_id and count of the ids that were counted and are too rare for a row."""
+        """raw_id and count of ids that are too rare for a row."""
 
     @classmethod
     def from_counts(
@@ -110,12 +110,12 @@ class Vocabulary:
         counts: np.ndarray,
         min_count: int,
     ) -> Vocabulary:
-        """The vocabulary of the ids that occur `min_count` times or more.
+        """Returns the vocabulary of the ids that occur `min_count` times or more.
 
         Args:
             raw_ids: distinct ids, integers or strings, in any order, none null.
-            counts: int64, how often each occurs.
-            min_count: the least count of an id that gets a row.
+            counts: int64, count of each.
+            min_count: minimum count of an id with a row.
 
         Raises:
             DataError: more than MAX_IDS ids get a row.
@@ -133,18 +133,16 @@ class Vocabulary:
     def grown(
         self, raw_ids: pa.Array | np.ndarray, counts: np.ndarray, min_count: int
     ) -> Vocabulary:
-        """This vocabulary after more impressions: ids that have a row keep it, and those that reach
-        `min_count` get the next rows, ordered as in `from_counts`.
+        """Returns this vocabulary after more impressions: ids with a row keep it, and ids that
+        reach `min_count` get the next rows, ordered as in `from_counts`.
 
         Args:
-            raw_ids: distinct ids, none null: those of the impressions that are added, and of
-                `rare`.
-            counts: int64, in how many of the added impressions each occurs, for an id of `rare` its
-                count there included.
-            min_count: as in `from_counts`.
+            raw_ids: distinct ids, none null, of the added impressions and of `rare`.
+            counts: int64, number of added impressions with each, plus its count in `rare`.
+            min_count: same as in `from_counts`.
 
         Raises:
-            DataError: as `from_counts` and `encode`.
+            DataError: same as `from_counts` and `encode`.
         """
         ids = id_array(raw_ids)
         rows = self.encode(ids)
@@ -163,27 +161,27 @@ class Vocabulary:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the table, row 0 included."""
+        """Number of rows of the table, including row 0."""
         return len(self.raw_ids) + 1
 
     @property
     def distinct_ids(self) -> int:
-        """Ids that were counted, those too rare for a row included."""
+        """Number of ids counted, including those too rare for a row."""
         return len(self.raw_ids) + len(self.rare)
 
     @property
     def kind(self) -> IdKind:
-        """What the raw ids are."""
+        """Kind of the raw ids."""
         return _kind(self.raw_ids.type)
 
     def encode(self, raw_ids: pa.Array | pa.ChunkedArray | np.ndarray) -> np.ndarray:
-        """Rows of `raw_ids`, int32 of the same length.
+        """Returns the rows of `raw_ids`, int32 of the same length.
 
-        An id that is not in the vocabulary has row 0. So has a null: a missing id has no row at
-        all, and the caller keeps the mask or drops the nulls.
+        Ids that are not in the vocabulary map to row 0. So do nulls, although a missing id has no
+        row: keep their mask, or drop them before.
 
         Raises:
-            DataError: the ids are strings and the vocabulary holds integers, or the reverse.
+            DataError: the ids are strings and those of the vocabulary integers, or the reverse.
         """
         ids = id_array(raw_ids)
         if len(ids) == 0 or len(self.raw_ids) == 0 or ids.null_count == len(ids):
@@ -199,12 +197,12 @@ class Vocabulary:
         return self.rows_of(ids.to_numpy())
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of integer ids, int32 (n,) from int64 (n,); the vocabulary holds integers."""
+        """Returns the rows of integer ids, int32 (n,) from int64 (n,); ids must be integers."""
         if len(self.raw_ids) == 0:
             return np.full(len(ids), UNKNOWN_ROW, np.int32)
         first, slots = self._slots
         if slots is not None:
-            # The outermost slots hold row 0, and a difference that overflows is clipped to one.
+            # The outermost slots contain row 0, and a difference that overflows is clipped to one.
             return slots.take(ids - first, mode="clip")
         # Each distinct id once and in order: consecutive searches end near each other.
         distinct, inverse = np.unique(ids, return_inverse=True)
@@ -261,7 +259,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: Path | Location) -> Vocabulary:
-        """The vocabulary that `write` wrote.
+        """Reads a vocabulary written by `write`.
 
         Raises:
             DataError: the file is missing, cannot be read, or is not a vocabulary.
@@ -285,7 +283,7 @@ class Vocabulary:
 
     @staticmethod
     def read_rare(path: Path | Location) -> pa.Table:
-        """What `write_rare` wrote.
+        """Reads the table written by `write_rare`.
 
         Raises:
             DataError: the file is missing or cannot be read.
@@ -300,7 +298,7 @@ def _read(path: Path | Location) -> pa.Table:
 
 
 def check_number_of_ids(number: int, min_count: int) -> None:
-    """Raises DataError if a table has no room for so many ids."""
+    """Raises DataError if the ids are more than a table can have."""
     if number > MAX_IDS:
         raise DataError(
             f"{number} ids occur {min_count} times or more, but a table holds at most {MAX_IDS}; "
@@ -315,7 +313,7 @@ class IdCounter:
     (id, count) that are merged whenever they have doubled.
 
     Args:
-        kind: of the ids; None: that of the first ids that come.
+        kind: kind of the ids; None: that of the first ones added.
     """
 
     def __init__(self, kind: IdKind | None = None) -> None:
@@ -323,26 +321,26 @@ class IdCounter:
         self._low = 0
         self._dense = np.zeros(0, np.int64)
         self._lists: list[pa.Table] = []
-        """raw_id and count; the first holds each id once if some were merged."""
+        """Tables of raw_id and count; after a merge, the first one has each id once."""
         self._merged = 0
-        """Ids in the first list, if some were merged."""
+        """Number of ids in the first table; 0 before the first merge."""
         self._waiting = 0
-        """Ids in the others."""
+        """Number of ids in the other tables."""
 
     def add(
         self,
         raw_ids: pa.Array | pa.ChunkedArray | np.ndarray,
         impressions: np.ndarray | None = None,
     ) -> None:
-        """Counts the ids of a block; nulls are not counted.
+        """Counts the ids of a block, except nulls.
 
         Args:
             raw_ids: n ids.
-            impressions: int (n,), the number of impressions in which each occurs (a row that many
-                impressions share is stored once); None: one each.
+            impressions: int (n,), number of impressions in which each occurs, since a shared row is
+                stored once; None: one each.
 
         Raises:
-            DataError: strings after integers, or the reverse.
+            DataError: strings were added after integers, or the reverse.
         """
         ids = id_array(raw_ids)
         if ids.null_count:
@@ -401,7 +399,7 @@ class IdCounter:
         self._merged, self._waiting = len(ids), 0
 
     def counts(self) -> tuple[pa.Array, np.ndarray]:
-        """The ids counted so far, each once, and int64, how often each occurs."""
+        """Returns the distinct ids counted so far, and the count of each, int64."""
         if not self._lists:
             ids, counts = self._dense_counts()
             return ids.cast(_TEXT) if self._type == _TEXT else ids, counts.to_numpy()
@@ -411,12 +409,12 @@ class IdCounter:
         return id_array(merged["raw_id"]), merged["count"].to_numpy()
 
     def vocabulary(self, min_count: int) -> Vocabulary:
-        """The vocabulary of the ids counted so far that occur `min_count` times or more."""
+        """Returns the vocabulary of the ids that occurred `min_count` times or more so far."""
         return Vocabulary.from_counts(*self.counts(), min_count)
 
 
 def _distinct(ids: pa.Array, counts: np.ndarray | None) -> tuple[pa.Array, pa.Array]:
-    """Each id once, and its count: how often it occurs, or the sum of its `counts`."""
+    """Returns the distinct ids, with the number of occurrences or the sum of `counts` of each."""
     encoded = ids.dictionary_encode()
     summed = _bincount(encoded.indices.to_numpy(), counts)
     return encoded.dictionary, pa.array(summed, pa.int64())
