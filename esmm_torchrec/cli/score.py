@@ -16,7 +16,8 @@ from esmm_torchrec.cli.restored import RestoreOptions
 from esmm_torchrec.cli.terminal import aligned
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.prepared import PreparedDataSet
-from esmm_torchrec.data.sources.raw_tables import BadRows, files_of
+from esmm_torchrec.data.sources.bad_rows import BadRows
+from esmm_torchrec.data.sources.raw_tables import files_of
 from esmm_torchrec.data.storage import is_uri, staged
 from esmm_torchrec.data.stream import StreamedSplit, stream_in_order
 from esmm_torchrec.errors import OptionError

@@ -26,15 +26,10 @@ from esmm_torchrec.data.prepared_form import (
     impression_columns,
     schema_of,
 )
+from esmm_torchrec.data.sources.bad_rows import BadRows
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features, RawReading
-from esmm_torchrec.data.sources.raw_tables import (
-    BadRows,
-    Frame,
-    RawRows,
-    RawTable,
-    open_raw_tables,
-)
+from esmm_torchrec.data.sources.raw_tables import Frame, RawRows, RawTable, open_raw_tables
 from esmm_torchrec.data.sources.raw_values import Fault, read_integers
 from esmm_torchrec.data.storage import Location
 from esmm_torchrec.data.vocabulary import Vocabulary

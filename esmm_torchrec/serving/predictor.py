@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 
 from esmm_torchrec.data.encoding import RowEncoder
-from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
+from esmm_torchrec.data.sources.bad_rows import BadRows
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.errors import OptionError
 from esmm_torchrec.serving.inputs import InputEncoder, Inputs, Request
 from esmm_torchrec.serving.package import PREPROCESSING, Package

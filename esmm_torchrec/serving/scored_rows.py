@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
-from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
+from esmm_torchrec.data.sources.bad_rows import BadRows
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.errors import DataError, OptionError
 from esmm_torchrec.schema import SAMPLE_ID, UNKNOWN_ROW
 from esmm_torchrec.tasks import TaskChain

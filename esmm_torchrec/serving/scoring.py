@@ -23,7 +23,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from esmm_torchrec.data.encoding import RowEncoder, RowsToEncode
 from esmm_torchrec.data.mapped import MappedSplit
 from esmm_torchrec.data.reader import ImpressionReader
-from esmm_torchrec.data.sources.raw_tables import BadRows, Frame
+from esmm_torchrec.data.sources.bad_rows import BadRows
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.data.storage import HashedOutput, Location
 from esmm_torchrec.data.stream import StreamedSplit
 from esmm_torchrec.errors import RunError

@@ -33,6 +33,11 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_modules_are_short_enough_to_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
 def test_datasets_holds_cards_and_is_no_package() -> None:
     """With code in it, it would stand before Hugging Face's `datasets` for whoever starts here."""
     files = [path for path in (ROOT / "datasets").rglob("*") if path.is_file()]

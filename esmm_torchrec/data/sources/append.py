@@ -32,9 +32,10 @@ from esmm_torchrec.data.prepared_form import (
     Statistics,
 )
 from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.bad_rows import MAX_EXAMPLES
 from esmm_torchrec.data.sources.feature_columns import RawReading
 from esmm_torchrec.data.sources.raw_ids import IdKind
-from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, Frame
+from esmm_torchrec.data.sources.raw_tables import Frame
 from esmm_torchrec.data.sources.spark_tasks import Session
 from esmm_torchrec.data.sources.table_columns import TableColumns
 from esmm_torchrec.data.sources.table_passes import count_training_rows, write_rows

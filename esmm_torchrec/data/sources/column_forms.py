@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 
+from esmm_torchrec.data.sources.bad_rows import BadRows
 from esmm_torchrec.data.sources.raw_ids import IdKind, id_kind, is_list
-from esmm_torchrec.data.sources.raw_tables import BadRows, RawTable
+from esmm_torchrec.data.sources.raw_tables import RawTable
 from esmm_torchrec.data.sources.raw_times import are_integers
 from esmm_torchrec.data.sources.raw_values import is_number, is_text, one_array
 from esmm_torchrec.errors import DataError

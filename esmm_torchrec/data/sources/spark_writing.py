@@ -27,8 +27,8 @@ from esmm_torchrec.data.prepared_form import (
     vocabulary_file,
 )
 from esmm_torchrec.data.prepared_writer import PreparedWriter
+from esmm_torchrec.data.sources.bad_rows import MAX_EXAMPLES, BadRows
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns
-from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES, BadRows
 from esmm_torchrec.data.sources.spark_tasks import (
     Failure,
     Session,

@@ -14,7 +14,7 @@ from esmm_torchrec.data.encoding import RowEncoder
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName, impression_columns
 from esmm_torchrec.data.prepared_writer import PreparedWriter
-from esmm_torchrec.data.sources.raw_tables import BadRows
+from esmm_torchrec.data.sources.bad_rows import BadRows
 from esmm_torchrec.data.sources.table_rows import KEY, RawBlock, Skipped, TableRows
 from esmm_torchrec.data.vocabulary import IdCounter, Vocabulary
 from esmm_torchrec.progress import progress_bar

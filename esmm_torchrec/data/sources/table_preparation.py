@@ -11,10 +11,10 @@ from esmm_torchrec.data.counting import count_raw_ids
 from esmm_torchrec.data.dense import DenseFitter
 from esmm_torchrec.data.hashing import HashedIds
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
+from esmm_torchrec.data.sources.bad_rows import BadRows
 from esmm_torchrec.data.sources.column_forms import IdForm, agreed
 from esmm_torchrec.data.sources.feature_columns import CONSTANT, FeatureColumns
 from esmm_torchrec.data.sources.raw_ids import IdKind, split_lists
-from esmm_torchrec.data.sources.raw_tables import BadRows
 from esmm_torchrec.data.sources.raw_values import holds_integers, holds_text, one_array
 from esmm_torchrec.data.sources.table_blocks import TrainingCount
 from esmm_torchrec.data.sources.table_columns import TableColumns

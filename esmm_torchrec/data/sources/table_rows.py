@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from esmm_torchrec.data.hashing import splitmix64
 from esmm_torchrec.data.prepared_form import SPLITS, SplitName
+from esmm_torchrec.data.sources.bad_rows import BadRows
 from esmm_torchrec.data.sources.column_forms import agreed, time_form
 from esmm_torchrec.data.sources.delimited_text import TextFormat
 from esmm_torchrec.data.sources.feature_columns import FeatureColumns, Features
 from esmm_torchrec.data.sources.raw_ids import IdKind, read_groups
-from esmm_torchrec.data.sources.raw_tables import BadRows, Frame, RawTable, open_raw_tables
+from esmm_torchrec.data.sources.raw_tables import Frame, RawTable, open_raw_tables
 from esmm_torchrec.data.sources.raw_times import read_times
 from esmm_torchrec.data.sources.raw_values import (
     Fault,

@@ -48,7 +48,7 @@ from esmm_torchrec.data.sources.ali_ccp.lines import (
 from esmm_torchrec.data.sources.ali_ccp.shared_rows import CommonRows
 from esmm_torchrec.data.sources.ali_ccp.truth import Truth
 from esmm_torchrec.data.sources.ali_ccp.waiting_rows import FEATURES, WaitingRows, encoded
-from esmm_torchrec.data.sources.raw_tables import BadRows
+from esmm_torchrec.data.sources.bad_rows import BadRows
 from esmm_torchrec.data.split_writer import RowKind
 from esmm_torchrec.data.vocabulary import Vocabulary
 from esmm_torchrec.errors import DataError, OptionError

@@ -17,7 +17,7 @@ import pytest
 from esmm_torchrec.data.prepared import PreparedDataSet
 from esmm_torchrec.data.prepared_form import SPLITS, Statistics
 from esmm_torchrec.data.sources.ali_ccp.prepare import UNCLICKED_CONVERSIONS, prepare_ali_ccp
-from esmm_torchrec.data.sources.raw_tables import MAX_EXAMPLES
+from esmm_torchrec.data.sources.bad_rows import MAX_EXAMPLES
 from esmm_torchrec.errors import DataError, OptionError
 from tests.mutations import mutated
 
