@@ -163,6 +163,8 @@ def _sentence(box: str) -> str:
         (r"Required options Missing from .*?: (.*?)(?: Unrecognized options: (.*))?$", _missing),
         (r"Unrecognized options Unrecognized options: (.*?)(?: Perhaps .*?(--\S+).*)?$", _unknown),
         (r"Value error Error parsing (\S+): (.*?) Argument helptext: (.*)$", _wrong_value),
+        # A check of an option group, whose message names the option.
+        (r"Value error Error parsing \S+: (`.*?)\.?$", str),
         (r"Invalid choice invalid choice '(.*)' for argument '(.*)'\. .*\((.*)\)", _wrong_choice),
         (r"Missing argument Missing value for argument '(.*)'\.", _without_value),
     ):

@@ -153,6 +153,11 @@ def test_help_names_every_option_and_says_what_it_is_for(
             [*TRAIN, "--device", "tpu"],
             "--device 'tpu' is not one of auto, cpu, cuda; see 'esmm-torchrec train --help'",
         ),
+        (
+            [*TRAIN, "--objective.click-loss-weight", "-1"],
+            "--objective.click-loss-weight -1.0 is out of range; give 0 or more; see "
+            "'esmm-torchrec train --help'",
+        ),
         ([*TRAIN, "--epochs", "0"], "--epochs 0 is not positive; give a number above 0"),
         ([*TRAIN, "--sparse-lr", "nan"], "--sparse-lr nan is not positive; give a number above 0"),
         (
